@@ -1,0 +1,149 @@
+"""One run, one YAML file: dataclasses are the schema, YAML the values, flags override both.
+
+A preset such as `configs/tiny.yaml` describes a whole run, with one section a script:
+
+    train_tokenizer: {vocab_size: 4800}
+    pretrain: {model: {dim: 160}, train: {max_steps: 2000}}
+
+`parse(Args, "pretrain")` reads its own section. A YAML value is nothing but a flag written down: the section is
+flattened into `--model.dim 160 ...` and put before the flags of the command line, so there is one parser,
+one validation and one error message, and the later value wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import typing
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+T = TypeVar("T")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "eval")
+
+
+def fail(message: str) -> NoReturn:
+    """Print one sentence on stderr and exit with status 1: the way every script refuses bad input."""
+    sys.exit(f"error: {message}")
+
+
+def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
+    """An instance of the dataclass `cls` from `--config FILE` (its `section`) and flags; flags win.
+
+    Exits non-zero with one clear message on an unknown key, a wrong type or an unreadable file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    from_file, flags = [], []
+    while argv:
+        word = argv.pop(0)
+        name, _, value = word.partition("=")
+        if name != "--config":
+            flags.append(word.capitalize() if word in ("true", "false") else word)
+        elif value or argv:
+            path = Path(value or argv.pop(0))
+            from_file += as_flags(cls, read_section(path, section), where=f"{path}: {section}")
+        else:
+            fail("--config expects a YAML file, such as configs/tiny.yaml")
+    return tyro.cli(
+        cls,
+        args=from_file + flags,
+        prog=f"{section}.py",
+        description=f"{cls.__doc__}\n\n--config FILE reads values from a YAML preset (configs/); flags override it.",
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def read_section(path: Path, section: str) -> dict[str, Any]:
+    """The mapping under `section` in a YAML preset; `{}` when the preset leaves that script at its defaults."""
+    try:
+        whole = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+    except OSError as error:
+        fail(f"cannot read the config {path}: {error.strerror}; presets lie in configs/")
+    except yaml.YAMLError as error:
+        fail(f"{path} is not valid YAML: {' '.join(str(error).split())}")
+    if not isinstance(whole, dict):
+        fail(f"{path} should hold sections named after the scripts ({', '.join(SECTIONS)}), found {type(whole).__name__}")
+    for name in whole:
+        if name not in SECTIONS:
+            fail(f"{path}: unknown section {name!r}{nearest(name, SECTIONS)}; sections are {', '.join(SECTIONS)}")
+    return whole.get(section) or {}
+
+
+def as_flags(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
+    """YAML values as the command-line words that say the same, checked against the fields of the dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    words = []
+    for key, value in values.items():
+        if key not in names:
+            fail(f"{where}: unknown key {prefix + str(key)!r}{nearest(str(key), names)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                fail(f"{where}: {prefix + key} should be a mapping, found {value!r}")
+            words += as_flags(hints[key], value, where, f"{prefix}{key}.")
+        else:
+            words += [f"--{prefix}{key}", *_words(value)]
+    return words
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [word for pair in value.items() for item in pair for word in _words(item)]
+    if isinstance(value, list):
+        return [word for item in value for word in _words(item)]
+    return [str(value)]
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`"; did you mean 'max_steps'?"` or the empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def to_plain(args: Any) -> Any:
+    """A dataclass (nested) as what YAML and JSON can hold: dicts, lists, numbers, strings."""
+    if dataclasses.is_dataclass(args):
+        return {f.name: to_plain(getattr(args, f.name)) for f in dataclasses.fields(args)}
+    if isinstance(args, dict):
+        return {str(k): to_plain(v) for k, v in args.items()}
+    if isinstance(args, (list, tuple)):
+        return [to_plain(v) for v in args]
+    return args if isinstance(args, (bool, int, float, str, type(None))) else str(args)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path] = ()) -> None:
+    """Write `out/config.yaml` (the resolved values, itself a valid --config) and `out/run.json`:
+    command line, git commit, library versions and the SHA-256 of every input file."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({section: to_plain(args)}, allow_unicode=True, sort_keys=False)
+    (out / "config.yaml").write_text(text, encoding="utf8")
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    record = {
+        "command": sys.argv,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "sentencepiece", "safetensors")},
+        "inputs": {str(path): file_sha256(path) for path in inputs},
+    }
+    (out / "run.json").write_text(json.dumps(record, indent=2), encoding="utf8")
