@@ -147,3 +147,13 @@ def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path]
         "inputs": {str(path): file_sha256(path) for path in inputs},
     }
     (out / "run.json").write_text(json.dumps(record, indent=2), encoding="utf8")
+
+
+def run(main: typing.Callable[[Any], dict], cls: type, section: str) -> None:
+    """Parse, run, and turn an error a user can mend into one sentence and exit status 1."""
+    try:
+        main(parse(cls, section))
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
