@@ -1,0 +1,49 @@
+"""Corpora: texts by name, the user's own files, and the user's own loader, behind one stream of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import nearest
+from corpora.registry import CORPORA, BadRecord, Conversation, Corpus, Document
+
+__all__ = ["CORPORA", "BadRecord", "Conversation", "Corpus", "Document", "SourceArgs", "read", "read_conversations"]
+
+
+@dataclass(frozen=True)
+class SourceArgs:
+    """Where the texts come from."""
+
+    corpus: tuple[str, ...] = ()
+    """Corpora by name; none: the poems, unless --input or --loader says otherwise."""
+    input: tuple[Path, ...] = ()
+    """Your own files or folders: txt, json, jsonl, csv, tsv or parquet, plain or .gz / .zst."""
+    text_key: str = "text"
+    """The key or column that holds the text in your own files."""
+    loader: Path | None = None
+    """Your own Python file with a data_loader() generator that yields strings, or dicts with --text_key."""
+    raw_dir: Path = Path("data/raw")
+    """Where fetched packages and the files of named corpora lie."""
+
+    def corpora(self) -> list[Corpus]:
+        """The named corpora to read; raises ValueError for a name that is not known."""
+        names = self.corpus or (() if self.input or self.loader else ("poems",))
+        for name in names:
+            if name not in CORPORA:
+                raise ValueError(f"unknown corpus {name!r}{nearest(name, CORPORA)}; known are {', '.join(CORPORA)}")
+        return [CORPORA[name] for name in names]
+
+
+def read(source: SourceArgs) -> Iterator[Document | BadRecord]:
+    """Every document of `source`, in a fixed order, streaming; records that cannot be read come as BadRecord.
+
+    Raises ValueError for an unknown corpus and FileNotFoundError for files that are not there.
+    """
+    raise NotImplementedError
+
+
+def read_conversations(source: SourceArgs) -> Iterator[Conversation]:
+    """Every conversation of the named corpora that have any, in a fixed order."""
+    raise NotImplementedError
