@@ -72,7 +72,9 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         fail(f"{path} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(whole, dict):
-        fail(f"{path} should hold sections named after the scripts ({', '.join(SECTIONS)}), found {type(whole).__name__}")
+        fail(
+            f"{path} should hold sections named after the scripts ({', '.join(SECTIONS)}), found {type(whole).__name__}"
+        )
     for name in whole:
         if name not in SECTIONS:
             fail(f"{path}: unknown section {name!r}{nearest(name, SECTIONS)}; sections are {', '.join(SECTIONS)}")

@@ -1,0 +1,182 @@
+"""Model directories and training state on disk.
+
+There is one format for weights, the one the ecosystem reads: a Hugging Face directory (`config.json`,
+`model.safetensors`, tokenizer files, `generation_config.json`). What resumes training lies inside it, in
+`training_state/`. A directory appears under its name only when it is complete: it is written aside, synced to the
+disk and renamed, so that a kill or a full disk at any instant leaves the old checkpoint or the new one, never half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import ModelArgs, Transformer
+from tokenizer import Tokenizer
+
+STEP_DIR = re.compile(r"step_(\d{8})")
+
+
+@contextmanager
+def written_aside(directory: Path) -> Iterator[Path]:
+    """A scratch directory that becomes `directory` when the block ends well, and is removed when it does not."""
+    aside = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            sync(path)
+        if directory.exists():  # the very same step saved again
+            shutil.rmtree(directory)
+        aside.rename(directory)
+        sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make the symbolic link `link` lead to its neighbour `target`, replacing an older one in one step."""
+    aside = link.with_name(f".{link.name}.link")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.name)
+    aside.replace(link)
+
+
+def save_model(
+    directory: Path, model: Transformer, tokenizer: Tokenizer | None = None, stop_ids: list[int] | None = None
+) -> None:
+    """Write `model` (and its tokenizer) as a Hugging Face directory; parameters keep their dtype."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.args.tie_embeddings:
+        del state["lm_head.weight"]  # the embedding, under its second name
+    config = model.args.to_hf() | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    generation: dict[str, Any] = {}
+    if tokenizer is not None:
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids or tokenizer.eos_id}
+        generation["pad_token_id"] = tokenizer.pad_id
+        tokenizer.save(directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model from a Hugging Face directory, its parameters in `dtype`; raises ValueError naming what does not fit."""
+    directory = Path(directory)
+    args = ModelArgs.from_hf(read_config(directory))
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.to_empty(device=device)
+    model.to(dtype)
+    load_weights(model, directory)
+    return model
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The contents of a model directory's `config.json`."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is no model directory: it has no config.json")
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def load_weights(model: Transformer, directory: Path) -> None:
+    """Copy every tensor of a model directory into `model`, file by file and mapped, not read whole.
+
+    Raises ValueError naming the tensors that are missing, unknown or of another shape; nothing is skipped silently.
+    """
+    own = {name: p for name, p in model.state_dict(keep_vars=True).items()}
+    if model.args.tie_embeddings:
+        own.pop("lm_head.weight", None)
+    seen = set()
+    for path in weight_files(Path(directory)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name == "lm_head.weight" and model.args.tie_embeddings:
+                        continue
+                    if name not in own:
+                        raise ValueError(f"{path} holds a tensor {name!r} that this model has no place for")
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != own[name].shape:
+                        raise ValueError(
+                            f"{path}: {name} is {tuple(tensor.shape)}, and config.json makes it {tuple(own[name].shape)}"
+                        )
+                    with torch.no_grad():
+                        own[name].copy_(tensor)
+                    seen.add(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors (truncated or damaged): {error}") from None
+    if missing := sorted(own.keys() - seen):
+        raise ValueError(f"{directory} lacks {len(missing)} tensors of the model, such as {', '.join(missing[:3])}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, one or many."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [directory / name for name in names]
+    if not (directory / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{directory} has no model.safetensors; only safetensors weights are read")
+    return [directory / "model.safetensors"]
+
+
+def save_state(directory: Path, rank: int, state: dict[str, Any]) -> None:
+    """Write one rank's training state (tensors, numbers, strings, containers of them) into a checkpoint directory."""
+    path = directory / "training_state" / f"rank_{rank}.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path)
+
+
+def load_state(directory: Path, rank: int) -> dict[str, Any]:
+    """The training state of one rank; never unpickles anything but tensors and plain containers."""
+    path = Path(directory) / "training_state" / f"rank_{rank}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no training state for rank {rank}; it can start a run, not resume one"
+        )
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read (truncated or damaged): {error}") from None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoint directories of a run, oldest first."""
+    return sorted(path for path in run.glob("step_*") if STEP_DIR.fullmatch(path.name) and path.is_dir())
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove the oldest checkpoints beyond `keep`, never those that `last` or `best` lead to."""
+    linked = {(run / name).resolve() for name in ("last", "best")}
+    spare = [path for path in checkpoints(run) if path.resolve() not in linked]
+    for path in spare[: max(0, len(checkpoints(run)) - keep)]:
+        shutil.rmtree(path)

@@ -1,0 +1,63 @@
+"""Cross-entropy straight from hidden states: the logits of all tokens never exist at once.
+
+For a vocabulary of 64 k the logits and their gradient are the largest tensors of a training step by far. Here a block
+of rows at a time goes through head, softmax and backward in one visit, so memory holds one block; the gradient of
+a *sum* of losses needs nothing from upstream but a scalar, so it can be made on the way forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100  # the target of a token that is not trained on; never a real id
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    loss_weights: torch.Tensor | None = None,
+    block_rows: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets.
+
+    hidden (N, d) in the compute dtype, weight (V, d), targets (N,) int64 with -100 where ignored, loss_weights (N,)
+    float32 or None. Returns a float32 scalar, differentiable in hidden and weight, and an int64 scalar.
+    """
+    wanted = targets != IGNORE
+    scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
+    return _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows), wanted.sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, block_rows):
+        need_grad = hidden.requires_grad or weight.requires_grad
+        w = weight.to(hidden.dtype)  # (V, d)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden, grad_weight = [], None
+        for h, t, s in zip(hidden.split(block_rows), targets.split(block_rows), scale.split(block_rows)):
+            logits = F.linear(h, w).float()  # (n, V)
+            lse = logits.logsumexp(dim=-1)
+            total = total + ((lse - logits.gather(1, t[:, None])[:, 0]) * s).sum()
+            if need_grad:  # d loss / d logits = s * (softmax - onehot)
+                d = (logits - lse[:, None]).exp() * s[:, None]
+                d = d.scatter_add(1, t[:, None], -s[:, None]).to(h.dtype)
+                grad_hidden.append(d @ w)  # (n, d)
+                block = (d.t() @ h).to(weight.dtype)  # (V, d)
+                grad_weight = block if grad_weight is None else grad_weight + block
+        if need_grad:
+            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grad_hidden * upstream.to(grad_hidden.dtype),
+            grad_weight * upstream.to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,357 @@
+"""LLaMA2, written by hand (Touvron et al. 2023, arXiv:2307.09288): read it from top to bottom.
+
+    tokens -> embedding -> n_layers x [ x += attention(norm(x)); x += feed_forward(norm(x)) ] -> norm -> head
+
+Shapes: B batch, T tokens, V vocabulary, H query heads, K key/value heads, D head dimension, F feed-forward width.
+Modules and parameters carry the names of Hugging Face's `LlamaForCausalLM`, so weights move between the two as they
+are. The model knows nothing of how it is trained: parameters may be float32 while activations run in `compute_dtype`,
+each weight being cast where it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rope
+from attention import attend, causal_mask
+from cache import KVCache
+from loss import linear_cross_entropy
+
+FAMILY = {  # model_type in config.json -> the class that transformers gives it
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model, in LLaMA's own vocabulary."""
+
+    dim: int = 160
+    """width of the residual stream"""
+    n_layers: int = 6
+    """transformer blocks"""
+    n_heads: int = 5
+    """query heads"""
+    n_kv_heads: int | None = None
+    """key/value heads (grouped-query attention); None: as many as query heads, 1: multi-query"""
+    head_dim: int | None = None
+    """dimension of a head; None: dim / n_heads"""
+    vocab_size: int = 4800
+    """rows of the embedding; taken from the tokenizer when training from scratch"""
+    hidden_dim: int | None = None
+    """width of the feed-forward; None: 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of"""
+    multiple_of: int = 32
+    """what the feed-forward width is rounded up to"""
+    ffn_dim_multiplier: float | None = None
+    """LLaMA-2 70B's widening of the feed-forward"""
+    norm_eps: float = 1e-5
+    """epsilon of RMSNorm"""
+    max_seq_len: int = 256
+    """longest sequence the model is made for"""
+    rope_theta: float = 10000.0
+    """base of the rotary encoding"""
+    rope_scaling: dict[str, Any] | None = None
+    """position interpolation, as config.json writes it; None: plain"""
+    tie_embeddings: bool = True
+    """use the embedding as the output head"""
+    attention_bias: bool = False
+    """biases on q, k, v (Qwen2)"""
+    qk_norm: bool = False
+    """RMSNorm on each head's q and k (Qwen3)"""
+    sliding_window: int | None = None
+    """attend to this many tokens back at the most (Mistral)"""
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.n_kv_heads is None:
+            fill("n_kv_heads", self.n_heads)
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(
+                    f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim"
+                )
+            fill("head_dim", self.dim // self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; the rotary encoding turns pairs of dimensions")
+        if self.hidden_dim is None:
+            width = int(2 * 4 * self.dim / 3)
+            width = int((self.ffn_dim_multiplier or 1) * width)
+            fill("hidden_dim", self.multiple_of * -(-width // self.multiple_of))
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        rope.frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # refuses an unknown type by name
+
+    def replace(self, **changes: Any) -> ModelArgs:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> ModelArgs:
+        """From the contents of a Hugging Face `config.json`; what this module cannot represent is refused by name."""
+        kind = config.get("model_type", "llama")
+        if kind not in FAMILY:
+            raise ValueError(f"config.json is of model_type {kind!r}; this module runs {', '.join(FAMILY)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(
+                f"config.json asks for hidden_act {config['hidden_act']!r}; LLaMA's feed-forward is 'silu'"
+            )
+        for key in ("attention_bias", "mlp_bias"):
+            if config.get(key):
+                raise ValueError(f"config.json sets {key}, which this module does not have")
+        windowed = kind == "mistral" or config.get("use_sliding_window")
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        return cls(
+            dim=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_heads=config["num_attention_heads"],
+            n_kv_heads=config.get("num_key_value_heads"),
+            head_dim=config.get("head_dim"),
+            vocab_size=config["vocab_size"],
+            hidden_dim=config["intermediate_size"],
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            max_seq_len=config.get("max_position_embeddings", 2048),
+            rope_theta=theta,
+            rope_scaling=None if rope.rope_type(scaling) == "default" else scaling,
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            attention_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            sliding_window=config.get("sliding_window") if windowed else None,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this shape, with the present keys for positions and the older ones beside them."""
+        kind = {
+            (False, False, False): "llama",
+            (False, False, True): "mistral",
+            (True, False, False): "qwen2",
+            (False, True, False): "qwen3",
+        }.get((self.attention_bias, self.qk_norm, self.sliding_window is not None))
+        if kind is None:
+            raise ValueError("no Hugging Face model combines this attention_bias, qk_norm and sliding_window")
+        scaling = self.rope_scaling or {"rope_type": "default"}
+        config = {
+            "architectures": [FAMILY[kind]],
+            "model_type": kind,
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "intermediate_size": self.hidden_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "max_position_embeddings": self.max_seq_len,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling,
+            "rope_parameters": {**scaling, "rope_theta": self.rope_theta},
+            "tie_word_embeddings": self.tie_embeddings,
+            "initializer_range": 0.02,
+            "attention_dropout": 0.0,
+        }
+        return config | ({"sliding_window": self.sliding_window} if kind == "mistral" else {})
+
+
+class Linear(nn.Linear):
+    """A linear layer that runs in the dtype of its input, whatever dtype its parameters are kept in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), the division in float32 or wider."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, args.head_dim
+        q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+        self.q_proj = Linear(args.dim, q_dim, bias=args.attention_bias)
+        self.k_proj = Linear(args.dim, kv_dim, bias=args.attention_bias)
+        self.v_proj = Linear(args.dim, kv_dim, bias=args.attention_bias)
+        self.o_proj = Linear(q_dim, args.dim, bias=False)
+        self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
+        self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        out = attend(q, k, v, mask)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.gate_proj = Linear(args.dim, args.hidden_dim, bias=False)
+        self.up_proj = Linear(args.dim, args.hidden_dim, bias=False)
+        self.down_proj = Linear(args.hidden_dim, args.dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(args.dim, args.norm_eps)
+        self.self_attn = Attention(args, layer)
+        self.post_attention_layernorm = RMSNorm(args.dim, args.norm_eps)
+        self.mlp = FeedForward(args)
+
+    def forward(self, x: torch.Tensor, *context: Any) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything but the head; a module of its own only because its name is part of every parameter's name."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+
+
+class Transformer(nn.Module):
+    """A LLaMA language model."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the embedding
+        self.gradient_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.rope_frequencies = rope.frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
+        self.model = Decoder(args)
+        self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 0.02); the two matrices of a block that write to the residual stream (o_proj, down_proj) smaller by
+        sqrt(2 n_layers), so that the stream's variance does not grow with depth (Radford et al. 2019, GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * self.args.n_layers) ** 0.5 if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        doc_ids: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, T, V) in float32; or, with `targets`, the sum of the token losses and the number of targets.
+
+        tokens (B, T) int64. targets (B, T) int64, already shifted, -100 where ignored. positions (B, T) restart per
+        document in packed rows; default 0..T-1, or what follows the cache. doc_ids (B, T) int32: attention never
+        crosses a change of id. loss_weights (B, T) float32 multiply each token's loss. The caller divides the sum by
+        the number of targets of the whole optimizer step, over micro-batches and ranks.
+        """
+        hidden = self.hidden(tokens, positions=positions, doc_ids=doc_ids, cache=cache)  # (B, T, dim)
+        if targets is None:
+            return self.logits(hidden)
+        weights = None if loss_weights is None else loss_weights.flatten()
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights)
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        doc_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, dim) after the last norm, in the compute dtype: what the head turns into logits."""
+        B, T = tokens.shape
+        if positions is None:
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + T, device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            mask = cache.extend(positions.expand(B, T))
+        else:
+            mask = causal_mask(doc_ids, self.args.sliding_window, T, tokens.device)
+        cos, sin = (part[:, :, None] for part in rope.cos_sin(positions, *self.rope_frequencies))  # (B or 1, T, 1, D/2)
+        x = self.model.embed_tokens(tokens).to(self.compute_dtype or self.model.embed_tokens.weight.dtype)
+        for block in self.model.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        return self.model.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V), float32 or wider, of hidden states (..., dim)."""
+        out = self.lm_head(hidden)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def make_cache(self, batch: int, max_len: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit)."""
+        a, weight = self.args, self.model.embed_tokens.weight
+        dtype = self.compute_dtype or weight.dtype
+        length = max_len or a.max_seq_len
+        return KVCache(a.n_layers, batch, a.n_kv_heads, a.head_dim, length, dtype, weight.device, a.sliding_window)
+
+    def n_parameters(self, embedding: bool = True) -> int:
+        """Number of parameters, tied ones once; without the input embedding it is what multiplies (6N flops a token)."""
+        total = sum(p.numel() for p in self.parameters())
+        untied = not self.args.tie_embeddings
+        return total - (self.model.embed_tokens.weight.numel() if untied and not embedding else 0)
