@@ -28,8 +28,8 @@ class BinWriter:
     """Streams documents to `prefix.bin`, `.idx` and `.json`; they appear under these names on `close`, complete.
 
     As a context manager it closes at the end, or discards what it wrote when the block raises.
-    Until then everything lies in `prefix.bin.part` and `prefix.idx.part`; `state()` after a flush and fsync,
-    given back as `state=`, goes on from that very byte after a crash.
+    Until then everything lies in `prefix.bin.part` and `prefix.idx.part`. What `state()` returned, given back as
+    `state=`, goes on from there after a crash: whatever was written since is cut off, even if it was closed.
 
     Raises ValueError when `dtype` cannot hold `vocab_size` ids.
     """
@@ -58,6 +58,8 @@ class BinWriter:
         self.tokens, self.documents, self.text_bytes = state["tokens"], state["documents"], state["text_bytes"]
         self.sources = Counter(state["sources"])
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        if self.documents:
+            self._unname()
         self._bin = _open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
         self._idx = _open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
         if not self.documents:
@@ -87,7 +89,7 @@ class BinWriter:
         self._idx.write(self.tokens.to_bytes(8, "little"))
 
     def state(self) -> dict[str, Any]:
-        """What was added so far is safe on disk when this returns; the dict (JSON) resumes here as `state=`."""
+        """Put what was added so far safely on disk; the dict, which JSON can hold, goes on from here as `state=`."""
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
@@ -99,7 +101,8 @@ class BinWriter:
         self._bin.close()
         self._idx.close()
         meta = self._part(".json")
-        meta.write_text(json.dumps(self._meta(), ensure_ascii=False, indent=2), encoding="utf8")
+        # A file name that is not Unicode may stand among the sources: escaped, which JSON reads as it was.
+        meta.write_bytes(json.dumps(self._meta(), ensure_ascii=False, indent=2).encode("utf8", "backslashreplace"))
         # The json seals the set: it goes first when an older set is replaced, and comes last.
         self._name(".json").unlink(missing_ok=True)
         for suffix in (".idx", ".bin", ".json"):
@@ -132,6 +135,12 @@ class BinWriter:
             "sources": dict(self.sources),
             "text_bytes": self.text_bytes,
         }
+
+    def _unname(self) -> None:
+        self._name(".json").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            if not self._part(suffix).exists() and self._name(suffix).exists():
+                self._name(suffix).replace(self._part(suffix))
 
     def _name(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)
