@@ -127,7 +127,7 @@ def load_weights(model: Transformer, directory: Path) -> None:
                     tensor = file.get_tensor(name)
                     if tensor.shape != own[name].shape:
                         raise ValueError(
-                            f"{path}: {name} is {tuple(tensor.shape)}, and config.json makes it {tuple(own[name].shape)}"
+                            f"{path}: {name} is {tuple(tensor.shape)}, config.json makes it {tuple(own[name].shape)}"
                         )
                     with torch.no_grad():
                         own[name].copy_(tensor)
@@ -149,20 +149,18 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / "model.safetensors"]
 
 
-def save_state(directory: Path, rank: int, state: dict[str, Any]) -> None:
-    """Write one rank's training state (tensors, numbers, strings, containers of them) into a checkpoint directory."""
-    path = directory / "training_state" / f"rank_{rank}.pt"
-    path.parent.mkdir(exist_ok=True)
+def save_state(directory: Path, state: dict[str, Any]) -> None:
+    """Write what resumes training (tensors, numbers, strings, containers of them) into a checkpoint directory."""
+    path = directory / "training_state" / "state.pt"
+    path.parent.mkdir()
     torch.save(state, path)
 
 
-def load_state(directory: Path, rank: int) -> dict[str, Any]:
-    """The training state of one rank; never unpickles anything but tensors and plain containers."""
-    path = Path(directory) / "training_state" / f"rank_{rank}.pt"
+def load_state(directory: Path) -> dict[str, Any]:
+    """The training state in a checkpoint; never unpickles anything but tensors and plain containers."""
+    path = directory / "training_state" / "state.pt"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no training state for rank {rank}; it can start a run, not resume one"
-        )
+        raise FileNotFoundError(f"{directory} holds no training state: it can start a run, but not resume one")
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:

@@ -27,23 +27,25 @@ def linear_cross_entropy(
     """
     wanted = targets != IGNORE
     scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
-    return _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows), wanted.sum()
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows, need_grad)
+    return loss, wanted.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, block_rows):
-        need_grad = hidden.requires_grad or weight.requires_grad
+    def forward(ctx, hidden, weight, targets, scale, block_rows, need_grad):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)  # (V, d)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden, grad_weight = [], None
         for h, t, s in zip(hidden.split(block_rows), targets.split(block_rows), scale.split(block_rows)):
-            logits = F.linear(h, w).float()  # (n, V)
+            logits = F.linear(h, w).to(wide)  # (n, V)
             lse = logits.logsumexp(dim=-1)
             total = total + ((lse - logits.gather(1, t[:, None])[:, 0]) * s).sum()
             if need_grad:  # d loss / d logits = s * (softmax - onehot)
                 d = (logits - lse[:, None]).exp() * s[:, None]
-                d = d.scatter_add(1, t[:, None], -s[:, None]).to(h.dtype)
+                d = d.scatter_add(1, t[:, None], -s[:, None].to(wide)).to(h.dtype)
                 grad_hidden.append(d @ w)  # (n, d)
                 block = (d.t() @ h).to(weight.dtype)  # (V, d)
                 grad_weight = block if grad_weight is None else grad_weight + block
@@ -54,10 +56,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * upstream.to(grad_hidden.dtype),
-            grad_weight * upstream.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
+        return grad_hidden, grad_weight * upstream.to(grad_weight.dtype), None, None, None, None

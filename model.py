@@ -351,7 +351,7 @@ class Transformer(nn.Module):
         return KVCache(a.n_layers, batch, a.n_kv_heads, a.head_dim, length, dtype, weight.device, a.sliding_window)
 
     def n_parameters(self, embedding: bool = True) -> int:
-        """Number of parameters, tied ones once; without the input embedding it is what multiplies (6N flops a token)."""
+        """Number of parameters, tied ones counted once; `embedding=False` leaves out an untied input embedding."""
         total = sum(p.numel() for p in self.parameters())
         untied = not self.args.tie_embeddings
         return total - (self.model.embed_tokens.weight.numel() if untied and not embedding else 0)

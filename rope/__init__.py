@@ -34,7 +34,7 @@ def plain(head_dim: int, theta: float, scaling: dict) -> tuple[list[float], floa
 
 
 def frequencies(head_dim: int, theta: float, scaling: dict | None) -> tuple[list[float], float]:
-    """Inverse frequencies (D/2 Python floats) and the factor on cos and sin for a `rope_scaling` entry (None = plain)."""
+    """Inverse frequencies (D/2 floats) and the factor on cos and sin, for a `rope_scaling` entry (None: plain)."""
     name = rope_type(scaling)
     if name not in SCALINGS:
         raise ValueError(f"rope_scaling asks for type {name!r}; known types are {', '.join(sorted(SCALINGS))}")
@@ -55,6 +55,6 @@ def cos_sin(positions: torch.Tensor, inv_freq: list[float], factor: float) -> tu
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x_i, x_{i+D/2}) of `x` (B, T, H, D) by its angle; cos, sin (B or 1, T, 1, D/2). Keeps x's dtype."""
+    """Turn each pair (x_i, x_{i+D/2}) of `x` (B, T, H, D) by its angle, in x's dtype; cos, sin (B or 1, T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2) each; the products are float32, whatever x is
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,61 @@
+"""What this machine can do: matrix rates, number formats, a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+PEAKS = {  # dense bfloat16 operations a second, from the makers' data sheets
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "3090": 71e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations a second this device can do in a matrix product, and where the figure is from: a data sheet for a
+    known GPU, else a measurement (half a second)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAKS.items():
+            if known in name and dtype != torch.float32:
+                return peak, f"{known} data sheet, dense bf16"
+    return matmul_rate(device, dtype), "measured here on a 1536x1536 product"
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1536, seconds: float = 0.3) -> float:
+    """Best rate of an n x n x n matrix product, in operations a second."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == float("inf"):
+        start = time.perf_counter()
+        c = a @ b
+        if device.type != "cpu":
+            c[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast here."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: Triton on a GPU; a C++ compiler and Python's headers on a CPU."""
+    if device.type == "cuda":
+        return find_spec("triton") is not None
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None and headers.is_file()

@@ -1,0 +1,138 @@
+"""Pretrain a LLaMA2 model from scratch, or go on from a checkpoint, on token bins.
+
+python pretrain.py --config configs/tiny.yaml
+torchrun --nproc_per_node 2 pretrain.py --config configs/tiny.yaml --train.backend ddp
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import config
+from bins import TokenBin
+from checkpoint import load_model, load_weights, save_model
+from dataset import PretrainData
+from distributed import make_backend
+from model import ModelArgs, Transformer
+from optim import OptimArgs, build_optimizer
+from tokenizer import load_tokenizer
+from trainer import TrainArgs, Trainer
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Token bins and batches."""
+
+    train: tuple[Path, ...] = ()
+    """token bins to train on; default: every train*.bin in `dir`"""
+    weights: tuple[float, ...] = ()
+    """how often each bin of `train` is seen in an epoch; default: once"""
+    dir: Path = Path("data/tiny")
+    """where data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
+    seq_len: int = 128
+    """tokens in a row of a batch"""
+    batch_size: int = 64
+    """rows of an optimizer step, over all processes and micro-batches"""
+    isolate_documents: bool = False
+    """hide the other documents of a row from attention"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Pretrain a LLaMA2 model on token bins."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    data: DataArgs = field(default_factory=DataArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+    out: Path = Path("out/tiny/pretrain")
+    """run directory: checkpoints, logs, the resolved config"""
+    init_from: Path | None = None
+    """a model directory to go on from (its shape replaces `model`)"""
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train to the end of the schedule; returns the final measures and where the model lies."""
+    torch.manual_seed(args.train.seed)
+    tokenizer = load_tokenizer(args.data.dir / "tokenizer")
+    bins, heldout = open_bins(args.data)
+    for each in [*bins, *heldout]:
+        each.check(tokenizer.sha256(), tokenizer.vocab_size)
+    data = PretrainData(
+        bins,
+        args.data.seq_len,
+        args.data.batch_size,
+        args.train.seed,
+        weights=args.data.weights or None,
+        isolate_documents=args.data.isolate_documents,
+    )
+    eval_data = (
+        PretrainData(heldout, args.data.seq_len, args.data.batch_size, seed=0, shuffle=False) if heldout else None
+    )
+    model = make_model(args, tokenizer.vocab_size)
+    backend = make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16")
+    try:
+        model.to(backend.device)
+        if backend.main:
+            config.record_run(args.out, "pretrain", args, inputs=[b.path.with_suffix(".json") for b in bins])
+        trainer = Trainer(
+            model,
+            build_optimizer(model, args.optim),
+            data,
+            backend,
+            args.train,
+            args.optim,
+            args.out,
+            save=partial(save_model, model=model, tokenizer=tokenizer),
+            load=partial(load_weights, model),
+            identity=identity(args, bins),
+            eval_data=eval_data,
+            token_bytes=tokenizer.token_bytes(),
+        )
+        return trainer.fit()
+    finally:
+        backend.close()
+
+
+def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
+    """The bins to train on, and the held-out one if there is one."""
+    paths = data.train or sorted(data.dir.glob("train*.bin"))
+    if not paths:
+        raise FileNotFoundError(f"no train*.bin in {data.dir}; make them with: python data_process.py --out {data.dir}")
+    heldout = data.dir / "heldout.bin"
+    return [TokenBin(path) for path in paths], [TokenBin(heldout)] if heldout.is_file() else []
+
+
+def make_model(args: Args, vocab_size: int) -> Transformer:
+    """A fresh model whose vocabulary is the tokenizer's, or the checkpoint to go on from."""
+    if args.init_from is None:
+        return Transformer(args.model.replace(vocab_size=vocab_size))
+    model = load_model(args.init_from)
+    if model.args.vocab_size < vocab_size:
+        raise ValueError(
+            f"{args.init_from} has {model.args.vocab_size} embeddings, the tokenizer of {args.data.dir} {vocab_size} ids; "
+            "make the bins with the model's own tokenizer"
+        )
+    return model
+
+
+def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
+    """What fixes the order of the losses, so that a checkpoint is resumed by the same run only."""
+    return {
+        "seed": args.train.seed,
+        "seq_len": args.data.seq_len,
+        "batch_size": args.data.batch_size,
+        "tokens": [len(each) for each in bins],
+        "weights": list(args.data.weights),
+        "optimizer": args.optim.optimizer,
+        "model": config.to_plain(args.model),
+    }
+
+
+if __name__ == "__main__":
+    config.run(main, Args, "pretrain")

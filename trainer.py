@@ -1,0 +1,396 @@
+"""The one training loop. It does not know what is trained or where a batch came from.
+
+A step: take this rank's rows of the batch, run them in micro-batches, divide the summed loss by the number of targets
+of the whole step over all ranks, clip, update. A batch is a pure function of the step, so the step number is the
+position in the data, and a resumed run goes through the very same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+import checkpoint
+from dataset import IGNORE, Batch
+from distributed import SingleProcess
+from flops import train_flops_per_token
+from hardware import can_compile, has_bfloat16, peak_flops
+from model import Transformer
+from optim import Optimizers, OptimArgs, lr_factor
+from runlog import RunLog
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """The loop."""
+
+    max_steps: int = 0
+    """optimizer steps; 0: as many as `epochs` takes"""
+    epochs: float = 1.0
+    """passes over the data, when max_steps is 0"""
+    micro_batch_size: int = 0
+    """rows a process takes through the model at once (gradients are accumulated); 0: all of its rows"""
+    grad_clip: float = 1.0
+    """clip the gradient norm to this; 0: never"""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of activations and matrix products (parameters stay fp32); auto: bf16 where the hardware has it"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on where a C++ compiler or a GPU is found"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: a third more work, far less memory"""
+    float32_matmul: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
+    backend: Literal["single", "ddp", "deepspeed"] = "single"
+    """single: one process; ddp: started by torchrun"""
+    device: str = "auto"
+    """auto: cuda, else mps, else cpu"""
+    seed: int = 0
+    """of initialisation and of the order of the data"""
+    log_interval: int = 20
+    """steps between lines of the log"""
+    eval_interval: int = 250
+    """steps between evaluations on held-out data; 0: only at the end"""
+    eval_batches: int = 20
+    """batches of an evaluation on the way; the last one takes all; 0: always all"""
+    save_interval: int = 500
+    """steps between checkpoints; the best and the last are saved besides"""
+    keep: int = 3
+    """checkpoints to keep (the best and the last always stay)"""
+    patience: int = 0
+    """stop after this many evaluations without a new best; 0: never"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the last checkpoint in the run directory; never: start anew, replacing it"""
+
+
+class BatchSource(Protocol):
+    """What batches come from; see `dataset.Batch`."""
+
+    seq_len: int
+    batch_size: int
+    steps_per_epoch: int
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
+
+
+@dataclass
+class Progress:
+    """What a run has done, beside its weights; saved with them."""
+
+    step: int = 0
+    tokens: int = 0
+    best: float = math.inf
+    evals_since_best: int = 0
+    loss_sum: float = 0.0  # since the last line of the log
+    targets: int = 0  # likewise
+    skipped: int = 0  # steps in a row whose gradient was not finite
+
+
+class Trainer:
+    """Trains `model` on `data`; writes checkpoints and logs under `run`.
+
+    save(directory) and load(directory) put the trained weights into a checkpoint and take them back. `identity` names
+    what determines the order of the losses (data, seed, batch size): a checkpoint of another identity is not resumed.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: Optimizers,
+        data: BatchSource,
+        backend: SingleProcess,
+        args: TrainArgs,
+        optim: OptimArgs,
+        run: Path,
+        *,
+        save: Callable[[Path], None],
+        load: Callable[[Path], None],
+        identity: dict[str, Any],
+        eval_data: BatchSource | None = None,
+        token_bytes: np.ndarray | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
+        self.args, self.optim, self.run = args, optim, run
+        self.save_weights, self.load_weights, self.identity = save, load, identity
+        self.eval_data, self.token_bytes = eval_data, token_bytes
+        self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
+        self.progress = Progress()
+        self.stop_signal = 0
+
+    def fit(self) -> dict[str, Any]:
+        """Run to the last step; returns the final measures. On SIGTERM or SIGINT saves and raises SystemExit."""
+        self._resume()
+        result = self.run / "result.json"
+        if self.progress.step >= self.total_steps and result.is_file():
+            return json.loads(result.read_text())
+        dtype = prepare(self.model, self.args, self.backend.device)
+        self.forward = self.backend.wrap(self.model, self.optimizer)
+        peak, peak_source = peak_flops(self.backend.device, dtype)
+        self.log = RunLog(self.run, self.progress.step, self.total_steps, active=self.backend.main)
+        self.log.say(
+            f"{self.model.n_parameters() / 1e6:.2f} M parameters, {str(dtype).removeprefix('torch.')} on "
+            f"{self.backend.device} x {self.backend.world}; MFU against {peak / 1e9:.0f} GFLOP/s ({peak_source})"
+        )
+        clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
+        with caught_signals(self):
+            try:
+                while self.progress.step < self.total_steps and not self.stop_signal:
+                    norm = self._step()
+                    if self._due(self.args.log_interval):
+                        self._log(norm, clock)
+                    if self.progress.step == self.total_steps:
+                        break
+                    if self._due(self.args.eval_interval) and self.eval_data is not None:
+                        self._evaluate_and_save()
+                        if self.args.patience and self.progress.evals_since_best >= self.args.patience:
+                            self.log.say(f"no better held-out loss in {self.args.patience} evaluations: stopping early")
+                            self.total_steps = self.progress.step
+                    elif self._due(self.args.save_interval):
+                        self._save()
+                return self._finish()
+            finally:
+                self.log.close()
+
+    def _step(self) -> float:
+        """One optimizer step; returns the gradient norm before clipping."""
+        p, args, backend = self.progress, self.args, self.backend
+        batch = self.data.batch(p.step, backend.rank, backend.world)
+        n_targets, stop = backend.sum([batch.n_targets, self.stop_signal])
+        self.optimizer.set_lr(lr_factor(p.step, self.total_steps, self.optim))
+        size = args.micro_batch_size or len(batch)
+        loss_sum = torch.zeros((), device=backend.device)
+        for start in range(0, len(batch), size):
+            micro = batch.rows(start, start + size).to(backend.device)
+            with backend.accumulating(last=start + size >= len(batch)):
+                loss, _ = self.forward(
+                    micro.tokens,
+                    micro.targets,
+                    positions=micro.positions,
+                    doc_ids=micro.doc_ids,
+                    loss_weights=micro.loss_weights,
+                )
+                backend.backward(loss / max(1, n_targets))
+            loss_sum += loss.detach()
+        norm = backend.step(args.grad_clip)
+        (loss_total,) = backend.sum([loss_sum.item()])
+        if math.isfinite(norm):
+            p.loss_sum, p.targets, p.skipped = p.loss_sum + loss_total, p.targets + int(n_targets), 0
+        else:
+            p.skipped += 1
+            self.log.say(f"step {p.step + 1}: gradient norm {norm}; the step was skipped ({p.skipped} in a row)")
+            if p.skipped >= 20:
+                raise ValueError(
+                    "20 steps in a row had a gradient that is not finite; lower the learning rate, or use bf16"
+                )
+        p.step += 1
+        p.tokens += backend.world * batch.tokens.numel()
+        self.stop_signal = int(stop)  # all ranks stop at the same step
+        return norm
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.progress.step % interval == 0
+
+    def _log(self, norm: float, clock: Clock) -> None:
+        p = self.progress
+        loss = p.loss_sum / max(1, p.targets)
+        p.loss_sum, p.targets = 0.0, 0
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log.write(p.step, {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": p.tokens})
+        rate, left, mfu = clock.read(p, train_flops_per_token(self.model.args, self.data.seq_len))
+        self.log.write(p.step, {"tokens_per_second": rate, "mfu": mfu})
+        shown = {"loss": f"{loss:.4f}", "norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "tok/s": f"{rate:.0f}"}
+        self.log.progress(p.step, shown | {"mfu": f"{mfu:.0%}", "left": f"{left // 60:.0f}m{left % 60:02.0f}s"})
+
+    def _evaluate(self, max_batches: int | None) -> dict[str, float]:
+        return evaluate(self.model, self.eval_data, self.token_bytes, max_batches=max_batches, backend=self.backend)
+
+    def _evaluate_and_save(self) -> None:
+        """Evaluate on the first `eval_batches` batches, log it and save; the checkpoint is `best` if none was better."""
+        p = self.progress
+        measures = self._evaluate(self.args.eval_batches or None)
+        self.log.write(p.step, {f"eval_{name}": value for name, value in measures.items()})
+        is_best = measures["loss"] < p.best
+        p.best, p.evals_since_best = (measures["loss"], 0) if is_best else (p.best, p.evals_since_best + 1)
+        self.log.say(f"step {p.step}: held out: {shown(measures)}{' (best)' if is_best else ''}")
+        self._save(is_best)
+
+    def _finish(self) -> dict[str, Any]:
+        p = self.progress
+        if self.stop_signal:
+            self._save()
+            self.log.say(f"stopped by {signal.Signals(self.stop_signal).name} after step {p.step}: saved")
+            raise SystemExit(128 + self.stop_signal)
+        result: dict[str, Any] = {"steps": p.step, "tokens": p.tokens, "model": str(self.run / "last")}
+        if self.eval_data is None:
+            self._save(is_best=True)
+        else:
+            self._evaluate_and_save()
+            measures = self._evaluate(None)
+            self.log.say(f"all held-out data: {shown(measures)}")
+            result |= measures | {"model": str(self.run / "best")}
+        if self.backend.main:
+            (self.run / "result.json").write_text(json.dumps(result, indent=2))
+        return result
+
+    # ---- checkpoints
+
+    def _save(self, is_best: bool = False) -> None:
+        """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it."""
+        backend, p = self.backend, self.progress
+        rng = backend.gather(rng_state(backend.device))
+        if backend.main:
+            directory = self.run / f"step_{p.step:08d}"
+            with checkpoint.written_aside(directory) as aside:
+                self.save_weights(aside)
+                state = {"progress": vars(p), "optimizer": self.optimizer.state_dict(), "rng": rng}
+                state |= {"scaler": backend.scaler.state_dict(), "identity": self.identity}
+                checkpoint.save_state(aside, state)
+            checkpoint.point(self.run / "last", directory)
+            if is_best:
+                checkpoint.point(self.run / "best", directory)
+            checkpoint.prune(self.run, self.args.keep)
+
+    def _resume(self) -> None:
+        last = self.run / "last"
+        if self.args.resume == "never":
+            if self.backend.main:
+                for path in (last, self.run / "best"):
+                    path.unlink(missing_ok=True)
+                for path in checkpoint.checkpoints(self.run):
+                    shutil.rmtree(path)
+            return
+        if not last.exists():
+            return
+        state = checkpoint.load_state(last)
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise ValueError(
+                    f"{self.run} holds a run with {name} {state['identity'].get(name)!r}, and this one has {value!r}: "
+                    "it cannot be continued; choose another --out, or --train.resume never to replace it"
+                )
+        self.load_weights(last)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.backend.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == self.backend.world:
+            set_rng_state(state["rng"][self.backend.rank], self.backend.device)
+        self.progress = Progress(**state["progress"])
+
+
+@contextmanager
+def caught_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the loop to stop after the step it is in; a second one acts as usual."""
+
+    def ask(number: int, frame: Any) -> None:
+        trainer.stop_signal = number
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+    for number in before if in_main else ():
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if in_main else ():
+            signal.signal(number, handler)
+
+
+class Clock:
+    """Rate since the last reading, and time left."""
+
+    def __init__(self, progress: Progress, total_steps: int, peak: float) -> None:
+        self.total_steps, self.peak = total_steps, peak
+        self.step, self.tokens, self.time = progress.step, progress.tokens, time.perf_counter()
+
+    def read(self, progress: Progress, flops_per_token: float) -> tuple[float, float, float]:
+        """Tokens a second, seconds left and model flops utilisation, of the steps since the last call."""
+        now = time.perf_counter()
+        seconds, steps, tokens = now - self.time, progress.step - self.step, progress.tokens - self.tokens
+        self.step, self.tokens, self.time = progress.step, progress.tokens, now
+        rate = tokens / seconds
+        return rate, seconds / steps * (self.total_steps - progress.step), rate * flops_per_token / self.peak
+
+
+def prepare(model: Transformer, args: TrainArgs, device: torch.device) -> torch.dtype:
+    """Set precision, checkpointing and compilation of a model on its device; returns the dtype of its activations."""
+    torch.set_float32_matmul_precision(args.float32_matmul)
+    dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
+    model.to(device)
+    model.train()
+    model.compute_dtype = dtype
+    model.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile == "on" or (args.compile == "auto" and can_compile(device)):
+        model.compile()  # in place: parameters keep their names
+    return dtype
+
+
+def shown(measures: dict[str, float]) -> str:
+    """Measures in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    source: BatchSource,
+    token_bytes: np.ndarray | None = None,
+    max_batches: int | None = None,
+    backend: SingleProcess | None = None,
+) -> dict[str, float]:
+    """Loss over one epoch of `source` (or its first `max_batches`): `loss` in nats per target and, with `token_bytes`
+    (UTF-8 bytes of each id), `bits_per_byte`, which no choice of tokenizer can flatter; and `targets`.
+
+    Every rank takes its rows, and the sums are over all.
+    """
+    backend = backend or SingleProcess(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    nats, targets, n_bytes = 0.0, 0, 0
+    for step in range(min(source.steps_per_epoch, max_batches or source.steps_per_epoch)):
+        batch = source.batch(step, backend.rank, backend.world)
+        on_device = batch.to(backend.device)
+        # .forward: not through torch.compile, which would compile a second graph for a few batches
+        loss, count = model.forward(
+            on_device.tokens, on_device.targets, positions=on_device.positions, doc_ids=on_device.doc_ids
+        )
+        nats, targets = nats + loss.item(), targets + count.item()
+        if token_bytes is not None:
+            n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE].numpy()].sum())
+    model.train(was_training)
+    nats, targets, n_bytes = backend.sum([nats, targets, n_bytes])
+    measures = {"loss": nats / max(1, targets)}
+    if n_bytes:
+        measures["bits_per_byte"] = nats / math.log(2) / n_bytes
+    return measures
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator a step might use, in tensors and plain containers."""
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo `rng_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
