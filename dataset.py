@@ -156,12 +156,11 @@ class PretrainData:
         return np.random.default_rng((self.seed, 1, epoch)).permutation(order) if self.shuffle else order
 
     def _read(self, i: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Windows (b,) of bin i: ids (b, T+1) int64, which of them exist, where an input starts a document (b, T)."""
+        """Windows (b,) of bin i: ids (b, T+1), which of them exist, where an input starts a document (b, T)."""
         bin, eos_id = self.bins[i], self.bins[i].meta.get("eos_id", self.headerless_eos_id)
         where = (windows - self._first[i])[:, None] * self.seq_len + np.arange(-1, self.seq_len)  # (b, T+1)
         exists = (where >= 0) & (where < len(bin))
-        ids = np.asarray(bin.tokens)[where.clip(0, len(bin) - 1)].astype(np.int64)
-        ids = np.where(exists, ids, eos_id)
+        ids = np.where(exists, np.asarray(bin.tokens)[where.clip(0, len(bin) - 1)], eos_id)
         if not self.isolate_documents:
             return ids, exists, np.False_
         if bin.offsets is None:
