@@ -1,0 +1,412 @@
+"""Tokenizers and chat templates: text <-> ids behind one interface, whatever file the vocabulary came from.
+
+- `.model`: SentencePiece BPE, ours, LLaMA's and ChatGLM2's.
+- `tokenizer.json`: any byte-level or SentencePiece-style model of the `tokenizers` library (Llama 3, Qwen, SmolLM).
+
+Three promises hold for all of them. Special tokens written in a text are text: `encode("</s>")` never gives the id
+of `</s>`, so nobody can end a turn from inside it. `id_to_bytes` is exact: over `encode(text)` the bytes join to the
+text again, so a streamer can hold back half a character and a loss can be counted in bits per byte. And `save` writes
+a directory from which transformers reads the same ids.
+
+The bytes join to the text as the model sees it: where a model normalises (NFC, NFKC) or drops repeated spaces, those
+are the bytes after that; a model with `dummy_prefix` (LLaMA's, ChatGLM2's) sees one space more before every text; an
+unknown character of a model without byte fallback has no bytes; and SentencePiece writes a space as U+2581, so that a
+text's own U+2581 becomes a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from tokenizers import AddedToken, decoders, models, normalizers
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+SPACE = "\u2581"  # SentencePiece's written form of a space
+ROLES = ("system", "user", "assistant")
+MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # as tokenizer_config.json calls them
+# ChatGLM2 puts five pieces behind the SentencePiece model; nothing but its size tells its file from another's.
+CHATGLM2_PIECES = 64789
+CHATGLM2_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+
+class Tokenizer:
+    """Text <-> ids; `load_tokenizer` makes one. Subclasses read a kind of file.
+
+    Attributes: `vocab_size` (ids are below it); `bos_id`, `eos_id`, `pad_id`, `unk_id` (int, or None where the model
+    has none); `special` (piece -> id; text never gives one, unless it is unknown); `dummy_prefix` (the model puts a
+    space before every text and `decode` takes it away); `chat_template` (the Jinja `save` writes; None: our own).
+    """
+
+    def __init__(self, pieces: list[bytes], special: dict[str, int], ids: Iterable[int | None]) -> None:
+        self.vocab_size = len(pieces)
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
+        self.special = special
+        self.chat_template: Any = None
+        self._pieces = pieces  # id -> the bytes it stands for
+        self._special_names = {i: piece for piece, i in special.items()}
+        self.dummy_prefix = False
+        self.dummy_prefix = self.decode(self.encode("a")).startswith(" ")
+        if forged := [piece for piece, i in special.items() if i != self.unk_id and i in self.encode(piece)]:
+            raise ValueError(f"this tokenizer's model reads {', '.join(forged)} in plain text as special tokens")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no bos or eos is added, and special tokens written in `text` are text.
+
+        Raises ValueError for a lone surrogate, the one thing in a `str` that has no UTF-8 form.
+        """
+        try:
+            return self._encode(text)
+        except (RuntimeError, TypeError):  # what the libraries say of it
+            text.encode()  # names the character
+            raise
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`[encode(text) for text in texts]`, faster where the library has a way."""
+        return [self.encode(text) for text in texts]
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files from which `load_tokenizer` and transformers' AutoTokenizer read the same ids.
+
+        Raises ValueError for a SentencePiece model that cannot be said in a tokenizer.json, see `to_tokenizers`.
+        """
+        directory = Path(directory)
+        config, files = self._files()
+        if self.chat_template is not None or self.eos_id is not None:
+            config["chat_template"] = self.chat_template or load_template(self).jinja()
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What goes into tokenizer_config.json, and the other files by name."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 come as U+FFFD. Special tokens are left out or written by name."""
+        raw = (self.id_to_bytes(i) or ("" if skip_special else self._special_names.get(i, "")).encode() for i in ids)
+        text = b"".join(raw).decode("utf8", errors="replace")
+        return text[1:] if self.dummy_prefix and text.startswith(" ") else text
+
+    def id_to_bytes(self, i: int) -> bytes:
+        """The bytes that one id stands for, perhaps half a character; b"" for special tokens."""
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        return self._pieces[i]
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: the number of UTF-8 bytes each id stands for, 0 for special tokens."""
+        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def special_id(self, piece: str) -> int | None:
+        """The id of a special token by its name, None when there is no such special token."""
+        return self.special.get(piece)
+
+    def sha256(self) -> str:
+        """Hex identity of what the ids mean (the bytes and names of all of them), the same for every file format."""
+        table = [(self._special_names.get(i), piece) for i, piece in enumerate(self._pieces)]
+        return hashlib.sha256(repr(table).encode()).hexdigest()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model`, given as its bytes; `name` is for messages. Raises ValueError when it is none."""
+
+    def __init__(self, model: bytes, name: str | Path = "the model") -> None:
+        try:
+            pieces = list(ModelProto.FromString(model).pieces)
+        except DecodeError:
+            pieces = []
+        if not pieces:
+            raise ValueError(f"{name} is not a SentencePiece model (damaged, or a git-lfs pointer)")
+        special = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
+        table = [b"" if p.piece in special else _piece_bytes(p.piece, p.type == p.BYTE) for p in pieces]
+        self._processor = sp = SentencePieceProcessor(model_proto=model)
+        ids = [None if i < 0 else i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id())]
+        if len(pieces) == CHATGLM2_PIECES:
+            special |= {piece: i for i, piece in enumerate(CHATGLM2_SPECIAL, start=len(table))}
+            table += [b""] * len(CHATGLM2_SPECIAL)
+            ids[2] = sp.unk_id()  # ChatGLM2 pads with <unk>
+        super().__init__(table, special, ids)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        model = self._processor.serialized_model_proto()
+        same = to_tokenizers(ModelProto.FromString(model), self.special).to_str().encode()
+        ids = zip(SPECIAL_KEYS, (self.bos_id, self.eos_id, self.pad_id, self.unk_id))
+        config = {key: self._special_names[i] for key, i in ids if i is not None}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        # The digest lets load_tokenizer take the .model, which is faster, for as long as the two say the same.
+        config["tokenizer_model_of"] = hashlib.sha256(same).hexdigest()
+        return config, {"tokenizer.model": model, "tokenizer.json": same}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`; bos, eos, pad and the chat template come from `tokenizer_config.json` beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self._json = path.read_text(encoding="utf8")
+        self._config = _read_config(path.parent)
+        model = path.with_name("tokenizer.model")
+        self._model = model.read_bytes() if model.is_file() else None  # kept for those who want it, such as llama.cpp
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}") from None
+        self._backend.encode_special_tokens = True  # special tokens in a text are text
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        unk = self._config["unk_token"] or getattr(self._backend.model, "unk_token", None)
+        if unk in vocab:
+            special[unk] = vocab[unk]
+        to_bytes = _bytes_of_decoder(json.loads(self._json)["decoder"], path)
+        table = [b""] * (max(vocab.values()) + 1)
+        for piece, i in vocab.items():
+            if piece not in special:
+                table[i] = piece.encode() if i in added else to_bytes(piece)
+        names = [self._config[key] for key in SPECIAL_KEYS[:3]] + [unk]
+        super().__init__(table, special, [vocab.get(name) for name in names])
+        self.chat_template = self._config.get("chat_template")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which pickling forgets
+
+    def _encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            return super().encode_batch(texts)  # which says what is wrong with which text
+
+    def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        config = {key: value for key, value in self._config.items() if value is not None}
+        files = {"tokenizer.json": self._json.encode()} | ({"tokenizer.model": self._model} if self._model else {})
+        return {"tokenizer_class": "PreTrainedTokenizerFast"} | config, files
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a directory, a `.model` file or a `tokenizer.json`.
+
+    Of a directory with both, `tokenizer.json` counts, as for transformers: it may hold tokens added later. Raises
+    FileNotFoundError when there is none, ValueError when the file is damaged or of a kind not known here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / "tokenizer.json", path / "tokenizer.model"]
+        if all(file.is_file() for file in files):
+            digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+            files.sort(reverse=_read_config(path).get("tokenizer_model_of") == digest)
+        path = next((file for file in files if file.is_file()), path / "tokenizer.json or tokenizer.model")
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer at {path}; train one with train_tokenizer.py")
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path.read_bytes(), path)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` and the files older and newer writers put beside it, special tokens by name or None."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            config |= json.loads((directory / name).read_text(encoding="utf8"))
+    if (directory / "chat_template.jinja").is_file():
+        config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf8")
+    for key in SPECIAL_KEYS:
+        token = config.get(key)
+        config[key] = token["content"] if isinstance(token, dict) else token
+    return config
+
+
+def _piece_bytes(piece: str, is_byte: bool) -> bytes:
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+def _bytes_of_decoder(decoder: dict[str, Any] | None, path: Path) -> Callable[[str], bytes]:
+    """The function from a piece to its bytes that a `tokenizer.json`'s decoder stands for."""
+    steps = decoder.get("decoders", [decoder]) if decoder else []
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        # GPT-2's bytes_to_unicode: printable Latin-1 stands for itself, the other bytes for U+0100 onwards in order.
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        byte_of = {chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+        byte_of |= {chr(b): b for b in printable}
+        return lambda piece: bytes(byte_of[c] for c in piece) if byte_of.keys() >= set(piece) else piece.encode()
+    if kinds & {"Metaspace", "ByteFallback"}:
+        byte = re.compile(r"<0x[0-9A-F]{2}>" if "ByteFallback" in kinds else r"(?!)")
+        return lambda piece: _piece_bytes(piece, byte.fullmatch(piece) is not None)
+    raise ValueError(f"{path} decodes with {kinds or 'nothing'}: it is neither byte-level nor SentencePiece-style")
+
+
+def to_tokenizers(proto: ModelProto, special: dict[str, int]) -> tokenizers.Tokenizer:
+    """A SentencePiece BPE model as one of the `tokenizers` library, with the same ids for every text.
+
+    SentencePiece joins, of all neighbours that together are a piece, the pair with the best score, the leftmost first;
+    a merge table says the same when it lists every pair of pieces that joins to a piece, in the order of that piece's
+    score. Raises ValueError for what cannot be said so: unigram models, user-defined pieces, spaces as suffixes.
+    """
+    spec, norm = proto.trainer_spec, proto.normalizer_spec
+    types = {p.type for p in proto.pieces}
+    plain = norm.escape_whitespaces and not spec.treat_whitespace_as_suffix
+    if spec.model_type != TrainerSpec.BPE or proto.SentencePiece.USER_DEFINED in types or not plain:
+        raise ValueError("only SentencePiece BPE models without user-defined pieces can be written as tokenizer.json")
+    score = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
+    pairs = [(w[:i], w[i:]) for w in score for i in range(1, len(w)) if w[:i] in score and w[i:] in score]
+    pairs.sort(key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0])))
+    vocab = {p.piece: i for i, p in enumerate(proto.pieces)} | special
+    unk = next(p.piece for p in proto.pieces if p.type == p.UNKNOWN)
+    model = models.BPE(vocab, pairs, unk_token=unk, byte_fallback=spec.byte_fallback, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    steps = [normalizers.Precompiled(norm.precompiled_charsmap)] if norm.precompiled_charsmap else []
+    if norm.remove_extra_whitespaces:
+        steps += [normalizers.Replace(tokenizers.Regex(old), new) for old, new in ((r"\A +| +\z", ""), (" {2,}", " "))]
+    steps += [normalizers.Prepend(SPACE)] * norm.add_dummy_prefix + [normalizers.Replace(" ", SPACE)]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(back + [decoders.Strip(" ", 1, 0)] * norm.add_dummy_prefix)
+    # Pieces outside the model (ChatGLM2's) stay out of this list: transformers would find "sop" inside "philosophy".
+    inside = [p for p in special if special[p] < len(proto.pieces)]
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in inside])
+    return tokenizer
+
+
+class Special(str):
+    """A part of a chat format that is one special id, never text."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat format as data: what stands before the conversation, and before and after the content of each role.
+
+    Parts are `Special` names or plain text; text is encoded together with the content it touches.
+    """
+
+    start: tuple[str, ...]
+    before: dict[str, tuple[str, ...]]
+    after: dict[str, tuple[str, ...]]
+
+
+MARKED = ChatFormat(
+    start=(Special("<s>"),),
+    before={role: (Special(f"<|{role}|>"),) for role in ROLES},
+    after={role: (Special("<|end|>"),) for role in ROLES},
+)
+
+
+def load_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template of `tokenizer`: `MARKED` where it has our markers, otherwise bos, role, newline, content, eos.
+
+    Raises ValueError for a tokenizer without a token that could end a turn.
+    """
+    if all(marker in tokenizer.special for marker in MARKERS):
+        return ChatTemplate(tokenizer, MARKED)
+    names = {i: Special(piece) for piece, i in tokenizer.special.items()}
+    if tokenizer.eos_id not in names:
+        raise ValueError("the tokenizer has neither our chat markers nor an eos token, so no turn could end")
+    bos = (names[tokenizer.bos_id],) if tokenizer.bos_id in names else ()
+    before = {role: (*bos, f"{role}\n") for role in ROLES}
+    after = {role: (names[tokenizer.eos_id],) for role in ROLES}
+    return ChatTemplate(tokenizer, ChatFormat((), before, after))
+
+
+class ChatTemplate:
+    """Conversations -> ids and the mask of what is trained: the assistant's content and what ends its turn.
+
+    One object renders training samples and prompts, and writes the Jinja from which transformers renders the same ids.
+    `stop_ids`: generation stops at any of them. Raises ValueError when the tokenizer lacks a special token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_format: ChatFormat) -> None:
+        self.tokenizer, self.format = tokenizer, chat_format
+        parts = [*chat_format.start, *itertools.chain(*chat_format.before.values(), *chat_format.after.values())]
+        self._ids = {part: tokenizer.special_id(part) for part in parts if isinstance(part, Special)}
+        if missing := [part for part, i in self._ids.items() if i is None]:
+            raise ValueError(f"the tokenizer lacks the special tokens of this chat format: {', '.join(missing)}")
+        ends = [self._ids[part] for part in chat_format.after["assistant"] if isinstance(part, Special)]
+        self.stop_ids: list[int] = sorted({*ends, tokenizer.eos_id} - {None})
+        self._token_bytes = tokenizer.token_bytes()
+
+    def encode(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+        """`(ids, mask)` of a conversation, of one length: `mask[i]` is True where `ids[i]` is predicted and trained.
+
+        Raises ValueError where roles are out of order, see `check_messages`.
+        """
+        check_messages(messages, add_generation_prompt)
+        parts = [(part, False) for part in self.format.start]
+        for message in messages:
+            role, trained = message["role"], message["role"] == "assistant"
+            parts += [(part, False) for part in self.format.before[role]]
+            parts += [(message["content"], trained), *((part, trained) for part in self.format.after[role])]
+        if add_generation_prompt:
+            parts += [(part, False) for part in self.format.before["assistant"]]
+        pairs: list[tuple[int, bool]] = []
+        for special, run in itertools.groupby(parts, key=lambda part: isinstance(part[0], Special)):
+            run = list(run)
+            pairs += [(self._ids[part], trained) for part, trained in run] if special else self._encode_text(run)
+        return [i for i, _ in pairs], [trained for _, trained in pairs]
+
+    def _encode_text(self, run: list[tuple[str, bool]]) -> list[tuple[int, bool]]:
+        """Neighbouring texts encoded as one, as transformers sees them; a token is trained if any byte of it is."""
+        ids = self.tokenizer.encode("".join(text for text, _ in run))
+        if len({trained for _, trained in run}) == 1:
+            return [(i, run[0][1]) for i in ids]
+        trained = np.repeat([trained for _, trained in run], [len(text.encode()) for text, _ in run])  # (bytes,)
+        ends = np.cumsum(self._token_bytes[ids]) - self.tokenizer.dummy_prefix
+        return [(i, bool(trained[max(end - self._token_bytes[i], 0) : end].any())) for i, end in zip(ids, ends)]
+
+    def jinja(self) -> str:
+        """The template as tokenizer_config.json holds it, with the marks of what is trained ({% generation %}).
+
+        transformers finds markers inside a message's content too: there, and only there, a text can forge a turn.
+        """
+
+        def words(parts: tuple[str, ...]) -> str:
+            return "".join(f"{{{{- {json.dumps(part, ensure_ascii=False)} -}}}}" for part in parts)
+
+        lines = [words(self.format.start), "{%- for message in messages -%}"]
+        for keyword, role in zip(("if", "elif", "elif"), ROLES):
+            body = "{{- message['content'] -}}" + words(self.format.after[role])
+            if role == "assistant":
+                body = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
+            lines += [f"{{%- {keyword} message['role'] == '{role}' -%}}", words(self.format.before[role]) + body]
+        lines += ["{%- else -%}", "{{- raise_exception('unknown role ' + message['role']) -}}", "{%- endif -%}"]
+        prompt = words(self.format.before["assistant"])
+        lines += ["{%- endfor -%}", "{%- if add_generation_prompt -%}", prompt, "{%- endif -%}"]
+        return "\n".join(lines)
+
+
+def check_messages(messages: list[Message], add_generation_prompt: bool = False) -> None:
+    """Raise ValueError unless roles are known, system stands first if at all, and user and assistant take turns."""
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    expected = ("system", "user")
+    for n, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {n} should have a role and a content that is a string, found {message!r:.200}")
+        role = message.get("role")
+        if role not in expected:
+            raise ValueError(f"message {n} should be of role {' or '.join(expected)}, found {role!r}")
+        expected = ("assistant",) if role == "user" else ("user",)
+    if add_generation_prompt and expected != ("assistant",):
+        raise ValueError(f"the assistant can answer only a user message, and the last is of role {role!r}")
