@@ -1,0 +1,318 @@
+#!/usr/bin/env bash
+# From a clean clone to a chat: bash run.sh. What it can do besides: bash run.sh --help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+readonly py=.venv/bin/python
+readonly stages=(setup tokenizer data pretrain sft eval chat)
+
+usage() {
+  cat <<'END'
+usage: bash run.sh [switches] [-- arguments of the stage's script]
+
+Sets up .venv, trains a tokenizer, builds the data, pretrains, fine-tunes, evaluates, and ends in a chat. Done stages are skipped,
+an interrupted one goes on where it stopped.
+
+  --preset NAME   the run that configs/NAME.yaml describes, in data/NAME and out/NAME:
+                    tiny (default)  minutes on two CPU cores: short Chinese poems
+                    bilingual       Chinese and English, for a CPU with more time
+                    small           one 24 GB GPU
+                    base            eight GPUs
+  --stage NAME    all (default), or just one; a stage asked for by name runs even if it is done:
+                    setup           .venv with pinned dependencies (setup.sh)
+                    tokenizer       train_tokenizer.py
+                    data            data_process.py
+                    pretrain        pretrain.py
+                    sft             fine_tuning.py
+                    eval            eval.py --task loss and --task poems
+                    chat            eval.py; without a terminal it prints a few exchanges instead
+  --use HOW       how pretrain and sft run: single (default), ddp, deepspeed
+  --nproc N       processes for ddp and deepspeed (default: one a GPU; 2 on a CPU)
+  --background    go on after the terminal is closed, with the log in out/NAME/run.log
+  --dry_run       print the commands instead of running them
+  --help          this text
+
+What follows -- goes to the script of the stage that --stage names:
+  bash run.sh --stage pretrain -- --train.max_steps 100
+  bash run.sh --stage chat -- --prompt '写一首五言绝句'
+
+PYTHON=/path/to/python3.12 picks the interpreter; TORCH_ALLOW_PYPI=1 allows PyPI's torch where no CPU build is found.
+END
+}
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+misused() { # a mistake on the command line
+  printf 'error: %s (bash run.sh --help)\n' "$*" >&2
+  exit 2
+}
+
+list() { # "a, b, c" from a b c
+  local joined
+  joined=$(printf '%s, ' "$@")
+  echo "${joined%, }"
+}
+
+contains() { # is the first word among the others?
+  local word=$1 other
+  shift
+  for other in "$@"; do
+    if [ "$word" = "$other" ]; then return 0; fi
+  done
+  return 1
+}
+
+gpus() { # how many this process may use; 0 without a working driver
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    # shellcheck disable=SC2086  # a list to be split; -1 hides all
+    (IFS=,; set -- ${CUDA_VISIBLE_DEVICES#-1}; echo $#)
+  else
+    (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true
+  fi
+}
+
+parse_switches() {
+  preset=tiny stage=all use=single nproc='' background='' dry_run='' extra=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --preset | --stage | --use | --nproc)
+        [ $# -gt 1 ] || misused "$1 expects a value"
+        printf -v "${1#--}" %s "$2"
+        shift
+        ;;
+      --preset=* | --stage=* | --use=* | --nproc=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --background) background=yes ;;
+      --dry_run) dry_run=yes ;;
+      -h | --help) usage && exit ;;
+      --) shift && extra=("$@") && break ;;
+      *) misused "unknown switch $1; switches are --preset, --stage, --use, --nproc, --background, --dry_run, --help, and --" ;;
+    esac
+    shift
+  done
+  check_switches
+}
+
+check_switches() {
+  local presets=(configs/*.yaml)
+  presets=("${presets[@]#configs/}")
+  presets=("${presets[@]%.yaml}")
+  contains "$preset" "${presets[@]}" || misused "unknown preset $preset; presets are $(list "${presets[@]}")"
+  contains "$stage" all "${stages[@]}" || misused "unknown stage $stage; stages are $(list all "${stages[@]}")"
+  contains "$use" single ddp deepspeed || misused "unknown --use $use; it is one of single, ddp, deepspeed"
+  [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
+  if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp or --use deepspeed"; fi
+  if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
+    misused "what follows -- goes to one script; name its stage with --stage: one of $(list "${stages[@]:1}")"
+  fi
+}
+
+# Runs a command with the terminal's input and Ctrl-C, and hands a SIGTERM on to it: training saves before it ends.
+# Plainly in the foreground it would not get one, as bash acts on a signal only after its command has ended.
+execute() {
+  if [ -n "$dry_run" ]; then
+    show "$@"
+    return
+  fi
+  if [ -n "$stopped" ]; then return "$stopped"; fi
+  local status=0
+  echo "\$ $(show "$@")"
+  (trap - INT TERM; exec "$@") <&0 &
+  child=$!
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do # it was the signal that ended the wait, not the child
+    status=0
+    wait "$child" || status=$?
+  done
+  return "${stopped:-$status}"
+}
+
+show() { # a command as one could type it
+  local line
+  line=$(printf '%q ' "$@")
+  echo "${line% }"
+}
+
+script() { # a script of the pipeline with the preset's config
+  execute "$py" "$1" --config "$config" "${@:2}" ${extra[@]+"${extra[@]}"}
+}
+
+train() { # a training script, by itself or in processes of torchrun (as a module: its script fails in a path with spaces)
+  if [ "$use" = single ]; then
+    script "$1" --train.backend single
+  else
+    local threads=$(($(getconf _NPROCESSORS_ONLN) / nproc))
+    execute env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" \
+      "$py" -m torch.distributed.run --standalone --nproc_per_node "$nproc" \
+      "$1" --config "$config" --train.backend "$use" ${extra[@]+"${extra[@]}"}
+  fi
+}
+
+run_stage() {
+  case $1 in
+    setup) execute bash setup.sh ;;
+    tokenizer) script train_tokenizer.py ;;
+    data) script data_process.py ;;
+    pretrain) train pretrain.py ;;
+    sft) train fine_tuning.py ;;
+    eval) script eval.py --task loss && script eval.py --task poems ;;
+  esac
+}
+
+chat() { # ends this script: the chat gets the terminal and its signals for itself
+  local command=("$py" eval.py --config "$config" ${extra[@]+"${extra[@]}"})
+  if [ ${#extra[@]} -eq 0 ] && ! { [ -t 0 ] && [ -t 1 ]; }; then command+=(--demo true); fi
+  if [ -n "$dry_run" ]; then show "${command[@]}" && exit; fi
+  drop_lock
+  exec "${command[@]}"
+}
+
+# A stage is stamped with what it was made from: the preset's file and the stamp of the stage before it, which holds date and
+# process and so changes whenever that stage ran. Code is not among it: a changed comment must not retrain a model, and a stage
+# can be asked for by name. A key that differs costs seconds, not the work: every script compares its own section and inputs,
+# and returns at once if its output stands. The stamps are there to save starting Python six times.
+key_of() {
+  local name before=''
+  for name in "${stages[@]}"; do
+    if [ "$name" = "$1" ]; then break; fi
+    before=$name
+  done
+  { cat "$config" "$stamps/$before" 2>/dev/null || true; } | cksum | tr ' ' '-'
+}
+
+is_done() { # stamped with the present key, and nobody has removed the output
+  local output key=''
+  case $1 in
+    tokenizer) output=$data/tokenizer ;;
+    data) output=$data/heldout.bin ;;
+    pretrain) output=$out/pretrain/last ;;
+    sft | eval) output=$out/sft/last ;;
+  esac
+  if [ -f "$stamps/$1" ]; then read -r key _ <"$stamps/$1"; fi
+  [ -e "$output" ] && [ "$key" = "$(key_of "$1")" ]
+}
+
+# Runs a stage under a header and writes down what it took: also when it stops, for it will go on from there.
+work_on() {
+  local name=$1 key=$2 status=0 started=$SECONDS
+  echo "${dry_run:+# }== $name (preset $preset)"
+  run_stage "$name" || status=$?
+  if [ -n "$dry_run" ]; then return; fi
+  note_time "$name" $((SECONDS - started)) "$status" "$key"
+  case $status in
+    0) ;;
+    130 | 143) printf 'stopped in stage %s; the same command goes on from there\n' "$name" >&2 ;;
+    *) printf 'error: stage %s ended with status %s (details above); mend that and the same command goes on\n' "$name" "$status" >&2 ;;
+  esac
+  if [ "$status" -ne 0 ]; then exit "$status"; fi
+}
+
+make() { # a stage and its stamp
+  local name=$1 key
+  if [ "$stage" = all ] && is_done "$name"; then
+    echo "${dry_run:+# }== $name: done earlier"
+    return
+  fi
+  key=$(key_of "$name") # before the work: the config may be edited meanwhile
+  if [ ${#extra[@]} -gt 0 ]; then key=none; fi # not the preset's result: the next whole run has to look at it
+  if [ -z "$dry_run" ]; then rm -f "$stamps/$name"; fi
+  work_on "$name" "$key"
+  if [ -z "$dry_run" ]; then echo "$key $(date '+%Y-%m-%dT%H:%M:%S') $$" >"$stamps/$name"; fi
+}
+
+note_time() { # name, seconds, status, key; what took under a second leaves no row
+  if [ "$2" -gt 0 ]; then printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$(date '+%Y-%m-%dT%H:%M:%S')" "$4" >>"$times"; fi
+}
+
+seconds_of() { # wall seconds of a stage with its present key: of the calls that were stopped and the first that completed it
+  local name seconds status key sum=0 present
+  present=$(key_of "$1")
+  while IFS=$'\t' read -r name seconds status _ key; do
+    if [ "$name $key" != "$1 $present" ]; then continue; fi
+    sum=$((sum + seconds))
+    if [ "$status" = 0 ]; then break; fi
+  done <"$times"
+  echo "$sum"
+}
+
+check_deepspeed() { # before the stages that come before it is needed
+  local installed=(.venv/lib/python*/site-packages/deepspeed)
+  if [ -z "$dry_run" ] && [ ! -e "${installed[0]}" ]; then
+    fail "--use deepspeed needs the package deepspeed; install it: $py -m pip install '.[deepspeed]'"
+  fi
+}
+
+print_times() {
+  local name seconds total=0
+  printf '\n%-12s %8s\n' stage seconds
+  for name in "${stages[@]:0:6}"; do
+    seconds=$(seconds_of "$name")
+    total=$((total + seconds))
+    printf '%-12s %8d\n' "$name" "$seconds"
+  done
+  printf '%-12s %8d   (calls are listed in %s)\n\n' total "$total" "$times"
+}
+
+check_lock() { # two runs that write to the same folders would spoil each other's work
+  local holder
+  holder=$(cat "$lock" 2>/dev/null || true)
+  if [ -n "$holder" ] && kill -0 "$holder" 2>/dev/null; then
+    fail "process $holder is at work on preset $preset: wait for it or stop it (kill $holder);" \
+      "if that is another program's number by now, remove $lock"
+  fi
+}
+
+take_lock() {
+  check_lock
+  echo $$ >"$lock"
+  trap drop_lock EXIT
+}
+
+drop_lock() {
+  if [ "$(cat "$lock" 2>/dev/null)" = $$ ]; then rm -f "$lock"; fi
+}
+
+go_background() {
+  local command=(nohup bash run.sh --preset "$preset" --stage "$stage" --use "$use" ${nproc:+--nproc "$nproc"})
+  if [ ${#extra[@]} -gt 0 ]; then command+=(-- "${extra[@]}"); fi
+  if [ -n "$dry_run" ]; then
+    echo "$(show "${command[@]}") >>$(show "$log") 2>&1 </dev/null &"
+    return
+  fi
+  check_lock
+  "${command[@]}" >>"$log" 2>&1 </dev/null &
+  echo "at work as process $!"
+  echo "  follow it:  tail -f $(show "$log")"
+  echo "  stop it:    kill $!   (the same command goes on from there)"
+}
+
+main() {
+  local name
+  parse_switches "$@"
+  config=configs/$preset.yaml data=data/$preset out=out/$preset
+  stamps=$out/.done times=$out/times.tsv lock=$out/.lock log=$out/run.log
+  if [ -z "$dry_run" ]; then mkdir -p "$stamps" && touch "$times"; fi
+  if [ -n "$background" ]; then go_background && exit; fi
+
+  if [ "$use" != single ] && [ -z "$nproc" ]; then
+    nproc=$(gpus)
+    if [ "$nproc" = 0 ]; then nproc=2; fi
+  fi
+  stopped='' child=''
+  trap 'stopped=130' INT # the terminal sends Ctrl-C to the child as well
+  trap 'stopped=143; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
+  export PYTHONUNBUFFERED=1 # a log shows what happens now
+
+  if [ -z "$dry_run" ] && ! contains "$stage" setup eval chat; then take_lock; fi
+  work_on setup "$(key_of setup)"
+  if [ "$use" = deepspeed ]; then check_deepspeed; fi
+  for name in "${stages[@]:1:5}"; do
+    if contains "$stage" all "$name"; then make "$name"; fi
+  done
+  if [ "$stage" = all ] && [ -z "$dry_run" ]; then print_times; fi
+  if contains "$stage" all chat; then chat; fi
+}
+
+main "$@"

@@ -1,0 +1,451 @@
+"""run.sh and setup.sh on a copy of the house whose Python scripts are stubs: nothing is installed or trained."""
+
+import json
+import os
+import pty
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+STAGES = ["tokenizer", "data", "pretrain", "sft", "eval", "eval", "chat"]  # as calls: eval runs two tasks
+SCRIPTS = {
+    "train_tokenizer.py": ("tokenizer", "data/tiny/tokenizer"),
+    "data_process.py": ("data", "data/tiny/heldout.bin"),
+    "pretrain.py": ("pretrain", "out/tiny/pretrain/last"),
+    "fine_tuning.py": ("sft", "out/tiny/sft/last"),
+    "eval.py": ("eval", None),
+}
+# the variables that the shell scripts heed, so that the caller's own do not matter
+SWITCHING = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHON", "PIP_FIND_LINKS", "UV_FIND_LINKS", "TORCH_ALLOW_PYPI"}
+# Notes its arguments, then does what the file `behave` asks of the stage: fail, or wait for a signal and end well.
+STUB = """
+import json, pathlib, signal, sys, time
+behave = json.loads(pathlib.Path("behave").read_text()).get({stage!r})
+def end_well(*_):
+    pathlib.Path("saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end_well)
+signal.signal(signal.SIGINT, end_well)
+with open("calls.jsonl", "a") as file:
+    print(json.dumps(sys.argv), file=file)
+if behave == "fail":
+    sys.exit(3)
+if behave == "wait":
+    time.sleep(20)
+if {output!r}:
+    pathlib.Path({output!r}).mkdir(parents=True, exist_ok=True)
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+class House:
+    """A copy of the shell scripts with stubs around them, in a folder whose name needs quoting."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a house's copy"
+        (self.root / "configs").mkdir(parents=True)
+        for name in ("run.sh", "setup.sh"):
+            shutil.copy(REPOSITORY / name, self.root / name)
+        for preset in ("tiny", "base"):
+            (self.root / f"configs/{preset}.yaml").write_text("pretrain: {}\n")
+        (self.root / "requirements.txt").write_text("numpy==1\n")
+        self.behave()
+        for name, (stage, output) in SCRIPTS.items():
+            (self.root / name).write_text(STUB.format(stage=stage, output=output))
+        # before whatever this machine has: no uv, no GPU, and Linux
+        for name, text in {"uv": "exit 1", "nvidia-smi": "exit 9", "uname": "echo Linux"}.items():
+            program(self.root / "bin" / name, text)
+        self.env = {key: value for key, value in os.environ.items() if key not in SWITCHING}
+        self.env["PATH"] = f"{self.root / 'bin'}:{os.environ['PATH']}"
+
+    def behave(self, **stages: str) -> None:
+        (self.root / "behave").write_text(json.dumps(stages))
+
+    def bash(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        """The command `bash WORDS...`, called from elsewhere and without a terminal."""
+        command = ["bash", self.root / words[0], *words[1:]]
+        return subprocess.run(
+            command, cwd="/", env=self.env | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
+
+    def start(self, *words: str) -> subprocess.Popen:
+        """run.sh in a process group of its own, returned once the stage that is told to wait waits."""
+        command = ["bash", self.root / "run.sh", *words]
+        process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
+        self.wait_for(lambda: self.calls() and self.calls()[-1][0] == "pretrain.py")
+        return process
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.02)
+
+    def calls(self) -> list[list[str]]:
+        path = self.root / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def stages_called(self) -> list[str]:
+        """The stages whose scripts were called, since the last time this was asked."""
+        names = []
+        for script, *arguments in self.calls():
+            chat = script == "eval.py" and "--task" not in arguments
+            names.append("chat" if chat else SCRIPTS[script][0])
+        (self.root / "calls.jsonl").unlink(missing_ok=True)
+        return names
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    """For run.sh: set-up has nothing to do, and .venv's Python is this one."""
+    house = House(tmp_path)
+    program(house.root / "setup.sh", "exit 0")
+    program(house.root / ".venv/bin/python", f'exec {shlex.quote(sys.executable)} -S "$@"')
+    return house
+
+
+@pytest.mark.parametrize("script", ["run.sh", "setup.sh", "test.sh", ".ci/run"])
+def test_bash_can_parse_the_scripts(script: str) -> None:
+    subprocess.run(["bash", "-n", REPOSITORY / script], check=True)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_switch_stage_and_preset(house: House) -> None:
+    told = house.bash("run.sh", "--help")
+    assert told.returncode == 0
+    presets = [path.stem for path in (REPOSITORY / "configs").glob("*.yaml")]
+    switches = ["--preset", "--stage", "--use", "--nproc", "--background", "--dry_run", "-- "]
+    for word in [*switches, *presets, "ddp", "deepspeed", "setup", *STAGES]:
+        assert word in told.stdout
+    assert not (house.root / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--presett", "tiny"], "--presett"),
+        (["tiny"], "--preset, --stage, --use"),
+        (["--preset", "huge"], "presets are base, tiny"),
+        (["--preset", "tin"], "presets are base, tiny"),
+        (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat"),
+        (["--use", "fsdp"], "single, ddp, deepspeed"),
+        (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
+        (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
+        (["--nproc", "2"], "--use ddp"),
+        (["--stage"], "--stage expects a value"),
+        (["--", "--train.max_steps", "1"], "--stage"),
+    ],
+)
+def test_misuse_is_one_sentence_and_status_2(house: House, words: list[str], told: str) -> None:
+    answer = house.bash("run.sh", *words)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and told in answer.stderr
+    assert house.calls() == [] and not (house.root / "out").exists()
+
+
+def commands(output: str) -> list[list[str]]:
+    """What a dry run prints, as the words that bash would make of it."""
+    return [shlex.split(line) for line in output.splitlines() if not line.startswith("#")]
+
+
+def test_dry_run_prints_the_commands_and_does_nothing(house: House) -> None:
+    told = house.bash("run.sh", "--dry_run", "--preset=base")
+    assert told.returncode == 0, told.stderr
+    config = ["--config", "configs/base.yaml"]
+    py = ".venv/bin/python"
+    assert commands(told.stdout) == [
+        ["bash", "setup.sh"],
+        [py, "train_tokenizer.py", *config],
+        [py, "data_process.py", *config],
+        [py, "pretrain.py", *config, "--train.backend", "single"],
+        [py, "fine_tuning.py", *config, "--train.backend", "single"],
+        [py, "eval.py", *config, "--task", "loss"],
+        [py, "eval.py", *config, "--task", "poems"],
+        [py, "eval.py", *config, "--demo", "true"],
+    ]
+    assert house.calls() == [] and not (house.root / "out").exists()
+
+
+@pytest.mark.parametrize("use", ["ddp", "deepspeed"])
+def test_processes_are_started_by_torchrun(house: House, use: str) -> None:
+    told = house.bash("run.sh", "--dry_run", "--stage", "pretrain", "--use", use, "--nproc", "2", "--", "--note", "a b")
+    _, words = commands(told.stdout)
+    assert words[0] == "env" and words[1].startswith("OMP_NUM_THREADS=") and int(words[1].partition("=")[2]) >= 1
+    launcher = [".venv/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", use, "--note", "a b"]
+    assert words[2:] == launcher + script
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "nproc"),
+    [
+        (0, {}, "2"),
+        (4, {}, "4"),
+        (4, {"CUDA_VISIBLE_DEVICES": "0,2,3"}, "3"),
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, "2"),
+        (4, {"CUDA_VISIBLE_DEVICES": "-1"}, "2"),
+    ],
+)
+def test_processes_default_to_the_gpus(house: House, gpus: int, env: dict[str, str], nproc: str) -> None:
+    lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(gpus))
+    program(house.root / "bin/nvidia-smi", lines or "exit 9")
+    told = house.bash("run.sh", "--dry_run", "--stage", "sft", "--use", "ddp", OMP_NUM_THREADS="5", **env)
+    words = commands(told.stdout)[-1]
+    assert words[words.index("--nproc_per_node") + 1] == nproc
+    assert words[1] == "OMP_NUM_THREADS=5"
+
+
+def test_arguments_reach_the_script_unchanged(house: House) -> None:
+    words = ["--a", "b c", "*", "it's", "", "$HOME", "--stage", "\\n", "写诗"]
+    answer = house.bash("run.sh", "--stage", "pretrain", "--", *words)
+    assert answer.returncode == 0, answer.stderr
+    (call,) = house.calls()
+    assert call == ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "single", *words]
+
+
+def test_chat_takes_arguments_instead_of_the_demo(house: House) -> None:
+    house.bash("run.sh", "--stage", "chat", "--", "--prompt", "a b")
+    assert house.calls() == [["eval.py", "--config", "configs/tiny.yaml", "--prompt", "a b"]]
+
+
+def test_deepspeed_is_asked_for_before_any_work(house: House) -> None:
+    answer = house.bash("run.sh", "--use", "deepspeed")
+    assert answer.returncode == 1 and "'.[deepspeed]'" in answer.stderr and house.calls() == []
+
+
+# --- stages, and what is skipped --------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_ends_in_the_chat_and_a_second_one_only_chats(house: House) -> None:
+    first = house.bash("run.sh")
+    assert first.returncode == 0, first.stderr
+    assert house.calls()[-1] == ["eval.py", "--config", "configs/tiny.yaml", "--demo", "true"]
+    assert house.stages_called() == STAGES
+    assert "total" in first.stdout and "out/tiny/times.tsv" in first.stdout
+    second = house.bash("run.sh")
+    assert second.returncode == 0 and house.stages_called() == ["chat"]
+    assert second.stdout.count("done earlier") == 5
+    assert "# == pretrain: done earlier" in house.bash("run.sh", "--dry_run").stdout
+
+
+def test_on_a_terminal_the_chat_is_interactive(house: House) -> None:
+    house.bash("run.sh")
+    house.stages_called()
+    ours, theirs = pty.openpty()
+    subprocess.run(["bash", house.root / "run.sh"], env=house.env, stdin=theirs, stdout=theirs, check=True, timeout=60)
+    os.close(theirs)
+    os.close(ours)
+    assert house.calls() == [["eval.py", "--config", "configs/tiny.yaml"]]
+
+
+def test_a_changed_config_calls_every_stage_again(house: House) -> None:
+    house.bash("run.sh")
+    house.stages_called()
+    (house.root / "configs/tiny.yaml").write_text("pretrain: {seed: 1}\n")
+    house.bash("run.sh")
+    assert house.stages_called() == STAGES
+
+
+def test_a_removed_output_calls_its_stage_and_what_follows(house: House) -> None:
+    house.bash("run.sh")
+    house.stages_called()
+    shutil.rmtree(house.root / "out/tiny/pretrain")
+    house.bash("run.sh")
+    assert house.stages_called() == STAGES[2:]
+
+
+def test_a_stage_asked_for_by_name_runs_alone_though_it_is_done(house: House) -> None:
+    house.bash("run.sh")
+    house.stages_called()
+    house.bash("run.sh", "--stage", "eval")
+    assert house.stages_called() == ["eval", "eval"]
+    # with arguments of its own the result is not the preset's, so a whole run looks at it and at what follows again
+    house.bash("run.sh", "--stage", "sft", "--", "--train.max_steps", "1")
+    house.stages_called()
+    house.bash("run.sh")
+    assert house.stages_called()[:1] == ["sft"]
+
+
+def test_a_failed_stage_stops_the_run_and_the_next_goes_on_there(house: House) -> None:
+    house.behave(pretrain="fail")
+    answer = house.bash("run.sh")
+    assert answer.returncode == 3
+    assert answer.stderr.splitlines()[-1].startswith("error: stage pretrain ended with status 3")
+    assert house.stages_called() == STAGES[:3]
+    house.behave()
+    assert house.bash("run.sh").returncode == 0
+    assert house.stages_called() == STAGES[2:]
+
+
+# --- signals, locks, background ---------------------------------------------------------------------------------------
+
+
+def test_sigterm_reaches_the_script_and_the_next_call_goes_on(house: House) -> None:
+    house.behave(pretrain="wait")
+    process = house.start()
+    time.sleep(1.1)  # so that it leaves a row in times.tsv
+    process.send_signal(signal.SIGTERM)  # to bash alone
+    assert process.wait(30) == 143
+    assert (house.root / "saved").exists()
+    assert not (house.root / "out/tiny/.lock").exists()
+    house.stages_called()
+    house.behave()
+    assert "pretrain" in house.bash("run.sh").stdout
+    assert house.stages_called() == STAGES[2:]
+    rows = [line.split("\t") for line in (house.root / "out/tiny/times.tsv").read_text().splitlines()]
+    rows = [row for row in rows if row[0] == "pretrain"]
+    assert rows[0][2] == "143" and int(rows[0][1]) >= 1
+    table = house.bash("run.sh").stdout.partition("seconds\n")[2].splitlines()
+    assert table[3].split() == ["pretrain", str(sum(int(row[1]) for row in rows))]  # both calls count
+
+
+def test_ctrl_c_stops_the_run_even_if_the_script_ends_well(house: House) -> None:
+    house.behave(pretrain="wait")
+    process = house.start()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(30) == 130
+    house.stages_called()
+    house.behave()
+    house.bash("run.sh")
+    assert house.stages_called() == STAGES[2:]
+
+
+def test_two_runs_do_not_write_to_the_same_folders(house: House) -> None:
+    house.behave(pretrain="wait")
+    process = house.start()
+    for words in (["--background"], ["--stage", "data"], []):
+        answer = house.bash("run.sh", *words)
+        assert answer.returncode == 1 and f"process {process.pid} is at work on preset tiny" in answer.stderr
+    process.send_signal(signal.SIGKILL)  # its lock stays behind
+    process.wait(30)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert (house.root / "out/tiny/.lock").exists()
+    house.behave()
+    assert house.bash("run.sh").returncode == 0
+
+
+def test_background_run_logs_and_says_how_to_follow_it(house: House) -> None:
+    told = house.bash("run.sh", "--background", "--stage", "sft", "--", "--note", "a b")
+    assert told.returncode == 0 and "tail -f out/tiny/run.log" in told.stdout and "kill " in told.stdout
+    house.wait_for(lambda: (house.root / "out/tiny/sft/last").exists())
+    assert house.calls()[0][-2:] == ["--note", "a b"]
+    house.wait_for(lambda: not (house.root / "out/tiny/.lock").exists())
+    assert "== sft (preset tiny)" in (house.root / "out/tiny/run.log").read_text()
+
+
+# --- setup.sh ---------------------------------------------------------------------------------------------------------
+
+# Notes what it is asked to install; fails where the file `refuse` holds a part of it; leaves torch's folder behind.
+FAKE_PYTHON = """
+case "$*" in
+  *"import platform, torch"*) echo installed ;;
+  *"import platform"*) echo 3.12.3 ;;
+  "-m pip install"*)
+    shift 3
+    echo "$*" >>installs
+    if grep -qFf refuse <<<"$*"; then echo "ERROR: refused" >&2; exit 1; fi
+    if [[ "$*" == *torch==2.13.0+cpu ]]; then mkdir -p .venv/lib/python3.12/site-packages/torch-2.13.0+cpu.dist-info; fi
+    ;;
+esac
+"""
+FROM_FOLDER = "--no-deps --no-index torch==2.13.0+cpu"
+FROM_INDEX = "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
+FROM_PYPI = "-c requirements.txt torch==2.13.0,!=2.13.0+cpu"
+PINS = "-r requirements.txt"
+
+
+class SetUp(House):
+    """setup.sh itself, with an interpreter in .venv that only notes what it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        program(self.root / ".venv/bin/python", FAKE_PYTHON)
+        (self.root / "requirements-dev.txt").write_text("pytest==1\n")
+        self.refuse()
+
+    def refuse(self, *parts: str) -> None:
+        (self.root / "refuse").write_text("".join(f"{part}\n" for part in parts))
+
+    def installs(self, *words: str, status: int = 0, **env: str) -> list[str]:
+        """What one call of setup.sh installs."""
+        (self.root / "installs").unlink(missing_ok=True)
+        self.answer = self.bash("setup.sh", *words, **env)
+        assert self.answer.returncode == status, self.answer.stderr
+        return (self.root / "installs").read_text().splitlines() if (self.root / "installs").exists() else []
+
+
+@pytest.fixture
+def set_up(tmp_path: Path) -> SetUp:
+    return SetUp(tmp_path)
+
+
+def test_setup_installs_torch_first_and_a_second_time_nothing(set_up: SetUp) -> None:
+    assert set_up.installs() == [FROM_FOLDER, PINS]
+    assert set_up.installs() == []
+    (set_up.root / "requirements.txt").write_text("numpy==2\n")
+    assert set_up.installs("--dev") == [PINS, "-r requirements-dev.txt"]
+    assert set_up.installs("--dev") == []
+
+
+def test_setup_looks_for_the_cpu_build_in_order_and_takes_cuda_only_when_allowed(set_up: SetUp) -> None:
+    set_up.refuse("--no-index")
+    assert set_up.installs() == [FROM_FOLDER, FROM_INDEX, PINS]
+    shutil.rmtree(set_up.root / ".venv/lib")
+    (set_up.root / ".venv/installed-requirements.txt").unlink()
+    set_up.refuse("--no-index", "--index-url")
+    assert set_up.installs(status=1) == [FROM_FOLDER, FROM_INDEX]
+    assert "TORCH_ALLOW_PYPI=1" in set_up.answer.stderr.splitlines()[-1]
+    assert set_up.installs(TORCH_ALLOW_PYPI="1") == [FROM_FOLDER, FROM_INDEX, FROM_PYPI, PINS]
+
+
+def test_setup_takes_the_ordinary_build_where_a_driver_works(set_up: SetUp) -> None:
+    assert set_up.installs() == [FROM_FOLDER, PINS]
+    program(set_up.root / "bin/nvidia-smi", "echo 'GPU 0: NVIDIA'")
+    assert set_up.installs() == [FROM_PYPI, PINS]  # the CPU build of before is replaced
+
+
+def test_setup_prefers_uv_and_tells_it_of_pips_folders(set_up: SetUp) -> None:
+    program(set_up.root / "bin/uv", '[ "$1" = --version ] || echo "uv $* $UV_FIND_LINKS" >>installs')
+    expected = [f"uv pip install --python .venv/bin/python {words} /a,/b" for words in (FROM_FOLDER, PINS)]
+    assert set_up.installs(PIP_FIND_LINKS="/a /b") == expected
+    shutil.rmtree(set_up.root / ".venv")
+    program(set_up.root / ".venv/bin/python", FAKE_PYTHON)
+    program(set_up.root / "bin/uv", '[ "$1" = --version ]')
+    assert set_up.installs() == [FROM_FOLDER, PINS]  # uv fails, pip does it
+
+
+def test_setup_says_what_could_not_be_installed_and_tries_it_again(set_up: SetUp) -> None:
+    set_up.refuse("-r requirements.txt")
+    set_up.installs(status=1)
+    assert set_up.answer.stderr.splitlines()[-1].startswith("error: requirements.txt could not be installed")
+    set_up.refuse()
+    assert set_up.installs() == [PINS]
+
+
+@pytest.mark.parametrize(
+    ("python", "told"),
+    [
+        ('[ "$1" != --version ] || { echo Python 3.8.2; exit 0; }; exit 1', "Python 3.10 or newer is needed"),
+        ('case "$2" in *venv*) exit 1 ;; *executable*) echo "$0" ;; esac', "has no venv module"),
+    ],
+)
+def test_setup_refuses_an_interpreter_that_will_not_do(set_up: SetUp, python: str, told: str) -> None:
+    shutil.rmtree(set_up.root / ".venv")
+    program(set_up.root / "bin/python3.99", python)
+    assert set_up.installs(status=1, PYTHON="python3.99") == []
+    assert told in set_up.answer.stderr and "python3.99" in set_up.answer.stderr
+    assert set_up.answer.stderr.startswith("error: ") and set_up.answer.stderr.count("\n") == 1
