@@ -92,6 +92,8 @@ def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch
         model = Transformer(args)
     model.to_empty(device=device)
     model.to(dtype)
+    if args.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # `to_empty` gave each of the two a memory of its own
     load_weights(model, directory)
     return model
 

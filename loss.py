@@ -56,5 +56,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
-        return grad_hidden, grad_weight * upstream.to(grad_weight.dtype), None, None, None, None
+        # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
+        return grad_hidden * upstream, grad_weight * upstream, None, None, None, None
