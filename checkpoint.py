@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,20 +31,23 @@ STEP_DIR = re.compile(r"step_(\d{8})")
 @contextmanager
 def written_aside(directory: Path) -> Iterator[Path]:
     """A scratch directory that becomes `directory` when the block ends well, and is removed when it does not."""
-    aside = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, replaced = (directory.with_name(f".{directory.name}.{role}") for role in ("writing", "replaced"))
+    for path in (aside, replaced):
+        shutil.rmtree(path, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
             sync(path)
-        if directory.exists():  # the very same step saved again
-            shutil.rmtree(directory)
+        if directory.exists():  # the same step saved again
+            directory.rename(replaced)
         aside.rename(directory)
         sync(directory.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    except (SafetensorError, RuntimeError, OSError) as error:  # how the libraries say that the disk is full
+        raise OSError(f"could not write {directory}, what was saved before is as it was: {error}") from error
+    finally:
+        for path in (aside, replaced):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -122,8 +126,8 @@ def load_weights(model: Transformer, directory: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    if name == "lm_head.weight" and model.args.tie_embeddings:
-                        continue
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.args.tie_embeddings):
+                        continue  # what older files keep of the angles; and the embedding, under its second name
                     if name not in own:
                         raise ValueError(f"{path} holds a tensor {name!r} that this model has no place for")
                     tensor = file.get_tensor(name)
@@ -167,6 +171,24 @@ def load_state(directory: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(f"{path} cannot be read (truncated or damaged): {error}") from None
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator a step might use, in tensors and plain containers."""
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo `rng_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def checkpoints(run: Path) -> list[Path]:

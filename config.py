@@ -78,7 +78,10 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
     for name in whole:
         if name not in SECTIONS:
             fail(f"{path}: unknown section {name!r}{nearest(name, SECTIONS)}; sections are {', '.join(SECTIONS)}")
-    return whole.get(section) or {}
+    values = whole.get(section) or {}
+    if not isinstance(values, dict):
+        fail(f"{path}: {section} should be a mapping, found {values!r}")
+    return values
 
 
 def as_flags(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> list[str]:

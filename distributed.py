@@ -7,6 +7,8 @@
     backend.sum(values)                 integers or floats summed over all ranks
     backend.rank, backend.world, backend.main, backend.device
 
+A backend is a context manager: leaving it leaves the process group.
+
 The trainer knows only this. Another way to distribute is another class here.
 """
 
@@ -91,7 +93,10 @@ class SingleProcess:
         """One object of every rank, in order of rank."""
         return [value]
 
-    def close(self) -> None:
+    def __enter__(self) -> SingleProcess:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Leave the process group, if there is one."""
 
 
@@ -133,8 +138,9 @@ class DataParallel(SingleProcess):
         dist.all_gather_object(values, value)
         return values
 
-    def close(self) -> None:
-        # leaving at once now and then aborts the interpreter while gloo's threads still run
-        dist.barrier()
-        time.sleep(0.5)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error in (None, SystemExit):  # after an error of this rank alone nobody else would come to the barrier
+            # leaving at once now and then aborts the interpreter while gloo's threads still run
+            dist.barrier()
+            time.sleep(0.5)
         dist.destroy_process_group()

@@ -67,12 +67,8 @@ def main(args: Args) -> dict[str, Any]:
     if args.data.heldout and args.data.heldout.exists():
         heldout = read_samples(args.data.heldout, template, args)
         eval_data = SFTData(heldout, args.data.seq_len, args.data.batch_size, 0, args.data.packing, shuffle=False)
-    backend = make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16")
-    try:
+    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
-        if backend.main:
-            config.record_run(args.out, "fine_tuning", args, inputs=[args.data.train] * args.data.train.is_file())
-            print(describe(args.data.train, samples, data), flush=True)
         trainer = Trainer(
             model,
             build_optimizer(model, args.optim),
@@ -87,9 +83,10 @@ def main(args: Args) -> dict[str, Any]:
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
         )
+        if backend.main:
+            config.record_run(args.out, "fine_tuning", args, inputs=[args.data.train] * args.data.train.is_file())
+            print(describe(args.data.train, samples, data), flush=True)
         return trainer.fit()
-    finally:
-        backend.close()
 
 
 def read_samples(path: Path, template: ChatTemplate, args: Args) -> Samples:

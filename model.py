@@ -34,7 +34,8 @@ FAMILY = {  # model_type in config.json -> the class that transformers gives it
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model, in LLaMA's own vocabulary."""
+    """The shape of a model, in LLaMA's own vocabulary. Equal when the models are: `multiple_of` and
+    `ffn_dim_multiplier` only say how `hidden_dim` is found."""
 
     dim: int = 160
     """width of the residual stream"""
@@ -50,9 +51,9 @@ class ModelArgs:
     """rows of the embedding; taken from the tokenizer when training from scratch"""
     hidden_dim: int | None = None
     """width of the feed-forward; None: 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of"""
-    multiple_of: int = 32
+    multiple_of: int = dataclasses.field(default=32, compare=False)
     """what the feed-forward width is rounded up to"""
-    ffn_dim_multiplier: float | None = None
+    ffn_dim_multiplier: float | None = dataclasses.field(default=None, compare=False)
     """LLaMA-2 70B's widening of the feed-forward"""
     norm_eps: float = 1e-5
     """epsilon of RMSNorm"""
@@ -110,10 +111,9 @@ class ModelArgs:
             raise ValueError(
                 f"config.json asks for hidden_act {config['hidden_act']!r}; LLaMA's feed-forward is 'silu'"
             )
-        for key in ("attention_bias", "mlp_bias"):
+        for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
             if config.get(key):
                 raise ValueError(f"config.json sets {key}, which this module does not have")
-        windowed = kind == "mistral" or config.get("use_sliding_window")
         scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         return cls(
@@ -131,7 +131,7 @@ class ModelArgs:
             tie_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
-            sliding_window=config.get("sliding_window") if windowed else None,
+            sliding_window=config.get("sliding_window") if kind == "mistral" else None,
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -75,11 +75,8 @@ def main(args: Args) -> dict[str, Any]:
         PretrainData(heldout, args.data.seq_len, args.data.batch_size, seed=0, shuffle=False) if heldout else None
     )
     model = make_model(args, tokenizer.vocab_size)
-    backend = make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16")
-    try:
+    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
-        if backend.main:
-            config.record_run(args.out, "pretrain", args, inputs=[b.path.with_suffix(".json") for b in bins])
         trainer = Trainer(
             model,
             build_optimizer(model, args.optim),
@@ -94,9 +91,9 @@ def main(args: Args) -> dict[str, Any]:
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
         )
+        if backend.main:
+            config.record_run(args.out, "pretrain", args, inputs=[b.path.with_suffix(".json") for b in bins])
         return trainer.fit()
-    finally:
-        backend.close()
 
 
 def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
@@ -115,8 +112,8 @@ def make_model(args: Args, vocab_size: int) -> Transformer:
     model = load_model(args.init_from)
     if model.args.vocab_size < vocab_size:
         raise ValueError(
-            f"{args.init_from} has {model.args.vocab_size} embeddings, the tokenizer of {args.data.dir} {vocab_size} ids; "
-            "make the bins with the model's own tokenizer"
+            f"{args.init_from} has {model.args.vocab_size} embeddings, the tokenizer of {args.data.dir} {vocab_size} "
+            "ids; make the bins with the model's own tokenizer"
         )
     return model
 
@@ -129,6 +126,7 @@ def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
         "batch_size": args.data.batch_size,
         "tokens": [len(each) for each in bins],
         "weights": list(args.data.weights),
+        "isolate_documents": args.data.isolate_documents,
         "optimizer": args.optim.optimizer,
         "model": config.to_plain(args.model),
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import signal
 import threading
@@ -29,7 +28,7 @@ from distributed import SingleProcess
 from flops import train_flops_per_token
 from hardware import can_compile, has_bfloat16, peak_flops
 from model import Transformer
-from optim import Optimizers, OptimArgs, lr_factor
+from optim import OptimArgs, Optimizers, lr_factor
 from runlog import RunLog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,7 +100,7 @@ class Progress:
 
 
 class Trainer:
-    """Trains `model` on `data`; writes checkpoints and logs under `run`.
+    """Trains `model` on `data`; writes checkpoints and logs under `run`, and goes on from the last one found there.
 
     save(directory) and load(directory) put the trained weights into a checkpoint and take them back. `identity` names
     what determines the order of the losses (data, seed, batch size): a checkpoint of another identity is not resumed.
@@ -129,14 +128,24 @@ class Trainer:
         self.eval_data, self.token_bytes = eval_data, token_bytes
         self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
         self.progress = Progress()
-        self.stop_signal = 0
+        self.saved_step = -1  # the step that `last` leads to
+        self.stop_signal = 0  # what this process was asked to stop by
+        self.stopping = False  # whether any rank was, which all of them know at the end of a step
+        self._resume()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or `patience` evaluations went by without a new best."""
+        p = self.progress
+        return p.step >= self.total_steps or 0 < self.args.patience <= p.evals_since_best
 
     def fit(self) -> dict[str, Any]:
         """Run to the last step; returns the final measures. On SIGTERM or SIGINT saves and raises SystemExit."""
-        self._resume()
         result = self.run / "result.json"
-        if self.progress.step >= self.total_steps and result.is_file():
+        if self.finished and result.is_file():
             return json.loads(result.read_text())
+        if self.backend.main:
+            result.unlink(missing_ok=True)  # of a shorter run, or of one that is replaced
         dtype = prepare(self.model, self.args, self.backend.device)
         self.forward = self.backend.wrap(self.model, self.optimizer)
         peak, peak_source = peak_flops(self.backend.device, dtype)
@@ -148,7 +157,7 @@ class Trainer:
         clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
         with caught_signals(self):
             try:
-                while self.progress.step < self.total_steps and not self.stop_signal:
+                while not self.finished and not self.stopping:
                     norm = self._step()
                     if self._due(self.args.log_interval):
                         self._log(norm, clock)
@@ -156,9 +165,8 @@ class Trainer:
                         break
                     if self._due(self.args.eval_interval) and self.eval_data is not None:
                         self._evaluate_and_save()
-                        if self.args.patience and self.progress.evals_since_best >= self.args.patience:
+                        if self.finished:
                             self.log.say(f"no better held-out loss in {self.args.patience} evaluations: stopping early")
-                            self.total_steps = self.progress.step
                     elif self._due(self.args.save_interval):
                         self._save()
                 return self._finish()
@@ -169,7 +177,7 @@ class Trainer:
         """One optimizer step; returns the gradient norm before clipping."""
         p, args, backend = self.progress, self.args, self.backend
         batch = self.data.batch(p.step, backend.rank, backend.world)
-        n_targets, stop = backend.sum([batch.n_targets, self.stop_signal])
+        (n_targets,) = backend.sum([batch.n_targets])
         self.optimizer.set_lr(lr_factor(p.step, self.total_steps, self.optim))
         size = args.micro_batch_size or len(batch)
         loss_sum = torch.zeros((), device=backend.device)
@@ -186,7 +194,8 @@ class Trainer:
                 backend.backward(loss / max(1, n_targets))
             loss_sum += loss.detach()
         norm = backend.step(args.grad_clip)
-        (loss_total,) = backend.sum([loss_sum.item()])
+        loss_total, n_asked = backend.sum([loss_sum.item(), bool(self.stop_signal)])
+        self.stopping = n_asked > 0
         if math.isfinite(norm):
             p.loss_sum, p.targets, p.skipped = p.loss_sum + loss_total, p.targets + int(n_targets), 0
         else:
@@ -198,7 +207,6 @@ class Trainer:
                 )
         p.step += 1
         p.tokens += backend.world * batch.tokens.numel()
-        self.stop_signal = int(stop)  # all ranks stop at the same step
         return norm
 
     def _due(self, interval: int) -> bool:
@@ -206,7 +214,7 @@ class Trainer:
 
     def _log(self, norm: float, clock: Clock) -> None:
         p = self.progress
-        loss = p.loss_sum / max(1, p.targets)
+        loss = p.loss_sum / p.targets if p.targets else math.nan
         p.loss_sum, p.targets = 0.0, 0
         lr = self.optimizer.param_groups[0]["lr"]
         self.log.write(p.step, {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": p.tokens})
@@ -219,7 +227,7 @@ class Trainer:
         return evaluate(self.model, self.eval_data, self.token_bytes, max_batches=max_batches, backend=self.backend)
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate on the first `eval_batches` batches, log it and save; the checkpoint is `best` if none was better."""
+        """Evaluate on the first `eval_batches` batches, log it and save; it is the `best` if none was better."""
         p = self.progress
         measures = self._evaluate(self.args.eval_batches or None)
         self.log.write(p.step, {f"eval_{name}": value for name, value in measures.items()})
@@ -230,17 +238,21 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         p = self.progress
-        if self.stop_signal:
+        if self.stopping:
             self._save()
-            self.log.say(f"stopped by {signal.Signals(self.stop_signal).name} after step {p.step}: saved")
-            raise SystemExit(128 + self.stop_signal)
+            asked = signal.Signals(self.stop_signal or signal.SIGTERM)  # perhaps another rank alone was asked
+            self.log.say(f"stopped by {asked.name} after step {p.step}: saved")
+            raise SystemExit(128 + asked)
         result: dict[str, Any] = {"steps": p.step, "tokens": p.tokens, "model": str(self.run / "last")}
         if self.eval_data is None:
             self._save(is_best=True)
         else:
             self._evaluate_and_save()
+            if p.evals_since_best and math.isfinite(p.best):  # the last weights are not the ones that `best` leads to
+                self.backend.gather(None)  # until rank 0 has written it
+                self.load_weights(self.run / "best")
             measures = self._evaluate(None)
-            self.log.say(f"all held-out data: {shown(measures)}")
+            self.log.say(f"the best on all held-out data: {shown(measures)}")
             result |= measures | {"model": str(self.run / "best")}
         if self.backend.main:
             (self.run / "result.json").write_text(json.dumps(result, indent=2))
@@ -251,18 +263,20 @@ class Trainer:
     def _save(self, is_best: bool = False) -> None:
         """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it."""
         backend, p = self.backend, self.progress
-        rng = backend.gather(rng_state(backend.device))
+        rng = backend.gather(checkpoint.rng_state(backend.device))
         if backend.main:
             directory = self.run / f"step_{p.step:08d}"
-            with checkpoint.written_aside(directory) as aside:
-                self.save_weights(aside)
-                state = {"progress": vars(p), "optimizer": self.optimizer.state_dict(), "rng": rng}
-                state |= {"scaler": backend.scaler.state_dict(), "identity": self.identity}
-                checkpoint.save_state(aside, state)
-            checkpoint.point(self.run / "last", directory)
+            if p.step != self.saved_step:  # else an evaluation saved it, and what `last` leads to is never touched
+                with checkpoint.written_aside(directory) as aside:
+                    self.save_weights(aside)
+                    state = {"progress": vars(p), "optimizer": self.optimizer.state_dict(), "rng": rng}
+                    state |= {"scaler": backend.scaler.state_dict(), "identity": self.identity}
+                    checkpoint.save_state(aside, state)
             if is_best:
                 checkpoint.point(self.run / "best", directory)
+            checkpoint.point(self.run / "last", directory)
             checkpoint.prune(self.run, self.args.keep)
+        self.saved_step = p.step
 
     def _resume(self) -> None:
         last = self.run / "last"
@@ -286,8 +300,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.backend.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.backend.world:
-            set_rng_state(state["rng"][self.backend.rank], self.backend.device)
+            checkpoint.set_rng_state(state["rng"][self.backend.rank], self.backend.device)
         self.progress = Progress(**state["progress"])
+        self.saved_step = self.progress.step
 
 
 @contextmanager
@@ -376,21 +391,3 @@ def evaluate(
     if n_bytes:
         measures["bits_per_byte"] = nats / math.log(2) / n_bytes
     return measures
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every random generator a step might use, in tensors and plain containers."""
-    version, words, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Undo `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
