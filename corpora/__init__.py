@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import nearest
+from corpora import bilingual, named, poems  # noqa: F401 - importing them fills CORPORA
+from corpora.files import read_files, read_loader
 from corpora.registry import CORPORA, BadRecord, Conversation, Corpus, Document
 
 __all__ = ["CORPORA", "BadRecord", "Conversation", "Corpus", "Document", "SourceArgs", "read", "read_conversations"]
@@ -39,11 +42,18 @@ class SourceArgs:
 def read(source: SourceArgs) -> Iterator[Document | BadRecord]:
     """Every document of `source`, in a fixed order, streaming; records that cannot be read come as BadRecord.
 
-    Raises ValueError for an unknown corpus and FileNotFoundError for files that are not there.
+    Raises at once, before any document is read: ValueError for an unknown corpus or a file of unknown format,
+    FileNotFoundError for a path that is not there. A package is fetched when its turn comes: FetchError, an OSError.
     """
-    raise NotImplementedError
+    streams = [corpus.documents(source.raw_dir) for corpus in source.corpora()]
+    streams += [read_files(path, source.text_key) for path in source.input]
+    if source.loader:
+        streams.append(read_loader(source.loader, source.text_key))
+    return itertools.chain.from_iterable(streams)
 
 
 def read_conversations(source: SourceArgs) -> Iterator[Conversation]:
-    """Every conversation of the named corpora that have any, in a fixed order."""
-    raise NotImplementedError
+    """Every conversation of the named corpora that have any, in a fixed order; ValueError for an unknown corpus."""
+    return itertools.chain.from_iterable(
+        corpus.conversations(source.raw_dir) for corpus in source.corpora() if corpus.conversations
+    )

@@ -1,0 +1,299 @@
+"""The user's own texts: files and folders in the usual formats, and a Python file with a generator.
+
+txt, json (an array, or one value a line), jsonl, csv, tsv and parquet; all but parquet also as .gz or .zst. Everything
+streams in bounded memory, and a record that cannot be read becomes a BadRecord with its place.
+
+- txt: where the first megabyte has blank lines between lines, blank lines separate documents; otherwise one a line.
+- csv: comma, quotes as in RFC 4180; tsv: tabs and no quoting. Both begin with a header row.
+- A file without suffix is read as JSON lines when it begins with `{`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from corpora.json_array import CHUNK, MAX_CHARS, Malformed, elements
+from corpora.registry import RAW_CHARS, BadRecord, Document
+
+FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
+PACKED = ("gz", "zst")
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
+
+
+class Record(NamedTuple):
+    """What a file holds at one place: a str (txt), a dict (csv, parquet), or any JSON value."""
+
+    where: str
+    value: Any
+
+
+def bad(where: str, reason: str, raw: str) -> BadRecord:
+    """A BadRecord whose raw text is short and can be written as UTF-8, whatever bytes it came from."""
+    return BadRecord(where, reason, raw[:RAW_CHARS].encode("utf8", "backslashreplace").decode())
+
+
+# --- which files ------------------------------------------------------------------------------------------------
+
+
+def format_of(path: Path) -> str | None:
+    """One of FORMATS, or None for a file that is none of ours."""
+    suffixes = [suffix[1:].lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] in PACKED
+    suffix = suffixes[-2 if packed else -1] if len(suffixes) > packed else ""
+    if suffix in FORMATS and not (packed and suffix == "parquet"):
+        return suffix
+    if not suffixes:
+        with path.open("rb") as file:
+            return "jsonl" if file.read(1) == b"{" else None
+    return None
+
+
+def find_files(path: Path) -> list[Path]:
+    """The readable files at `path`, a file or a folder searched in depth, in a fixed order; never an empty list."""
+    formats = ", ".join(FORMATS)
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in inside if p.is_file() and format_of(p))
+        if not files:
+            raise ValueError(f"the folder {path} has no file to read; expected {formats} (plain, .gz or .zst)")
+        return files
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if format_of(path) is None:
+        raise ValueError(f"cannot tell the format of {path} by its name; expected {formats} (plain, .gz or .zst)")
+    return [path]
+
+
+# --- records of one file ----------------------------------------------------------------------------------------
+
+
+def records(path: Path, columns: list[str] | None = None) -> Iterator[Record | BadRecord]:
+    """Every record of one file; `columns` limits what is read of a parquet file and must be there in a csv, too."""
+    place = str(path)
+    try:
+        for record in _READERS[format_of(path)](path, columns):
+            place = record.where
+            yield record
+    except _BROKEN as error:
+        yield bad(place, f"the file is broken after this place: {error}", "")
+
+
+def _open_text(path: Path, newline: str = "\n") -> TextIO:
+    """UTF-8 with or without a byte order mark; bytes that are not pass as surrogates, which `to_documents` refuses."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        stream = gzip.GzipFile(path, "rb")
+    elif suffix == ".zst":
+        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+    else:
+        stream = path.open("rb")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Lines with their ends; one longer than MAX_CHARS comes in pieces of that size."""
+    return iter(lambda: file.readline(MAX_CHARS), "")
+
+
+def _read_txt(path: Path, columns: list[str] | None) -> Iterator[Record]:
+    with _open_text(path) as file:
+        has_blocks = re.search(r"\n\s*\n", file.read(CHUNK).strip())
+    with _open_text(path) as file:
+        numbered = enumerate(_lines(file), 1)
+        if has_blocks:
+            yield from _blocks(path, numbered)
+        else:
+            yield from (Record(f"{path}:{n}", line.rstrip("\r\n")) for n, line in numbered if line.strip())
+
+
+def _blocks(path: Path, numbered: Iterable[tuple[int, str]]) -> Iterator[Record]:
+    """Lines up to a blank one are a document; so are MAX_CHARS of them, for a file that has no more blank lines."""
+    block, start, size = [], 1, 0
+    for number, line in itertools.chain(numbered, [(0, "")]):
+        if block and (not line.strip() or size + len(line) > MAX_CHARS):
+            yield Record(f"{path}:{start}", "".join(block).rstrip("\r\n"))
+            block, size = [], 0
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+            size += len(line)
+
+
+def _read_jsonl(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
+    with _open_text(path) as file:
+        yield from _json_lines(path, file)
+
+
+def _json_lines(path: Path, file: TextIO) -> Iterator[Record | BadRecord]:
+    lines = _lines(file)
+    for number in itertools.count(1):
+        line = next(lines, "")
+        where = f"{path}:{number}"
+        if not line:
+            return
+        if len(line) == MAX_CHARS and not line.endswith("\n"):
+            yield bad(where, f"a line longer than {MAX_CHARS} characters", line)
+            while line and not line.endswith("\n"):
+                line = next(lines, "")
+        elif line.strip():
+            try:
+                yield Record(where, json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield bad(where, f"not JSON: {error}", line)
+
+
+def _read_json(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
+    with _open_text(path) as file:
+        is_array = file.read(CHUNK).lstrip().startswith("[")
+    with _open_text(path) as file:
+        if not is_array:
+            yield from _json_lines(path, file)
+            return
+        for line, value in elements(file):
+            where = f"{path}:{line}"
+            yield bad(where, value.reason, value.raw) if isinstance(value, Malformed) else Record(where, value)
+
+
+def _read_csv(path: Path, columns: list[str] | None, **dialect: Any) -> Iterator[Record | BadRecord]:
+    csv.field_size_limit(MAX_CHARS)
+    with _open_text(path, newline="") as file:
+        rows = csv.reader(_lines(file), strict=True, **dialect)
+        header, where = None, f"{path}:1"
+        while True:
+            where = f"{path}:{rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                yield bad(where, f"not {format_of(path)}: {error}", "")
+                continue
+            if row is None:
+                return
+            if header is None:
+                header = row
+                if missing := [name for name in columns or () if name not in header]:
+                    yield bad(where, _no_column(missing[0], header), ",".join(header))
+                    return
+            elif len(row) == len(header):
+                yield Record(where, dict(zip(header, row)))
+            elif row:
+                yield bad(where, f"{len(row)} fields under a header of {len(header)}", ",".join(row))
+
+
+def _read_tsv(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
+    return _read_csv(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
+    # Row batches through a small buffer: a column of a row group may be gigabytes.
+    with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
+        names = file.schema_arrow.names
+        if missing := [name for name in columns or () if name not in names]:
+            yield bad(f"{path}:1", _no_column(missing[0], names), "")
+            return
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}:{number}", row)
+
+
+def _no_column(name: str, names: list[str]) -> str:
+    return f"no column {name!r}; the columns are {', '.join(map(repr, names))}"
+
+
+_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]] = {
+    "txt": _read_txt,
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+    "ndjson": _read_jsonl,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+}
+
+
+# --- from records to documents ----------------------------------------------------------------------------------
+
+
+def to_documents(
+    stream: Iterable[Record | BadRecord], text_of: Callable[[Any], str], source: str, held_out: bool | None = None
+) -> Iterator[Document | BadRecord]:
+    """`text_of` of each record's value as a Document; what it cannot read, or what is no Unicode, as a BadRecord."""
+    for record in stream:
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        try:
+            text = text_of(record.value)
+            if not isinstance(text, str):
+                raise TypeError(f"the text should be a string, found {type(text).__name__}")
+            text.encode("utf8")
+        except UnicodeEncodeError as error:
+            yield bad(record.where, f"not UTF-8: character {error.start} cannot be decoded", str(record.value))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            yield bad(record.where, reason, str(record.value))
+        else:
+            yield Document(text, source, held_out)
+
+
+def text_under(key: str) -> Callable[[Any], str]:
+    """Reads the text from a value that is a string, or a mapping with it under `key`."""
+
+    def text_of(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, dict):
+            raise TypeError(f"expected a text or an object with the key {key!r}, found {type(value).__name__}")
+        if key not in value:
+            raise ValueError(f"no key {key!r}; the keys are {', '.join(map(repr, value))}")
+        return value[key]
+
+    return text_of
+
+
+def read_files(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
+    """Every document of a file, or of the files in a folder; the source is the name of `path`.
+
+    Raises at once what `find_files` raises.
+    """
+    streams = (to_documents(records(file, [text_key]), text_under(text_key), path.name) for file in find_files(path))
+    return itertools.chain.from_iterable(streams)
+
+
+def read_loader(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
+    """Every document that the `data_loader()` of the Python file `path` yields, as a str or as a dict.
+
+    FileNotFoundError at once when there is no such file. It is a program, so its errors are not bad records: they
+    come as one ValueError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no loader {path}; expected a Python file with a data_loader() generator")
+    return to_documents(_loaded(path), text_under(text_key), path.name)
+
+
+def _loaded(path: Path) -> Iterator[Record]:
+    count = 0
+    try:
+        spec = importlib.util.spec_from_file_location("user_data_loader", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for value in module.data_loader():
+            count += 1
+            yield Record(f"{path}:{count}", value)
+    except Exception as error:
+        raise ValueError(f"the loader {path} failed after {count} records: {type(error).__name__}: {error}") from error

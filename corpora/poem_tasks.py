@@ -1,0 +1,180 @@
+"""What people ask a little poet, made from poems: one conversation a poem, the same one every time.
+
+The form asked for is always the form of the answer; the answer to a request for a poem is the verse alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+
+from corpora.registry import Conversation
+from corpora.verse import Poem
+
+MAX_TITLE = 12
+"""Longer titles are not asked for: they tell an occasion rather than name a theme."""
+
+SHORT_FORMS = {"五言绝句": "五绝", "七言绝句": "七绝", "五言律诗": "五律", "七言律诗": "七律"}
+# Titles that only point to another poem, and names that name nobody.
+_POINTING = {"又", "和", "再和", "次韵", "再次韵", "又次韵", "用韵", "前韵", "诗", "五言", "七言", "缺题", "失题"}
+_NAMELESS = {"无名氏", "佚名", "不详", "阙名", "失名"}
+
+PHRASINGS = {
+    "title": (
+        "以《{title}》为题写一首{form}",
+        "请以《{title}》为题，写一首{form}。",
+        "写一首题为《{title}》的{form}",
+        "帮我写一首{form}，题目是《{title}》",
+        "作{form}一首，题为《{title}》。",
+        "用“{title}”作题目，写首{form}吧",
+        "《{title}》，{form}",
+    ),
+    "theme": ("写一首关于{title}的{form}", "以{title}为题，写一首{form}", "用{form}写{title}"),
+    "title_author": (
+        "以《{title}》为题，仿{author}写一首{form}",
+        "仿{author}作一首{form}，题为《{title}》。",
+        "写一首{author}风格的{form}，题目是《{title}》",
+        "请学{author}的笔意，以《{title}》为题写一首{form}。",
+        "如果你是{author}，请以《{title}》为题写一首{form}。",
+    ),
+    "author": (
+        "写一首{author}风格的{form}",
+        "仿{author}写一首{form}",
+        "请模仿{author}，作{form}一首。",
+        "来一首{author}那样的{form}",
+        "像{author}那样写一首{form}",
+    ),
+    "form": ("写一首{form}", "请写一首{form}。", "作{form}一首", "来一首{form}吧", "我想读一首{form}"),
+    "next_line": (
+        "接下一句：{line}",
+        "下一句是什么：{line}",
+        "“{line}”的下一句是什么？",
+        "{line}的下一句",
+        "请接下句：{line}",
+    ),
+    "previous_line": ("上一句是什么：{line}", "“{line}”的上一句是什么？", "接上一句：{line}", "{line}的上一句"),
+    "go_on": ("再接一句", "接着呢？", "继续", "再下一句呢？", "然后呢？"),
+    "which_form": ("这是什么体裁？", "这首诗是什么体？", "这是绝句还是律诗？"),
+}
+
+_INTRODUCTION = (
+    "我是一个小诗人，会写五绝、七绝、五律和七律，也会接诗句。",
+    "我是小诗人，一个学过唐宋诗的小模型。给我一个题目，我就写一首诗。",
+)
+_ABILITIES = (
+    "我会写五言和七言的绝句、律诗。你可以说：以《江上》为题写一首五言绝句。",
+    "给我题目和体裁，我来写诗；给我一句诗，我来接下一句。",
+)
+CHAT = (
+    (
+        ("你好", "您好", "你好啊", "嗨", "早上好", "晚上好"),
+        ("你好！想读一首什么诗？", "你好！给我一个题目，我为你写诗。"),
+    ),
+    (("你是谁", "你是谁？", "你叫什么名字？", "介绍一下你自己", "请自我介绍", "你是什么"), _INTRODUCTION),
+    (("你会做什么", "你会做什么？", "你能做什么？", "你会什么", "怎么用你？", "有什么可以帮我的"), _ABILITIES),
+    (("谢谢", "谢谢你", "多谢", "写得真好", "好诗"), ("不客气，还想读一首吗？", "谢谢你的夸奖！")),
+    (("再见", "拜拜", "下次再聊", "晚安"), ("再见，愿你有诗为伴。", "再见！")),
+    (("hello", "hi", "Hello!", "Hi there"), ("Hello! Give me a title and I will write a poem.", "Hello!")),
+    (
+        ("who are you", "Who are you?", "what are you", "What can you do?", "what can you do"),
+        ("I am a little poet. I write short Chinese poems: give me a title.",),
+    ),
+    (("thanks", "Thank you!", "bye", "Goodbye"), ("You are welcome. Come back for another poem!",)),
+)
+
+
+def _pick(rng: random.Random, options: Sequence) -> object:
+    # Only random() is promised to give the same numbers in every version of Python.
+    return options[int(rng.random() * len(options))]
+
+
+def _ask(rng: random.Random, task: str, poem: Poem, line: str = "") -> str:
+    form = poem.form if rng.random() < 0.75 else SHORT_FORMS[poem.form]
+    if task == "title" and len(poem.title) <= 3 and rng.random() < 0.3:
+        task = "theme"
+    return _pick(rng, PHRASINGS[task]).format(title=poem.title, author=poem.author, form=form, line=line)
+
+
+def _turns(*contents: str) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * len(contents), contents)]
+
+
+def _stopped(poem: Poem, i: int) -> str:
+    return poem.lines[i] + "，。"[i % 2]
+
+
+def _quoted(rng: random.Random, poem: Poem, i: int) -> str:
+    """Line i as people type it: mostly without its stop."""
+    return poem.lines[i] if rng.random() < 0.7 else _stopped(poem, i)
+
+
+def _write(task: str) -> Callable[[random.Random, Poem], list[dict]]:
+    return lambda rng, poem: _turns(_ask(rng, task, poem), poem.text)
+
+
+def _next_line(rng: random.Random, poem: Poem) -> list[dict]:
+    i = int(rng.random() * (len(poem.lines) - 1))
+    return _turns(_ask(rng, "next_line", poem, _quoted(rng, poem, i)), _stopped(poem, i + 1))
+
+
+def _previous_line(rng: random.Random, poem: Poem) -> list[dict]:
+    i = 1 + int(rng.random() * (len(poem.lines) - 1))
+    return _turns(_ask(rng, "previous_line", poem, _quoted(rng, poem, i)), _stopped(poem, i - 1))
+
+
+def _two_lines(rng: random.Random, poem: Poem) -> list[dict]:
+    i = int(rng.random() * (len(poem.lines) - 2))
+    first = _ask(rng, "next_line", poem, _quoted(rng, poem, i))
+    return _turns(first, _stopped(poem, i + 1), _ask(rng, "go_on", poem), _stopped(poem, i + 2))
+
+
+def _which_form(rng: random.Random, poem: Poem) -> list[dict]:
+    return _turns(_ask(rng, "title", poem), poem.text, _ask(rng, "which_form", poem), f"这是一首{poem.form}。")
+
+
+def _greeted(rng: random.Random, poem: Poem) -> list[dict]:
+    greetings, replies = CHAT[0]
+    return _turns(_pick(rng, greetings), _pick(rng, replies), _ask(rng, "title", poem), poem.text)
+
+
+def _chat(rng: random.Random, poem: Poem) -> list[dict]:
+    questions, answers = _pick(rng, CHAT)
+    return _turns(_pick(rng, questions), _pick(rng, answers))
+
+
+# task -> (weight, what the poem must have, how it is made)
+TASKS: dict[str, tuple[float, str, Callable[[random.Random, Poem], list[dict]]]] = {
+    "title": (46, "title", _write("title")),
+    "title_author": (20, "title author", _write("title_author")),
+    "author": (9, "author", _write("author")),
+    "form": (3, "", _write("form")),
+    "next_line": (12, "", _next_line),
+    "previous_line": (3, "", _previous_line),
+    "two_lines": (3, "", _two_lines),
+    "which_form": (1.5, "title", _which_form),
+    "greeted": (1.5, "title", _greeted),
+    "chat": (1, "training", _chat),
+}
+
+
+def conversation(poem: Poem) -> Conversation:
+    """The one conversation of a poem: a function of the poem alone.
+
+    A held-out poem gives a held-out conversation, so its title and author stand in no other one; plain talk, which
+    is the same everywhere, is never held out.
+    """
+    has = {
+        "title": len(poem.title) <= MAX_TITLE and poem.title not in _POINTING,
+        "author": poem.author not in _NAMELESS,
+        "training": not poem.held_out,
+    }
+    possible = [name for name, (_, needs, _) in TASKS.items() if all(has[need] for need in needs.split())]
+    seed = hashlib.sha256(f"{poem.title}\n{poem.author}\n{poem.text}".encode()).digest()
+    rng = random.Random(int.from_bytes(seed[:8], "big"))
+    point = rng.random() * sum(TASKS[name][0] for name in possible)
+    for name in possible:
+        point -= TASKS[name][0]
+        if point < 0:
+            break
+    return Conversation(TASKS[name][2](rng, poem), poem.held_out, name)

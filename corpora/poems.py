@@ -1,0 +1,130 @@
+"""The default corpus: short poems of Tang and Song, in simplified script, from the npm package chinese-poetry.
+
+Only the four strict forms (`forms`) are kept: four or eight lines of five or seven characters each. The poems are
+converted once, to `raw_dir/poems.jsonl`; every later stage starts from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import opencc
+
+from corpora.packages import FetchError, npm_tarball
+from corpora.poem_tasks import conversation
+from corpora.registry import Conversation, Document, register, stable_share
+from corpora.verse import Poem, clean_title, form_of, forms, is_name, split_lines, verse
+
+__all__ = ["Poem", "convert", "document", "form_of", "forms", "load_poems", "split_lines", "verse"]
+
+
+LICENCE = "MIT (the collection); the poems are in the public domain"
+# Where the poems lie in the package. The two anthologies come first: of a poem that is known in several wordings,
+# the first one met is kept, and theirs is the familiar one.
+_SOURCES = (
+    re.compile(r"package/dist/mengxue/tangshisanbaishou\.json"),
+    re.compile(r"package/dist/mengxue/qianjiashi\.json"),
+    re.compile(r"package/dist/quantangshi/poet\.tang\.\d+\.json"),
+    re.compile(r"package/dist/quantangshi/poet\.song\.\d+\.json"),
+)
+
+
+# --- from the tarball to poems.jsonl ----------------------------------------------------------------------------
+
+
+def _entries(content: list | dict) -> Iterator[tuple[str, str, str]]:
+    """(title, author, text) of each poem of one file; the anthologies are nested by form."""
+    if isinstance(content, dict):
+        for part in content["content"]:
+            for poem in part["content"]:
+                title, author = poem.get("subchapter") or poem["chapter"], re.sub("（.*?）", "", poem["author"])
+                series = poem["paragraphs"] if isinstance(poem["paragraphs"][0], dict) else [poem]
+                yield from ((title, author, "".join(one["paragraphs"])) for one in series)
+    else:
+        for poem in content:
+            yield poem["title"], poem["author"], "".join(poem["paragraphs"])
+
+
+def _read_tarball(path: Path) -> list[tuple[str, str, str]]:
+    """(title, author, text) of every poem with one of the forms, in traditional script, the anthologies first."""
+    found: list[list] = [[] for _ in _SOURCES]
+    with tarfile.open(path, "r|gz") as tar:
+        for member in tar:
+            for source, entries in zip(_SOURCES, found):
+                if source.fullmatch(member.name):
+                    content = json.load(tar.extractfile(member))
+                    entries += (entry for entry in _entries(content) if form_of(entry[2]))
+    if not all(found):
+        raise ValueError(f"{path} lacks some of the poems; delete it and it is fetched again")
+    return [entry for entries in found for entry in entries]
+
+
+def convert(tarball: Path) -> list[Poem]:
+    """The distinct poems of the package, in simplified script, shuffled once and for all by their hash.
+
+    A poem is dropped as a copy when at least half of its lines have been met before, so a variant of a poem in the
+    training set is not held out.
+    """
+    rows = ["\t".join((*entry[:2], *split_lines(entry[2]))).replace("\n", " ") for entry in _read_tarball(tarball)]
+    simplified = opencc.OpenCC("t2s").convert("\n".join(rows)).split("\n")
+    poems, seen = [], set()
+    for row in simplified:
+        title, author, *lines = row.split("\t")
+        title, form = clean_title(title), form_of(verse(lines))
+        is_copy = 2 * sum(line in seen for line in lines) >= len(lines)
+        if title and form and is_name(author) and not is_copy:
+            seen.update(lines)
+            poems.append(Poem(title, author, form, tuple(lines)))
+    return sorted(poems, key=lambda poem: stable_share(poem.text))
+
+
+def load_poems(raw_dir: Path) -> Iterator[Poem]:
+    """Every poem, from `raw_dir/poems.jsonl`, which is made at the first call."""
+    path = raw_dir / "poems.jsonl"
+    if not path.exists():
+        try:
+            tarball = npm_tarball("chinese-poetry", "2.0.1", raw_dir, LICENCE)
+        except FetchError as error:
+            raise FetchError(
+                f"{error} Without it, corpora that need only pip are sanguo, laws, definitions, wiki_en and dialogues: "
+                "--source.corpus sanguo laws definitions"
+            ) from error
+        poems = convert(tarball)
+        aside = path.with_suffix(f".{os.getpid()}")
+        with aside.open("w", encoding="utf8") as file:
+            file.writelines(json.dumps(poem._asdict(), ensure_ascii=False) + "\n" for poem in poems)
+        aside.replace(path)
+        print(f"{len(poems)} poems converted to {path}", file=sys.stderr)
+    with path.open(encoding="utf8") as file:
+        for line in file:
+            poem = json.loads(line)
+            yield Poem(poem["title"], poem["author"], poem["form"], tuple(poem["lines"]))
+
+
+# --- the corpus -------------------------------------------------------------------------------------------------
+
+
+def document(poem: Poem) -> Document:
+    """`五言绝句《江上》李白` and the verse below it."""
+    return Document(f"{poem.form}《{poem.title}》{poem.author}\n{poem.text}", "poems", poem.held_out)
+
+
+def _conversations(raw_dir: Path) -> Iterator[Conversation]:
+    return map(conversation, load_poems(raw_dir))
+
+
+@register(
+    "poems",
+    description="short poems of Tang and Song in the four strict forms, simplified script (npm: chinese-poetry)",
+    licence=LICENCE,
+    conversations=_conversations,
+)
+def poems(raw_dir: Path) -> Iterator[Document]:
+    """Every poem with its form, title and author; held out by title and author."""
+    return map(document, load_poems(raw_dir))
