@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # the target of a token that is not trained on; never a real id
+BLOCK_SIZE = 2**23  # logits that exist at a time: 32 MiB of float32
 
 
 def linear_cross_entropy(
@@ -18,13 +19,15 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     loss_weights: torch.Tensor | None = None,
-    block_rows: int = 1024,
+    block_rows: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets.
 
     hidden (N, d) in the compute dtype, weight (V, d), targets (N,) int64 with -100 where ignored, loss_weights (N,)
-    float32 or None. Returns a float32 scalar, differentiable in hidden and weight, and an int64 scalar.
+    float32 or None. block_rows: rows of logits that exist at a time; 0: as many as make BLOCK_SIZE of them. Returns a
+    float32 scalar, differentiable in hidden and weight, and an int64 scalar.
     """
+    block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     wanted = targets != IGNORE
     scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -44,11 +47,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             lse = logits.logsumexp(dim=-1)
             total = total + ((lse - logits.gather(1, t[:, None])[:, 0]) * s).sum()
             if need_grad:  # d loss / d logits = s * (softmax - onehot)
-                d = (logits - lse[:, None]).exp() * s[:, None]
-                d = d.scatter_add(1, t[:, None], -s[:, None].to(wide)).to(h.dtype)
+                d = logits.sub_(lse[:, None]).exp_().mul_(s[:, None])  # in the place of the logits
+                d = d.scatter_add_(1, t[:, None], -s[:, None].to(wide)).to(h.dtype)
                 grad_hidden.append(d @ w)  # (n, d)
                 block = (d.t() @ h).to(weight.dtype)  # (V, d)
-                grad_weight = block if grad_weight is None else grad_weight + block
+                grad_weight = block if grad_weight is None else grad_weight.add_(block)
         if need_grad:
             ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         return total
