@@ -76,6 +76,10 @@ class ModelArgs:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, found {value}")
         if self.n_kv_heads is None:
             fill("n_kv_heads", self.n_heads)
         if self.head_dim is None:
@@ -92,9 +96,6 @@ class ModelArgs:
             width = int(2 * 4 * self.dim / 3)
             width = int((self.ffn_dim_multiplier or 1) * width)
             fill("hidden_dim", self.multiple_of * -(-width // self.multiple_of))
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         rope.frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # refuses an unknown type by name
 
     def replace(self, **changes: Any) -> ModelArgs:
@@ -114,7 +115,7 @@ class ModelArgs:
         for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
             if config.get(key):
                 raise ValueError(f"config.json sets {key}, which this module does not have")
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         return cls(
             dim=config["hidden_size"],

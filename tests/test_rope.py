@@ -1,0 +1,121 @@
+"""Rotary encoding against complex numbers, transformers, and Meta's pairing of neighbours."""
+
+import cmath
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rope
+
+transformers = pytest.importorskip("transformers")
+
+
+def rotated(x: torch.Tensor, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
+    """x (T, D) turned by `positions` (T,) through the module's own functions."""
+    cos, sin = rope.cos_sin(positions, *rope.frequencies(x.shape[-1], theta, None))
+    return rope.rotate(x[None, :, None], cos[None, :, None], sin[None, :, None])[0, :, 0]
+
+
+@given(st.integers(1, 40), st.sampled_from([100.0, 10000.0, 5e5]))
+def test_frequencies_are_powers_of_theta(half, theta):
+    frequencies, factor = rope.frequencies(2 * half, theta, None)
+    assert factor == 1.0
+    assert frequencies == pytest.approx([math.exp(-math.log(theta) * i / half) for i in range(half)], rel=1e-13)
+
+
+def test_angles_at_far_positions():
+    positions = torch.tensor([0, 1, 17, 4095, 131071])
+    frequencies, factor = rope.frequencies(64, 10000.0, None)
+    cos, sin = rope.cos_sin(positions, frequencies, factor)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == (5, 32)
+    for i, position in enumerate(positions.tolist()):
+        for j, frequency in enumerate(frequencies):
+            angle = position * frequency
+            # float32 rounds the frequency and the product: two half-units in the last place of the angle
+            assert abs(complex(cos[i, j], sin[i, j]) - cmath.exp(1j * angle)) < angle * 2**-23 + 2e-7
+
+
+def test_rotation_is_multiplication_of_complex_numbers():
+    x, positions = torch.randn(7, 10), torch.tensor([0, 3, 1, 100, 5, 5, 2])
+    y = rotated(x, positions)
+    for t, position in enumerate(positions.tolist()):
+        for i in range(5):
+            z = complex(x[t, i], x[t, i + 5]) * cmath.exp(1j * position * 10000 ** (-2 * i / 10))
+            assert abs(complex(y[t, i], y[t, i + 5]) - z) < 1e-5  # angles up to 100 in float32
+
+
+def test_scores_depend_on_distances_only():
+    q, k = torch.randn(2, 1, 16).double()
+    at = lambda x, position: rotated(x, torch.tensor([position]))  # noqa: E731
+    near = (at(q, 9) * at(k, 2)).sum()
+    assert (at(q, 59) * at(k, 52)).sum().item() == pytest.approx(near.item(), abs=1e-5)
+    assert (at(q, 10) * at(k, 2)).sum().item() != pytest.approx(near.item(), abs=1e-3)
+
+
+def test_equals_transformers():
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    config = transformers.LlamaConfig(hidden_size=48, num_attention_heads=4, head_dim=12)
+    q, k = torch.randn(2, 3, 9, 4, 12).unbind()  # (B, T, H, D)
+    positions = torch.arange(9)[None] + torch.tensor([[0], [3], [50]])
+    theirs = LlamaRotaryEmbedding(config)(q, positions)  # cos, sin (B, T, D)
+    expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *theirs)
+    ours = [part[:, :, None] for part in rope.cos_sin(positions, *rope.frequencies(12, 10000.0, None))]
+    for x, y in zip((q, k), expected):
+        # angles up to 59, whose frequencies transformers rounds twice
+        torch.testing.assert_close(rope.rotate(x, *ours).transpose(1, 2), y, atol=2e-5, rtol=0)
+
+
+def test_metas_pairs_are_ours_after_permuting_rows():
+    H, D, dim, T = 3, 8, 24, 5
+    meta, x = torch.randn(H * D, dim, dtype=torch.float64), torch.randn(T, dim, dtype=torch.float64)
+    ours = meta.view(H, D // 2, 2, dim).transpose(1, 2).reshape(H * D, dim)
+    pairs = (x @ meta.T).view(T, H, D // 2, 2)
+    angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2).double() / D)  # (T, D/2)
+    turned = torch.view_as_complex(pairs) * torch.polar(torch.ones(()).double(), angles)[:, None]
+    expected = torch.cat((turned.real, turned.imag), dim=-1)  # Meta's pairs, laid out as halves
+    for h in range(H):
+        y = rotated((x @ ours.T).view(T, H, D)[:, h], torch.arange(T))
+        torch.testing.assert_close(y, expected[:, h], atol=1e-5, rtol=0)  # float32 angles
+
+
+def test_half_precision_is_turned_in_float32():
+    x = torch.randn(50, 16).bfloat16()
+    y = rotated(x, torch.arange(50))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rotated(x.float(), torch.arange(50)).bfloat16())
+
+
+def test_fractional_positions_and_attention_factor():
+    cos, sin = rope.cos_sin(torch.tensor([[0.5, 1.25]]), [1.0, 0.1], 1.5)
+    assert cos.shape == (1, 2, 2)
+    expected = [[1.5 * math.cos(p * f) for f in (1.0, 0.1)] for p in (0.5, 1.25)]
+    torch.testing.assert_close(cos[0], torch.tensor(expected), atol=1e-6, rtol=0)
+    torch.testing.assert_close((cos**2 + sin**2), torch.full((1, 2, 2), 2.25), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default"}])
+def test_plain_encoding_by_any_name(scaling):
+    assert rope.rope_type(scaling) == "default"
+    assert rope.frequencies(8, 10000.0, scaling) == rope.frequencies(8, 10000.0, None)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_unknown_scaling_is_refused_by_name(key):
+    with pytest.raises(ValueError, match=r"'spiral'; known types are .*default"):
+        rope.frequencies(8, 10000.0, {key: "spiral", "factor": 2.0})
+
+
+def test_a_registered_scaling_is_found(monkeypatch):
+    monkeypatch.setattr(rope, "SCALINGS", dict(rope.SCALINGS))
+
+    @rope.register("halved")
+    def halved(head_dim, theta, scaling):
+        frequencies, factor = rope.plain(head_dim, theta, scaling)
+        return [f / scaling["factor"] for f in frequencies], factor
+
+    assert rope.frequencies(4, 100.0, {"rope_type": "halved", "factor": 2.0}) == ([0.5, 0.05], 1.0)
