@@ -77,9 +77,9 @@ class _Window:
                 if cut and length > MAX_CHARS:
                     return self.skip(f"longer than {MAX_CHARS} characters", pos)
                 return self.skip(f"not JSON: {message}", pos)
-            # A number that touches the edge may go on behind it.
+            # `1` before the edge may be the beginning of `12`, and `1e+` that of `1e+5`.
             size = end - self.at
-            if end < len(self.text) or not self.grow():
+            if end + 3 <= len(self.text) or not self.grow():
                 self.consume(self.at + size)
                 return value
 

