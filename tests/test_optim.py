@@ -59,8 +59,9 @@ def test_muon_equals_torchs_step_by_step(weight_decay, exact, monkeypatch):
             set_random_grads(params, step)
             optimizer.step()
         for p, q, old in zip(ours, theirs, before):
-            # both iterate in bfloat16, with products in another order, which the smallest singular values feel
-            assert (p - q).norm() < (1e-5 if exact else 0.06) * (p - old).norm()
+            # both iterate in bfloat16, products in another order; the quintic turns the rounding of a singular value
+            # near 1 into some percent
+            assert (p - q).norm() < (1e-5 if exact else 0.15) * (p - old).norm()
         with torch.no_grad():  # so that differences do not add up
             for p, q in zip(ours, theirs):
                 q.copy_(p)
