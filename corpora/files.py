@@ -31,6 +31,7 @@ from corpora.registry import RAW_CHARS, BadRecord, Document
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
 PACKED = ("gz", "zst")
+_EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
 
@@ -64,17 +65,15 @@ def format_of(path: Path) -> str | None:
 
 def find_files(path: Path) -> list[Path]:
     """The readable files at `path`, a file or a folder searched in depth, in a fixed order; never an empty list."""
-    formats = ", ".join(FORMATS)
     if path.is_dir():
         inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
         files = sorted(p for p in inside if p.is_file() and format_of(p))
         if not files:
-            raise ValueError(f"the folder {path} has no file to read; expected {formats} (plain, .gz or .zst)")
+            raise ValueError(f"the folder {path} has no file to read; expected {_EXPECTED}")
         return files
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    if format_of(path) is None:
-        raise ValueError(f"cannot tell the format of {path} by its name; expected {formats} (plain, .gz or .zst)")
+    _reader(path)
     return [path]
 
 
@@ -82,14 +81,24 @@ def find_files(path: Path) -> list[Path]:
 
 
 def records(path: Path, columns: list[str] | None = None) -> Iterator[Record | BadRecord]:
-    """Every record of one file; `columns` limits what is read of a parquet file and must be there in a csv, too."""
+    """Every record of one file; `columns` limits what is read of a parquet file and must be there in a csv, too.
+
+    Raises ValueError for a file of unknown format.
+    """
     place = str(path)
+    read = _reader(path)
     try:
-        for record in _READERS[format_of(path)](path, columns):
+        for record in read(path, columns):
             place = record.where
             yield record
     except _BROKEN as error:
         yield bad(place, f"the file is broken after this place: {error}", "")
+
+
+def _reader(path: Path) -> Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]:
+    if format_of(path) is None:
+        raise ValueError(f"cannot tell the format of {path} by its name; expected {_EXPECTED}")
+    return _READERS[format_of(path)]
 
 
 def _open_text(path: Path, newline: str = "\n") -> TextIO:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from corpora.registry import Conversation
 from corpora.verse import Poem
+
+T = TypeVar("T")
 
 MAX_TITLE = 12
 """Longer titles are not asked for: they tell an occasion rather than name a theme."""
@@ -84,7 +87,7 @@ CHAT = (
 )
 
 
-def _pick(rng: random.Random, options: Sequence) -> object:
+def _pick(rng: random.Random, options: Sequence[T]) -> T:
     # Only random() is promised to give the same numbers in every version of Python.
     return options[int(rng.random() * len(options))]
 

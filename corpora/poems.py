@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,14 +55,17 @@ def _entries(content: list | dict) -> Iterator[tuple[str, str, str]]:
 def _read_tarball(path: Path) -> list[tuple[str, str, str]]:
     """(title, author, text) of every poem with one of the forms, in traditional script, the anthologies first."""
     found: list[list] = [[] for _ in _SOURCES]
-    with tarfile.open(path, "r|gz") as tar:
-        for member in tar:
-            for source, entries in zip(_SOURCES, found):
-                if source.fullmatch(member.name):
-                    content = json.load(tar.extractfile(member))
-                    entries += (entry for entry in _entries(content) if form_of(entry[2]))
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                for source, entries in zip(_SOURCES, found):
+                    if source.fullmatch(member.name):
+                        content = json.load(tar.extractfile(member))
+                        entries += (entry for entry in _entries(content) if form_of(entry[2]))
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is broken ({error}); delete it, and it is fetched again") from error
     if not all(found):
-        raise ValueError(f"{path} lacks some of the poems; delete it and it is fetched again")
+        raise ValueError(f"{path} lacks some of the poems; delete it, and it is fetched again")
     return [entry for entries in found for entry in entries]
 
 
@@ -71,10 +75,14 @@ def convert(tarball: Path) -> list[Poem]:
     A poem is dropped as a copy when at least half of its lines have been met before, so a variant of a poem in the
     training set is not held out.
     """
-    rows = ["\t".join((*entry[:2], *split_lines(entry[2]))).replace("\n", " ") for entry in _read_tarball(tarball)]
-    simplified = opencc.OpenCC("t2s").convert("\n".join(rows)).split("\n")
+    # All in one text: a call for each poem would take longer than the conversion.
+    rows = (
+        "\t".join([*(re.sub(r"\s", " ", name) for name in (title, author)), *split_lines(text)])
+        for title, author, text in _read_tarball(tarball)
+    )
+    simplified = opencc.OpenCC("t2s").convert("\n".join(rows))
     poems, seen = [], set()
-    for row in simplified:
+    for row in simplified.split("\n"):
         title, author, *lines = row.split("\t")
         title, form = clean_title(title), form_of(verse(lines))
         is_copy = 2 * sum(line in seen for line in lines) >= len(lines)
@@ -88,23 +96,32 @@ def load_poems(raw_dir: Path) -> Iterator[Poem]:
     """Every poem, from `raw_dir/poems.jsonl`, which is made at the first call."""
     path = raw_dir / "poems.jsonl"
     if not path.exists():
-        try:
-            tarball = npm_tarball("chinese-poetry", "2.0.1", raw_dir, LICENCE)
-        except FetchError as error:
-            raise FetchError(
-                f"{error} Without it, corpora that need only pip are sanguo, laws, definitions, wiki_en and dialogues: "
-                "--source.corpus sanguo laws definitions"
-            ) from error
-        poems = convert(tarball)
-        aside = path.with_suffix(f".{os.getpid()}")
-        with aside.open("w", encoding="utf8") as file:
-            file.writelines(json.dumps(poem._asdict(), ensure_ascii=False) + "\n" for poem in poems)
-        aside.replace(path)
-        print(f"{len(poems)} poems converted to {path}", file=sys.stderr)
+        _write_poems(path, convert(_fetch(raw_dir)))
     with path.open(encoding="utf8") as file:
         for line in file:
             poem = json.loads(line)
             yield Poem(poem["title"], poem["author"], poem["form"], tuple(poem["lines"]))
+
+
+def _fetch(raw_dir: Path) -> Path:
+    try:
+        return npm_tarball("chinese-poetry", "2.0.1", raw_dir, LICENCE)
+    except FetchError as error:
+        raise FetchError(
+            f"{error} Without it, corpora that need only pip are sanguo, laws, definitions, wiki_en and dialogues: "
+            "--source.corpus sanguo laws definitions"
+        ) from error
+
+
+def _write_poems(path: Path, poems: list[Poem]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf8") as file:
+            file.writelines(json.dumps(poem._asdict(), ensure_ascii=False) + "\n" for poem in poems)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"{len(poems)} poems converted to {path}", file=sys.stderr)
 
 
 # --- the corpus -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import files
-from corpora.files import find_files, read_files, read_loader
+from corpora.files import find_files, read_files, read_loader, records
 from corpora.registry import RAW_CHARS, BadRecord, Document
 
 TEXTS = ["床前明月光，疑是地上霜。", 'She said "hi", twice', "a\tb", "第一行\n第二行", "😀 emoji", "", " spaces "]
@@ -214,6 +214,8 @@ def test_paths_that_cannot_be_read_are_refused_at_once(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(ValueError, match="cannot tell the format of"):
         read_files(tmp_path / "a.docx", "text")
+    with pytest.raises(ValueError, match="cannot tell the format of"):
+        next(records(tmp_path / "a.docx"))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet.gz")
     with pytest.raises(ValueError, match="cannot tell the format of"):
         read_files(tmp_path / "a.parquet.gz", "text")

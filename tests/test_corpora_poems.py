@@ -171,7 +171,24 @@ def test_a_broken_package_leaves_no_poems(tmp_path):
     put_tarball(tmp_path, {name: content for name, content in contents().items() if name != TANG})
     with pytest.raises(ValueError, match=r"chinese-poetry-2\.0\.1\.tgz lacks some of the poems; delete it"):
         list(load_poems(tmp_path))
-    assert not (tmp_path / "poems.jsonl").exists()
+    tarball = tmp_path / "npm" / "chinese-poetry-2.0.1.tgz"
+    for data in (tarball.read_bytes()[:-300], b"not a tarball"):
+        tarball.write_bytes(data)
+        with pytest.raises(ValueError, match=r"tgz is broken .*; delete it"):
+            list(load_poems(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["npm"]
+
+
+def test_a_full_disk_leaves_no_poems(tmp_path, monkeypatch):
+    put_tarball(tmp_path, contents())
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(poems.json, "dumps", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(load_poems(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["npm"]
 
 
 def test_without_the_registry_the_sentence_names_what_needs_only_pip(tmp_path, monkeypatch):
