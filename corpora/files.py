@@ -181,7 +181,7 @@ def _read_csv(path: Path, columns: list[str] | None, **dialect: Any) -> Iterator
     csv.field_size_limit(MAX_CHARS)
     with _open_text(path, newline="") as file:
         rows = csv.reader(_lines(file), strict=True, **dialect)
-        header, where = None, f"{path}:1"
+        header = None
         while True:
             where = f"{path}:{rows.line_num + 1}"
             try:
