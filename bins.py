@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -60,8 +60,8 @@ class BinWriter:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         if self.documents:
             self._unname()
-        self._bin = _open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
-        self._idx = _open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
+        self._bin = open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
+        self._idx = open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
         if not self.documents:
             self._idx.write(bytes(8))  # the first document begins at token 0
 
@@ -149,8 +149,11 @@ class BinWriter:
         return self.prefix.with_name(self.prefix.name + suffix + ".part")
 
 
-def _open_at(path: Path, size: int) -> Any:
-    """A file to append to at `size` bytes, what lay beyond them cut off."""
+def open_at(path: Path, size: int) -> BinaryIO:
+    """A file to go on writing at `size` bytes; what an interrupted run wrote beyond is cut off.
+
+    Raises ValueError when there are fewer.
+    """
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         raise ValueError(f"cannot go on with {path}: {size} bytes were written, {found} are left")

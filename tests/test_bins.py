@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bins import BinWriter, TokenBin
+from bins import BinWriter, TokenBin, open_at
 
 SHA = "a" * 64
 EOS = 2
@@ -237,3 +237,13 @@ def test_readers_map_and_pickle_by_path(tmp_path):
     assert len(pickled) < 500
     again = pickle.loads(pickled)
     assert np.array_equal(again.tokens, bin.tokens) and again.meta == bin.meta
+
+
+def test_a_file_is_gone_on_with_where_it_stood(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"kept, and what a killed run wrote later")
+    with open_at(path, 4) as file:
+        assert file.tell() == 4
+        file.write(b"!")
+        assert file.tell() == 5
+    assert path.read_bytes() == b"kept!"
