@@ -143,11 +143,11 @@ def test_draw_at_both_ends_of_the_unit_interval(monkeypatch):
         assert draw(logits, [torch.Generator()]) == [expected]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", -0.1), ("temperature", 0.001), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
-    + [("top_p", 1.1), ("min_p", -0.5), ("repetition_penalty", 0.0), ("max_new_tokens", 0), ("seed", -1)],
-)
+SENSELESS = [("temperature", -0.1), ("temperature", 0.001), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
+SENSELESS += [("top_p", 1.1), ("min_p", -0.5), ("repetition_penalty", 0.0), ("max_new_tokens", 0), ("seed", -1)]
+
+
+@pytest.mark.parametrize(("field", "value"), SENSELESS)
 def test_params_that_make_no_sense_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} should be .*found {value}"):
         SamplingParams(**{field: value})
@@ -345,6 +345,15 @@ def test_text_pieces_are_whole_characters(text, cut):
     assert "".join(text_pieces(ByteTokenizer(), torn)) == torn.decode("utf8", errors="replace")
 
 
+def test_batches_give_what_one_batch_gives(capsys, monkeypatch):
+    model, prompts = small_model(), random_prompts([5, 2, 9, 4, 1])
+    together = generate(model, prompts, SAMPLED, [3])
+    monkeypatch.setattr(g, "PLAIN_LINE_SECONDS", 0)
+    assert list(g.generate_in_batches(model, prompts, SAMPLED, [3], batch_size=2)) == together
+    assert "4 of 5 answers" in capsys.readouterr().err
+    assert list(g.generate_in_batches(model, [], SAMPLED)) == []
+
+
 def test_text_pieces_come_as_soon_as_they_are_complete():
     fed = []
     pieces = text_pieces(ByteTokenizer(), (fed.append(i) or i for i in "a诗b".encode()))
@@ -359,12 +368,11 @@ class Template:
     """A chat format over bytes and four markers, the shape of the real one."""
 
     stop_ids = (259,)
-    roles = {"system": 256, "user": 257, "assistant": 258}
 
     def encode(self, messages, add_generation_prompt=False):
-        ids = []
+        ids, role = [], {"system": 256, "user": 257, "assistant": 258}
         for message in messages:
-            ids += [self.roles[message["role"]], *message["content"].encode(), 259]
+            ids += [role[message["role"]], *message["content"].encode(), 259]
         return ids + [258] * add_generation_prompt, None
 
 

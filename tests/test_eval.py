@@ -1,0 +1,276 @@
+"""The script, called in-process on a small model on disk: every answer is compared with `generate` itself."""
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_chat import save_chat_model
+
+import config
+import eval as script
+from bins import BinWriter
+from checkpoint import load_model, save_model
+from eval import Args, find_model, main
+from generate import SamplingParams, generate
+from model import ModelArgs, Transformer
+from tokenizer import load_template, load_tokenizer
+
+SHORT = SamplingParams(temperature=0.8, max_new_tokens=20, seed=3)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("run") / "step_00000007")
+
+
+@pytest.fixture
+def args(directory) -> Args:
+    return Args(model=directory, sampling=SHORT, device="cpu")
+
+
+def expected_answer(directory: Path, messages: list[dict], params: SamplingParams = SHORT) -> str:
+    tokenizer = load_tokenizer(directory)
+    template = load_template(tokenizer)
+    prompt, _ = template.encode(messages, add_generation_prompt=True)
+    return tokenizer.decode(generate(load_model(directory), [prompt], params, template.stop_ids)[0])
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+# ---- which model
+
+
+def test_finds_a_model_a_run_and_the_newest(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no model at out/tiny/sft/best and none below out/; run `bash run.sh`"
+    ):
+        find_model(Args.model)
+    for step in ("pretrain/step_00000001", "sft/step_00000002", "sft/.step_00000003.writing"):
+        shutil.copytree(directory, Path("out/tiny") / step)
+    assert find_model(Args.model) == Path("out/tiny/sft/step_00000002")
+    assert "using the newest, out/tiny/sft/step_00000002" in capsys.readouterr().err
+    Path("out/tiny/sft/last").symlink_to("step_00000002")
+    assert find_model(Args.model) == find_model(Path("out/tiny/sft")) == Path("out/tiny/sft/last")
+    Path("out/tiny/sft/best").symlink_to("step_00000002")
+    assert find_model(Args.model) == find_model(Path("out/tiny/sft")) == Args.model
+    assert capsys.readouterr().err == ""
+    with pytest.raises(FileNotFoundError, match=r"out/mine does not exist; run `bash run.sh` to train one, or give"):
+        find_model(Path("out/mine"))
+    with pytest.raises(FileNotFoundError, match=r"out is no model directory \(it has no config.json\)"):
+        find_model(Path("out"))
+
+
+def test_a_directory_without_a_tokenizer_is_one_sentence(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*model"):
+        main(Args(model=tmp_path / "model", prompt="x"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(directory, tmp_path):
+    smaller = Transformer(ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=300))
+    save_model(tmp_path / "model", smaller, load_tokenizer(directory))
+    with pytest.raises(ValueError, match=r"has 330 ids, the model 300: they do not belong together"):
+        main(Args(model=tmp_path / "model", prompt="x", device="cpu"))
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("system", ["", "写诗"])
+def test_one_answer(args, directory, capsys, system):
+    answer = main(dataclasses.replace(args, prompt="江上", system=system))["answer"]
+    messages = [{"role": "system", "content": system}] * bool(system) + [user("江上")]
+    assert answer == expected_answer(directory, messages) != ""
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_raw_continues_the_text_after_the_id_that_begins_a_document(args, directory):
+    answer = main(dataclasses.replace(args, prompt="江上", raw=True))["answer"]
+    tokenizer = load_tokenizer(directory)
+    prompt = [tokenizer.eos_id, *tokenizer.encode("江上")]
+    ids = generate(load_model(directory), [prompt], SHORT, [tokenizer.eos_id])[0]
+    assert answer == tokenizer.decode(ids)
+
+
+def test_a_model_with_a_foreign_vocabulary_continues_text(shared, capsys):
+    model = shared / "models" / "stories260K_hf"
+    expected = json.loads((shared / "models" / "stories260K_expected.json").read_text())["greedy"][1]
+    params = SamplingParams(temperature=0, max_new_tokens=200)
+    answer = main(Args(model=model, prompt=expected["prompt"], sampling=params, device="cpu"))["answer"]
+    assert expected["prompt"] + answer == expected["text"]
+
+
+def piped(monkeypatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_the_chat_keeps_its_history(args, directory, monkeypatch, capsys):
+    piped(monkeypatch, "江上\n明月\n/reset\n江上\n")
+    assert main(args) == {"answered": 3}
+    first = expected_answer(directory, [user("江上")])
+    history = [user("江上"), {"role": "assistant", "content": first}, user("明月")]
+    second = expected_answer(directory, history, dataclasses.replace(SHORT, seed=4))
+    third = expected_answer(directory, [user("江上")], dataclasses.replace(SHORT, seed=5))
+    assert capsys.readouterr().out == f"{first}\n{second}\n{third}\n"
+    assert third != first  # asked again, it may answer otherwise
+
+
+def test_the_chat_says_when_it_forgets(tmp_path, monkeypatch, capsys):
+    model = save_chat_model(tmp_path / "model", max_seq_len=64)
+    piped(monkeypatch, "江上\n" * 6 + "江" * 70 + "\n江上\n")
+    assert main(Args(model=model, sampling=SHORT, device="cpu")) == {"answered": 7}
+    errors = capsys.readouterr().err
+    assert "(the context is full; oldest turns forgotten: 1)" in errors
+    assert "error: the prompt is 74 tokens long, the model takes 64; shorten it" in errors
+
+
+def test_the_chat_continues_texts_of_a_model_without_template(args, monkeypatch, capsys):
+    once = main(dataclasses.replace(args, raw=True, prompt="江上"))["answer"]
+    piped(monkeypatch, "江上\n/reset\n江上\n")
+    assert main(dataclasses.replace(args, raw=True)) == {"answered": 2}
+    assert capsys.readouterr().out == f"{once}\n" * 3
+
+
+def test_demo_answers_and_says_where_everything_lies(args, directory, capsys):
+    (directory.parent / "metrics.jsonl").write_text("")
+    answers = main(dataclasses.replace(args, demo=True, demo_prompts=("江上", "明月")))["answers"]
+    assert answers == [expected_answer(directory, [user("江上")]), expected_answer(directory, [user("明月")])]
+    out = capsys.readouterr().out
+    assert f"> 江上\n{answers[0]}\n" in out
+    assert str(directory) in out and "metrics.jsonl" in out and "loss.png" not in out
+    assert f"python eval.py --model {directory}" in out
+
+
+# ---- files of questions
+
+
+def test_a_file_of_questions(args, directory, tmp_path, capsys):
+    lines = [
+        {"prompt": "江上", "id": 7},
+        "not json",
+        {"messages": [user("江上"), {"role": "assistant", "content": "明月"}, user("低头")]},
+        {"prompt": 5},
+        {"messages": [user("江上"), {"role": "assistant", "content": "the reference"}], "task": "title"},
+        {"messages": [{"role": "assistant", "content": "明月"}]},
+        {"question": "?"},
+        {"prompt": "江" * 250},
+        [],
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    result = main(dataclasses.replace(args, input=path, batch_size=2))
+    output = tmp_path / "questions.answers.jsonl"
+    assert result == {"answers": 3, "bad": 6, "output": str(output)}
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{**row, "answer": None} for row in rows] == [{**lines[i], "answer": None} for i in (0, 2, 4)]
+    asked = [[user("江上")], lines[2]["messages"], [user("江上")]]
+    expected = [expected_answer(directory, m, dataclasses.replace(SHORT, seed=3 + i)) for i, m in enumerate(asked)]
+    assert [row["answer"] for row in rows] == expected
+    kept = [json.loads(line) for line in (tmp_path / "questions.answers.bad.jsonl").read_text().splitlines()]
+    assert [int(record["where"].rsplit(":", 1)[1]) for record in kept] == [2, 4, 6, 7, 8, 9]
+    assert "not JSON" in kept[0]["reason"] and "254 tokens long" in kept[4]["reason"]
+    assert "6 records could not be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"question": "?"}\n', "nonsense\n"])
+def test_a_file_without_prompts_is_refused(args, tmp_path, content):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"questions.jsonl holds no prompts: expected records with \"prompt\""):
+        main(dataclasses.replace(args, input=path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_cannot_be(args, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl is not a file of questions"):
+        main(dataclasses.replace(args, input=tmp_path / "none.jsonl"))
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match="would overwrite the questions"):
+        main(dataclasses.replace(args, input=path, output=path))
+    with pytest.raises(ValueError, match="--prompt and --input exclude each other"):
+        main(dataclasses.replace(args, input=path, prompt="x"))
+
+
+# ---- loss
+
+
+def write_bin(folder: Path, tokenizer, n: int = 30) -> Path:
+    rng = np.random.default_rng(0)
+    prefix = folder / "heldout"
+    with BinWriter(prefix, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256()) as writer:
+        for _ in range(n):
+            writer.add([*rng.integers(8, tokenizer.vocab_size, rng.integers(1, 40)).tolist(), tokenizer.eos_id])
+    return prefix.with_suffix(".bin")
+
+
+def test_loss_equals_a_brute_force_in_float64(args, directory, tmp_path, capsys):
+    tokenizer = load_tokenizer(directory)
+    template = load_template(tokenizer)
+    path = write_bin(tmp_path, tokenizer)
+    conversations = [[user("江上"), {"role": "assistant", "content": "明月" * n}] for n in (1, 5, 2)]
+    sft = tmp_path / "sft_heldout.jsonl"
+    sft.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
+    measured = main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=sft, seq_len=24, batch_size=4))
+
+    model, n_bytes = load_model(directory, dtype=torch.float64), tokenizer.token_bytes()
+
+    def brute(rows):  # of (ids, which of them count): nats a token and bits a byte
+        nats = tokens = size = 0
+        for ids, counted in rows:
+            with torch.no_grad():
+                logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+            for t, (target, counts) in enumerate(zip(ids[1:], counted[1:])):
+                nats, tokens, size = (
+                    nats - float(logp[t, target]) * counts,
+                    tokens + counts,
+                    size + n_bytes[target] * counts,
+                )
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+
+    stream = [tokenizer.eos_id, *np.fromfile(path, "<u2").tolist()]
+    windows = [stream[i : i + 25] for i in range(0, len(stream) - 1, 24)]
+    assert measured["heldout"] == pytest.approx(brute([(w, [True] * 25) for w in windows]), rel=1e-5)  # float32 sums
+    assert measured["sft_heldout"] == pytest.approx(brute(map(template.encode, conversations)), rel=1e-5)
+    assert f"bits per byte {measured['heldout']['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_loss_of_what_is_there(args, directory, tmp_path):
+    path = write_bin(tmp_path, load_tokenizer(directory))
+    nothing = tmp_path / "none.jsonl"
+    assert set(main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))) == {"heldout"}
+    with pytest.raises(FileNotFoundError, match=r"neither .* nor .* exists; data_process.py makes them"):
+        main(dataclasses.replace(args, task="loss", heldout=tmp_path / "x.bin", sft_heldout=nothing))
+    meta = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="was made by another tokenizer"):
+        main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))
+
+
+# ---- from the command line
+
+
+def test_what_a_user_can_mend_is_one_sentence_and_a_status(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "/nowhere"])
+    with pytest.raises(SystemExit, match=r"^error: /nowhere does not exist; run `bash run.sh` to train one, or give"):
+        config.run(main, Args, "eval")
+
+
+def test_a_pipe_through_the_script(directory):
+    command = [sys.executable, script.__file__, "--model", directory, "--device", "cpu"]
+    command += ["--sampling.temperature", "0", "--sampling.max_new_tokens", "20"]
+    run = subprocess.run(command, input="江上\n/set temprature 1\n", capture_output=True, text=True)
+    expected = expected_answer(directory, [user("江上")], SamplingParams(temperature=0, max_new_tokens=20))
+    assert (run.returncode, run.stdout) == (0, expected + "\n")
+    assert run.stderr.startswith("error: unknown setting temprature; did you mean 'temperature'")
