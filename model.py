@@ -61,7 +61,7 @@ class ModelArgs:
     """longest sequence the model is made for"""
     rope_theta: float = 10000.0
     """base of the rotary encoding"""
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, bool | int | float | str] | None = None
     """position interpolation, as config.json writes it; None: plain"""
     tie_embeddings: bool = True
     """use the embedding as the output head"""
