@@ -1,21 +1,21 @@
 """Tokenizers and chat templates: text <-> ids behind one interface, whatever file the vocabulary came from.
 
 - `.model`: SentencePiece BPE, ours, LLaMA's and ChatGLM2's.
-- `tokenizer.json`: any byte-level or SentencePiece-style model of the `tokenizers` library (Llama 3, Qwen, SmolLM).
+- `tokenizer.json`: any byte-level or SentencePiece-style BPE of the `tokenizers` library (Llama 3, Qwen, SmolLM).
 
 Three promises hold for all of them. Special tokens written in a text are text: `encode("</s>")` never gives the id
 of `</s>`, so nobody can end a turn from inside it. `id_to_bytes` is exact: over `encode(text)` the bytes join to the
 text again, so a streamer can hold back half a character and a loss can be counted in bits per byte. And `save` writes
 a directory from which transformers reads the same ids.
 
-The bytes join to the text as the model sees it: where a model normalises (NFC, NFKC) or drops repeated spaces, those
-are the bytes after that; a model with `dummy_prefix` (LLaMA's, ChatGLM2's) sees one space more before every text; an
-unknown character of a model without byte fallback has no bytes; and SentencePiece writes a space as U+2581, so that a
-text's own U+2581 becomes a space.
+Bytes and text are those the model sees: after its normalisation (NFC, NFKC, spaces dropped), where it has one; with a
+space before every text, if it has a `dummy_prefix` (LLaMA, ChatGLM2); without characters it does not know and cannot
+spell in bytes; and with a space for U+2581, because that is how SentencePiece writes one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -57,16 +57,12 @@ class Tokenizer:
         self.chat_template: Any = None
         self._pieces = pieces  # id -> the bytes it stands for
         self._special_names = {i: piece for piece, i in special.items()}
-        self.dummy_prefix = False
-        self.dummy_prefix = self.decode(self.encode("a")).startswith(" ")
+        self.dummy_prefix = b"".join(map(self.id_to_bytes, self.encode("a"))).startswith(b" ")
         if forged := [piece for piece, i in special.items() if i != self.unk_id and i in self.encode(piece)]:
             raise ValueError(f"this tokenizer's model reads {', '.join(forged)} in plain text as special tokens")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no bos or eos is added, and special tokens written in `text` are text.
-
-        Raises ValueError for a lone surrogate, the one thing in a `str` that has no UTF-8 form.
-        """
+        """Ids of plain text, without bos or eos. Raises ValueError for a lone surrogate, which has no UTF-8 form."""
         try:
             return self._encode(text)
         except (RuntimeError, TypeError):  # what the libraries say of it
@@ -78,18 +74,14 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def save(self, directory: str | Path) -> None:
-        """Write the files from which `load_tokenizer` and transformers' AutoTokenizer read the same ids.
-
-        Raises ValueError for a SentencePiece model that cannot be said in a tokenizer.json, see `to_tokenizers`.
-        """
-        directory = Path(directory)
+        """Write what `load_tokenizer` and transformers read the same ids from; ValueError as in `to_tokenizers`."""
         config, files = self._files()
         if self.chat_template is not None or self.eos_id is not None:
             config["chat_template"] = self.chat_template or load_template(self).jinja()
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
-        directory.mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (directory / name).write_bytes(content)
+            Path(directory, name).write_bytes(content)
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -128,17 +120,16 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`, given as its bytes; `name` is for messages. Raises ValueError when it is none."""
 
     def __init__(self, model: bytes, name: str | Path = "the model") -> None:
-        try:
-            pieces = list(ModelProto.FromString(model).pieces)
-        except DecodeError:
-            pieces = []
-        if not pieces:
-            raise ValueError(f"{name} is not a SentencePiece model (damaged, or a git-lfs pointer)")
-        special = {p.piece: i for i, p in enumerate(pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
-        table = [b"" if p.piece in special else _piece_bytes(p.piece, p.type == p.BYTE) for p in pieces]
+        proto = ModelProto()
+        with contextlib.suppress(DecodeError):
+            proto.ParseFromString(model)
+        if not proto.HasField("normalizer_spec"):  # the last of its parts: a file cut short may still parse
+            raise ValueError(f"{name} is not a SentencePiece model (damaged, cut short, or a git-lfs pointer)")
+        special = {p.piece: i for i, p in enumerate(proto.pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
+        table = [b"" if p.piece in special else _piece_bytes(p.piece, p.type == p.BYTE) for p in proto.pieces]
         self._processor = sp = SentencePieceProcessor(model_proto=model)
         ids = [None if i < 0 else i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id())]
-        if len(pieces) == CHATGLM2_PIECES:
+        if len(table) == CHATGLM2_PIECES:
             special |= {piece: i for i, piece in enumerate(CHATGLM2_SPECIAL, start=len(table))}
             table += [b""] * len(CHATGLM2_SPECIAL)
             ids[2] = sp.unk_id()  # ChatGLM2 pads with <unk>
@@ -153,7 +144,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = zip(SPECIAL_KEYS, (self.bos_id, self.eos_id, self.pad_id, self.unk_id))
         config = {key: self._special_names[i] for key, i in ids if i is not None}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        # The digest lets load_tokenizer take the .model, which is faster, for as long as the two say the same.
+        # By this, load_tokenizer takes the .model, which is faster, for as long as the two say the same.
         config["tokenizer_model_of"] = hashlib.sha256(same).hexdigest()
         return config, {"tokenizer.model": model, "tokenizer.json": same}
 
@@ -173,10 +164,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.encode_special_tokens = True  # special tokens in a text are text
         self._backend.no_truncation()
         self._backend.no_padding()
+        if not isinstance(self._backend.model, models.BPE):
+            raise ValueError(f"{path} holds a {type(self._backend.model).__name__} model: only BPE is known here")
         vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
-        unk = self._config["unk_token"] or getattr(self._backend.model, "unk_token", None)
+        unk = self._config["unk_token"] or self._backend.model.unk_token
         if unk in vocab:
             special[unk] = vocab[unk]
         to_bytes = _bytes_of_decoder(json.loads(self._json)["decoder"], path)
@@ -210,18 +203,17 @@ class HuggingFaceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a directory, a `.model` file or a `tokenizer.json`.
 
-    Of a directory with both, `tokenizer.json` counts, as for transformers: it may hold tokens added later. Raises
-    FileNotFoundError when there is none, ValueError when the file is damaged or of a kind not known here.
+    Of a directory with both, `tokenizer.json` counts, as for transformers: it may hold tokens added later.
+    Raises FileNotFoundError when there is none, ValueError when it is damaged or of a kind not known here.
     """
     path = Path(path)
     if path.is_dir():
-        files = [path / "tokenizer.json", path / "tokenizer.model"]
-        if all(file.is_file() for file in files):
-            digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
-            files.sort(reverse=_read_config(path).get("tokenizer_model_of") == digest)
-        path = next((file for file in files if file.is_file()), path / "tokenizer.json or tokenizer.model")
+        model, path = path / "tokenizer.model", path / "tokenizer.json"
+        written_for = _read_config(path.parent).get("tokenizer_model_of")
+        if model.is_file() and (not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() == written_for):
+            path = model
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}; train one with train_tokenizer.py")
+        raise FileNotFoundError(f"no tokenizer at {path} (nor a .model there); train one with train_tokenizer.py")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path.read_bytes(), path)
 
 
@@ -245,8 +237,7 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
 
 def _bytes_of_decoder(decoder: dict[str, Any] | None, path: Path) -> Callable[[str], bytes]:
     """The function from a piece to its bytes that a `tokenizer.json`'s decoder stands for."""
-    steps = decoder.get("decoders", [decoder]) if decoder else []
-    kinds = {step["type"] for step in steps}
+    kinds = {step["type"] for step in (decoder.get("decoders", [decoder]) if decoder else [])}
     if "ByteLevel" in kinds:
         # GPT-2's bytes_to_unicode: printable Latin-1 stands for itself, the other bytes for U+0100 onwards in order.
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -264,12 +255,12 @@ def to_tokenizers(proto: ModelProto, special: dict[str, int]) -> tokenizers.Toke
 
     SentencePiece joins, of all neighbours that together are a piece, the pair with the best score, the leftmost first;
     a merge table says the same when it lists every pair of pieces that joins to a piece, in the order of that piece's
-    score. Raises ValueError for what cannot be said so: unigram models, user-defined pieces, spaces as suffixes.
+    score. (Of NFKC and its like, the library drops a combining mark after a ligature, and SentencePiece does not.)
+    Raises ValueError for what cannot be said so: unigram models, user-defined pieces, spaces as suffixes.
     """
     spec, norm = proto.trainer_spec, proto.normalizer_spec
-    types = {p.type for p in proto.pieces}
-    plain = norm.escape_whitespaces and not spec.treat_whitespace_as_suffix
-    if spec.model_type != TrainerSpec.BPE or proto.SentencePiece.USER_DEFINED in types or not plain:
+    odd = spec.treat_whitespace_as_suffix or any(p.type == p.USER_DEFINED for p in proto.pieces)
+    if spec.model_type != TrainerSpec.BPE or odd or not norm.escape_whitespaces:
         raise ValueError("only SentencePiece BPE models without user-defined pieces can be written as tokenizer.json")
     score = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
     pairs = [(w[:i], w[i:]) for w in score for i in range(1, len(w)) if w[:i] in score and w[i:] in score]
@@ -286,7 +277,7 @@ def to_tokenizers(proto: ModelProto, special: dict[str, int]) -> tokenizers.Toke
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(back + [decoders.Strip(" ", 1, 0)] * norm.add_dummy_prefix)
     # Pieces outside the model (ChatGLM2's) stay out of this list: transformers would find "sop" inside "philosophy".
-    inside = [p for p in special if special[p] < len(proto.pieces)]
+    inside = (piece for piece, i in special.items() if i < len(proto.pieces))
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in inside])
     return tokenizer
 
@@ -297,10 +288,7 @@ class Special(str):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat format as data: what stands before the conversation, and before and after the content of each role.
-
-    Parts are `Special` names or plain text; text is encoded together with the content it touches.
-    """
+    """What stands before a conversation, and before and after the content of each role: `Special` names or text."""
 
     start: tuple[str, ...]
     before: dict[str, tuple[str, ...]]
@@ -310,7 +298,7 @@ class ChatFormat:
 MARKED = ChatFormat(
     start=(Special("<s>"),),
     before={role: (Special(f"<|{role}|>"),) for role in ROLES},
-    after={role: (Special("<|end|>"),) for role in ROLES},
+    after=dict.fromkeys(ROLES, (Special("<|end|>"),)),
 )
 
 
@@ -326,8 +314,7 @@ def load_template(tokenizer: Tokenizer) -> ChatTemplate:
         raise ValueError("the tokenizer has neither our chat markers nor an eos token, so no turn could end")
     bos = (names[tokenizer.bos_id],) if tokenizer.bos_id in names else ()
     before = {role: (*bos, f"{role}\n") for role in ROLES}
-    after = {role: (names[tokenizer.eos_id],) for role in ROLES}
-    return ChatTemplate(tokenizer, ChatFormat((), before, after))
+    return ChatTemplate(tokenizer, ChatFormat((), before, dict.fromkeys(ROLES, (names[tokenizer.eos_id],))))
 
 
 class ChatTemplate:
@@ -391,9 +378,8 @@ class ChatTemplate:
                 body = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
             lines += [f"{{%- {keyword} message['role'] == '{role}' -%}}", words(self.format.before[role]) + body]
         lines += ["{%- else -%}", "{{- raise_exception('unknown role ' + message['role']) -}}", "{%- endif -%}"]
-        prompt = words(self.format.before["assistant"])
-        lines += ["{%- endfor -%}", "{%- if add_generation_prompt -%}", prompt, "{%- endif -%}"]
-        return "\n".join(lines)
+        lines += ["{%- endfor -%}", "{%- if add_generation_prompt -%}", words(self.format.before["assistant"])]
+        return "\n".join([*lines, "{%- endif -%}"])
 
 
 def check_messages(messages: list[Message], add_generation_prompt: bool = False) -> None:
