@@ -1,0 +1,347 @@
+"""The tokenizer trainer: what it trains on, what it refuses, and that its models mean the same in transformers."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+import corpora
+import train_tokenizer
+from corpora import BadRecord, Document
+from documents import screen
+from tokenizer import MARKERS, SentencePieceTokenizer, load_tokenizer
+from train_tokenizer import SAMPLES, Args, Sample, lines_of, main
+
+RNG = random.Random(0)
+HAN = [chr(c) for c in range(0x4E00, 0x4E00 + 400)]
+VERSES = ["".join(RNG.choices(HAN[:80], k=5)) + "，" + "".join(RNG.choices(HAN[:80], k=5)) + "。" for _ in range(400)]
+PROSE = [
+    "The cat sat on the mat, and the dog sat by the door.",
+    "A cat and a dog 12 34",
+    "    indented  twice",
+    "ten, ten",
+]
+TEXTS = ["\n".join(VERSES[i : i + 4]) for i in range(0, 400, 4)] + PROSE * 5
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    """Give train_tokenizer these records for any source; plain strings are documents to train on."""
+
+    def give(records) -> None:
+        stream = [Document(r, "test", held_out=False) if isinstance(r, str) else r for r in records]
+        monkeypatch.setattr(corpora, "read", lambda source: iter(stream))
+
+    give(TEXTS)
+    return give
+
+
+def args(tmp_path: Path, **changes) -> Args:
+    return Args(**({"out": tmp_path / "tokenizer", "vocab_size": 460} | changes))
+
+
+def test_trains_saves_and_reports(corpus, tmp_path, capsys):
+    report = main(args(tmp_path))
+    out = tmp_path / "tokenizer"
+    assert {path.name for path in out.iterdir()} == set(train_tokenizer.WRITTEN)
+    assert json.loads((out / "report.json").read_text()) == report
+    tokenizer = load_tokenizer(out)
+    assert report["vocab_size"] == tokenizer.vocab_size == 460 and report["sha256"] == tokenizer.sha256()
+    assert report["documents"] == len(TEXTS) and report["held_out_documents"] == report["bad_records"] == 0
+    rates = report["characters_per_token"][str(out)]
+    assert rates == {k: round(len(t) / len(tokenizer.encode(t)), 3) for k, t in SAMPLES.items()}
+    assert "characters per token" in capsys.readouterr().out
+    assert [tokenizer.special_id(piece) for piece in ("<unk>", "<s>", "</s>", "<pad>", *MARKERS)] == [*range(8)]
+
+
+def test_a_text_comes_back_as_it_was(corpus, tmp_path):
+    main(args(tmp_path))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    for text in (
+        "，；！（）：？“”《》",
+        "a\nb\n\n c",
+        "  two  spaces ",
+        "Ａ１ﬁ㈱",
+        "\t\r\n\x00",
+        "䲜龘𠀀",
+        "\u2585 ⁇ <s> <|user|>",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text, n in (("\n", 1), ("2024", 4), ("龘", 3)):
+        assert len(tokenizer.encode(text)) == n
+    assert len(tokenizer.encode(VERSES[0])) <= len(VERSES[0])
+
+
+def test_a_corpus_without_spaces_still_has_a_space(corpus, tmp_path):
+    corpus(VERSES)
+    main(args(tmp_path, vocab_size=400))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    (space,) = tokenizer.encode(" ")
+    assert tokenizer.id_to_bytes(space) == b" "
+
+
+def test_pieces_stay_within_a_line_and_digits_alone(corpus, tmp_path):
+    corpus(["2024年春三月初三\n2024年春三月初三"] * 50)
+    main(args(tmp_path, vocab_size=275))
+    pieces = [load_tokenizer(tmp_path / "tokenizer").id_to_bytes(i).decode(errors="replace") for i in range(264, 275)]
+    assert "年" in pieces and any(len(piece) > 1 for piece in pieces)
+    assert not any(len(piece) > 1 and (set(piece) & set("0123456789\n")) for piece in pieces)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 4])
+def test_pieces_are_no_longer_than_asked_for(corpus, tmp_path, longest):
+    main(args(tmp_path, max_piece_length=longest, vocab_size=371 if longest == 1 else 460, character_coverage=1.0))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert max(len(tokenizer.id_to_bytes(i).decode()) for i in range(264, tokenizer.vocab_size)) == longest
+
+
+def test_held_out_documents_are_never_trained_on(corpus, tmp_path):
+    held_out = Document("密" * 50, "test", held_out=True)
+    undecided = [Document(f"{HAN[100 + n]}" * 9 + f" {n}", "test") for n in range(200)]
+    corpus([*TEXTS, held_out, *undecided])
+    report = main(args(tmp_path, vocab_size=700, held_out=0.2, character_coverage=1.0))
+    (batch,) = screen(undecided, min_chars=1, held_out=0.2, deduplicate=False)  # as data_process.py decides
+    secret = [document.text for document in batch.documents if document.held_out]
+    assert 20 < len(secret) == report["held_out_documents"] - 1 < 60
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    pieces = b"".join(tokenizer.id_to_bytes(i) for i in range(264, tokenizer.vocab_size)).decode()
+    assert not any(text[0] in pieces for text in [held_out.text, *secret])
+    assert all(d.text[0] in pieces for d in batch.documents if not d.held_out)
+    text = "\n".join([held_out.text, *secret])
+    assert report["characters_per_token"][str(tmp_path / "tokenizer")]["held-out"] == pytest.approx(
+        len(text) / len(tokenizer.encode(text)), abs=1e-3
+    )
+
+
+def test_bad_records_are_counted_and_left_out(corpus, tmp_path):
+    corpus([*TEXTS, BadRecord("a.jsonl:3", "not JSON", "{"), Document("half a pair: \ud83d", "test", False)])
+    assert main(args(tmp_path))["bad_records"] == 2
+
+
+def test_characters_that_sentencepiece_keeps_for_itself(corpus, tmp_path):
+    """Lines with U+2585 are left out by the trainer, NUL and tabs are not; texts with any of them still encode."""
+    corpus([*TEXTS, *["\u2585 block", "nul \x00 here", "tab\there"] * 5])
+    main(args(tmp_path))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    for text in ("\u2585 block", "nul \x00 here", "tab\there"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_same_corpus_gives_the_same_files(corpus, tmp_path):
+    for name, threads in (("a", 1), ("b", 3)):
+        main(args(tmp_path, out=tmp_path / name, threads=threads))
+    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_transformers_reads_the_same_ids(corpus, tmp_path):
+    main(args(tmp_path))
+    ours, theirs = (
+        load_tokenizer(tmp_path / "tokenizer"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer"),
+    )
+    for text in [*TEXTS, *SAMPLES.values(), "", " \n ", "龘\x00😀"]:
+        assert theirs(text).input_ids == ours.encode(text)
+
+
+# --- sampling
+
+
+@given(
+    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), min_size=1, max_size=20))
+)
+@settings(max_examples=100, deadline=None)
+def test_a_sample_is_within_its_budget_in_order_and_whole_if_it_fits(lines):
+    size = sum(len(line.encode()) for line in lines)
+    whole, part = Sample(size, 0), Sample(size // 3, 0)
+    for line in lines:
+        whole.add(line)
+        part.add(line)
+    assert whole.lines == lines and whole.bytes == size
+    assert part.bytes == sum(len(line.encode()) for line in part.lines) <= size // 3
+    rest = iter(lines)
+    assert all(line in rest for line in part.lines)  # a subsequence
+
+
+def test_a_sample_is_even_over_the_stream():
+    sample, n = Sample(60_000, 7), 100_000
+    for i in range(n):
+        sample.add(f"{i:06}")
+    kept = [int(line) for line in sample.lines]
+    assert 7_000 < len(kept) <= 10_000  # at most a quarter below the budget, but for chance
+    # The mean place of k even draws has a standard deviation of n / sqrt(12 k); six of them are never seen.
+    assert abs(sum(kept) / len(kept) - n / 2) < 6 * n / (12 * len(kept)) ** 0.5
+    again = Sample(60_000, 8)
+    for i in range(n):
+        again.add(f"{i:06}")
+    assert again.lines != sample.lines
+
+
+def test_long_lines_are_cut_not_dropped(corpus, tmp_path):
+    text = "".join(RNG.choices(HAN[:50], k=50_000))
+    pieces = list(lines_of(text + "\n\nend"))
+    assert "".join(pieces) == text + "end" and max(map(len, pieces)) == train_tokenizer.MAX_LINE
+    corpus([text])
+    assert main(args(tmp_path, vocab_size=350))["bytes"] == len(text.encode())
+
+
+# --- vocabulary and coverage
+
+
+def test_coverage_leaves_room_for_pieces_of_more_than_a_character(corpus, tmp_path):
+    rare = "".join(HAN) * 2
+    corpus([*VERSES * 5, rare])
+    report = main(args(tmp_path, vocab_size=504))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    lengths = [len(tokenizer.id_to_bytes(i).decode()) for i in range(264, 504)]
+    # 7/8 of 240 ids, give or take the space and a rounding of the share
+    assert abs(lengths.count(1) - 210) <= 2 and report["character_coverage"] < 0.9995
+    assert main(args(tmp_path, vocab_size=900))["character_coverage"] == 0.9995
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({"vocab_size": 100_000}, r"--vocab_size 100000 is more than this corpus fills: at most \d+ here"),
+        (
+            {"vocab_size": 300, "character_coverage": 1.0},
+            r"no room for .* takes \d+ ids .*or lower --character_coverage$",
+        ),
+        ({"vocab_size": 10}, r"no room for the characters of this corpus: .* takes \d+ ids at least; raise it$"),
+        ({"character_coverage": 0.5}, r"--character_coverage should be between 0\.98 and 1, found 0\.5"),
+        ({"max_piece_length": 0}, r"--max_piece_length should be at least 1, found 0"),
+        ({"compare": (Path("nowhere"),)}, r"no tokenizer at nowhere"),
+        ({"merge": Path("nowhere.model")}, r"--merge expects a SentencePiece \.model file, and nowhere\.model is none"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(corpus, tmp_path, changes, error):
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        main(args(tmp_path, **changes))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_largest_vocabulary_named_in_the_error_works(corpus, tmp_path):
+    with pytest.raises(ValueError, match="at most") as caught:
+        main(args(tmp_path, vocab_size=100_000))
+    largest = int(str(caught.value).split()[-2])
+    assert main(args(tmp_path, vocab_size=largest))["vocab_size"] == largest
+
+
+@pytest.mark.parametrize("records", [[], ["", " \n "], [BadRecord("x", "y", "z")]])
+def test_an_empty_corpus_is_refused_and_the_old_tokenizer_stays(corpus, tmp_path, records):
+    main(args(tmp_path))
+    before = (tmp_path / "tokenizer" / "tokenizer.model").read_bytes()
+    corpus(records)
+    with pytest.raises(ValueError, match="no text to train on: 0 documents"):
+        main(args(tmp_path))
+    assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == before
+
+
+def test_a_folder_of_other_things_is_not_replaced(corpus, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds what is not a tokenizer's \(model\.safetensors\)"):
+        main(args(tmp_path))
+    assert (tmp_path / "tokenizer" / "model.safetensors").exists()
+
+
+# --- merging
+
+
+def small_base(directory: Path) -> Path:
+    """A base like LLaMA's: dummy prefix, byte fallback, runs of spaces with a score of -1e9."""
+    lines = ["the cat sat on the mat  and    sat", "the dog and the door"] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(directory / "base"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    path = directory / "base.model"
+    proto = train_tokenizer.ModelProto.FromString(path.read_bytes())
+    for p in proto.pieces:
+        if p.type == p.NORMAL and not p.piece.strip("\u2581"):
+            p.score = -1e9
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.fixture(params=["small", "llama"])
+def base(request, tmp_path) -> Path:
+    if request.param == "small":
+        return small_base(tmp_path)
+    return request.getfixturevalue("shared") / "tokenizers/llama_tokenizer.model"
+
+
+def test_merging_keeps_the_base_and_adds_what_it_lacks(corpus, tmp_path, base):
+    before = SentencePieceTokenizer(base.read_bytes())
+    report = main(args(tmp_path, merge=base))
+    merged = load_tokenizer(tmp_path / "tokenizer")
+    assert report["vocab_size"] == merged.vocab_size > before.vocab_size
+    for i in range(before.vocab_size):
+        assert merged.id_to_bytes(i) == before.id_to_bytes(i)
+    assert {piece: merged.special_id(piece) for piece in before.special} == before.special
+    assert [merged.special_id(p) for p in ("<pad>", *MARKERS)] == [before.vocab_size + n for n in range(5)]
+    assert (merged.bos_id, merged.eos_id, merged.pad_id) == (1, 2, before.vocab_size)
+    # The base's own tokens of a text stay, or are joined further; never is one cut.
+    for text in [*VERSES[:50], *SAMPLES.values(), "the cat  sat    on", ""]:
+        ids = merged.encode(text)
+        assert merged.decode(ids) == text and len(ids) <= len(before.encode(text))
+        if all(i < before.vocab_size for i in ids):
+            assert ids == before.encode(text)
+    assert len(merged.encode(VERSES[0])) < len(before.encode(VERSES[0]))
+    rates = report["characters_per_token"]
+    assert rates[str(base)]["Chinese"] <= rates[str(tmp_path / "tokenizer")]["Chinese"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for text in [*TEXTS, *SAMPLES.values(), "  a    b ", "龘\x00😀<s>"]:
+        assert theirs(text, split_special_tokens=True).input_ids == merged.encode(text)
+
+
+def test_every_added_piece_has_a_score_of_its_own_below_the_base(corpus, tmp_path, base):
+    main(args(tmp_path, merge=base))
+    n = len(train_tokenizer.ModelProto.FromString(base.read_bytes()).pieces)
+    pieces = train_tokenizer.ModelProto.FromString((tmp_path / "tokenizer" / "tokenizer.model").read_bytes()).pieces
+    old = [p.score for p in pieces[:n] if p.type == p.NORMAL and p.score > -1e8]
+    new = [p.score for p in pieces[n + 5 :]]
+    assert new == sorted(set(new), reverse=True) and new[0] < min(old)
+
+
+def test_merging_twice_adds_nothing(corpus, tmp_path, base):
+    main(args(tmp_path, merge=base))
+    once = tmp_path / "tokenizer" / "tokenizer.model"
+    assert train_tokenizer.merge(once.read_bytes(), once.read_bytes()) == once.read_bytes()
+
+
+def test_merging_into_a_unigram_model_is_refused(corpus, tmp_path):
+    prefix = tmp_path / "unigram"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE * 5), model_prefix=str(prefix), vocab_size=34, minloglevel=2
+    )
+    with pytest.raises(ValueError, match="--merge expects a SentencePiece BPE model"):
+        main(args(tmp_path, merge=prefix.with_suffix(".model")))
+    assert not (tmp_path / "tokenizer").exists()
+
+
+# --- the command line
+
+
+def test_flags_and_presets(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("train_tokenizer: {vocab_size: 5000, character_coverage: 0.99, source: {corpus: [poems]}}")
+    got = config.parse(
+        Args, "train_tokenizer", ["--config", str(preset), "--max_piece_length", "2", "--compare", "a", "b"]
+    )
+    assert (got.vocab_size, got.character_coverage, got.max_piece_length) == (5000, 0.99, 2)
+    assert got.compare == (Path("a"), Path("b")) and got.source.corpus == ("poems",)
+    assert config.parse(Args, "train_tokenizer", []) == Args()

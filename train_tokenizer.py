@@ -1,0 +1,293 @@
+"""Train a SentencePiece BPE tokenizer: `python train_tokenizer.py --help`."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from tqdm import tqdm
+
+import config
+import corpora
+from checkpoint import written_aside
+from documents import screen
+from tokenizer import MARKERS, SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+PAD = "<pad>"
+RESERVED = 4 + len(MARKERS) + 256  # <unk>, <s>, </s>, <pad>, our chat markers, the bytes
+MAX_LINE = 4000  # characters; SentencePiece drops longer lines than max_sentence_length bytes, so they are cut before
+WRITTEN = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "report.json", "config.yaml", "run.json")
+
+# What the report measures beside the held-out text of the corpus: everyday writing of four kinds.
+SAMPLES = {
+    "Chinese": (
+        "清晨的集市已经热闹起来。卖豆腐的老人把木板一块块卸下，热气从棉布底下冒出来；隔壁的姑娘正在称新摘的黄瓜，顺手多添了一根。"
+        "“今天的雨下得好，”老人说，“再过半个月，山上的茶就可以采了。”公共汽车在路口停了三分钟，下来几个背着书包的学生，"
+        "他们一边走一边讨论昨天晚上的足球比赛，谁也没有注意到屋檐下那只打瞌睡的猫。"
+    ),
+    "English": (
+        "The ferry left a little after seven, when the fog had lifted from the far side of the bay. Most of the "
+        "passengers stood at the rail with their hands around paper cups, watching the gulls argue over something in "
+        'the water. "You will want the second stop," the mate told us, "not the first; nobody lives there any more." '
+        "We thanked him, found a dry bench, and unfolded the map that my sister had drawn from memory."
+    ),
+    "digits": "2024-03-17 08:45, 1729 = 1^3 + 12^3, 3.14159265, 1,000,000.00, +86 010 5550 0199, 0x7f3a, 73.5%, 40:27",
+    "code": (
+        "def moving_average(values, window=3):\n"
+        '    """Mean of each run of `window` neighbours."""\n'
+        "    if window < 1:\n"
+        '        raise ValueError(f"window must be positive, found {window}")\n'
+        "    total = sum(values[:window])\n"
+        "    averages = [total / window]\n"
+        "    for old, new in zip(values, values[window:]):\n"
+        "        total += new - old\n"
+        "        averages.append(total / window)\n"
+        "    return averages\n"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a SentencePiece BPE tokenizer on a corpus, or add the pieces of a corpus to another vocabulary (--merge).
+
+    It changes no character of a text and adds no space before it; what is not in the vocabulary is spelled in bytes,
+    digits stand alone, and no piece reaches over the end of a line. Held-out documents are never trained on.
+    """
+
+    source: corpora.SourceArgs = field(default_factory=corpora.SourceArgs)
+    out: Path = Path("data/tiny/tokenizer")
+    """Directory to write: tokenizer.model, the same for transformers, report.json."""
+    vocab_size: int = 4800
+    """Number of ids; 264 of them are special tokens and bytes."""
+    character_coverage: float | None = None
+    """Share of the corpus's characters to have pieces, 0.98 to 1. None: what leaves an eighth of the ids to words."""
+    max_piece_length: int = 16
+    """The longest piece, in characters; 1 makes a character tokenizer."""
+    sample_bytes: int = 32 << 20
+    """Train on at most this much text, lines drawn evenly from the whole corpus; memory grows with it."""
+    held_out: float = 0.01
+    """Share of documents never trained on, chosen by the hash of their text as in data_process.py."""
+    merge: Path | None = None
+    """A SentencePiece BPE .model (such as LLaMA's) to add the new pieces to; its own ids stay as they are."""
+    compare: tuple[Path, ...] = ()
+    """Other tokenizers (directories, .model or tokenizer.json files) to show in the report."""
+    seed: int = 0
+    """Seed of the draw of lines."""
+    threads: int = 2
+    """Threads of SentencePiece; the result does not depend on it."""
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Write the tokenizer to `args.out`; returns what report.json holds.
+
+    Raises ValueError when the corpus is empty or does not go with the vocabulary asked for.
+    """
+    check(args)
+    base = read_base(args.merge) if args.merge else None
+    others = {str(path): load_tokenizer(path) for path in (args.merge, *args.compare) if path}
+    train, held_out, counts = read_sample(args)
+    coverage = args.character_coverage or choose_coverage(train.lines, args.vocab_size)
+    print(f"training {args.vocab_size} pieces on {len(train.lines):,} lines, {train.bytes / 1e6:.1f} MB", flush=True)
+    started = time.monotonic()
+    model = train_model(train.lines, coverage, args)
+    print(f"trained in {time.monotonic() - started:.1f} s")
+    if base is not None:
+        model = merge(base, model)
+    tokenizer = SentencePieceTokenizer(model)
+    texts = SAMPLES | ({"held-out": "\n".join(held_out.lines)} if held_out.lines else {})
+    report = {
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": tokenizer.sha256(),
+        "character_coverage": round(coverage, 6),
+        **counts,
+        "lines": len(train.lines),
+        "bytes": train.bytes,
+        "characters_per_token": compare({str(args.out): tokenizer, **others}, texts),
+    }
+    print(table(report["characters_per_token"]))
+    with written_aside(args.out) as aside:
+        tokenizer.save(aside)
+        (aside / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf8")
+        config.record_run(aside, "train_tokenizer", args, [args.merge] if args.merge else [])
+    print(f"wrote {args.out}: {tokenizer.vocab_size} ids")
+    return report
+
+
+def check(args: Args) -> None:
+    """Raise ValueError for arguments that cannot work, before anything is read."""
+    if args.character_coverage is not None and not 0.98 <= args.character_coverage <= 1:
+        raise ValueError(f"--character_coverage should be between 0.98 and 1, found {args.character_coverage}")
+    if args.max_piece_length < 1:
+        raise ValueError(f"--max_piece_length should be at least 1, found {args.max_piece_length}")
+    if args.out.exists() and (strange := {path.name for path in args.out.iterdir()} - set(WRITTEN)):
+        raise ValueError(
+            f"{args.out} holds what is not a tokenizer's ({', '.join(sorted(strange)[:3])}) and would be replaced; "
+            "choose another --out"
+        )
+
+
+class Sample:
+    """Lines drawn evenly from a stream, in its order and in bounded memory.
+
+    Each line is kept with the same probability `share`, which falls whenever more than `budget` bytes are held.
+    """
+
+    def __init__(self, budget: int, seed: int) -> None:
+        self.budget, self.bytes, self.share = budget, 0, 1.0
+        self._random = random.Random(seed)
+        self._kept: list[tuple[float, str]] = []
+
+    def add(self, text: str) -> None:
+        """Offer every line of `text`."""
+        for line in lines_of(text):
+            draw = self._random.random()
+            if draw >= self.share:
+                continue
+            self._kept.append((draw, line))
+            self.bytes += len(line.encode())
+            while self.bytes > self.budget:
+                self.share *= 0.75
+                self._kept = [pair for pair in self._kept if pair[0] < self.share]
+                self.bytes = sum(len(line.encode()) for _, line in self._kept)
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for _, line in self._kept]
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """The lines of a text without their ends, long ones cut."""
+    for line in text.split("\n"):
+        yield from (line[i : i + MAX_LINE] for i in range(0, len(line), MAX_LINE))
+
+
+def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
+    """Lines to train on, lines of held-out documents for the report, and what was read."""
+    train, held_out = Sample(args.sample_bytes, args.seed), Sample(1 << 18, args.seed)
+    counts = {"documents": 0, "held_out_documents": 0, "bad_records": 0}
+    items = tqdm(corpora.read(args.source), desc="reading", unit=" documents", disable=None)
+    for batch in screen(items, min_chars=1, held_out=args.held_out, deduplicate=False):
+        counts["bad_records"] += len(batch.bad)
+        for document in batch.documents:
+            counts["held_out_documents" if document.held_out else "documents"] += 1
+            (held_out if document.held_out else train).add(document.text)
+    if not train.lines:
+        raise ValueError(f"there is no text to train on: {', '.join(f'{n} {what}' for what, n in counts.items())}")
+    return train, held_out, counts
+
+
+def choose_coverage(lines: list[str], vocab_size: int) -> float:
+    """The share of characters covered when seven eighths of the vocabulary are characters, 0.9995 at most."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update(line)
+    room = max(vocab_size - RESERVED, 0) * 7 // 8
+    share = sum(n for _, n in counts.most_common(room)) / counts.total()
+    return min(max(share, 0.98), 0.9995)
+
+
+def train_model(lines: list[str], coverage: float, args: Args) -> bytes:
+    """A SentencePiece model of `lines`, the same bytes for the same lines and settings."""
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=args.vocab_size,
+            character_coverage=coverage,
+            max_sentencepiece_length=args.max_piece_length,
+            num_threads=args.threads,
+            pad_id=3,
+            control_symbols=list(MARKERS),
+            byte_fallback=True,
+            required_chars=SPACE,  # without it, a corpus without spaces would spell the escaped space in bytes
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=5 * MAX_LINE,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise explained(str(error), coverage, args.vocab_size) from None
+    proto = ModelProto.FromString(out.getvalue())
+    proto.trainer_spec.ClearField("num_threads")
+    return proto.SerializeToString(deterministic=True)
+
+
+def explained(error: str, coverage: float, vocab_size: int) -> Exception:
+    """SentencePiece's complaint about a vocabulary size as one sentence that says what would do."""
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        lower = ", or lower --character_coverage" if coverage > 0.98 else ""
+        return ValueError(
+            f"--vocab_size {vocab_size} has no room for the characters of this corpus: to cover {coverage:.2%} of it "
+            f"takes {match[1]} ids at least; raise it{lower}"
+        )
+    if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", error):
+        return ValueError(f"--vocab_size {vocab_size} is more than this corpus fills: at most {match[1]} here")
+    return RuntimeError(error)
+
+
+def read_base(path: Path) -> bytes:
+    """The file of a SentencePiece BPE model; of another type, scores are no order of merges. Raises ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--merge expects a SentencePiece .model file, and {path} is none")
+    model = path.read_bytes()
+    SentencePieceTokenizer(model, path)  # refuses what is not a model at all
+    if ModelProto.FromString(model).trainer_spec.model_type != TrainerSpec.BPE:
+        raise ValueError(f"--merge expects a SentencePiece BPE model, and {path} is of another type")
+    return model
+
+
+def merge(base: bytes, new: bytes) -> bytes:
+    """`base` with the chat markers, a pad token and the pieces of `new` that it lacks behind its own ids.
+
+    The new pieces score below all of the base's in their own order, so that a text is joined first as the base would
+    and then further.
+    """
+    proto = ModelProto.FromString(base)
+    known = {p.piece for p in proto.pieces}
+    control = [] if any(p.piece == PAD for p in proto.pieces) else [PAD]
+    for piece in [*control, *(marker for marker in MARKERS if marker not in known)]:
+        proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.CONTROL)
+    # LLaMA gives its runs of spaces -1e9, where float32 cannot tell neighbours apart: those stay the last of all.
+    lowest = min(p.score for p in proto.pieces if p.type == p.NORMAL and p.score > -(2**23))
+    added = [p.piece for p in ModelProto.FromString(new).pieces if p.type == p.NORMAL and p.piece not in known]
+    for n, piece in enumerate(added, start=1):
+        proto.pieces.add(piece=piece, score=lowest - n, type=proto.SentencePiece.NORMAL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString(deterministic=True)
+
+
+def compare(tokenizers: dict[str, Tokenizer], texts: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Characters per token of every text in every tokenizer; more is shorter."""
+    return {
+        name: {what: round(len(text) / len(tokenizer.encode(text)), 3) for what, text in texts.items()}
+        for name, tokenizer in tokenizers.items()
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The report for a terminal."""
+    columns = list(next(iter(rows.values())))
+    width = max(len(name) for name in [*rows, "characters per token"])
+    head = "characters per token".ljust(width) + "".join(f"{column:>10}" for column in columns)
+    lines = [name.ljust(width) + "".join(f"{value:10.3f}" for value in row.values()) for name, row in rows.items()]
+    return "\n".join([head, *lines])
+
+
+if __name__ == "__main__":
+    config.run(main, Args, "train_tokenizer")
