@@ -61,6 +61,7 @@ def main(args: Args) -> dict[str, Any]:
     model = load_model(args.init_from)
     tokenizer = load_tokenizer(args.init_from)
     template = load_template(tokenizer)
+    tokenizer.chat_template = template.jinja()  # what it is trained on is what it is saved with
     samples = read_samples(args.data.train, template, args)
     data = SFTData(samples, args.data.seq_len, args.data.batch_size, args.train.seed, args.data.packing)
     eval_data = None
