@@ -170,7 +170,10 @@ def load_state(directory: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise ValueError(f"{path} cannot be read (truncated or damaged): {error}") from None
+        raise ValueError(
+            f"{path} cannot be read: it is truncated, damaged, or holds more than tensors and plain values; "
+            "let `last` lead to an older checkpoint of the run, or start anew with --train.resume never"
+        ) from error
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,310 @@
+"""Model directories against transformers' own loader, and what is left on disk when writing goes wrong."""
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import load_model, load_state, load_weights, save_model, save_state, written_aside
+from model import ModelArgs, Transformer
+
+transformers = pytest.importorskip("transformers")
+SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 37, "multiple_of": 8}
+VARIANTS = {
+    "tied": {},
+    "untied gqa": {"tie_embeddings": False, "n_heads": 4, "n_kv_heads": 2},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True},
+    "mistral": {"sliding_window": 4, "tie_embeddings": False},
+}
+
+
+def small(**changes) -> Transformer:
+    model = Transformer(ModelArgs(**SHAPE | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def saved(folder: Path, **changes) -> Path:
+    save_model(folder / "model", small(**changes))
+    return folder / "model"
+
+
+def rewrite(directory: Path, change) -> None:
+    """Save the tensors of a model directory again after `change(state)`."""
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors")
+
+
+# ---- model directories
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_round_trip(tmp_path, changes):
+    model = small(**changes)
+    save_model(tmp_path, model)
+    again = load_model(tmp_path)
+    assert again.args == model.args
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == model.args.tie_embeddings
+    assert [p.requires_grad for p in again.parameters()] == [True] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_transformers_loads_it_whole(tmp_path, changes):
+    model = small(**changes)
+    save_model(tmp_path, model)
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(peer).__name__ == json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+    assert not any(info.values())  # nothing missing, unexpected or of another shape
+    assert peer.dtype == torch.float32
+    tokens = torch.randint(37, (2, 9))
+    torch.testing.assert_close(model(tokens), peer(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_what_transformers_saves_is_loaded(tmp_path, tie):
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=37
+    )
+    config.update({"intermediate_size": 40, "tie_word_embeddings": tie})
+    peer = transformers.LlamaForCausalLM(config)
+    peer.save_pretrained(tmp_path, max_shard_size="6KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()  # in several files
+    tokens = torch.randint(37, (2, 9))
+    torch.testing.assert_close(load_model(tmp_path)(tokens), peer(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tied_head_is_stored_once(tmp_path):
+    with safe_open(saved(tmp_path) / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_dtype(tmp_path):
+    model = small().bfloat16()
+    save_model(tmp_path, model)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_model(tmp_path).model.norm.weight.dtype == torch.float32
+    assert torch.equal(load_model(tmp_path, dtype=torch.bfloat16).lm_head.weight, model.lm_head.weight)
+
+
+def test_special_ids(tmp_path):
+    class Tokens:
+        bos_id, eos_id, pad_id = 1, 2, None
+
+        def save(self, directory):
+            (Path(directory) / "tokenizer.model").write_bytes(b"x")
+
+    save_model(tmp_path / "base", small(), Tokens())
+    save_model(tmp_path / "chat", small(), Tokens(), stop_ids=[7, 2])
+    assert (tmp_path / "base" / "tokenizer.model").is_file()
+    config = json.loads((tmp_path / "chat" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, None)
+    ends = [json.loads((tmp_path / d / "generation_config.json").read_text())["eos_token_id"] for d in ("base", "chat")]
+    assert ends == [2, [7, 2]]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [7, 2]
+
+
+def test_weights_of_the_angles_in_older_files_are_passed_over(tmp_path):
+    directory = saved(tmp_path)
+    rewrite(directory, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load_model(directory)
+
+
+def test_a_tied_models_own_copy_of_the_head_is_passed_over(tmp_path):
+    directory = saved(tmp_path)
+    rewrite(directory, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    model = load_model(directory)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# ---- what does not fit is named
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop(NORM), f"lacks 1 tensors of the model, such as {NORM}"),
+        (lambda s: s.update(extra=torch.ones(1)), "holds a tensor 'extra' that this model has no place for"),
+        (lambda s: s.update({NORM: torch.ones(5)}), rf"{NORM} is \(5,\), config.json makes it \(16,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
+    directory = saved(tmp_path)
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(directory)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    directory = saved(tmp_path, tie_embeddings=False)
+    rewrite(directory, lambda s: s.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"such as lm_head\.weight"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -100])
+def test_truncated_weights(tmp_path, keep):
+    path = saved(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors \(truncated or damaged\)"):
+        load_model(path.parent)
+
+
+def test_a_missing_shard(tmp_path):
+    directory = saved(tmp_path)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(ValueError, match=r"gone\.safetensors cannot be read"):
+        load_model(directory)
+
+
+def test_folders_that_are_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"half')
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(ModelArgs(**SHAPE).to_hf()))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="only safetensors weights are read"):
+        load_model(tmp_path)
+
+
+def test_loading_into_a_model_changes_nothing_else(tmp_path):
+    directory, model = saved(tmp_path), small()
+    parameters = list(model.parameters())
+    load_weights(model, directory)
+    assert all(p is q for p, q in zip(model.parameters(), parameters))  # an optimizer still holds the very same
+    tokens = torch.randint(37, (1, 5))
+    assert torch.equal(model(tokens), load_model(directory)(tokens))
+
+
+# ---- training state
+
+
+def test_training_state_round_trip(tmp_path):
+    optimizer = torch.optim.AdamW(small().parameters())
+    state = {"optimizer": optimizer.state_dict(), "progress": {"best": float("inf"), "step": 3}, "rng": [torch.ones(2)]}
+    save_state(tmp_path, state)
+    again = load_state(tmp_path)
+    assert again["progress"] == state["progress"]
+    assert again["optimizer"] == state["optimizer"]
+    assert torch.equal(again["rng"][0], state["rng"][0])
+
+
+def test_random_state_round_trip(tmp_path):
+    save_state(tmp_path, checkpoint.rng_state(torch.device("cpu")))
+    expected = random.random(), torch.rand(3)
+    checkpoint.set_rng_state(load_state(tmp_path), torch.device("cpu"))
+    assert random.random() == expected[0]
+    assert torch.equal(torch.rand(3), expected[1])
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -50])
+def test_truncated_state(tmp_path, keep):
+    save_state(tmp_path, {"x": torch.ones(100)})
+    path = tmp_path / "training_state" / "state.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read: it is truncated, damaged"):
+        load_state(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("i_was_here"),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state, 2))])
+def test_code_in_a_state_is_not_run(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training_state").mkdir()
+    write({"optimizer": Malicious()}, tmp_path / "training_state" / "state.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_state(tmp_path)
+    assert not Path("i_was_here").exists()
+
+
+def test_a_model_without_state_cannot_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match="can start a run, but not resume one"):
+        load_state(saved(tmp_path))
+
+
+# ---- complete or not at all
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError, RuntimeError])
+def test_a_failure_leaves_the_old_directory(tmp_path, error):
+    target = tmp_path / "step_00000001"
+    with written_aside(target) as aside:
+        (aside / "file").write_text("old")
+    with pytest.raises(OSError if error is RuntimeError else error), written_aside(target) as aside:
+        (aside / "file").write_text("new")
+        raise error("in the middle")
+    assert names(tmp_path) == {target.name}
+    assert (target / "file").read_text() == "old"
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    target = tmp_path / "step_00000001"
+    for content in ("old", "new"):
+        with written_aside(target) as aside:
+            assert not (aside / "file").exists()
+            (aside / "sub").mkdir()
+            (aside / "sub" / content).write_text(content)
+            if content == "new":
+                assert names(target / "sub") == {"old"}  # until the end
+    assert names(tmp_path) == {target.name}
+    assert names(target / "sub") == {"new"}
+
+
+def test_leftovers_of_a_kill_are_swept_and_never_taken_for_checkpoints(tmp_path):
+    for role in ("writing", "replaced"):
+        (tmp_path / f".step_00000001.{role}").mkdir()
+        (tmp_path / f".step_00000001.{role}" / "half").write_text("")
+    assert checkpoint.checkpoints(tmp_path) == []
+    with written_aside(tmp_path / "step_00000001"):
+        pass
+    assert names(tmp_path) == {"step_00000001"}
+    assert names(tmp_path / "step_00000001") == set()
+
+
+def test_links_move_in_one_step_and_survive_moving_the_run(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        (run / f"step_{step}").mkdir(parents=True)
+        checkpoint.point(run / "last", run / f"step_{step}")
+        assert (run / "last").resolve() == (run / f"step_{step}").resolve()
+    shutil.move(run, tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "last").resolve().name == "step_2"
+
+
+def test_prune_keeps_the_newest_and_what_is_linked(tmp_path):
+    for step in range(1, 7):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    for other in ("step_1", "notes", "step_00000009.txt"):
+        (tmp_path / other).mkdir()
+    checkpoint.point(tmp_path / "best", tmp_path / "step_00000002")
+    checkpoint.point(tmp_path / "last", tmp_path / "step_00000006")
+    checkpoint.prune(tmp_path, keep=3)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 5, 6)]
+    checkpoint.prune(tmp_path, keep=0)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 6)]
+    assert {"step_1", "notes", "step_00000009.txt"} <= names(tmp_path)
