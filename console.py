@@ -31,9 +31,6 @@ def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int
     interactive, answered = sys.stdin.isatty(), 0
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    if interactive:
-        with contextlib.suppress(ImportError):  # not on Windows; gives input() line editing and history
-            import readline  # noqa: F401
     for line in lines_typed(interactive):
         try:
             if line == "/quit":
@@ -70,8 +67,11 @@ def tell(notice: str) -> None:
 
 
 def lines_typed(interactive: bool) -> Iterator[str]:
-    """Lines with something on them, up to the end of the input or two Ctrl-C in a row."""
-    interrupted = False
+    """Lines with something on them, up to the end of the input or two Ctrl-C in a row on an empty one."""
+    typed, interrupted = str, False  # what stands on the line, if one can tell: str() is empty
+    if interactive:
+        with contextlib.suppress(ImportError):  # not on Windows; it gives input() line editing and history
+            from readline import get_line_buffer as typed
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -81,10 +81,11 @@ def lines_typed(interactive: bool) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print()
-            if interrupted or not interactive:
+            if not interactive or (interrupted and not typed()):
                 return
-            interrupted = True
-            print("(Ctrl-C again leaves)")
+            interrupted = not typed()  # with something on the line, Ctrl-C just clears it
+            if interrupted:
+                print("(Ctrl-C again leaves)")
             continue
         interrupted = False
         if line:

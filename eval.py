@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 import config
 import poem_eval
 from bins import TokenBin
@@ -29,6 +31,7 @@ from dataset import PretrainData
 from dataset_sft import SFTData, encode_samples, file_conversations
 from distributed import make_backend
 from generate import ChatSession, SamplingParams, check_prompts, generate_in_batches, stream, text_pieces
+from hardware import has_bfloat16
 from model import Transformer
 from tokenizer import MARKERS, ChatTemplate, Tokenizer, check_messages, load_template, load_tokenizer
 from trainer import DTYPES, evaluate
@@ -75,8 +78,8 @@ class Args:
     """where --task poems finds (or fetches) the poems and the rhyme book"""
     device: str = "auto"
     """auto: cuda, else mps, else cpu"""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the parameters and the arithmetic"""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of parameters and arithmetic; auto: bf16 where it is the faster one (a GPU, or --task loss on some CPUs)"""
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -142,13 +145,21 @@ def load(args: Args) -> Speaker:
     """The model to evaluate, on its device."""
     directory = find_model(args.model)
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, make_backend("single", args.device).device, DTYPES[args.dtype])
+    device = make_backend("single", args.device).device
+    dtype = fastest_dtype(device, args.task) if args.dtype == "auto" else DTYPES[args.dtype]
+    model = load_model(directory, device, dtype)
     if tokenizer.vocab_size > model.args.vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}: "
             "they do not belong together"
         )
     return Speaker(directory, model.eval(), tokenizer, None if args.raw else own_template(tokenizer), args.system)
+
+
+def fastest_dtype(device: torch.device, task: str) -> torch.dtype:
+    """bfloat16 where the hardware has it, except for decoding on a CPU: single tokens take four times as long in it."""
+    decodes_on_cpu = device.type == "cpu" and task != "loss"
+    return torch.bfloat16 if has_bfloat16(device) and not decodes_on_cpu else torch.float32
 
 
 def find_model(path: Path) -> Path:
@@ -298,6 +309,7 @@ def measure_loss(speaker: Speaker, args: Args) -> dict[str, Any]:
         raise FileNotFoundError(f"neither {args.heldout} nor {args.sft_heldout} exists; data_process.py makes them")
     measures = {}
     for path, source in sources.items():
+        tell(f"{path}: {source.steps_per_epoch} batches of {args.batch_size} x {seq_len} tokens ...")
         measures[path.stem] = found = evaluate(speaker.model, source, tokenizer.token_bytes())
         print(f"{path}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()))
     return measures

@@ -222,7 +222,8 @@ def test_loss_equals_a_brute_force_in_float64(args, directory, tmp_path, capsys)
     conversations = [[user("江上"), {"role": "assistant", "content": "明月" * n}] for n in (1, 5, 2)]
     sft = tmp_path / "sft_heldout.jsonl"
     sft.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations))
-    measured = main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=sft, seq_len=24, batch_size=4))
+    flags = {"heldout": path, "sft_heldout": sft, "seq_len": 24, "batch_size": 4, "dtype": "fp32"}
+    measured = main(dataclasses.replace(args, task="loss", **flags))
 
     model, n_bytes = load_model(directory, dtype=torch.float64), tokenizer.token_bytes()
 
@@ -256,6 +257,14 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
     path.with_suffix(".json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="was made by another tokenizer"):
         main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_where_it_is_the_faster_one(monkeypatch, has):
+    monkeypatch.setattr(script, "has_bfloat16", lambda device: has)
+    fast, cpu = torch.bfloat16 if has else torch.float32, torch.device("cpu")
+    assert script.fastest_dtype(torch.device("cuda"), "chat") == script.fastest_dtype(cpu, "loss") == fast
+    assert script.fastest_dtype(cpu, "chat") == script.fastest_dtype(cpu, "poems") == torch.float32
 
 
 # ---- from the command line
