@@ -51,7 +51,7 @@ class Args:
     min_chars: int = 10
     """Documents with fewer characters, spaces around them not counted, are dropped, and empty ones always."""
     deduplicate: bool = True
-    """Drop exact duplicates, by hash: 16 MB of memory per million documents, three times that for moments."""
+    """Drop exact duplicates, by hash: 16 MB of memory per million documents, twice that for moments."""
     save_all_text: bool = False
     """Also write the training documents to out/all_text.txt, a blank line after each, to train a tokenizer on."""
     overwrite: bool = False
@@ -157,7 +157,7 @@ class Progress:
         self.bar.update(n_bytes)
         self.done += n_bytes
         now = time.monotonic()
-        if self.bar.disable and now - self.told > PLAIN_LINE_SECONDS:
+        if self.bar.disable and n_bytes and now - self.told > PLAIN_LINE_SECONDS:
             rate = (self.done - self.before) / (now - self.began)
             left = f", about {(self.bar.total - self.done) / rate:.0f} s left" if self.bar.total else ""
             print(f"{self.done / 1e6:.0f} MB of text, {rate / 1e6:.1f} MB/s{left}", flush=True)
@@ -238,11 +238,14 @@ def print_table(summary: dict[str, Any], out: Path) -> None:
     width = max(len(name) for name, _ in shown)
     print("  ".join([" " * width, *(f"{head:>11}" for head in heads)]))
     for name, found in shown:
-        print("  ".join([f"{name:<{width}}", *(f"{found[key]!s:>11}" for key in keys)]))
+        values = ("-" if found[key] is None else f"{found[key]:,}" for key in keys)
+        print("  ".join([f"{name:<{width}}", *(f"{value:>11}" for value in values)]))
     if len(rows) > TABLE_ROWS:
         print(f"({len(rows) - TABLE_ROWS} smaller sources are in {out / 'summary.json'})")
     counted = [
-        f"{count} conversations ({name.replace('_', ' ')})" for name, count in summary["conversations"].items() if count
+        f"{count:,} conversations ({name.replace('_', ' ')})"
+        for name, count in summary["conversations"].items()
+        if count
     ]
     n_bins = sum(name.endswith(".bin") for name in summary["files"])
     print(f"{out}: " + ", ".join([f"{n_bins} token bins", *counted]))

@@ -93,8 +93,8 @@ def groups(items: Iterable[Document | BadRecord]) -> Iterator[list[Document | Ba
 class SeenDigests:
     """A set of 16-byte digests in 16 bytes each, where Python's own takes over a hundred.
 
-    Sorted runs of falling length, merged when they grow alike, as in a log-structured merge tree; while two runs
-    merge, up to three times as much. Among n texts, two different ones are taken for the same with odds n^2 / 2^129.
+    Sorted runs of falling length, merged when they grow alike, as in a log-structured merge tree; twice as much while
+    two runs merge. Among n texts, two different ones are taken for the same with odds n^2 / 2^129.
     """
 
     def __init__(self) -> None:

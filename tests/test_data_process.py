@@ -124,7 +124,7 @@ def test_the_summary_counts_what_an_independent_count_finds(make, tokenizer_path
     assert [record["where"].rpartition("/")[2] for record in bad] == ["some.jsonl:8", "some.jsonl:47"]
     assert bad[0]["raw"].strip() == "{broken" and "JSON" in bad[0]["reason"]
     table = capsys.readouterr().out
-    assert "some.jsonl" in table and str(n_tokens) in table and "too short" in table
+    assert "some.jsonl" in table and f"{n_tokens:,}" in table and "too short" in table
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(make):
@@ -134,6 +134,15 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(make):
     one, summary = make(texts, "one", **settings)
     many, again = make(texts, "many", processes=3, **settings)
     assert contents(one) == contents(many) and summary == again and len(list(one.glob("train_*.bin"))) > 2
+
+
+def test_without_a_terminal_plain_lines_tell_how_far_it_is(make, monkeypatch, capsys):
+    monkeypatch.setattr(data_process, "PLAIN_LINE_SECONDS", 0)
+    make([*made_up_texts(20), *["long enough, seen before"] * 20])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MB of text" in line]
+    assert len(lines) >= 4 and all(
+        re.fullmatch(r"\d+ MB of text, \d+\.\d MB/s, about \d+ s left", line) for line in lines
+    )
 
 
 def test_bins_are_cut_between_documents_at_tokens_per_file(make, tokenizer_path):
@@ -148,6 +157,10 @@ def test_bins_are_cut_between_documents_at_tokens_per_file(make, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
     found = [text for bin in bins for text in decoded(bin.path, tokenizer)]
     assert found == decoded(whole / "train_00000.bin", tokenizer)
+    three = int(TokenBin(whole / "train_00000.bin").offsets[3])
+    for size, documents_in_first in ((three, 3), (three - 1, 2)):
+        out, _ = make(None, f"out{size}", deduplicate=False, tokens_per_file=size)
+        assert TokenBin(out / "train_00000.bin").meta["documents"] == documents_in_first
 
 
 def test_a_corpus_with_its_own_split_keeps_it(make, monkeypatch, tokenizer_path):
@@ -318,7 +331,7 @@ def finish(process: subprocess.Popen) -> str:
 def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make, tmp_path, tokenizer_path):
     """SIGKILL where a third and where two thirds of the bins are there; finished bins are not written again."""
     texts = made_up_texts(160)
-    write_texts(tmp_path / "texts.jsonl", [*texts, texts[0], texts[150], "short"])
+    write_texts(tmp_path / "texts.jsonl", [None, "short", *texts[:120], texts[0], None, *texts[120:], texts[150], None])
     loader = tmp_path / "slow.py"
     loader.write_text(SLOW_LOADER.format(path=str(tmp_path / "texts.jsonl")))
     settings = {"tokens_per_file": 1000, "save_all_text": True}
@@ -338,7 +351,7 @@ def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make
             time.sleep(0.005)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        said, _ = process.communicate()
+        said, _ = process.communicate(timeout=20)
         assert ("going on" in said) == bool(kept) and not list(out.glob("*.bin"))
         assert not psutil.wait_procs(workers, timeout=20)[1]  # the workers end with the one who started them
         finished = {p: p.stat().st_mtime_ns for p in (out / "data_process.part").glob("train_*.bin")}

@@ -126,7 +126,7 @@ def test_seen_digests_is_a_set(calls):
 
 
 def test_seen_digests_takes_sixteen_bytes_each_and_few_runs():
-    """100 batches of 1000: what is left is 16 bytes a digest, and at the worst moment three times that and a batch."""
+    """100 batches of 1000: what is left is 16 bytes a digest, and at the worst moment twice that and a batch."""
     batches = [[hashlib.md5(b"%d %d" % (i, j)).digest() for j in range(1000)] for i in range(100)]
     tracemalloc.start()
     seen = SeenDigests()
@@ -134,7 +134,7 @@ def test_seen_digests_takes_sixteen_bytes_each_and_few_runs():
         assert seen.add(batch).all()
     left, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert left < 16 * 100_000 * 1.1 and peak < 3 * 16 * 100_000 + 500_000 and len(seen.runs) <= 7
+    assert left < 16 * 100_000 * 1.1 and peak < 2 * 16 * 100_000 + 500_000 and len(seen.runs) <= 7
     assert not seen.add(batches[0]).any()
 
 

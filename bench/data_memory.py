@@ -1,0 +1,130 @@
+"""Memory and speed of data_process.py against the size of its input: the first should not grow, the second not fall.
+
+    python bench/data_memory.py                       # 10 and 100 MB
+    python bench/data_memory.py --sizes 10 100 1000   # and 1 GB: minutes
+
+Peaks are sums of resident memory (pages that processes share are counted in each), looked at twenty times a second.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import sentencepiece
+import tyro
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run data_process.py on made-up input of several sizes and print what memory and time it took."""
+
+    sizes: tuple[int, ...] = (10, 100)
+    """Sizes of the input, in MB."""
+    document_chars: int = 600
+    """Characters of a document, half of them Chinese: 1.5 bytes each."""
+    processes: int = os.cpu_count() or 1
+    tokenizer: Path | None = None
+    """Default: a SentencePiece model of 4000 pieces, trained on the spot."""
+    deduplicate: bool = True
+
+
+def main(args: Args) -> None:
+    print(" input MB  documents  main MB  workers MB  all MB  seconds   MB/s")
+    with tempfile.TemporaryDirectory(prefix="data_memory_") as name:
+        folder = Path(name)
+        tokenizer = args.tokenizer or train_tokenizer(folder)
+        for megabytes in args.sizes:
+            path = folder / "input.jsonl"
+            n_documents = write_input(path, megabytes * 1_000_000, args.document_chars)
+            flags = ["--source.input", path, "--tokenizer", tokenizer, "--out", folder / f"out{megabytes}"]
+            flags += ["--processes", args.processes, "--deduplicate", args.deduplicate]
+            began = time.monotonic()
+            peaks = watch([sys.executable, REPOSITORY / "data_process.py", *flags])
+            seconds = time.monotonic() - began
+            memory = f"{peaks['main']:>8.0f} {peaks['workers']:>11.0f} {peaks['all']:>7.0f}"
+            print(f"{megabytes:>9} {n_documents:>10,} {memory} {seconds:>8.1f} {megabytes / seconds:>6.1f}", flush=True)
+
+
+def watch(command: list[object]) -> dict[str, float]:
+    """Run a command to its end; the highest resident memory, in MB, of it, of its children together, and of all."""
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    main, peaks = psutil.Process(process.pid), {"main": 0.0, "workers": 0.0, "all": 0.0}
+    while process.poll() is None:
+        own, workers = resident(main), 0.0
+        for child in children(main):
+            workers += resident(child)
+        for name, value in (("main", own), ("workers", workers), ("all", own + workers)):
+            peaks[name] = max(peaks[name], value / 1e6)
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"error: data_process.py ended with status {process.returncode}")
+    return peaks
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes, 0 for a process that has just ended."""
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Made-up sentences, half of them of Chinese characters, with frequencies that fall as in a language."""
+    rng = random.Random(seed)
+    characters = [chr(0x4E00 + i) for i in range(3000)]
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
+    weights = [[1 / (rank + 3) for rank in range(n)] for n in (len(characters), len(words))]
+    chinese = ["".join(rng.choices(characters, weights[0], k=rng.randint(8, 40))) + "。" for _ in range(count // 2)]
+    english = [" ".join(rng.choices(words, weights[1], k=rng.randint(5, 20))) + ". " for _ in range(count // 2)]
+    return chinese + english
+
+
+def write_input(path: Path, size: int, document_chars: int) -> int:
+    """JSON lines of `size` bytes, every document another mixture of sentences; returns how many there are."""
+    pool, rng, written, count = sentences(20_000, seed=1), random.Random(2), 0, 0
+    per_document = max(1, round(document_chars / (sum(map(len, pool)) / len(pool))))
+    with path.open("wb") as file:
+        while written < size:
+            text = f"{count}: " + "".join(rng.choices(pool, k=per_document))
+            written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+def train_tokenizer(folder: Path) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(4000, seed=3)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=4000,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    path = folder / "bench.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
