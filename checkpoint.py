@@ -92,12 +92,8 @@ def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch
     """A model from a Hugging Face directory, its parameters in `dtype`; raises ValueError naming what does not fit."""
     directory = Path(directory)
     args = ModelArgs.from_hf(read_config(directory))
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.to_empty(device=device)
-    model.to(dtype)
-    if args.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # `to_empty` gave each of the two a memory of its own
+    with torch.device(device):
+        model = Transformer(args, initialize=False).to(dtype)
     load_weights(model, directory)
     return model
 

@@ -58,7 +58,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         cls,
         args=from_file + flags,
         prog=f"{section}.py",
-        description=f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags override it.",
+        description=f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags win.",
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

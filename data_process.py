@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,9 @@ COUNTS = ("documents", "held_out", "tokens", "characters", "bytes", "too_short",
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(SourceArgs):
     """Turn corpora into token bins, out/train_00000.bin ... and out/heldout.bin, conversations into out/sft_*.jsonl."""
 
-    source: SourceArgs = field(default_factory=SourceArgs)
     tokenizer: Path = Path("data/tiny/tokenizer")
     """A tokenizer directory, a SentencePiece .model or a tokenizer.json."""
     out: Path = Path("data/tiny")
@@ -64,8 +63,8 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer)
     if tokenizer.eos_id is None:
         raise ValueError(f"{args.tokenizer} has no end-of-text token, which every document in a bin ends with")
-    items = read(args.source)
-    inputs = input_files(args.source)
+    items = read(args)
+    inputs = input_files(args)
     made_from = describe(args, tokenizer, inputs)
     work = args.out / "data_process.part"
     progress = unfinished(work, made_from, args.overwrite)
@@ -98,7 +97,7 @@ def check(args: Args) -> None:
         raise ValueError(f"processes ({args.processes}) and tokens_per_file ({args.tokens_per_file}) are at least 1")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"held_out is a share of the documents, at least 0 and below 1, found {args.held_out}")
-    for path in args.source.input:
+    for path in args.input:
         if args.out.resolve().is_relative_to(path.resolve()):
             raise ValueError(f"--out {args.out} lies in the input {path}, and would be read as input the next time")
 
@@ -111,7 +110,7 @@ def process(
     batches = screen(items, min_chars=args.min_chars, held_out=args.held_out, deduplicate=args.deduplicate)
     left = (batch for batch in batches if batch.end > progress["items"])
     outputs = Outputs(work, tokenizer, args.tokens_per_file, args.save_all_text, progress["outputs"])
-    shown = Progress(args.source, sum(found["bytes"] for found in counts.values()))
+    shown = Progress(args, sum(found["bytes"] for found in counts.values()))
     saved_at, saved_shard = time.monotonic(), outputs.shard
     for batch, documents in tokenize(left, tokenizer, args.processes):
         for document, ids in zip(batch.documents, documents):
@@ -120,7 +119,7 @@ def process(
             batch.count(document.source, **found, characters=len(document.text))
         for record in batch.bad:
             outputs.add_bad(record)
-            batch.count(source_of(record, args.source), bad=1)
+            batch.count(source_of(record, args), bad=1)
         for name, found in batch.counts.items():
             counts.setdefault(name, Counter()).update(found)
         shown.add(sum(found["bytes"] for found in batch.counts.values()))
@@ -130,7 +129,7 @@ def process(
             saved_at, saved_shard = time.monotonic(), outputs.shard
     shown.close()
     outputs.close()
-    conversations = write_conversations(read_conversations(args.source), work)
+    conversations = write_conversations(read_conversations(args), work)
     summary = summarize(counts, conversations, progress["made_from"], work)
     if not any(name.startswith(("train_", "sft_train")) for name in summary["files"]):
         reasons = why_nothing(summary["total"], work)

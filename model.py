@@ -172,6 +172,9 @@ class ModelArgs:
 class Linear(nn.Linear):
     """A linear layer that runs in the dtype of its input, whatever dtype its parameters are kept in."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: `Transformer.init_weights` fills all weights, once."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
@@ -260,15 +263,15 @@ class Decoder(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim), freeze=False)
         self.layers = nn.ModuleList(Block(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
 
 class Transformer(nn.Module):
-    """A LLaMA language model."""
+    """A LLaMA language model; without `initialize` its weights are left to be loaded."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, initialize: bool = True) -> None:
         super().__init__()
         self.args = args
         self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the embedding
@@ -278,7 +281,8 @@ class Transformer(nn.Module):
         self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.init_weights()
+        if initialize:
+            self.init_weights()
 
     def init_weights(self) -> None:
         """N(0, 0.02); the two matrices of a block that write to the residual stream (o_proj, down_proj) smaller by

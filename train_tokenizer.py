@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,13 @@ SAMPLES = {
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(corpora.SourceArgs):
     """Train a SentencePiece BPE tokenizer on a corpus, or add the pieces of a corpus to another vocabulary (--merge).
 
     It changes no character of a text and adds no space before it; what is not in the vocabulary is spelled in bytes,
     digits stand alone, and no piece reaches over the end of a line. Held-out documents are never trained on.
     """
 
-    source: corpora.SourceArgs = field(default_factory=corpora.SourceArgs)
     out: Path = Path("data/tiny/tokenizer")
     """Directory to write: tokenizer.model, the same for transformers, report.json."""
     vocab_size: int = 4800
@@ -176,7 +175,7 @@ def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
     """Lines to train on, lines of held-out documents for the report, and what was read."""
     train, held_out = Sample(args.sample_bytes, args.seed), Sample(1 << 18, args.seed)
     counts = {"documents": 0, "held_out_documents": 0, "bad_records": 0}
-    items = tqdm(corpora.read(args.source), desc="reading", unit=" documents", disable=None)
+    items = tqdm(corpora.read(args), desc="reading", unit=" documents", disable=None)
     for batch in screen(items, min_chars=1, held_out=args.held_out, deduplicate=False):
         counts["bad_records"] += len(batch.bad)
         for document in batch.documents:

@@ -48,7 +48,7 @@ def main(args: Args) -> None:
         for megabytes in args.sizes:
             path = folder / "input.jsonl"
             n_documents = write_input(path, megabytes * 1_000_000, args.document_chars)
-            flags = ["--source.input", path, "--tokenizer", tokenizer, "--out", folder / f"out{megabytes}"]
+            flags = ["--input", path, "--tokenizer", tokenizer, "--out", folder / f"out{megabytes}"]
             flags += ["--processes", args.processes, "--deduplicate", args.deduplicate]
             began = time.monotonic()
             peaks = watch([sys.executable, REPOSITORY / "data_process.py", *flags])

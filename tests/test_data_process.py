@@ -48,7 +48,8 @@ def make(tmp_path, tokenizer_path):
     def run(texts: list[str] | None, name: str = "out", **changes) -> tuple[Path, dict]:
         if texts is not None:
             write_texts(tmp_path / "texts.jsonl", texts)
-        settings = {"source": SourceArgs(input=(tmp_path / "texts.jsonl",)), "processes": 1, "held_out": 0.1, **changes}
+        source = changes.pop("source", SourceArgs(input=(tmp_path / "texts.jsonl",)))
+        settings = {**vars(source), "processes": 1, "held_out": 0.1, **changes}
         return tmp_path / name, main(Args(tokenizer=tokenizer_path, out=tmp_path / name, **settings))
 
     return run
@@ -224,7 +225,8 @@ def test_a_vocabulary_beyond_uint16_is_written_as_uint32(make, tmp_path):
     (tmp_path / "wide" / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "<unk>"}')
     ids = [2, 65535, 65536, 65537, len(vocab) - 1, *range(70000, 70005)]
     write_texts(tmp_path / "texts.jsonl", ["".join(letters[i - 2] for i in ids)])
-    main(Args(SourceArgs(input=(tmp_path / "texts.jsonl",)), tmp_path / "wide", tmp_path / "out", 1, held_out=0.0))
+    source = {"input": (tmp_path / "texts.jsonl",), "processes": 1, "held_out": 0.0}
+    main(Args(tokenizer=tmp_path / "wide", out=tmp_path / "out", **source))
     bin = TokenBin(tmp_path / "out" / "train_00000.bin")
     assert bin.tokens.dtype == np.uint32 and bin.tokens.tolist() == [*ids, 1]
 
@@ -339,7 +341,7 @@ def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make
     n_bins = len(list(whole.glob("train_*.bin")))
     assert n_bins > 6
     out = tmp_path / "out"
-    words = ["--source.loader", loader, "--tokenizer", tokenizer_path, "--out", out, "--held_out", 0.1]
+    words = ["--loader", loader, "--tokenizer", tokenizer_path, "--out", out, "--held_out", 0.1]
     words += ["--tokens_per_file", 1000, "--save_all_text", True]
     kept = {}
     for part, processes in ((n_bins // 3, 2), (2 * n_bins // 3, 1)):
@@ -365,7 +367,7 @@ def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(make, tmp_path, tokenizer_path):
     settings = {"tokens_per_file": 2000, "save_all_text": True}
     whole, _ = make(made_up_texts(200), "whole", **settings)
-    words = ["--source.input", tmp_path / "texts.jsonl", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
+    words = ["--input", tmp_path / "texts.jsonl", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
     words += ["--held_out", 0.1, "--tokens_per_file", 2000, "--save_all_text", True, "--processes", 1]
     # No file may grow beyond 20 kB: what a disk without room is to a program.
     full = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2))
@@ -379,7 +381,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(make
 def test_ctrl_c_ends_at_once_and_quietly(tmp_path, tokenizer_path):
     write_texts(tmp_path / "texts.jsonl", made_up_texts(400))
     (tmp_path / "slow.py").write_text(SLOW_LOADER.format(path=str(tmp_path / "texts.jsonl")))
-    words = ["--source.loader", tmp_path / "slow.py", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
+    words = ["--loader", tmp_path / "slow.py", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
     process = start(*words, "--processes", 2, "--tokens_per_file", 500, pause=0.02, start_new_session=True)
     while not (tmp_path / "out" / "data_process.part" / "train_00000.json").exists():
         assert process.poll() is None
@@ -407,29 +409,29 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, str]]:
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    fine = ["--source.input", folder / "fine.txt"]
+    fine = ["--input", folder / "fine.txt"]
     return {
-        "missing": (["--source.input", folder / "nowhere"], "no file or folder .*nowhere"),
-        "empty": (["--source.input", folder / "empty.txt"], "nothing to train on .no documents at all"),
-        "short": (["--source.input", folder / "short.txt"], "nothing to train on .2 too short"),
+        "missing": (["--input", folder / "nowhere"], "no file or folder .*nowhere"),
+        "empty": (["--input", folder / "empty.txt"], "nothing to train on .no documents at all"),
+        "short": (["--input", folder / "short.txt"], "nothing to train on .2 too short"),
         "broken": (
-            ["--source.input", folder / "broken.jsonl"],
+            ["--input", folder / "broken.jsonl"],
             "nothing to train on .3 bad, the first at .*jsonl:1: not",
         ),
-        "no text": (["--source.input", folder / "folder"], "no file to read"),
-        "no loader": (["--source.loader", folder / "nowhere.py"], "no loader .*nowhere.py"),
+        "no text": (["--input", folder / "folder"], "no file to read"),
+        "no loader": (["--loader", folder / "nowhere.py"], "no loader .*nowhere.py"),
         "failing loader": (
-            ["--source.loader", folder / "failing.py"],
+            ["--loader", folder / "failing.py"],
             "failed after 1 records: RuntimeError: on purpose",
         ),
-        "no generator": (["--source.loader", folder / "without.py"], "data_loader"),
-        "corpus": (["--source.corpus", "peoms"], "unknown corpus 'peoms'; did you mean 'poems'"),
-        "absent corpus": (["--source.corpus", "wudao", "--source.raw_dir", folder], "put its files into"),
+        "no generator": (["--loader", folder / "without.py"], "data_loader"),
+        "corpus": (["--corpus", "peoms"], "unknown corpus 'peoms'; did you mean 'poems'"),
+        "absent corpus": (["--corpus", "wudao", "--raw_dir", folder], "put its files into"),
         "no tokenizer": ([*fine, "--tokenizer", folder / "nowhere"], "no tokenizer at .*nowhere"),
         "bad tokenizer": ([*fine, "--tokenizer", folder / "tokenizer.model"], "tokenizer.model"),
         "share": ([*fine, "--held_out", 1.0], "held_out is a share"),
         "processes": ([*fine, "--processes", 0], "processes .0. and tokens_per_file"),
-        "out in input": (["--source.input", folder, "--out", folder / "out"], "lies in the input"),
+        "out in input": (["--input", folder, "--out", folder / "out"], "lies in the input"),
         "all held out": ([*fine, "--held_out", 0.999999], "nothing to train on .1 held out"),
     }
 

@@ -338,10 +338,10 @@ def test_merging_into_a_unigram_model_is_refused(corpus, tmp_path):
 
 def test_flags_and_presets(tmp_path):
     preset = tmp_path / "preset.yaml"
-    preset.write_text("train_tokenizer: {vocab_size: 5000, character_coverage: 0.99, source: {corpus: [poems]}}")
+    preset.write_text("train_tokenizer: {vocab_size: 5000, character_coverage: 0.99, corpus: [poems]}")
     got = config.parse(
         Args, "train_tokenizer", ["--config", str(preset), "--max_piece_length", "2", "--compare", "a", "b"]
     )
     assert (got.vocab_size, got.character_coverage, got.max_piece_length) == (5000, 0.99, 2)
-    assert got.compare == (Path("a"), Path("b")) and got.source.corpus == ("poems",)
+    assert got.compare == (Path("a"), Path("b")) and got.corpus == ("poems",)
     assert config.parse(Args, "train_tokenizer", []) == Args()
