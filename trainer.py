@@ -307,11 +307,13 @@ class Trainer:
 
 @contextmanager
 def caught_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the loop to stop after the step it is in; a second one acts as usual."""
+    """SIGTERM and SIGINT ask the loop to stop after the step it is in; a second one acts as usual, except under
+    torchrun, which passes on what a terminal or a scheduler has sent to every process already."""
 
     def ask(number: int, frame: Any) -> None:
         trainer.stop_signal = number
-        signal.signal(number, before[number])
+        if trainer.backend.world == 1:
+            signal.signal(number, before[number])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else

@@ -433,6 +433,21 @@ def test_asked_to_stop_at_any_moment_of_a_step(tmp_path, number, moment, monkeyp
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+def test_a_second_interrupt_acts_at_once(tmp_path):
+    ours = toy_trainer(tmp_path / "run", toy_data(tmp_path), max_steps=9, save_interval=2)
+
+    def interrupt(step, batch):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch
+
+    ours.data = Changed(ours.data, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ours.fit()
+    assert load_state(tmp_path / "run" / "last")["progress"]["step"] == 2
+
+
 def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
     data = toy_data(tmp_path)
     ours = toy_trainer(tmp_path / "run", Changed(data, weighted({3})), max_steps=6, save_interval=1, keep=9)
