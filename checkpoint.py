@@ -196,8 +196,11 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep`, never those that `last` or `best` lead to."""
+    """Remove the oldest checkpoints beyond `keep`, never those that `last` or `best` lead to; and what a kill left
+    half-written or half-removed."""
     linked = {(run / name).resolve() for name in ("last", "best")}
     spare = [path for path in checkpoints(run) if path.resolve() not in linked]
     for path in spare[: max(0, len(checkpoints(run)) - keep)]:
+        path.rename(path.with_name(f".{path.name}.removed"))  # a kill leaves no half of it under its name
+    for path in run.glob(".step_*"):
         shutil.rmtree(path)

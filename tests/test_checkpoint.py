@@ -262,7 +262,19 @@ def test_a_failure_leaves_the_old_directory(tmp_path, error):
     assert (target / "file").read_text() == "old"
 
 
-def test_a_directory_is_replaced_whole(tmp_path):
+@pytest.fixture
+def no_half(monkeypatch):
+    """Nothing that bears the name of a checkpoint is taken apart: a kill in between would leave half of it."""
+    rmtree = shutil.rmtree
+
+    def careful(path, **options):
+        assert not path.name.startswith("step_")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", careful)
+
+
+def test_a_directory_is_replaced_whole(tmp_path, no_half):
     target = tmp_path / "step_00000001"
     for content in ("old", "new"):
         with written_aside(target) as aside:
@@ -296,10 +308,10 @@ def test_links_move_in_one_step_and_survive_moving_the_run(tmp_path):
     assert (tmp_path / "elsewhere" / "last").resolve().name == "step_2"
 
 
-def test_prune_keeps_the_newest_and_what_is_linked(tmp_path):
+def test_prune_keeps_the_newest_and_what_is_linked(tmp_path, no_half):
     for step in range(1, 7):
         (tmp_path / f"step_{step:08d}").mkdir()
-    for other in ("step_1", "notes", "step_00000009.txt"):
+    for other in ("step_1", "notes", "step_00000009.txt", ".step_00000008.writing"):
         (tmp_path / other).mkdir()
     checkpoint.point(tmp_path / "best", tmp_path / "step_00000002")
     checkpoint.point(tmp_path / "last", tmp_path / "step_00000006")
@@ -307,4 +319,5 @@ def test_prune_keeps_the_newest_and_what_is_linked(tmp_path):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 5, 6)]
     checkpoint.prune(tmp_path, keep=0)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 6)]
-    assert {"step_1", "notes", "step_00000009.txt"} <= names(tmp_path)
+    kept = {"step_00000002", "step_00000006", "best", "last"}
+    assert names(tmp_path) == kept | {"step_1", "notes", "step_00000009.txt"}  # and no leftover of a kill

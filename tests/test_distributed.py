@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import finish
 from toy import SHAPE, toy_data, toy_trainer
 from two_processes import OPTIM, RUN
 
@@ -26,12 +27,12 @@ def _quick(monkeypatch):
     monkeypatch.setattr(runlog, "draw_losses", lambda *_: None)
 
 
-def torchrun(folder: Path, mode: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+def torchrun(folder: Path, mode: str, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and stderr of `two_processes.py FOLDER MODE`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(Path(__file__).with_name("two_processes.py"))
-    return subprocess.run(
-        [*command, script, str(folder), mode], env=environment, capture_output=True, text=True, timeout=120
-    )
+    started = [*command, script, str(folder), mode]
+    return finish(subprocess.Popen(started, env=environment, stderr=subprocess.PIPE, text=True))
 
 
 def rows(run: Path) -> list[dict]:
@@ -45,8 +46,8 @@ def alone(folder: Path, name: str = "alone", **changes) -> trainer.Trainer:
 
 
 def test_two_processes_equal_one(tmp_path, environment):
-    done = torchrun(tmp_path, "plain", environment)
-    assert done.returncode == 0, done.stderr
+    status, err = torchrun(tmp_path, "plain", environment)
+    assert status == 0, err
     ours = alone(tmp_path)
     result = ours.fit()
     data = ours.data
@@ -67,9 +68,9 @@ def test_two_processes_equal_one(tmp_path, environment):
 
 
 def test_all_stop_when_one_is_asked_and_one_alone_goes_on(tmp_path, environment):
-    done = torchrun(tmp_path, "ask", environment)
-    assert done.returncode != 0
-    assert "stopped by SIGTERM after step 6: saved" in done.stderr
+    status, err = torchrun(tmp_path, "ask", environment)
+    assert status != 0
+    assert "stopped by SIGTERM after step 6: saved" in err
     state = load_state(tmp_path / "ask" / "last")
     assert state["progress"]["step"] == 6
     assert len(state["rng"]) == 2
@@ -82,9 +83,11 @@ def test_all_stop_when_one_is_asked_and_one_alone_goes_on(tmp_path, environment)
 
 
 def test_an_error_in_one_process_ends_all(tmp_path, environment):
-    done = torchrun(tmp_path, "fail", environment)  # within the time limit: nobody waits for the one that is gone
-    assert done.returncode != 0
-    assert "no space left" in done.stderr
+    status, err = torchrun(
+        tmp_path, "fail", environment
+    )  # within the time limit: nobody waits for the one that is gone
+    assert status != 0
+    assert "no space left" in err
     assert load_state(tmp_path / "fail" / "last")["progress"]["step"] == 4
 
 

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import finish, kill_all
 from tiny_text import made_up_texts, train_tiny_tokenizer
 
 from bins import BinWriter
@@ -58,9 +58,7 @@ class Runs:
 
     def finish(self, out: Path, *more: str, **options) -> tuple[int, str]:
         """Exit status and stderr of a run to its end."""
-        process = self.start(out, *more, **options)
-        _, err = process.communicate(timeout=120)
-        return process.returncode, err
+        return finish(self.start(out, *more, **options))
 
     def interrupt(self, out: Path, step: int, number: signal.Signals) -> int:
         """Send a signal once the log has reached `step`: SIGKILL to all processes, another one to the first. Returns
@@ -71,13 +69,10 @@ class Runs:
             time.sleep(0.002)
         assert process.poll() is None, f"ended before step {step}: {process.communicate()[1]}"
         if number == signal.SIGKILL:
-            first = psutil.Process(process.pid)
-            for each in [first, *first.children(recursive=True)]:  # torchrun gives its workers sessions of their own
-                each.kill()
+            kill_all(process)
         else:
             process.send_signal(number)
-        process.communicate(timeout=120)
-        return process.returncode
+        return finish(process)[0]
 
 
 def logged(out: Path) -> int:
