@@ -325,6 +325,10 @@ def test_early_stopping(tmp_path, capsys):
 # ---- going on
 
 
+class Stop(Exception):
+    pass
+
+
 def test_a_finished_run_returns_at_once(tmp_path):
     data = toy_data(tmp_path)
     result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
@@ -335,9 +339,12 @@ def test_a_finished_run_returns_at_once(tmp_path):
     assert longer["steps"] == 6
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == longer
 
+    def stop(step, batch):
+        raise Stop
 
-class Stop(Exception):
-    pass
+    with pytest.raises(Stop):
+        toy_trainer(tmp_path / "run", Changed(data, stop), max_steps=8).fit()
+    assert not (tmp_path / "run" / "result.json").exists()  # it was the shorter run's
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
