@@ -109,7 +109,7 @@ def _fetch(raw_dir: Path) -> Path:
     except FetchError as error:
         raise FetchError(
             f"{error} Without it, corpora that need only pip are sanguo, laws, definitions, wiki_en and dialogues: "
-            "--source.corpus sanguo laws definitions"
+            "--corpus sanguo laws definitions"
         ) from error
 
 
