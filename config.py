@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import typing
@@ -143,10 +144,11 @@ def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path]
     text = yaml.safe_dump({section: to_plain(args)}, allow_unicode=True, sort_keys=False)
     (out / "config.yaml").write_text(text, encoding="utf8")
     here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    describe = ["git", "-C", here, "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     record = {
         "command": sys.argv,
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "sentencepiece", "safetensors")},

@@ -240,6 +240,12 @@ def test_record_says_what_made_the_run(tmp_path):
     assert "git" in record
 
 
+def test_a_machine_without_git_records_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config.record_run(tmp_path / "run", "pretrain", Args())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] is None
+
+
 # ---- running a script
 
 
