@@ -110,10 +110,14 @@ class Optimizers:
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the moments; learning rates, decay and the like stay what they were set to here."""
         if len(state["parts"]) != len(self.parts):
             raise ValueError("the saved optimizer state is of another optimizer; resume with the one it was made by")
         for part, saved in zip(self.parts, state["parts"]):
+            settings = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(saved)
+            for group, own in zip(part.param_groups, settings):
+                group.update(own)
 
 
 class Muon(torch.optim.Optimizer):

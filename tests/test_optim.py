@@ -188,6 +188,16 @@ def test_state_goes_on_exactly(optimizer):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_state_brings_moments_and_not_settings():
+    built = build_optimizer(tiny_model(), OptimArgs(lr=0.01, muon_lr=0.02, weight_decay=0.1))
+    again = build_optimizer(tiny_model(), OptimArgs(lr=0.03, muon_lr=0.04, weight_decay=0.2, momentum=0.5))
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in again.param_groups]
+    again.load_state_dict(copy.deepcopy(built.state_dict()))
+    assert settings == [{key: v for key, v in group.items() if key != "params"} for group in again.param_groups]
+    again.set_lr(0.5)
+    assert {group["lr"] for group in again.param_groups} == {0.015, 0.02}
+
+
 def test_state_of_another_optimizer_is_refused():
     muon, adamw = (build_optimizer(tiny_model(), OptimArgs(optimizer=name)) for name in ("muon", "adamw"))
     with pytest.raises(ValueError, match="of another optimizer"):
