@@ -32,8 +32,14 @@ STEP_DIR = re.compile(r"step_(\d{8})")
 def written_aside(directory: Path) -> Iterator[Path]:
     """A scratch directory that becomes `directory` when the block ends well, and is removed when it does not."""
     aside, replaced = (directory.with_name(f".{directory.name}.{role}") for role in ("writing", "replaced"))
-    for path in (aside, replaced):
-        shutil.rmtree(path, ignore_errors=True)
+
+    def tidy() -> None:
+        if replaced.exists() and not directory.exists():  # stopped between the two renames below
+            replaced.rename(directory)
+        for path in (aside, replaced):
+            shutil.rmtree(path, ignore_errors=True)
+
+    tidy()
     aside.mkdir(parents=True)
     try:
         yield aside
@@ -46,8 +52,7 @@ def written_aside(directory: Path) -> Iterator[Path]:
     except (SafetensorError, RuntimeError, OSError) as error:  # how the libraries say that the disk is full
         raise OSError(f"could not write {directory}, what was saved before is as it was: {error}") from error
     finally:
-        for path in (aside, replaced):
-            shutil.rmtree(path, ignore_errors=True)
+        tidy()
 
 
 def sync(path: Path) -> None:
@@ -91,7 +96,10 @@ def save_model(
 def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """A model from a Hugging Face directory, its parameters in `dtype`; raises ValueError naming what does not fit."""
     directory = Path(directory)
-    args = ModelArgs.from_hf(read_config(directory))
+    try:
+        args = ModelArgs.from_hf(read_config(directory))
+    except KeyError as error:
+        raise ValueError(f"{directory}/config.json lacks the key {error}") from None
     with torch.device(device):
         model = Transformer(args, initialize=False).to(dtype)
     load_weights(model, directory)
@@ -203,4 +211,4 @@ def prune(run: Path, keep: int) -> None:
     for path in spare[: max(0, len(checkpoints(run)) - keep)]:
         path.rename(path.with_name(f".{path.name}.removed"))  # a kill leaves no half of it under its name
     for path in run.glob(".step_*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # NFS keeps what somebody still reads; the next call finds it again

@@ -175,6 +175,9 @@ def test_a_missing_shard(tmp_path):
 def test_folders_that_are_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config\.json lacks the key 'hidden_size'"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"half')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load_model(tmp_path)
@@ -258,6 +261,30 @@ def test_a_failure_leaves_the_old_directory(tmp_path, error):
     with pytest.raises(OSError if error is RuntimeError else error), written_aside(target) as aside:
         (aside / "file").write_text("new")
         raise error("in the middle")
+    assert names(tmp_path) == {target.name}
+    assert (target / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("how", [OSError, KeyboardInterrupt])
+def test_stopped_between_the_two_renames_the_old_directory_comes_back(tmp_path, monkeypatch, how):
+    target = tmp_path / "step_00000001"
+    with written_aside(target) as aside:
+        (aside / "file").write_text("old")
+    rename = Path.rename
+
+    def stopped(path, to):
+        if path.name.endswith(".writing"):
+            raise how("between")
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(how), written_aside(target) as aside:
+            (aside / "file").write_text("new")
+    assert (target / "file").read_text() == "old"
+    target.rename(tmp_path / f".{target.name}.replaced")  # as a kill leaves it
+    with pytest.raises(ValueError), written_aside(target):
+        raise ValueError("the next attempt fails")
     assert names(tmp_path) == {target.name}
     assert (target / "file").read_text() == "old"
 
