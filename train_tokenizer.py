@@ -127,8 +127,11 @@ def check(args: Args) -> None:
     """Raise ValueError for arguments that cannot work, before anything is read."""
     if args.character_coverage is not None and not 0.98 <= args.character_coverage <= 1:
         raise ValueError(f"--character_coverage should be between 0.98 and 1, found {args.character_coverage}")
-    if args.max_piece_length < 1:
-        raise ValueError(f"--max_piece_length should be at least 1, found {args.max_piece_length}")
+    for name in ("vocab_size", "max_piece_length", "sample_bytes", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} should be at least 1, found {getattr(args, name)}")
+    if not 0 <= args.held_out < 1:
+        raise ValueError(f"--held_out is a share of the documents, at least 0 and below 1, found {args.held_out}")
     if args.out.exists() and (strange := {path.name for path in args.out.iterdir()} - set(WRITTEN)):
         raise ValueError(
             f"{args.out} holds what is not a tokenizer's ({', '.join(sorted(strange)[:3])}) and would be replaced; "

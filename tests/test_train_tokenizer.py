@@ -216,6 +216,8 @@ def test_coverage_leaves_room_for_pieces_of_more_than_a_character(corpus, tmp_pa
         ({"vocab_size": 10}, r"no room for the characters of this corpus: .* takes \d+ ids at least; raise it$"),
         ({"character_coverage": 0.5}, r"--character_coverage should be between 0\.98 and 1, found 0\.5"),
         ({"max_piece_length": 0}, r"--max_piece_length should be at least 1, found 0"),
+        ({"sample_bytes": -1}, r"--sample_bytes should be at least 1, found -1"),
+        ({"held_out": 1.0}, r"--held_out is a share of the documents, at least 0 and below 1, found 1"),
         ({"compare": (Path("nowhere"),)}, r"no tokenizer at nowhere"),
         ({"merge": Path("nowhere.model")}, r"--merge expects a SentencePiece \.model file, and nowhere\.model is none"),
     ],
