@@ -54,8 +54,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: Triton on a GPU; a C++ compiler and Python's headers on a CPU."""
+    """Whether torch.compile has what it needs: Python's headers, and a C++ compiler on a CPU, Triton and a C compiler
+    (for what launches its kernels) on a GPU."""
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return False
     if device.type == "cuda":
-        return find_spec("triton") is not None
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None and headers.is_file()
+        return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
