@@ -5,6 +5,7 @@
     backend.backward(loss)              loss: this micro-batch's share of the mean over the whole step
     backend.step(max_norm)              clip, update, zero; returns the gradient norm before clipping
     backend.sum(values)                 integers or floats summed over all ranks
+    backend.gather(value)               one object of every rank, in a list
     backend.rank, backend.world, backend.main, backend.device
 
 A backend is a context manager: leaving it leaves the process group.
@@ -25,8 +26,6 @@ import torch.distributed as dist
 from torch import nn
 
 from optim import Optimizers
-
-NAMES = ("single", "ddp", "deepspeed")
 
 
 def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:

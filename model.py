@@ -355,8 +355,6 @@ class Transformer(nn.Module):
         length = max_len or a.max_seq_len
         return KVCache(a.n_layers, batch, a.n_kv_heads, a.head_dim, length, dtype, weight.device, a.sliding_window)
 
-    def n_parameters(self, embedding: bool = True) -> int:
-        """Number of parameters, tied ones counted once; `embedding=False` leaves out an untied input embedding."""
-        total = sum(p.numel() for p in self.parameters())
-        untied = not self.args.tie_embeddings
-        return total - (self.model.embed_tokens.weight.numel() if untied and not embedding else 0)
+    def n_parameters(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())

@@ -305,13 +305,12 @@ def test_number_of_parameters(shape, expected):
     with torch.device("meta"):
         model = Transformer(ModelArgs(**shape, tie_embeddings=False))
     assert model.n_parameters() == expected
-    assert model.n_parameters(embedding=False) == expected - shape["vocab_size"] * shape["dim"]
 
 
 def test_tied_parameters_count_once():
     model = small()
     distinct = {p.data_ptr(): p.numel() for p in model.state_dict(keep_vars=True).values()}
-    assert model.n_parameters() == model.n_parameters(embedding=False) == sum(distinct.values())
+    assert model.n_parameters() == sum(distinct.values())
 
 
 # ---- ModelArgs
