@@ -75,6 +75,12 @@ class TrainArgs:
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint in the run directory; never: start anew, replacing it"""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError on a negative number: as a norm to clip to, it would turn every gradient around."""
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"{name} should not be negative, found {value}")
+
 
 class BatchSource(Protocol):
     """What batches come from; see `dataset.Batch`."""
@@ -131,7 +137,17 @@ class Trainer:
         self.saved_step = -1  # the step that `last` leads to
         self.stop_signal = 0  # what this process was asked to stop by
         self.stopping = False  # whether any rank was, which all of them know at the end of a step
+        if data.seq_len > model.args.max_seq_len:
+            raise ValueError(
+                f"seq_len {data.seq_len} is longer than the model's max_seq_len {model.args.max_seq_len}; "
+                "shorten the rows, or make a new model for longer ones with --model.max_seq_len"
+            )
         self._resume()
+        if len(steps := set(backend.gather(self.progress.step))) > 1:
+            raise ValueError(
+                f"the processes find checkpoints of different steps ({', '.join(map(str, sorted(steps)))}) in {run}: "
+                "let it lie on a file system that all machines share"
+            )
 
     @property
     def finished(self) -> bool:
@@ -170,6 +186,11 @@ class Trainer:
                     elif self._due(self.args.save_interval):
                         self._save()
                 return self._finish()
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"{str(error).split('. ')[0]}: lower --train.micro_batch_size (gradients are accumulated), "
+                    "or say --train.gradient_checkpointing true"
+                ) from error
             finally:
                 self.log.close()
 
@@ -298,7 +319,8 @@ class Trainer:
                 )
         self.load_weights(last)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.backend.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the loss was not scaled, in another dtype than float16
+            self.backend.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.backend.world:
             checkpoint.set_rng_state(state["rng"][self.backend.rank], self.backend.device)
         self.progress = Progress(**state["progress"])

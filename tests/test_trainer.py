@@ -20,7 +20,7 @@ from hardware import can_compile
 from model import ModelArgs, Transformer
 from optim import OptimArgs, lr_factor
 from runlog import read_metrics
-from trainer import evaluate
+from trainer import TrainArgs, evaluate
 
 # an epsilon this large keeps AdamW from blowing up the last bit of small gradients
 SMOOTH = OptimArgs(optimizer="adamw", lr=0.01, eps=0.01, warmup_steps=3)
@@ -382,6 +382,23 @@ def test_another_identity_is_refused(tmp_path):
         toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "weights": [1.0]})
 
 
+def test_going_on_in_another_dtype(tmp_path):
+    data = toy_data(tmp_path)
+    for steps, dtype in ((2, "fp32"), (4, "fp16"), (6, "fp32")):
+        assert toy_trainer(tmp_path / "run", data, max_steps=steps, dtype=dtype).fit()["steps"] == steps
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path):
+    data = toy_data(tmp_path)
+    ours = toy_trainer(tmp_path / "run", data, max_steps=2)
+    ours.backend.gather = lambda step: [step, 4]  # as on a second machine with a disk of its own
+    with pytest.raises(ValueError, match=r"checkpoints of different steps \(0, 4\) in .*/run: let it lie on"):
+        trainer.Trainer(
+            *(ours.model, ours.optimizer, data, ours.backend, ours.args, ours.optim, ours.run),
+            **{"save": ours.save_weights, "load": ours.load_weights, "identity": ours.identity},
+        )
+
+
 def test_starting_anew_on_request(tmp_path):
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=6, save_interval=2, identity={"seed": 5}).fit()
@@ -466,6 +483,28 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
     assert [math.isfinite(x) for x in curve] == [True, True, True, False, True, True]
     assert "step 4: gradient norm nan; the step was skipped (1 in a row)" in capsys.readouterr().err
     assert load_state(tmp_path / "run" / "last")["progress"]["skipped"] == 0
+
+
+def test_out_of_memory_says_what_to_do(tmp_path):
+    def full(step, batch):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ..."
+        )
+
+    ours = toy_trainer(tmp_path / "run", Changed(toy_data(tmp_path), full))
+    with pytest.raises(ValueError, match=r"^CUDA out of memory: lower --train\.micro_batch_size"):
+        ours.fit()
+
+
+@pytest.mark.parametrize("name", ["grad_clip", "micro_batch_size", "max_steps", "epochs", "patience"])
+def test_negative_numbers_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} should not be negative, found -1"):
+        TrainArgs(**{name: -1})
+
+
+def test_rows_longer_than_the_model_takes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="seq_len 16 is longer than the model's max_seq_len 15"):
+        toy_trainer(tmp_path / "run", toy_data(tmp_path), shape={"max_seq_len": 15})
 
 
 def test_twenty_such_gradients_in_a_row_end_the_run(tmp_path):
