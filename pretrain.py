@@ -15,7 +15,7 @@ import torch
 
 import config
 from bins import TokenBin
-from checkpoint import load_model, load_weights, save_model
+from checkpoint import load_model, load_weights, save_model, weight_files
 from dataset import PretrainData
 from distributed import make_backend
 from model import ModelArgs, Transformer
@@ -63,17 +63,11 @@ def main(args: Args) -> dict[str, Any]:
     bins, heldout = open_bins(args.data)
     for each in [*bins, *heldout]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size)
-    data = PretrainData(
-        bins,
-        args.data.seq_len,
-        args.data.batch_size,
-        args.train.seed,
-        weights=args.data.weights or None,
-        isolate_documents=args.data.isolate_documents,
-    )
-    eval_data = (
-        PretrainData(heldout, args.data.seq_len, args.data.batch_size, seed=0, shuffle=False) if heldout else None
-    )
+    rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
+    if tokenizer.eos_id is not None:
+        rows["headerless_eos_id"] = tokenizer.eos_id
+    data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
+    eval_data = PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
     model = make_model(args, tokenizer.vocab_size)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
@@ -92,7 +86,8 @@ def main(args: Args) -> dict[str, Any]:
             token_bytes=tokenizer.token_bytes(),
         )
         if backend.main:
-            config.record_run(args.out, "pretrain", args, inputs=[b.path.with_suffix(".json") for b in bins])
+            described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
+            config.record_run(args.out, "pretrain", args, inputs=described)
         return trainer.fit()
 
 
@@ -128,6 +123,7 @@ def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
         "weights": list(args.data.weights),
         "isolate_documents": args.data.isolate_documents,
         "optimizer": args.optim.optimizer,
+        "init_from": args.init_from and [config.file_sha256(path) for path in weight_files(args.init_from)],
         "model": config.to_plain(args.model),
     }
 
