@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 import config
-from checkpoint import load_model, load_weights, save_model
+from checkpoint import load_model, load_weights, save_model, weight_files
 from corpora import BadRecord
 from dataset_sft import Samples, SFTData, encode_samples, file_conversations
 from distributed import make_backend
@@ -62,11 +62,12 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.init_from)
     template = load_template(tokenizer)
     tokenizer.chat_template = template.jinja()  # what it is trained on is what it is saved with
-    samples = read_samples(args.data.train, template, args)
+    broken: dict[Path, list[BadRecord]] = {}
+    samples = read_samples(args.data.train, template, args, broken)
     data = SFTData(samples, args.data.seq_len, args.data.batch_size, args.train.seed, args.data.packing)
     eval_data = None
     if args.data.heldout and args.data.heldout.exists():
-        heldout = read_samples(args.data.heldout, template, args)
+        heldout = read_samples(args.data.heldout, template, args, broken)
         eval_data = SFTData(heldout, args.data.seq_len, args.data.batch_size, 0, args.data.packing, shuffle=False)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
@@ -87,23 +88,30 @@ def main(args: Args) -> dict[str, Any]:
         if backend.main:
             config.record_run(args.out, "fine_tuning", args, inputs=[args.data.train] * args.data.train.is_file())
             print(describe(args.data.train, samples, data), flush=True)
+            for path, bad in broken.items():
+                keep_aside(path, bad, args.out)
+            if args.data.heldout and eval_data is None:
+                print(f"there is no {args.data.heldout}: nothing is evaluated on the way", flush=True)
         return trainer.fit()
 
 
-def read_samples(path: Path, template: ChatTemplate, args: Args) -> Samples:
-    """The conversations of `path`, encoded; broken records are counted and kept aside in the run directory."""
-    broken: list[BadRecord] = []
-    samples = encode_samples(file_conversations(path, broken), template, args.data.seq_len, args.data.too_long)
+def read_samples(path: Path, template: ChatTemplate, args: Args, broken: dict[Path, list[BadRecord]]) -> Samples:
+    """The conversations of `path`, encoded; the records that are none go to `broken[path]`."""
+    conversations = file_conversations(path, broken.setdefault(path, []))
+    samples = encode_samples(conversations, template, args.data.seq_len, args.data.too_long)
     if not len(samples):
         raise ValueError(
             f"{path}: no conversation has an answer within {args.data.seq_len} tokens; raise --data.seq_len"
         )
+    return samples
+
+
+def keep_aside(path: Path, broken: list[BadRecord], run: Path) -> None:
+    """Write the broken records of `path`, if there are any, into the run directory, and say so."""
     if broken:
-        aside = args.out / f"broken_{path.stem}.jsonl"
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside = run / f"broken_{path.stem}.jsonl"
         aside.write_text("".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in broken), "utf8")
         print(f"{path}: {len(broken)} broken records kept aside in {aside}; the first: {broken[0].reason}", flush=True)
-    return samples
 
 
 def describe(path: Path, samples: Samples, data: SFTData) -> str:
@@ -121,7 +129,7 @@ def identity(args: Args, samples: Samples) -> dict[str, Any]:
         "packing": args.data.packing,
         "samples": samples.stats,
         "optimizer": args.optim.optimizer,
-        "init_from": str(args.init_from),
+        "init_from": [config.file_sha256(path) for path in weight_files(args.init_from)],  # not only where it lies
     }
 
 
