@@ -49,7 +49,8 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         word = argv.pop(0)
         name, _, value = word.partition("=")
         if name != "--config":
-            flags.append(word.capitalize() if word in ("true", "false") else word)
+            said = value if name.startswith("--") else word  # YAML's true and false are Python's True and False
+            flags.append(word.removesuffix(said) + said.capitalize() if said in ("true", "false") else word)
         elif value or argv:
             path = Path(value or argv.pop(0))
             from_file += as_flags(cls, read_section(path, section), where=f"{path}: {section}")

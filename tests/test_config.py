@@ -107,6 +107,7 @@ def test_switches(tmp_path, value):
     assert parse("--config", preset(tmp_path, {"flag": value, "other_flag": value})) == expected
     for word in (str(value), str(value).lower()):
         assert parse("--flag", word, "--other_flag", word) == expected
+        assert parse(f"--flag={word}", f"--other_flag={word}") == expected
 
 
 def test_lists_mappings_nothing_and_numbers(tmp_path):
