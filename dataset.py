@@ -42,9 +42,10 @@ class Batch:
         """How many targets are trained."""
         return int((self.targets != IGNORE).sum())
 
-    def rows(self, start: int, stop: int) -> Batch:
-        """The rows start..stop-1 as views: a micro-batch."""
-        return self._map(lambda x: x[start:stop])
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of `size` rows, as views, the last one perhaps of fewer; 0: the whole batch."""
+        size = size or len(self)
+        return [self._map(lambda x, at=at: x[at : at + size]) for at in range(0, len(self), size)]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; the copy does not block when the memory is pinned."""

@@ -100,6 +100,7 @@ class Progress:
     tokens: int = 0
     best: float = math.inf
     evals_since_best: int = 0
+    evaluated: int = -1  # the step of the last evaluation
     loss_sum: float = 0.0  # since the last line of the log
     targets: int = 0  # likewise
     skipped: int = 0  # steps in a row whose gradient was not finite
@@ -200,11 +201,11 @@ class Trainer:
         batch = self.data.batch(p.step, backend.rank, backend.world)
         (n_targets,) = backend.sum([batch.n_targets])
         self.optimizer.set_lr(lr_factor(p.step, self.total_steps, self.optim))
-        size = args.micro_batch_size or len(batch)
         loss_sum = torch.zeros((), device=backend.device)
-        for start in range(0, len(batch), size):
-            micro = batch.rows(start, start + size).to(backend.device)
-            with backend.accumulating(last=start + size >= len(batch)):
+        parts = batch.split(args.micro_batch_size)
+        for part in parts:
+            micro = part.to(backend.device)
+            with backend.accumulating(last=part is parts[-1]):
                 loss, _ = self.forward(
                     micro.tokens,
                     micro.targets,
@@ -245,14 +246,15 @@ class Trainer:
         self.log.progress(p.step, shown | {"mfu": f"{mfu:.0%}", "left": f"{left // 60:.0f}m{left % 60:02.0f}s"})
 
     def _evaluate(self, max_batches: int | None) -> dict[str, float]:
-        return evaluate(self.model, self.eval_data, self.token_bytes, max_batches=max_batches, backend=self.backend)
+        size = self.args.micro_batch_size
+        return evaluate(self.model, self.eval_data, self.token_bytes, max_batches, self.backend, size)
 
     def _evaluate_and_save(self) -> None:
         """Evaluate on the first `eval_batches` batches, log it and save; it is the `best` if none was better."""
         p = self.progress
         measures = self._evaluate(self.args.eval_batches or None)
         self.log.write(p.step, {f"eval_{name}": value for name, value in measures.items()})
-        is_best = measures["loss"] < p.best
+        is_best, p.evaluated = measures["loss"] < p.best, p.step
         p.best, p.evals_since_best = (measures["loss"], 0) if is_best else (p.best, p.evals_since_best + 1)
         self.log.say(f"step {p.step}: held out: {shown(measures)}{' (best)' if is_best else ''}")
         self._save(is_best)
@@ -268,7 +270,8 @@ class Trainer:
         if self.eval_data is None:
             self._save(is_best=True)
         else:
-            self._evaluate_and_save()
+            if p.evaluated != p.step:  # else stopped early, or killed just before the end
+                self._evaluate_and_save()
             if p.evals_since_best and math.isfinite(p.best):  # the last weights are not the ones that `best` leads to
                 self.backend.gather(None)  # until rank 0 has written it
                 self.load_weights(self.run / "best")
@@ -389,11 +392,12 @@ def evaluate(
     token_bytes: np.ndarray | None = None,
     max_batches: int | None = None,
     backend: SingleProcess | None = None,
+    micro_batch_size: int = 0,
 ) -> dict[str, float]:
     """Loss over one epoch of `source` (or its first `max_batches`): `loss` in nats per target and, with `token_bytes`
-    (UTF-8 bytes of each id), `bits_per_byte`, which no choice of tokenizer can flatter; and `targets`.
+    (UTF-8 bytes of each id), `bits_per_byte`, which no choice of tokenizer can flatter.
 
-    Every rank takes its rows, and the sums are over all.
+    Every rank takes its rows, `micro_batch_size` at once (0: all), and the sums are over all ranks.
     """
     backend = backend or SingleProcess(next(model.parameters()).device)
     was_training = model.training
@@ -401,12 +405,11 @@ def evaluate(
     nats, targets, n_bytes = 0.0, 0, 0
     for step in range(min(source.steps_per_epoch, max_batches or source.steps_per_epoch)):
         batch = source.batch(step, backend.rank, backend.world)
-        on_device = batch.to(backend.device)
-        # .forward: not through torch.compile, which would compile a second graph for a few batches
-        loss, count = model.forward(
-            on_device.tokens, on_device.targets, positions=on_device.positions, doc_ids=on_device.doc_ids
-        )
-        nats, targets = nats + loss.item(), targets + count.item()
+        for part in batch.split(micro_batch_size):
+            micro = part.to(backend.device)
+            # .forward: not through torch.compile, which would compile a second graph for a few batches
+            loss, count = model.forward(micro.tokens, micro.targets, positions=micro.positions, doc_ids=micro.doc_ids)
+            nats, targets = nats + loss.item(), targets + count.item()
         if token_bytes is not None:
             n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE].numpy()].sum())
     model.train(was_training)

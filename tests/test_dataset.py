@@ -176,7 +176,8 @@ def test_isolated_documents_are_numbered_and_restart(folder, lengths, seq_len, h
 def test_micro_batches_are_views_and_cover_the_batch(folder):
     data = PretrainData([document_bin(folder, [4, 3, 9, 1])], 4, 6, 0, isolate_documents=True)
     batch = data.batch(0)
-    parts = [batch.rows(start, start + 4) for start in (0, 4)]
+    parts = batch.split(4)
+    assert [len(part) for part in batch.split(0)] == [6] and [len(part) for part in batch.split(9)] == [6]
     assert [len(part) for part in parts] == [4, 2] and len(batch) == 6
     assert sum(part.n_targets for part in parts) == batch.n_targets
     assert torch.equal(torch.cat([part.doc_ids for part in parts]), batch.doc_ids)

@@ -207,6 +207,7 @@ def test_bits_per_byte_by_hand(tmp_path):
     measures = evaluate(model, data, token_bytes)
     assert measures == pytest.approx({"loss": nats / targets, "bits_per_byte": nats / math.log(2) / n_bytes}, rel=1e-5)
     assert evaluate(model, data).keys() == {"loss"}
+    assert evaluate(model, data, token_bytes, micro_batch_size=3) == pytest.approx(measures, rel=1e-6)  # float32 sums
     first = evaluate(model, data, max_batches=1)["loss"]
     batch = data.batch(0)
     loss, count = model(batch.tokens, batch.targets)
@@ -315,6 +316,7 @@ def test_early_stopping(tmp_path, capsys):
     changes = {"max_steps": 50, "eval_interval": 2, "patience": 3, "eval_data": data, "log_interval": 0}
     result = toy_trainer(tmp_path / "run", data, optim, **changes).fit()
     assert result["steps"] == 8  # best at 2, then not at 4, 6, 8
+    assert [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row] == [2, 4, 6, 8]
     assert (tmp_path / "run" / "best").resolve().name == "step_00000002"
     assert "no better held-out loss in 3 evaluations" in capsys.readouterr().err
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -323,6 +325,15 @@ def test_early_stopping(tmp_path, capsys):
 
 
 # ---- going on
+
+
+def test_killed_after_the_last_evaluation(tmp_path):
+    data = toy_data(tmp_path)
+    result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
+    before = rows(tmp_path / "run"), load_state(tmp_path / "run" / "last")["progress"]
+    (tmp_path / "run" / "result.json").unlink()
+    assert toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit() == result
+    assert (rows(tmp_path / "run"), load_state(tmp_path / "run" / "last")["progress"]) == before
 
 
 class Stop(Exception):
