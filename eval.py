@@ -245,7 +245,7 @@ def answer_file(speaker: Speaker, args: Args) -> dict[str, Any]:
         raise ValueError(f"--output {output} would overwrite the questions; name another file")
     questions, prompts, broken = read_questions(speaker, args.input)
     answers = generate_in_batches(speaker.model, prompts, args.sampling, speaker.stop_ids, args.batch_size)
-    with output.open("w", encoding="utf8") as file:
+    with output.open("w", encoding="utf8", errors="backslashreplace") as file:  # half a surrogate pair stays its escape
         for question, ids in zip(questions, answers):
             row = {**question, "answer": speaker.text(ids)}
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")

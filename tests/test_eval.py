@@ -183,6 +183,13 @@ def test_a_file_of_questions(args, directory, tmp_path, capsys):
     assert "6 records could not be read" in capsys.readouterr().err
 
 
+def test_half_a_character_beside_a_question_is_written_back(args, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "moon", "id": "\\ud83d"}\n')
+    main(dataclasses.replace(args, input=path))
+    assert json.loads((tmp_path / "questions.answers.jsonl").read_text())["id"] == "\ud83d"
+
+
 @pytest.mark.parametrize("content", ["", '{"question": "?"}\n', "nonsense\n"])
 def test_a_file_without_prompts_is_refused(args, tmp_path, content):
     path = tmp_path / "questions.jsonl"
