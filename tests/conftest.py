@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from miniature import Miniature, build
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +29,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if env.pop("PYTHONDONTWRITEBYTECODE", None):  # else each would spend seconds on compiling torch's modules
         env["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("pycache"))
     return env
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
+    """The whole pipeline on made-up texts, gone through once, in seconds."""
+    return build(tmp_path_factory.mktemp("miniature"))
