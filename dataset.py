@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from bins import TokenBin
-
-IGNORE = -100  # a target that is not trained: no token id, so it cannot hide a real one (0 or pad would)
+from loss import IGNORE
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class Batch:
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: None if x is None else change(x) for name, x in tensors.items()})
+
+
+class BatchSource(Protocol):
+    """What batches come from; see `dataset.Batch`."""
+
+    seq_len: int
+    batch_size: int
+    steps_per_epoch: int
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
 
 
 def rows_of_rank(order: np.ndarray, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:

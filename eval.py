@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -30,11 +31,12 @@ from corpora.poems import load_poems
 from dataset import PretrainData
 from dataset_sft import SFTData, encode_samples, file_conversations
 from distributed import make_backend
+from evaluation import evaluate
 from generate import ChatSession, SamplingParams, check_prompts, generate_in_batches, stream, text_pieces
 from hardware import has_bfloat16
 from model import Transformer
 from tokenizer import MARKERS, ChatTemplate, Tokenizer, check_messages, load_template, load_tokenizer
-from trainer import DTYPES, evaluate
+from trainer import DTYPES
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,8 @@ def demo(speaker: Speaker, args: Args) -> dict[str, Any]:
     for name, path in places.items():
         if path.exists():
             print(f"{name:15} {path}")
-    print(f"{'to chat':15} python eval.py --model {speaker.directory}")
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    print(f"{'to chat':15} {python} eval.py --model {speaker.directory}")
     return {"answers": answers}
 
 

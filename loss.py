@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-IGNORE = -100  # the target of a token that is not trained on; never a real id
+IGNORE = -100  # a target that is not trained on: no token id, so it cannot hide a real one (0 or pad would)
 BLOCK_SIZE = 2**22  # logits that exist at a time: 16 MiB of float32, which a processor's cache may hold
 
 

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 import checkpoint
-from dataset import IGNORE, Batch
+from dataset import BatchSource
 from distributed import SingleProcess
+from evaluation import evaluate, shown
 from flops import train_flops_per_token
 from hardware import can_compile, has_bfloat16, peak_flops
 from model import Transformer
@@ -80,16 +81,6 @@ class TrainArgs:
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and value < 0:
                 raise ValueError(f"{name} should not be negative, found {value}")
-
-
-class BatchSource(Protocol):
-    """What batches come from; see `dataset.Batch`."""
-
-    seq_len: int
-    batch_size: int
-    steps_per_epoch: int
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
 
 
 @dataclass
@@ -171,6 +162,11 @@ class Trainer:
             f"{self.model.n_parameters() / 1e6:.2f} M parameters, {str(dtype).removeprefix('torch.')} on "
             f"{self.backend.device} x {self.backend.world}; MFU against {peak / 1e9:.0f} GFLOP/s ({peak_source})"
         )
+        if self.total_steps <= self.optim.warmup_steps:
+            self.log.say(
+                f"only {self.total_steps} steps, and {self.optim.warmup_steps} are for warming up: it will learn "
+                "little; raise --train.epochs, or lower --data.batch_size and --optim.warmup_steps"
+            )
         clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
         with caught_signals(self):
             try:
@@ -378,43 +374,3 @@ def prepare(model: Transformer, args: TrainArgs, device: torch.device) -> torch.
     if args.compile == "on" or (args.compile == "auto" and can_compile(device)):
         model.compile()  # in place: parameters keep their names
     return dtype
-
-
-def shown(measures: dict[str, float]) -> str:
-    """Measures in one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer,
-    source: BatchSource,
-    token_bytes: np.ndarray | None = None,
-    max_batches: int | None = None,
-    backend: SingleProcess | None = None,
-    micro_batch_size: int = 0,
-) -> dict[str, float]:
-    """Loss over one epoch of `source` (or its first `max_batches`): `loss` in nats per target and, with `token_bytes`
-    (UTF-8 bytes of each id), `bits_per_byte`, which no choice of tokenizer can flatter.
-
-    Every rank takes its rows, `micro_batch_size` at once (0: all), and the sums are over all ranks.
-    """
-    backend = backend or SingleProcess(next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
-    nats, targets, n_bytes = 0.0, 0, 0
-    for step in range(min(source.steps_per_epoch, max_batches or source.steps_per_epoch)):
-        batch = source.batch(step, backend.rank, backend.world)
-        for part in batch.split(micro_batch_size):
-            micro = part.to(backend.device)
-            # .forward: not through torch.compile, which would compile a second graph for a few batches
-            loss, count = model.forward(micro.tokens, micro.targets, positions=micro.positions, doc_ids=micro.doc_ids)
-            nats, targets = nats + loss.item(), targets + count.item()
-        if token_bytes is not None:
-            n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE].numpy()].sum())
-    model.train(was_training)
-    nats, targets, n_bytes = backend.sum([nats, targets, n_bytes])
-    measures = {"loss": nats / max(1, targets)}
-    if n_bytes:
-        measures["bits_per_byte"] = nats / math.log(2) / n_bytes
-    return measures

@@ -13,10 +13,10 @@ from miniature import BROKEN, EXCHANGES, NAMES, Miniature
 from bins import TokenBin
 from checkpoint import load_model
 from dataset import PretrainData
+from evaluation import evaluate
 from generate import SamplingParams, generate
 from model import Transformer
 from tokenizer import load_template, load_tokenizer
-from trainer import evaluate
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=60)
 

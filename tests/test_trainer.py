@@ -16,11 +16,12 @@ import runlog
 import trainer
 from checkpoint import checkpoints, load_model, load_state
 from dataset import IGNORE, Batch, PretrainData
+from evaluation import evaluate
 from hardware import can_compile
 from model import ModelArgs, Transformer
 from optim import OptimArgs, lr_factor
 from runlog import read_metrics
-from trainer import TrainArgs, evaluate
+from trainer import TrainArgs
 
 # an epsilon this large keeps AdamW from blowing up the last bit of small gradients
 SMOOTH = OptimArgs(optimizer="adamw", lr=0.01, eps=0.01, warmup_steps=3)
