@@ -72,6 +72,8 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
         whole = yaml.safe_load(path.read_text(encoding="utf8")) or {}
     except OSError as error:
         fail(f"cannot read the config {path}: {error.strerror}; presets lie in configs/")
+    except UnicodeDecodeError:
+        fail(f"{path} is not UTF-8 text")
     except yaml.YAMLError as error:
         fail(f"{path} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(whole, dict):
@@ -80,7 +82,7 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
         )
     for name in whole:
         if name not in SECTIONS:
-            fail(f"{path}: unknown section {name!r}{nearest(name, SECTIONS)}; sections are {', '.join(SECTIONS)}")
+            fail(f"{path}: unknown section {name!r}{nearest(str(name), SECTIONS)}; sections are {', '.join(SECTIONS)}")
     values = whole.get(section) or {}
     if not isinstance(values, dict):
         fail(f"{path}: {section} should be a mapping, found {values!r}")

@@ -39,6 +39,16 @@ class OptimArgs:
     min_lr_ratio: float = 0.0
     """learning rate at the end, as a share of the peak"""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError on a number that no schedule or optimizer makes sense of."""
+        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} should be 0 or more, and finite, found {getattr(self, name)}")
+        shares = {"momentum": self.momentum, "decay_share": self.decay_share, "min_lr_ratio": self.min_lr_ratio}
+        for name, value in shares.items() | {("betas", beta) for beta in self.betas}:
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} should lie between 0 and 1, found {value}")
+
 
 def lr_factor(step: int, total_steps: int, args: OptimArgs) -> float:
     """Share of the peak learning rate for optimizer step `step` (from 0) of `total_steps`."""

@@ -77,10 +77,12 @@ class TrainArgs:
     """auto: go on from the last checkpoint in the run directory; never: start anew, replacing it"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a negative number: as a norm to clip to, it would turn every gradient around."""
+        """Raises ValueError on a number below 0 (as a norm to clip to, it would turn all gradients around), or none."""
         for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and value < 0:
-                raise ValueError(f"{name} should not be negative, found {value}")
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} should be 0 or more, and finite, found {value}")
+        if not self.max_steps and not self.epochs:
+            raise ValueError("max_steps and epochs are both 0: there is nothing to train")
 
 
 @dataclass
@@ -151,6 +153,8 @@ class Trainer:
         """Run to the last step; returns the final measures. On SIGTERM or SIGINT saves and raises SystemExit."""
         result = self.run / "result.json"
         if self.finished and result.is_file():
+            if self.backend.main:
+                print(f"{self.run} is finished ({self.progress.step} steps): nothing to do", flush=True)
             return json.loads(result.read_text())
         if self.backend.main:
             result.unlink(missing_ok=True)  # of a shorter run, or of one that is replaced
@@ -272,6 +276,8 @@ class Trainer:
                 self.backend.gather(None)  # until rank 0 has written it
                 self.load_weights(self.run / "best")
             measures = self._evaluate(None)
+            if not math.isfinite(measures["loss"]):
+                raise ValueError(f"the held-out loss is {measures['loss']}: the run diverged; lower the learning rate")
             self.log.say(f"the best on all held-out data: {shown(measures)}")
             result |= measures | {"model": str(self.run / "best")}
         if self.backend.main:

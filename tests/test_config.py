@@ -284,3 +284,11 @@ def test_help_describes_every_flag(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("A script of a test.", "--inner.size", "how big", "--config FILE", "--flag"))
+
+
+def test_a_preset_that_is_not_utf8_and_a_section_that_is_a_number_are_named(tmp_path):
+    for name, raw, sentence in (("a.yaml", b"\xff\xfe", "not UTF-8"), ("b.yaml", b"1: 2", "unknown section 1")):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(SystemExit) as stopped:
+            config.read_section(tmp_path / name, "pretrain")
+        assert name in str(stopped.value) and sentence in str(stopped.value)

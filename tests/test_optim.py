@@ -38,6 +38,22 @@ def exactly_orthogonal(matrices: torch.Tensor, *_) -> torch.Tensor:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": math.nan},
+        {"muon_lr": -1.0},
+        {"warmup_steps": -1},
+        {"momentum": 1.5},
+        {"betas": (0.9, -0.1)},
+        {"eps": math.inf},
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OptimArgs(**wrong)
+
+
 def test_muon_equals_torchs_step_by_step(weight_decay, exact, monkeypatch):
     if exact:
         monkeypatch.setattr(optim, "orthogonalize", exactly_orthogonal)

@@ -510,7 +510,7 @@ def test_out_of_memory_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("name", ["grad_clip", "micro_batch_size", "max_steps", "epochs", "patience"])
 def test_negative_numbers_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} should not be negative, found -1"):
+    with pytest.raises(ValueError, match=f"{name} should be 0 or more, and finite, found -1"):
         TrainArgs(**{name: -1})
 
 
@@ -563,3 +563,11 @@ def test_time_left_and_rate():
     assert rate == pytest.approx(200, rel=0.01)  # 800 tokens in 4 seconds
     assert left == pytest.approx(12, rel=0.01)  # 15 steps more, 0.8 seconds each
     assert mfu == pytest.approx(0.05, rel=0.01)
+
+
+def test_nothing_to_train_and_numbers_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="nothing to train"):
+        TrainArgs(max_steps=0, epochs=0.0)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="grad_clip"):
+            TrainArgs(grad_clip=wrong)
