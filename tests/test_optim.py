@@ -38,22 +38,6 @@ def exactly_orthogonal(matrices: torch.Tensor, *_) -> torch.Tensor:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"lr": math.nan},
-        {"muon_lr": -1.0},
-        {"warmup_steps": -1},
-        {"momentum": 1.5},
-        {"betas": (0.9, -0.1)},
-        {"eps": math.inf},
-    ],
-)
-def test_a_number_that_makes_no_sense_is_named(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        OptimArgs(**wrong)
-
-
 def test_muon_equals_torchs_step_by_step(weight_decay, exact, monkeypatch):
     if exact:
         monkeypatch.setattr(optim, "orthogonalize", exactly_orthogonal)
@@ -281,3 +265,19 @@ def test_wsd_by_hand():
     assert [lr_factor(step, 10, args) for step in range(10)] == pytest.approx(expected)
     cosine = OptimArgs(schedule="cosine", warmup_steps=0)
     assert lr_factor(1, 4, cosine) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": math.nan},
+        {"muon_lr": -1.0},
+        {"warmup_steps": -1},
+        {"momentum": 1.5},
+        {"betas": (0.9, -0.1)},
+        {"eps": math.inf},
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OptimArgs(**wrong)
