@@ -1,11 +1,16 @@
 """Fixtures of the whole suite."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  (torch.compile wants its distutils; whoever imports the old one first breaks that)
 import torch
 from miniature import Miniature, build
+
+# What a shell starts in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
