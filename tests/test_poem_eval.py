@@ -190,7 +190,7 @@ def test_the_whole_task(directory, raw_dir, tmp_path, capsys):
     report = json.loads((directory.parent / "poems.json").read_text(encoding="utf8"))
     assert report["model"]["exact"]["of"] == shares["exact"].of == len(report["poems"])
     assert report["corpus"]["rhyme"]["of"] > 0 and report["sampling"]["max_new_tokens"] == 12
-    text = (directory.parent / "poems.txt").read_bytes().decode()  # as it is: an untrained model writes \\r, too
+    text = (directory.parent / "poems.txt").read_bytes().decode()  # untrained, it writes carriage returns, too
     assert all(poem["question"] in text and poem["text"] in text for poem in report["poems"])
     assert "exactly the asked form" in capsys.readouterr().out
     main(Args(**{**vars(args), "output": tmp_path / "mine.json"}))
