@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dataset import IGNORE, BatchSource
 from distributed import SingleProcess
@@ -35,7 +36,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     nats, targets, n_bytes = 0.0, 0, 0
-    for step in range(min(source.steps_per_epoch, max_batches or source.steps_per_epoch)):
+    n_steps = min(source.steps_per_epoch, max_batches or source.steps_per_epoch)
+    quiet = None if backend.main else True  # None: shown on a terminal only
+    for step in tqdm(range(n_steps), desc="evaluating", unit="batch", leave=False, disable=quiet):
         batch = source.batch(step, backend.rank, backend.world)
         for part in batch.split(micro_batch_size):
             micro = part.to(backend.device)

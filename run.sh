@@ -15,7 +15,7 @@ an interrupted one goes on where it stopped.
 
   --preset NAME   the run that configs/NAME.yaml describes, in data/NAME and out/NAME:
                     tiny (default)  minutes on two CPU cores: short Chinese poems
-                    bilingual       Chinese and English, for a CPU with more time
+                    bilingual       Chinese and English, an hour and a half or more of two cores
                     small           one 24 GB GPU
                     base            eight GPUs
   --stage NAME    all (default), or just one; a stage asked for by name runs even if it is done:
