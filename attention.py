@@ -7,24 +7,50 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 
+@dataclass
+class Mask:
+    """Which keys each of T queries may see: those at or before its own place, and of these only the ones of its own
+    document (`doc_ids` (B, T)) and less than `window` positions back. Or `dense` (B or 1, 1, T, S) bool as it is.
+
+    It says what is wanted; a back-end makes of it what its kernel takes, once a forward pass.
+    """
+
+    doc_ids: torch.Tensor | None = None
+    window: int | None = None
+    dense: torch.Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is hidden but what comes later."""
+        return self.doc_ids is None and self.window is None and self.dense is None
+
+    def boolean(self, T: int, device: torch.device) -> torch.Tensor | None:
+        """The mask written out, (B or 1, 1, T, S) bool; None for the plain causal triangle."""
+        if self.dense is None and not self.plain:
+            self.dense = causal_mask(self.doc_ids, self.window, T, device)  # kept: all layers ask for the same
+        return self.dense
+
+
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, backend: str = "auto"
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """Attention output (B, H, T, D). `mask` (B or 1, 1, T, S) bool; None means causal when T == S, and everything
-    visible when T == 1; any other shape without a mask is ambiguous and refused.
+    """Attention output (B, H, T, D). A plain mask (or None) means causal when T == S, and everything visible when
+    T == 1; any other shape without a mask is ambiguous and refused.
     """
     T, S = q.shape[2], k.shape[2]
-    if mask is None and T not in (1, S):
+    dense = None if mask is None else mask.boolean(T, q.device)
+    if dense is None and T not in (1, S):
         # `is_causal` with T < S lines the mask up with the first key, not the last: a decode step would see one key
         raise ValueError(f"attention of {T} queries over {S} keys needs an explicit mask")
     if backend == "auto":
         backend = "reference" if fast_reference(q, S) else "sdpa"
-    return BACKENDS[backend](q, k, v, mask, causal=mask is None and T == S and T > 1)
+    return BACKENDS[backend](q, k, v, dense, causal=dense is None and T == S and T > 1)
 
 
 def fast_reference(q: torch.Tensor, S: int) -> bool:

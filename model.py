@@ -19,17 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import hf_config
 import rope
-from attention import attend, causal_mask
+from attention import Mask, attend
 from cache import KVCache
 from loss import linear_cross_entropy
-
-FAMILY = {  # model_type in config.json -> the class that transformers gives it
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -105,68 +99,11 @@ class ModelArgs:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelArgs:
         """From the contents of a Hugging Face `config.json`; what this module cannot represent is refused by name."""
-        kind = config.get("model_type", "llama")
-        if kind not in FAMILY:
-            raise ValueError(f"config.json is of model_type {kind!r}; this module runs {', '.join(FAMILY)}")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"config.json asks for hidden_act {config['hidden_act']!r}; LLaMA's feed-forward is 'silu'"
-            )
-        for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            if config.get(key):
-                raise ValueError(f"config.json sets {key}, which this module does not have")
-        scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        return cls(
-            dim=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=config["num_attention_heads"],
-            n_kv_heads=config.get("num_key_value_heads"),
-            head_dim=config.get("head_dim"),
-            vocab_size=config["vocab_size"],
-            hidden_dim=config["intermediate_size"],
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_seq_len=config.get("max_position_embeddings", 2048),
-            rope_theta=theta,
-            rope_scaling=None if rope.rope_type(scaling) == "default" else scaling,
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            attention_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            sliding_window=config.get("sliding_window") if kind == "mistral" else None,
-        )
+        return cls(**hf_config.read(config))
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of this shape, with the present keys for positions and the older ones beside them."""
-        kind = {
-            (False, False, False): "llama",
-            (False, False, True): "mistral",
-            (True, False, False): "qwen2",
-            (False, True, False): "qwen3",
-        }.get((self.attention_bias, self.qk_norm, self.sliding_window is not None))
-        if kind is None:
-            raise ValueError("no Hugging Face model combines this attention_bias, qk_norm and sliding_window")
-        scaling = self.rope_scaling or {"rope_type": "default"}
-        config = {
-            "architectures": [FAMILY[kind]],
-            "model_type": kind,
-            "hidden_size": self.dim,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "intermediate_size": self.hidden_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "max_position_embeddings": self.max_seq_len,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
-            "rope_parameters": {**scaling, "rope_theta": self.rope_theta},
-            "tie_word_embeddings": self.tie_embeddings,
-            "initializer_range": 0.02,
-            "attention_dropout": 0.0,
-        }
-        return config | ({"sliding_window": self.sliding_window} if kind == "mistral" else {})
+        """The `config.json` of this shape."""
+        return hf_config.write(self)
 
 
 class Linear(nn.Linear):
@@ -213,7 +150,7 @@ class Attention(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask,
         cache: KVCache | None,
     ) -> torch.Tensor:
         B, T, _ = x.shape
@@ -331,9 +268,9 @@ class Transformer(nn.Module):
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
-            mask = cache.extend(positions.expand(B, T))
+            mask = Mask(dense=cache.extend(positions.expand(B, T)))
         else:
-            mask = causal_mask(doc_ids, self.args.sliding_window, T, tokens.device)
+            mask = Mask(doc_ids, self.args.sliding_window)
         cos, sin = (part[:, :, None] for part in rope.cos_sin(positions, *self.rope_frequencies))  # (B or 1, T, 1, D/2)
         x = self.model.embed_tokens(tokens).to(self.compute_dtype or self.model.embed_tokens.weight.dtype)
         for block in self.model.layers:

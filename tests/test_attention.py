@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import BACKENDS, attend, causal_mask, fast_reference
+from attention import BACKENDS, Mask, attend, causal_mask, fast_reference
 
 
 def brute_force(q, k, v, visible) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_any_mask(backend, B, group, T, past, per_row, seed):
     mask = torch.rand(B if per_row else 1, 1, T, S, generator=torch.Generator().manual_seed(seed)) < 0.5
     mask[..., 0] = True  # no query looks at nothing
     expected = brute_force(q, k, v, mask[:, 0].expand(B, T, S))
-    torch.testing.assert_close(attend(q, k, v, mask, backend), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(attend(q, k, v, Mask(dense=mask), backend), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,7 +79,7 @@ def test_gradients_of_the_backends_agree():
     grads = []
     for backend in BACKENDS:
         leaves = [x.requires_grad_() for x in random_qkv(2, 6, 2, 5, 5, 4)]
-        attend(*leaves, mask, backend).square().sum().backward()
+        attend(*leaves, Mask(dense=mask), backend).square().sum().backward()
         grads.append([x.grad for x in leaves])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
