@@ -25,16 +25,18 @@ import poem_eval
 from bins import TokenBin
 from checkpoint import load_model
 from console import converse, say, tell
+from conversations import file_conversations
 from corpora import BadRecord
 from corpora.files import bad, records
 from corpora.poems import load_poems
 from dataset import PretrainData
-from dataset_sft import SFTData, encode_samples, file_conversations
+from dataset_sft import encode_samples
 from distributed import make_backend
 from evaluation import evaluate
 from generate import ChatSession, SamplingParams, check_prompts, generate_in_batches, stream, text_pieces
 from hardware import has_bfloat16
 from model import Transformer
+from packing import SFTData
 from tokenizer import MARKERS, ChatTemplate, Tokenizer, check_messages, load_template, load_tokenizer
 from trainer import DTYPES
 

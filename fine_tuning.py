@@ -16,10 +16,12 @@ import torch
 
 import config
 from checkpoint import load_model, load_weights, save_model, weight_files
+from conversations import file_conversations
 from corpora import BadRecord
-from dataset_sft import Samples, SFTData, encode_samples, file_conversations
+from dataset_sft import Samples, encode_samples
 from distributed import make_backend
 from optim import OptimArgs, build_optimizer
+from packing import SFTData
 from tokenizer import ChatTemplate, load_template, load_tokenizer
 from trainer import TrainArgs, Trainer
 

@@ -1,0 +1,170 @@
+"""Rows against samples one by one: in which company, how often."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from char_template import epoch_targets, targets_in_context
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset import IGNORE
+from dataset_sft import Samples
+from model import ModelArgs, Transformer
+from packing import SFTData, best_fit
+
+
+def samples_of(lengths: list[int], seed: int = 0) -> Samples:
+    """Samples of these many ids, all of them different, a random half of each trained."""
+    offsets = np.cumsum([0, *lengths]).astype(np.uint64)
+    mask = np.random.default_rng(seed).random(sum(lengths)) < 0.5
+    return Samples(np.arange(10, 10 + sum(lengths), dtype=np.int32), mask, offsets, {})
+
+
+# --- samples -> rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 14), min_size=1, max_size=25),
+    room=st.integers(0, 9),
+    share=st.integers(1, 3),
+    world=st.integers(1, 3),
+    epoch=st.integers(0, 2),
+    packing=st.sampled_from(["best_fit", "none"]),
+    shuffle=st.booleans(),
+)
+def test_packed_is_unpacked_and_every_sample_comes_once(lengths, room, share, world, epoch, packing, shuffle):
+    samples = samples_of(lengths)
+    data = SFTData(samples, max(lengths) - 1 + room, share * world, 3, packing, shuffle)
+    assert epoch_targets(data, epoch, world) == targets_in_context(samples)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(2, 14), min_size=1, max_size=25), seq_len=st.integers(13, 30))
+def test_a_row_is_samples_one_after_another(lengths, seq_len):
+    samples = samples_of(lengths)
+    data = SFTData(samples, seq_len, 2, 1)
+    taken = 0
+    for step in range(data.steps_per_epoch):
+        batch = data.batch(step)
+        assert [x.dtype for x in (batch.tokens, batch.targets, batch.positions)] == [torch.int64] * 3
+        assert batch.doc_ids.dtype == torch.int32 and batch.tokens.shape == (2, seq_len)
+        for tokens, docs, targets in zip(batch.tokens, batch.doc_ids, batch.targets):
+            used = int((docs >= 0).sum())
+            taken += used
+            numbers = docs[:used].tolist()
+            assert numbers == sorted(numbers) and set(numbers) == set(range(len(set(numbers))))
+            assert docs[used:].eq(-1).all() and targets[used:].eq(IGNORE).all()
+            for doc in set(numbers):
+                ids = tokens[docs == doc].tolist()
+                assert ids == list(range(ids[0], ids[0] + len(ids)))  # one whole sample, without its last id
+                assert ids[0] - 10 in samples.offsets and ids[-1] + 2 - 10 in samples.offsets
+    assert taken == sum(lengths) - len(lengths)
+    assert data.packing_efficiency == pytest.approx(taken / (data.n_rows * seq_len), abs=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_ranks_split_the_rows_of_a_single_process(world):
+    data = SFTData(samples_of(np.random.default_rng(0).integers(2, 20, 77).tolist()), 24, 6, 3)
+    for step in range(2 * data.steps_per_epoch):
+        whole = data.batch(step)
+        for rank in range(world):
+            part = data.batch(step, rank, world)
+            for name in ("tokens", "targets", "positions", "doc_ids"):
+                assert torch.equal(getattr(part, name), getattr(whole, name)[rank::world])
+    with pytest.raises(ValueError, match="batch_size 6 does not divide over 4 processes"):
+        data.batch(0, 0, 4)
+
+
+def test_a_batch_depends_on_nothing_but_seed_and_step():
+    samples = samples_of(np.random.default_rng(0).integers(2, 20, 50).tolist())
+    data = SFTData(samples, 24, 4, 3)
+    expected = [data.batch(step).tokens for step in range(3 * data.steps_per_epoch)]
+    fresh = pickle.loads(pickle.dumps(SFTData(samples, 24, 4, 3)))
+    for step in torch.randperm(len(expected)).tolist():
+        np.random.seed(step)  # the global generator must not matter
+        assert torch.equal(fresh.batch(step).tokens, expected[step])
+
+
+def test_company_and_order_differ_by_epoch_and_seed_unless_not_shuffled():
+    samples = samples_of(np.random.default_rng(0).integers(2, 12, 120).tolist())
+
+    def rows(data: SFTData, epoch: int) -> list[list[int]]:
+        steps = range(epoch * data.steps_per_epoch, (epoch + 1) * data.steps_per_epoch)
+        return [row for step in steps for row in data.batch(step).tokens.tolist()]
+
+    data = SFTData(samples, 20, 4, 3)
+    assert rows(data, 0) != rows(data, 1) != rows(SFTData(samples, 20, 4, 4), 1)
+    common = {tuple(row) for row in rows(data, 0)} & {tuple(row) for row in rows(data, 1)}
+    assert len(common) < data.n_rows / 2  # not the same rows in another order
+    fixed = SFTData(samples, 20, 4, 3, shuffle=False)
+    assert rows(fixed, 0) == rows(fixed, 1)
+    one_each = SFTData(samples, 20, 4, 3, "none", shuffle=False)
+    assert [row[0] for row in rows(one_each, 0)][:120] == (samples.offsets[:-1].astype(int) + 10).tolist()
+    assert one_each.n_rows == 120 and one_each.batch(0).doc_ids is None and one_each.batch(0).positions is None
+
+
+def test_rows_that_fill_the_last_step_have_no_target():
+    data = SFTData(samples_of([5, 5, 5]), 4, 2, 0)
+    last = data.batch(1)
+    assert data.steps_per_epoch == 2 and last.tokens.shape == (2, 4)
+    assert last.doc_ids.tolist() == [[0] * 4, [-1] * 4] and last.targets[1].tolist() == [IGNORE] * 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), max_size=40), room=st.integers(0, 10))
+def test_best_fit_takes_the_row_with_the_least_space_that_holds(sizes, room):
+    sizes, capacity = sorted(sizes, reverse=True), 30 + room
+    used: list[int] = []
+    for size, row in zip(sizes, best_fit(np.array(sizes, int), capacity).tolist()):
+        fitting = [capacity - u for u in used if capacity - u >= size]
+        if fitting:
+            assert capacity - used[row] == min(fitting)
+            used[row] += size
+        else:
+            assert row == len(used)
+            used.append(size)
+
+
+def test_packing_wastes_little_of_short_samples():
+    lengths = np.random.default_rng(0).integers(10, 100, 2000).tolist()
+    packed, loose = (
+        SFTData(samples_of(lengths), 128, 8, 0, packing).packing_efficiency for packing in ("best_fit", "none")
+    )
+    assert packed > 0.98 and loose < 0.45  # 0.996 and 0.427 in fact
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"packing": "greedy"}, "'best_fit' or 'none', found 'greedy'"),
+        ({"seq_len": 4}, "2 to 5 ids for rows of 4, found 2 to 6; encode them with the same seq_len"),
+        ({"samples": samples_of([1, 3])}, "found 1 to 3"),
+        ({"samples": samples_of([])}, "no sample to train on"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"seed": -1}, "seed >= 0"),
+    ],
+)
+def test_options_without_sense_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SFTData(**({"samples": samples_of([6, 2]), "seq_len": 5, "batch_size": 2, "seed": 0} | options))
+
+
+def test_the_loss_of_packed_rows_is_the_loss_of_samples_alone():
+    model = Transformer(
+        ModelArgs(dim=16, n_layers=2, n_heads=2, vocab_size=300, multiple_of=8, max_seq_len=32)
+    ).double()
+    samples = samples_of(np.random.default_rng(0).integers(2, 16, 20).tolist())
+    loss = dict.fromkeys(("best_fit", "none"), 0.0)
+    for packing in loss:
+        data = SFTData(samples, 32, 4, 0, packing)
+        for step in range(data.steps_per_epoch):
+            batch = data.batch(step)
+            total, count = model(batch.tokens, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids)
+            assert count == batch.n_targets
+            loss[packing] += total.item()
+    assert loss["best_fit"] == pytest.approx(loss["none"], rel=1e-6)  # the loss itself is summed in float32
