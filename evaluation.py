@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dataset import IGNORE, BatchSource
 from distributed import SingleProcess
 from model import Transformer
+from progress import track
 
 
 def shown(measures: dict[str, float]) -> str:
@@ -37,8 +37,7 @@ def evaluate(
     model.eval()
     nats, targets, n_bytes = 0.0, 0, 0
     n_steps = min(source.steps_per_epoch, max_batches or source.steps_per_epoch)
-    quiet = None if backend.main else True  # None: shown on a terminal only
-    for step in tqdm(range(n_steps), desc="evaluating", unit="batch", leave=False, disable=quiet):
+    for step in track(range(n_steps), "evaluating", "batches", n_steps, active=backend.main):
         batch = source.batch(step, backend.rank, backend.world)
         for part in batch.split(micro_batch_size):
             micro = part.to(backend.device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+
+from progress import Progress, say
 
 
 class RunLog:
@@ -31,8 +31,7 @@ class RunLog:
         aside.replace(self.path)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(directory / "tensorboard", purge_step=first_step + 1)
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self.terminal, leave=False)
+        self.shown = Progress("training", "step", total_steps, first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row of `metrics.jsonl`, and the same numbers to TensorBoard."""
@@ -44,20 +43,17 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line for the person who waits: above the bar on a terminal, plain otherwise."""
         if self.active:
-            tqdm.write(text, file=sys.stderr) if self.terminal else print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def progress(self, step: int, values: dict[str, str]) -> None:
         """Move the bar on a terminal; print one plain line elsewhere."""
-        if self.active and self.terminal:
-            self.bar.n = step
-            self.bar.set_postfix(values)
-        elif self.active:
-            self.say(f"step {step}/{self.bar.total} " + " ".join(f"{name} {value}" for name, value in values.items()))
+        if self.active:
+            self.shown.show(step, " ".join(f"{name} {value}" for name, value in values.items()))
 
     def close(self) -> None:
         """Draw `loss.png` and close the files."""
         if self.active:
-            self.bar.close()
+            self.shown.close()
             self.file.close()
             self.board.close()
             draw_losses({"": self.path}, self.path.with_name("loss.png"))

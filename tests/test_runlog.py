@@ -93,7 +93,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys, pictures):
     log.close()
     err = capsys.readouterr().err
     assert "hello\n" in err
-    assert "loss=1.5" in err
+    assert "loss 1.5" in err
     assert "4/10" in err
 
 
