@@ -29,6 +29,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from progress import Progress
+
 T = TypeVar("T")
 SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "eval")
 
@@ -133,10 +135,11 @@ def to_plain(args: Any) -> Any:
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    path, digest = Path(path), hashlib.sha256()
+    with path.open("rb") as file, Progress(f"hashing {path.name}", "B", path.stat().st_size) as shown:
         while block := file.read(1 << 20):
             digest.update(block)
+            shown.add(len(block))
     return digest.hexdigest()
 
 

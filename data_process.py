@@ -13,22 +13,20 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import config
-from corpora import BadRecord, Document, SourceArgs, read, read_conversations
+from corpora import BadRecord, Document, SourceArgs, read, read_conversations, text_size
 from corpora.files import find_files
-from documents import screen, tokenize
+from documents import Batch, screen, tokenize
+from progress import Progress, track
 from shards import Outputs, finished, outputs_in, publish, unfinished, write_conversations, write_json
 from tokenizer import Tokenizer, load_tokenizer
 
 CHECKPOINT_SECONDS = 10.0
-PLAIN_LINE_SECONDS = 30.0
 TABLE_ROWS = 20
 COUNTS = ("documents", "held_out", "tokens", "characters", "bytes", "too_short", "duplicate", "bad")
 
@@ -108,11 +106,11 @@ def process(
     """From where `progress` stands in the stream `items` to its end: every file, in `work`, and the summary."""
     counts = {name: Counter(found) for name, found in progress["sources"].items()}
     batches = screen(items, min_chars=args.min_chars, held_out=args.held_out, deduplicate=args.deduplicate)
-    left = (batch for batch in batches if batch.end > progress["items"])
     outputs = Outputs(work, tokenizer, args.tokens_per_file, args.save_all_text, progress["outputs"])
-    shown = Progress(args, sum(found["bytes"] for found in counts.values()))
+    done = sum(found["bytes"] for found in counts.values())
+    shown = Progress("tokenizing", "B", text_size(args), done)
     saved_at, saved_shard = time.monotonic(), outputs.shard
-    for batch, documents in tokenize(left, tokenizer, args.processes):
+    for batch, documents in tokenize(behind(batches, progress["items"]), tokenizer, args.processes):
         for document, ids in zip(batch.documents, documents):
             n_bytes = outputs.add(document, ids)
             found = {"documents": 1, "held_out": int(document.held_out), "tokens": len(ids), "bytes": n_bytes}
@@ -129,7 +127,7 @@ def process(
             saved_at, saved_shard = time.monotonic(), outputs.shard
     shown.close()
     outputs.close()
-    conversations = write_conversations(read_conversations(args), work)
+    conversations = write_conversations(track(read_conversations(args), "writing", "conversations"), work)
     summary = summarize(counts, conversations, progress["made_from"], work)
     if not any(name.startswith(("train_", "sft_train")) for name in summary["files"]):
         reasons = why_nothing(summary["total"], work)
@@ -138,40 +136,21 @@ def process(
     return summary
 
 
+def behind(batches: Iterable[Batch], done: int) -> Iterator[Batch]:
+    """The batches behind the first `done` items of the stream, which have to be read again to know what was seen."""
+    shown = Progress("reading again what is done", "records", done, active=done > 0)
+    for batch in batches:
+        if batch.end > done:
+            shown.close()
+            yield batch
+        else:
+            shown.add(batch.end - shown.done)
+
+
 def source_of(record: BadRecord, source: SourceArgs) -> str:
     """What a bad record is counted under: as the documents of the file or folder that it lies in are."""
     given = (path.name for path in input_paths(source) if record.where.startswith(str(path)))
     return next(given, record.where.rpartition(":")[0] or record.where)
-
-
-class Progress:
-    """Bytes of text done, with rate and time left: a bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, source: SourceArgs, done: int) -> None:
-        self.bar = tqdm(total=text_size(source), initial=done, unit="B", unit_scale=True, disable=None)
-        self.done, self.before, self.began = done, done, time.monotonic()
-        self.told = self.began
-
-    def add(self, n_bytes: int) -> None:
-        self.bar.update(n_bytes)
-        self.done += n_bytes
-        now = time.monotonic()
-        if self.bar.disable and n_bytes and now - self.told > PLAIN_LINE_SECONDS:
-            rate = (self.done - self.before) / (now - self.began)
-            left = f", about {(self.bar.total - self.done) / rate:.0f} s left" if self.bar.total else ""
-            print(f"{self.done / 1e6:.0f} MB of text, {rate / 1e6:.1f} MB/s{left}", flush=True)
-            self.told = now
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def text_size(source: SourceArgs) -> int | None:
-    """About how much text there is, where plain files are all there is to read; None where nobody knows."""
-    files = input_files(source)
-    only_files = not source.loader and len(input_paths(source)) == len(source.corpora()) + len(source.input)
-    plain = all(file.suffix in (".txt", ".json", ".jsonl", ".csv", ".tsv") for file in files)
-    return sum(file.stat().st_size for file in files) if only_files and plain else None
 
 
 def input_paths(source: SourceArgs) -> list[Path]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tqdm import tqdm
 
 import config
 import corpora
 from checkpoint import written_aside
 from documents import screen
+from progress import Progress
 from tokenizer import MARKERS, SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 PAD = "<pad>"
@@ -97,7 +97,9 @@ def main(args: Args) -> dict[str, Any]:
     others = {str(path): load_tokenizer(path) for path in (args.merge, *args.compare) if path}
     train, held_out, counts = read_sample(args)
     coverage = args.character_coverage or choose_coverage(train.lines, args.vocab_size)
-    print(f"training {args.vocab_size} pieces on {len(train.lines):,} lines, {train.bytes / 1e6:.1f} MB", flush=True)
+    seconds = expected_seconds(train.bytes, args.vocab_size)
+    size = f"{len(train.lines):,} lines, {train.bytes / 1e6:.1f} MB"
+    print(f"training {args.vocab_size} pieces on {size}: this takes about {seconds:.0f} s", flush=True)
     started = time.monotonic()
     model = train_model(train.lines, coverage, args)
     print(f"trained in {time.monotonic() - started:.1f} s")
@@ -178,12 +180,14 @@ def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
     """Lines to train on, lines of held-out documents for the report, and what was read."""
     train, held_out = Sample(args.sample_bytes, args.seed), Sample(1 << 18, args.seed)
     counts = {"documents": 0, "held_out_documents": 0, "bad_records": 0}
-    items = tqdm(corpora.read(args), desc="reading", unit=" documents", disable=None)
-    for batch in screen(items, min_chars=1, held_out=args.held_out, deduplicate=False):
-        counts["bad_records"] += len(batch.bad)
-        for document in batch.documents:
-            counts["held_out_documents" if document.held_out else "documents"] += 1
-            (held_out if document.held_out else train).add(document.text)
+    batches = screen(corpora.read(args), min_chars=1, held_out=args.held_out, deduplicate=False)
+    with Progress("reading", "B", corpora.text_size(args)) as shown:
+        for batch in batches:
+            counts["bad_records"] += len(batch.bad)
+            for document in batch.documents:
+                counts["held_out_documents" if document.held_out else "documents"] += 1
+                (held_out if document.held_out else train).add(document.text)
+                shown.add(len(document.text.encode()))
     if not train.lines:
         raise ValueError(f"there is no text to train on: {', '.join(f'{n} {what}' for what, n in counts.items())}")
     return train, held_out, counts
@@ -197,6 +201,11 @@ def choose_coverage(lines: list[str], vocab_size: int) -> float:
     room = max(vocab_size - RESERVED, 0) * 7 // 8
     share = sum(n for _, n in counts.most_common(room)) / counts.total()
     return min(max(share, 0.98), 0.9995)
+
+
+def expected_seconds(n_bytes: int, vocab_size: int) -> float:
+    """About how long SentencePiece trains, as measured from 5 to 30 MB: to tell whether to wait or to have a coffee."""
+    return 1 + n_bytes / 1e6 * (0.06 + vocab_size / 36_000)
 
 
 def train_model(lines: list[str], coverage: float, args: Args) -> bytes:

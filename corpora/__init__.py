@@ -8,11 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import nearest
-from corpora import bilingual, named, poems  # noqa: F401 - importing them fills CORPORA
+from corpora import bilingual, files, named, poems  # noqa: F401 - importing them fills CORPORA
 from corpora.files import read_files, read_loader
 from corpora.registry import CORPORA, BadRecord, Conversation, Corpus, Document
 
-__all__ = ["CORPORA", "BadRecord", "Conversation", "Corpus", "Document", "SourceArgs", "read", "read_conversations"]
+__all__ = [
+    "CORPORA",
+    "BadRecord",
+    "Conversation",
+    "Corpus",
+    "Document",
+    "SourceArgs",
+    "read",
+    "read_conversations",
+    "text_size",
+]
 
 
 @dataclass(frozen=True)
@@ -57,3 +67,16 @@ def read_conversations(source: SourceArgs) -> Iterator[Conversation]:
     return itertools.chain.from_iterable(
         corpus.conversations(source.raw_dir) for corpus in source.corpora() if corpus.conversations
     )
+
+
+def text_size(source: SourceArgs) -> int | None:
+    """About how many bytes of text `read` gives, to show how far it is; None where nobody knows, as with a loader."""
+    if source.loader:
+        return None
+    size = sum(files.text_size(path) for path in source.input)
+    for corpus in source.corpora():
+        folder = source.raw_dir / corpus.name
+        if corpus.text_bytes is None and not folder.is_dir():
+            return None
+        size += files.text_size(folder) if corpus.text_bytes is None else corpus.text_bytes
+    return size

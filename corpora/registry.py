@@ -60,6 +60,8 @@ class Corpus:
     licence: str
     documents: Callable[[Path], Iterator[Document | BadRecord]]
     conversations: Callable[[Path], Iterator[Conversation]] | None = None
+    text_bytes: int | None = None
+    """About how much text there is, to show how far reading it is; None: as much as the files in raw_dir/NAME hold."""
 
 
 CORPORA: dict[str, Corpus] = {}
@@ -71,11 +73,12 @@ def register(
     description: str,
     licence: str,
     conversations: Callable[[Path], Iterator[Conversation]] | None = None,
+    text_bytes: int | None = None,
 ) -> Callable:
     """Enter the decorated function, `documents(raw_dir)`, in CORPORA under `name`."""
 
     def enter(documents: Callable[[Path], Iterator[Document | BadRecord]]) -> Callable:
-        CORPORA[name] = Corpus(name, description, licence, documents, conversations)
+        CORPORA[name] = Corpus(name, description, licence, documents, conversations, text_bytes)
         return documents
 
     return enter

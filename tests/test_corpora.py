@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import config
-from corpora import CORPORA, SourceArgs, read, read_conversations
+from corpora import CORPORA, SourceArgs, read, read_conversations, text_size
 from corpora.registry import register, stable_share
 
 
@@ -54,6 +54,20 @@ def test_adding_a_corpus_is_adding_a_function(monkeypatch):
 
     assert list(read(SourceArgs(corpus=("mine",)))) == ["a", "b"]
     assert CORPORA["mine"].conversations is None
+
+
+def test_how_much_there_is_to_read_is_known_before_it_is_read(raw_dir):
+    (raw_dir / "a.txt").write_text("甲乙\n", encoding="utf8")
+    (raw_dir / "b.jsonl.gz").write_bytes(bytes(10))
+    (raw_dir / "wudao").mkdir()
+    (raw_dir / "wudao" / "a.json").write_bytes(bytes(100))
+    (raw_dir / "l.py").touch()
+    inputs = (raw_dir / "a.txt", raw_dir / "b.jsonl.gz")
+    assert text_size(SourceArgs(input=inputs)) == 7 + 30  # what is packed grows about threefold
+    named = text_size(SourceArgs(corpus=("poems", "wudao"), raw_dir=raw_dir))
+    assert named == CORPORA["poems"].text_bytes + 100
+    assert text_size(SourceArgs(input=inputs, loader=raw_dir / "l.py")) is None
+    assert text_size(SourceArgs(corpus=("mnbvc",), raw_dir=raw_dir)) is None
 
 
 def test_every_corpus_has_a_licence_and_a_description():

