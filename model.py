@@ -11,6 +11,7 @@ each weight being cast where it is used.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 import hf_config
 import rope
 from attention import Mask, attend
-from cache import KVCache
+from cache import KINDS, KVCache
 from loss import linear_cross_entropy
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class ModelArgs:
     norm_eps: float = 1e-5
     """epsilon of RMSNorm"""
     max_seq_len: int = 256
-    """longest sequence the model is made for"""
+    """longest sequence the model is made for, stretched positions included"""
     rope_theta: float = 10000.0
     """base of the rotary encoding"""
-    rope_scaling: dict[str, bool | int | float | str] | None = None
-    """position interpolation, as config.json writes it; None: plain"""
+    rope_scaling: dict[str, bool | int | float | str | list[float]] | None = None
+    """how positions are stretched beyond the window first trained on, as config.json writes it; None: not at all"""
     tie_embeddings: bool = True
     """use the embedding as the output head"""
     attention_bias: bool = False
@@ -90,7 +93,9 @@ class ModelArgs:
             width = int(2 * 4 * self.dim / 3)
             width = int((self.ffn_dim_multiplier or 1) * width)
             fill("hidden_dim", self.multiple_of * -(-width // self.multiple_of))
-        rope.frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # refuses an unknown type by name
+        rope.make(
+            self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len
+        )  # refuses what contradicts itself
 
     def replace(self, **changes: Any) -> ModelArgs:
         """A copy with some fields changed."""
@@ -148,8 +153,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        angles: Angles,
+        key_angles: Angles | None,
         mask: Mask,
         cache: KVCache | None,
     ) -> torch.Tensor:
@@ -159,10 +164,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        q = rope.rotate(q, *angles)
+        if key_angles is None:
+            k = rope.rotate(k, *angles)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        if key_angles is not None:  # the cache keeps keys as they were before they turned
+            k = rope.rotate(k, *key_angles)
         out = attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -213,19 +222,21 @@ class Transformer(nn.Module):
         self.args = args
         self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the embedding
         self.gradient_checkpointing = False  # recompute each block in the backward pass instead of keeping it
-        self.rope_frequencies = rope.frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
         self.model = Decoder(args)
         self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.rope = rope.make(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
         if initialize:
             self.init_weights()
 
     def init_weights(self) -> None:
         """N(0, 0.02); the two matrices of a block that write to the residual stream (o_proj, down_proj) smaller by
         sqrt(2 n_layers), so that the stream's variance does not grow with depth (Radford et al. 2019, GPT-2)."""
+        if isinstance(self.rope, nn.Module):
+            self.rope.reset_parameters()
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not name.startswith("rope."):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * self.args.n_layers) ** 0.5 if residual else 0.02)
             elif name.endswith("bias"):
@@ -261,23 +272,36 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         doc_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, T, dim) after the last norm, in the compute dtype: what the head turns into logits."""
-        B, T = tokens.shape
-        if positions is None:
-            past = 0 if cache is None else cache.length
-            positions = torch.arange(past, past + T, device=tokens.device)[None]  # (1, T)
-        if cache is not None:
-            mask = Mask(dense=cache.extend(positions.expand(B, T)))
-        else:
+        """Hidden states (B, T, dim) after the last norm, in the compute dtype: what the head turns into logits.
+
+        lengths, with a cache: of each row's text with these tokens, where padding on the right makes it less than the
+        last position tells. Encodings that depend on the length and caches that forget have to know.
+        """
+        T, key_angles = tokens.shape[1], None
+        if cache is None:
+            length = T if positions is None or self.rope.cache_rotated else rope.text_lengths(positions, doc_ids)
+            positions = torch.arange(T, device=tokens.device)[None] if positions is None else positions  # (B or 1, T)
             mask = Mask(doc_ids, self.args.sliding_window)
-        cos, sin = (part[:, :, None] for part in rope.cos_sin(positions, *self.rope_frequencies))  # (B or 1, T, 1, D/2)
+        elif len(parts := cache.passes(T)) > 1:  # more than the cache takes at once
+            at = [None] * len(parts) if positions is None else positions.split(parts, dim=1)
+            passes = zip(tokens.split(parts, dim=1), at)
+            return torch.cat([self.hidden(x, positions=p, cache=cache, lengths=lengths) for x, p in passes], dim=1)
+        else:
+            view = cache.extend(positions, T, lengths)
+            mask, length, positions = Mask(dense=view.mask), view.lengths, view.positions
+            if view.key_positions is not None:
+                keys = self.rope.prepare(view.key_positions, length)
+                key_angles = tuple(part[:, None] for part in rope.cos_sin(*keys))  # (B or 1, 1, S, D/2)
+        turns = self.rope.prepare(positions, length, training=self.training and cache is None)
+        angles = tuple(part[:, :, None] for part in rope.cos_sin(*turns))  # (B or 1, T, 1, D/2)
         x = self.model.embed_tokens(tokens).to(self.compute_dtype or self.model.embed_tokens.weight.dtype)
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, angles, key_angles, mask, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache)
+                x = block(x, angles, key_angles, mask, cache)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -285,12 +309,15 @@ class Transformer(nn.Module):
         out = self.lm_head(hidden)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def make_cache(self, batch: int, max_len: int | None = None) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit)."""
+    def make_cache(self, batch: int, max_len: int | None = None, kind: str = "static", **options: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit); what `kind`
+        (static, int8, sinks) and the options `text_len` and `sinks` are, cache.py says."""
+        if kind not in KINDS:
+            raise ValueError(f"there is no cache of kind {kind!r}; there are {', '.join(KINDS)}")
         a, weight = self.args, self.model.embed_tokens.weight
-        dtype = self.compute_dtype or weight.dtype
-        length = max_len or a.max_seq_len
-        return KVCache(a.n_layers, batch, a.n_kv_heads, a.head_dim, length, dtype, weight.device, a.sliding_window)
+        shape = (a.n_layers, batch, a.n_kv_heads, a.head_dim, max_len or a.max_seq_len)
+        made = {"dtype": self.compute_dtype or weight.dtype, "device": weight.device, "window": a.sliding_window}
+        return KINDS[kind](*shape, **made, rotated=self.rope.cache_rotated, **options)
 
     def n_parameters(self) -> int:
         """Number of parameters, tied ones counted once."""

@@ -8,9 +8,11 @@ import math
 import torch
 
 
-def exact_cos_sin(positions: torch.Tensor, inv_freq: list[float], factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def exact_cos_sin(
+    positions: torch.Tensor, inv_freq: list[float] | torch.Tensor, factor: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope.cos_sin` in float64, which the model's float32 angles would keep from any comparison beyond 1e-7."""
-    angles = positions.double()[..., None] * torch.tensor(inv_freq, dtype=torch.float64)
+    angles = positions.double()[..., None] * torch.as_tensor(inv_freq, dtype=torch.float64)
     return angles.cos() * factor, angles.sin() * factor
 
 

@@ -128,7 +128,7 @@ def test_mask_by_its_definition():
     for window, positions in itertools.product((None, 2), ([[0, 1, 2]], [[3, 4], [1, 2]], [[2], [5]], [[4]])):
         cache = KVCache(1, len(positions), 1, 2, max_len=8, window=window)
         cache.extend(torch.arange(3)[None].expand(len(positions), 3))
-        mask = cache.extend(torch.tensor(positions))
+        mask = cache.extend(torch.tensor(positions)).mask
         S = max(3, max(map(max, positions)) + 1)
         assert cache.length == S
         for b, row in enumerate(positions):

@@ -220,8 +220,8 @@ def test_bfloat16_model_keeps_exact_angles():
         return ((model(tokens, positions=positions) - expected).norm() / expected.norm()).item()
 
     assert error() < 0.02  # the rounding of activations
-    inv_freq, factor = model.rope_frequencies
-    model.rope_frequencies = torch.tensor(inv_freq).bfloat16().tolist(), factor  # as a castable buffer would be
+    inv_freq, _ = model.rope.frequencies(0)
+    model.rope = rope.fixed(torch.tensor(inv_freq).bfloat16().tolist())  # as a castable buffer would be
     assert error() > 0.1
 
 

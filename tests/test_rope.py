@@ -13,22 +13,27 @@ import rope
 transformers = pytest.importorskip("transformers")
 
 
+def plain(head_dim: int, theta: float = 10000.0) -> tuple[list[float], float]:
+    """Frequencies and factor of the unscaled encoding."""
+    return rope.make(head_dim, theta, None, 4096).frequencies(4096)
+
+
 def rotated(x: torch.Tensor, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
     """x (T, D) turned by `positions` (T,) through the module's own functions."""
-    cos, sin = rope.cos_sin(positions, *rope.frequencies(x.shape[-1], theta, None))
+    cos, sin = rope.cos_sin(positions, *plain(x.shape[-1], theta))
     return rope.rotate(x[None, :, None], cos[None, :, None], sin[None, :, None])[0, :, 0]
 
 
 @given(st.integers(1, 40), st.sampled_from([100.0, 10000.0, 5e5]))
 def test_frequencies_are_powers_of_theta(half, theta):
-    frequencies, factor = rope.frequencies(2 * half, theta, None)
+    frequencies, factor = plain(2 * half, theta)
     assert factor == 1.0
     assert frequencies == pytest.approx([math.exp(-math.log(theta) * i / half) for i in range(half)], rel=1e-13)
 
 
 def test_angles_at_far_positions():
     positions = torch.tensor([0, 1, 17, 4095, 131071])
-    frequencies, factor = rope.frequencies(64, 10000.0, None)
+    frequencies, factor = plain(64)
     cos, sin = rope.cos_sin(positions, frequencies, factor)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == (5, 32)
@@ -64,7 +69,7 @@ def test_equals_transformers():
     positions = torch.arange(9)[None] + torch.tensor([[0], [3], [50]])
     theirs = LlamaRotaryEmbedding(config)(q, positions)  # cos, sin (B, T, D)
     expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *theirs)
-    ours = [part[:, :, None] for part in rope.cos_sin(positions, *rope.frequencies(12, 10000.0, None))]
+    ours = [part[:, :, None] for part in rope.cos_sin(positions, *plain(12))]
     for x, y in zip((q, k), expected):
         # angles up to 59, whose frequencies transformers rounds twice
         torch.testing.assert_close(rope.rotate(x, *ours).transpose(1, 2), y, atol=2e-5, rtol=0)
@@ -101,21 +106,15 @@ def test_fractional_positions_and_attention_factor():
 @pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default"}])
 def test_plain_encoding_by_any_name(scaling):
     assert rope.rope_type(scaling) == "default"
-    assert rope.frequencies(8, 10000.0, scaling) == rope.frequencies(8, 10000.0, None)
+    assert rope.make(8, 10000.0, scaling, 64).frequencies(9) == plain(8)
 
 
-@pytest.mark.parametrize("key", ["rope_type", "type"])
-def test_unknown_scaling_is_refused_by_name(key):
-    with pytest.raises(ValueError, match=r"'spiral'; known types are .*default"):
-        rope.frequencies(8, 10000.0, {key: "spiral", "factor": 2.0})
+def test_a_registered_family_is_found(monkeypatch):
+    monkeypatch.setattr(rope.base, "FAMILIES", dict(rope.FAMILIES))
+    monkeypatch.setattr(rope, "FAMILIES", rope.base.FAMILIES)
 
+    @rope.register("halved", required=["by"])
+    def halved(head_dim, theta, scaling, max_seq_len):
+        return rope.fixed([f / scaling["by"] for f in plain(head_dim, theta)[0]])
 
-def test_a_registered_scaling_is_found(monkeypatch):
-    monkeypatch.setattr(rope, "SCALINGS", dict(rope.SCALINGS))
-
-    @rope.register("halved")
-    def halved(head_dim, theta, scaling):
-        frequencies, factor = rope.plain(head_dim, theta, scaling)
-        return [f / scaling["factor"] for f in frequencies], factor
-
-    assert rope.frequencies(4, 100.0, {"rope_type": "halved", "factor": 2.0}) == ([0.5, 0.05], 1.0)
+    assert rope.make(4, 100.0, {"rope_type": "halved", "by": 2.0}, 64).frequencies(1) == ([0.5, 0.05], 1.0)
