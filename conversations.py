@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from chat_template import check_messages
 from corpora.files import bad, find_files, format_of, records
 from corpora.registry import BadRecord
-from tokenizer import check_messages
 
 Messages = list[dict[str, Any]]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # other names of ours

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chat_template import ChatTemplate
 from conversations import Messages
-from tokenizer import ChatTemplate
 
 
 @dataclass(frozen=True)

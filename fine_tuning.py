@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 import config
+from chat_template import ChatTemplate, load_template
 from checkpoint import load_model, load_weights, save_model, weight_files
 from conversations import file_conversations
 from corpora import BadRecord
@@ -22,7 +23,7 @@ from dataset_sft import Samples, encode_samples
 from distributed import make_backend
 from optim import OptimArgs, build_optimizer
 from packing import SFTData
-from tokenizer import ChatTemplate, load_template, load_tokenizer
+from tokenizer import load_tokenizer
 from trainer import TrainArgs, Trainer
 
 
@@ -63,7 +64,7 @@ def main(args: Args) -> dict[str, Any]:
     model = load_model(args.init_from)
     tokenizer = load_tokenizer(args.init_from)
     template = load_template(tokenizer)
-    tokenizer.chat_template = template.jinja()  # what it is trained on is what it is saved with
+    tokenizer.chat_template = template.jinja  # what it is trained on is what it is saved with
     broken: dict[Path, list[BadRecord]] = {}
     samples = read_samples(args.data.train, template, args, broken)
     data = SFTData(samples, args.data.seq_len, args.data.batch_size, args.train.seed, args.data.packing)

@@ -18,12 +18,13 @@ from typing import Any
 
 import opencc
 
+from chat_template import ChatTemplate
 from corpora.packages import pip_package
 from corpora.poem_tasks import conversation
 from corpora.verse import Poem, form_of, forms, split_lines
 from generate import SamplingParams, generate_in_batches
 from model import Transformer
-from tokenizer import ChatTemplate, Tokenizer
+from tokenizer import Tokenizer
 
 RhymeBook = Mapping[str, Collection[str]]
 BASELINE_POEMS = 400

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: text <-> ids behind one interface, whatever file the vocabulary came from.
+"""Tokenizers: text <-> ids behind one interface, whatever file the vocabulary came from.
 
 - `.model`: SentencePiece BPE, ours, LLaMA's and ChatGLM2's.
 - `tokenizer.json`: any byte-level or SentencePiece-style BPE of the `tokenizers` library (Llama 3, Qwen, SmolLM).
@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,9 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import AddedToken, decoders, models, normalizers
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 SPACE = "\u2581"  # SentencePiece's written form of a space
-ROLES = ("system", "user", "assistant")
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+TEMPLATES = Path(__file__).with_name("chat_templates")
 SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # as tokenizer_config.json calls them
 # ChatGLM2 puts five pieces behind the SentencePiece model; nothing but its size tells its file from another's.
 CHATGLM2_PIECES = 64789
@@ -46,8 +43,10 @@ class Tokenizer:
     """Text <-> ids; `load_tokenizer` makes one. Subclasses read a kind of file.
 
     Attributes: `vocab_size` (ids are below it); `bos_id`, `eos_id`, `pad_id`, `unk_id` (int, or None where the model
-    has none); `special` (piece -> id; text never gives one, unless it is unknown); `dummy_prefix` (the model puts a
-    space before every text and `decode` takes it away); `chat_template` (the Jinja `save` writes; None: our own).
+    has none); `special` (piece -> id; text never gives one, unless it is unknown); `strips` (special tokens that take
+    white space beside them: whether to the left, whether to the right); `dummy_prefix` (the model puts a space before
+    every text and `decode` takes it away); `chat_template` (what came in its directory and `save` writes: a Jinja text,
+    several by name, or None, for which `save` writes our own if the vocabulary has its markers).
     """
 
     def __init__(self, pieces: list[bytes], special: dict[str, int], ids: Iterable[int | None]) -> None:
@@ -55,19 +54,27 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
         self.special = special
         self.chat_template: Any = None
+        self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> the bytes it stands for
         self._special_names = {i: piece for piece, i in special.items()}
         self.dummy_prefix = b"".join(map(self.id_to_bytes, self.encode("a"))).startswith(b" ")
         if forged := [piece for piece, i in special.items() if i != self.unk_id and i in self.encode(piece)]:
             raise ValueError(f"this tokenizer's model reads {', '.join(forged)} in plain text as special tokens")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without bos or eos. Raises ValueError for a lone surrogate, which has no UTF-8 form."""
+    def encode(self, text: str, follows_special: bool = False) -> list[int]:
+        """Ids of plain text, without bos or eos. Raises ValueError for a lone surrogate, which has no UTF-8 form.
+
+        `follows_special`: it comes after a special token; some vocabularies put their space before the first text only.
+        """
         try:
-            return self._encode(text)
+            return self._encode(text, follows_special)
         except (RuntimeError, TypeError):  # what the libraries say of it
             text.encode()  # names the character
             raise
+
+    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and of each the characters of `text` it stands for, as (start, stop)."""
+        raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]`, faster where the library has a way."""
@@ -76,14 +83,16 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write what `load_tokenizer` and transformers read the same ids from; ValueError as in `to_tokenizers`."""
         config, files = self._files()
-        if self.chat_template is not None or self.eos_id is not None:
-            config["chat_template"] = self.chat_template or load_template(self).jinja()
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        elif all(marker in self.special for marker in MARKERS):
+            config["chat_template"] = (TEMPLATES / "ours.jinja").read_text(encoding="utf8").rstrip("\n")
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(directory, name).write_bytes(content)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, follows_special: bool) -> list[int]:
         raise NotImplementedError
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -105,6 +114,11 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: the number of UTF-8 bytes each id stands for, 0 for special tokens."""
         return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def special_names(self) -> dict[str, str]:
+        """The names of bos, eos, pad and unk, as far as there are, under the keys of tokenizer_config.json."""
+        ids = zip(SPECIAL_KEYS, (self.bos_id, self.eos_id, self.pad_id, self.unk_id))
+        return {key: self._special_names[i] for key, i in ids if i in self._special_names}
 
     def special_id(self, piece: str) -> int | None:
         """The id of a special token by its name, None when there is no such special token."""
@@ -135,15 +149,25 @@ class SentencePieceTokenizer(Tokenizer):
             ids[2] = sp.unk_id()  # ChatGLM2 pads with <unk>
         super().__init__(table, special, ids)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, follows_special: bool) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        # By the bytes of the pieces: exact for every model that leaves the text as it is, as all chat models do.
+        ids = self.encode(text)
+        char_of = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])  # (bytes,)
+        stops = np.cumsum([len(self._pieces[i]) for i in ids]) - self.dummy_prefix
+        starts = stops - [len(self._pieces[i]) for i in ids]
+        first, last = (np.clip(at, 0, len(char_of) - 1) for at in (starts, stops - 1))
+        return ids, list(zip(char_of[first].tolist(), (char_of[last] + 1).tolist()))
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         model = self._processor.serialized_model_proto()
         same = to_tokenizers(ModelProto.FromString(model), self.special).to_str().encode()
-        ids = zip(SPECIAL_KEYS, (self.bos_id, self.eos_id, self.pad_id, self.unk_id))
-        config = {key: self._special_names[i] for key, i in ids if i is not None}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = self.special_names() | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         # By this, load_tokenizer takes the .model, which is faster, for as long as the two say the same.
         config["tokenizer_model_of"] = hashlib.sha256(same).hexdigest()
         return config, {"tokenizer.model": model, "tokenizer.json": same}
@@ -178,15 +202,39 @@ class HuggingFaceTokenizer(Tokenizer):
             if piece not in special:
                 table[i] = piece.encode() if i in added else to_bytes(piece)
         names = [self._config[key] for key in SPECIAL_KEYS[:3]] + [unk]
+        self._following = self._backend_after_special()
         super().__init__(table, special, [vocab.get(name) for name in names])
-        self.chat_template = self._config.get("chat_template")
+        self.strips = {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special and (t.lstrip or t.rstrip)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._backend.encode_special_tokens = True  # which pickling forgets
+        self._following = self._backend_after_special()
 
-    def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def _backend_after_special(self) -> tokenizers.Tokenizer:
+        """The same for text that follows a special token: there, a "first" space does not come."""
+        settings = json.loads(self._json)
+        split = settings["pre_tokenizer"] or {}
+        spaces = [step for step in split.get("pretokenizers", [split]) if step.get("prepend_scheme") == "first"]
+        if not spaces:
+            return self._backend
+        for step in spaces:
+            step["prepend_scheme"] = "never"
+        backend = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def _encode(self, text: str, follows_special: bool) -> list[int]:
+        return self._backend_for(follows_special).encode(text, add_special_tokens=False).ids
+
+    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._backend_for(follows_special).encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _backend_for(self, follows_special: bool) -> tokenizers.Tokenizer:
+        return self._following if follows_special else self._backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -214,7 +262,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             path = model
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path} (nor a .model there); train one with train_tokenizer.py")
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path.read_bytes(), path)
+    is_json = path.suffix == ".json"
+    tokenizer = HuggingFaceTokenizer(path) if is_json else SentencePieceTokenizer(path.read_bytes(), path)
+    tokenizer.chat_template = _read_config(path.parent).get("chat_template")
+    return tokenizer
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -280,119 +331,3 @@ def to_tokenizers(proto: ModelProto, special: dict[str, int]) -> tokenizers.Toke
     inside = (piece for piece, i in special.items() if i < len(proto.pieces))
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in inside])
     return tokenizer
-
-
-class Special(str):
-    """A part of a chat format that is one special id, never text."""
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """What stands before a conversation, and before and after the content of each role: `Special` names or text."""
-
-    start: tuple[str, ...]
-    before: dict[str, tuple[str, ...]]
-    after: dict[str, tuple[str, ...]]
-
-
-MARKED = ChatFormat(
-    start=(Special("<s>"),),
-    before={role: (Special(f"<|{role}|>"),) for role in ROLES},
-    after=dict.fromkeys(ROLES, (Special("<|end|>"),)),
-)
-
-
-def load_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template of `tokenizer`: `MARKED` where it has our markers, otherwise bos, role, newline, content, eos.
-
-    Raises ValueError for a tokenizer without a token that could end a turn.
-    """
-    if all(marker in tokenizer.special for marker in MARKERS):
-        return ChatTemplate(tokenizer, MARKED)
-    names = {i: Special(piece) for piece, i in tokenizer.special.items()}
-    if tokenizer.eos_id not in names:
-        raise ValueError("the tokenizer has neither our chat markers nor an eos token, so no turn could end")
-    bos = (names[tokenizer.bos_id],) if tokenizer.bos_id in names else ()
-    before = {role: (*bos, f"{role}\n") for role in ROLES}
-    return ChatTemplate(tokenizer, ChatFormat((), before, dict.fromkeys(ROLES, (names[tokenizer.eos_id],))))
-
-
-class ChatTemplate:
-    """Conversations -> ids and the mask of what is trained: the assistant's content and what ends its turn.
-
-    One object renders training samples and prompts, and writes the Jinja from which transformers renders the same ids.
-    `stop_ids`: generation stops at any of them. Raises ValueError when the tokenizer lacks a special token.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, chat_format: ChatFormat) -> None:
-        self.tokenizer, self.format = tokenizer, chat_format
-        parts = [*chat_format.start, *itertools.chain(*chat_format.before.values(), *chat_format.after.values())]
-        self._ids = {part: tokenizer.special_id(part) for part in parts if isinstance(part, Special)}
-        if missing := [part for part, i in self._ids.items() if i is None]:
-            raise ValueError(f"the tokenizer lacks the special tokens of this chat format: {', '.join(missing)}")
-        ends = [self._ids[part] for part in chat_format.after["assistant"] if isinstance(part, Special)]
-        self.stop_ids: list[int] = sorted({*ends, tokenizer.eos_id} - {None})
-        self._token_bytes = tokenizer.token_bytes()
-
-    def encode(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-        """`(ids, mask)` of a conversation, of one length: `mask[i]` is True where `ids[i]` is predicted and trained.
-
-        Raises ValueError where roles are out of order, see `check_messages`.
-        """
-        check_messages(messages, add_generation_prompt)
-        parts = [(part, False) for part in self.format.start]
-        for message in messages:
-            role, trained = message["role"], message["role"] == "assistant"
-            parts += [(part, False) for part in self.format.before[role]]
-            parts += [(message["content"], trained), *((part, trained) for part in self.format.after[role])]
-        if add_generation_prompt:
-            parts += [(part, False) for part in self.format.before["assistant"]]
-        pairs: list[tuple[int, bool]] = []
-        for special, run in itertools.groupby(parts, key=lambda part: isinstance(part[0], Special)):
-            run = list(run)
-            pairs += [(self._ids[part], trained) for part, trained in run] if special else self._encode_text(run)
-        return [i for i, _ in pairs], [trained for _, trained in pairs]
-
-    def _encode_text(self, run: list[tuple[str, bool]]) -> list[tuple[int, bool]]:
-        """Neighbouring texts encoded as one, as transformers sees them; a token is trained if any byte of it is."""
-        ids = self.tokenizer.encode("".join(text for text, _ in run))
-        if len({trained for _, trained in run}) == 1:
-            return [(i, run[0][1]) for i in ids]
-        trained = np.repeat([trained for _, trained in run], [len(text.encode()) for text, _ in run])  # (bytes,)
-        ends = np.cumsum(self._token_bytes[ids]) - self.tokenizer.dummy_prefix
-        return [(i, bool(trained[max(end - self._token_bytes[i], 0) : end].any())) for i, end in zip(ids, ends)]
-
-    def jinja(self) -> str:
-        """The template as tokenizer_config.json holds it, with the marks of what is trained ({% generation %}).
-
-        transformers finds markers inside a message's content too: there, and only there, a text can forge a turn.
-        """
-
-        def words(parts: tuple[str, ...]) -> str:
-            return "".join(f"{{{{- {json.dumps(part, ensure_ascii=False)} -}}}}" for part in parts)
-
-        lines = [words(self.format.start), "{%- for message in messages -%}"]
-        for keyword, role in zip(("if", "elif", "elif"), ROLES):
-            body = "{{- message['content'] -}}" + words(self.format.after[role])
-            if role == "assistant":
-                body = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
-            lines += [f"{{%- {keyword} message['role'] == '{role}' -%}}", words(self.format.before[role]) + body]
-        lines += ["{%- else -%}", "{{- raise_exception('unknown role ' + message['role']) -}}", "{%- endif -%}"]
-        lines += ["{%- endfor -%}", "{%- if add_generation_prompt -%}", words(self.format.before["assistant"])]
-        return "\n".join([*lines, "{%- endif -%}"])
-
-
-def check_messages(messages: list[Message], add_generation_prompt: bool = False) -> None:
-    """Raise ValueError unless roles are known, system stands first if at all, and user and assistant take turns."""
-    if not messages:
-        raise ValueError("a conversation needs at least one message")
-    expected = ("system", "user")
-    for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {n} should have a role and a content that is a string, found {message!r:.200}")
-        role = message.get("role")
-        if role not in expected:
-            raise ValueError(f"message {n} should be of role {' or '.join(expected)}, found {role!r}")
-        expected = ("assistant",) if role == "user" else ("user",)
-    if add_generation_prompt and expected != ("assistant",):
-        raise ValueError(f"the assistant can answer only a user message, and the last is of role {role!r}")

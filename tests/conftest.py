@@ -9,6 +9,8 @@ import setuptools  # noqa: F401  (torch.compile wants its distutils; whoever imp
 import torch
 from miniature import Miniature, build
 
+pytest_plugins = ["vocabularies"]
+
 # What a shell starts in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -11,11 +11,12 @@ from char_template import ANSWER, BOS, END, ROLE_ID, CharTemplate, epoch_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat_template import ChatTemplate, load_template
 from conversations import file_conversations
 from dataset import IGNORE
 from dataset_sft import encode_samples
 from packing import SFTData
-from tokenizer import ChatTemplate, load_template, load_tokenizer
+from tokenizer import load_tokenizer
 
 # --- conversations -> samples
 

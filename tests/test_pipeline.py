@@ -11,12 +11,13 @@ import pytest
 from miniature import BROKEN, EXCHANGES, NAMES, Miniature
 
 from bins import TokenBin
+from chat_template import load_template
 from checkpoint import load_model
 from dataset import PretrainData
 from evaluation import evaluate
 from generate import SamplingParams, generate
 from model import Transformer
-from tokenizer import load_template, load_tokenizer
+from tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=60)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import sentencepiece
 import torch
 
+from chat_template import load_template
 from checkpoint import save_model
 from model import ModelArgs, Transformer
-from tokenizer import MARKERS, Tokenizer, load_template, load_tokenizer
+from tokenizer import MARKERS, Tokenizer, load_tokenizer
 
 TEXT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n以《江上》为题写一首五言绝句 the moon above the river 1984"
 
