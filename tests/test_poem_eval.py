@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_chat import save_chat_model
 
 import poem_eval
+from chat_template import load_template
 from checkpoint import load_model
 from corpora.packages import FetchError
 from corpora.poem_tasks import conversation
@@ -20,7 +21,7 @@ from corpora.verse import Poem, forms, verse
 from eval import Args, main
 from generate import SamplingParams, generate
 from poem_eval import Answer, Share, ask_for_poems, evenly, measure, rhyme_book, rhymes, table
-from tokenizer import load_template, load_tokenizer
+from tokenizer import load_tokenizer
 
 BOOK = {"ping": {"上": {"一東": ["東風空"], "十灰": ["開來臺", "颱"]}}, "ze": {"去": {"一送": ["空夢"]}}}
 HAN = [chr(0x4E00 + i) for i in range(2000)]
