@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-from model import ModelArgs, Transformer
+from foreign import ForeignModel
+from hf_config import FAMILY
+from model import Transformer
 from tokenizer import Tokenizer
+from weights import read_config
+from weights import weight_files as weight_files  # the scripts' identity of a checkpoint
 
 STEP_DIR = re.compile(r"step_(\d{8})")
 
@@ -73,90 +76,38 @@ def point(link: Path, target: Path) -> None:
 
 
 def save_model(
-    directory: Path, model: Transformer, tokenizer: Tokenizer | None = None, stop_ids: list[int] | None = None
+    directory: Path,
+    model: Transformer | ForeignModel,
+    tokenizer: Tokenizer | None = None,
+    stop_ids: list[int] | None = None,
 ) -> None:
-    """Write `model` (and its tokenizer) as a Hugging Face directory; parameters keep their dtype."""
+    """Write `model` and its tokenizer as a Hugging Face directory; parameters keep their dtype. `stop_ids` end an
+    answer (default: the tokenizer's eos)."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.args.tie_embeddings:
-        del state["lm_head.weight"]  # the embedding, under its second name
-    config = model.args.to_hf() | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    generation: dict[str, Any] = {}
+    ids: dict[str, Any] = {}
     if tokenizer is not None:
-        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids or tokenizer.eos_id}
-        generation["pad_token_id"] = tokenizer.pad_id
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         tokenizer.save(directory)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    model.save_pretrained(directory, ids)
+    if ids:
+        ids["eos_token_id"] = stop_ids or tokenizer.eos_id
+    (directory / "generation_config.json").write_text(json.dumps(ids, indent=2))
 
 
-def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model from a Hugging Face directory, its parameters in `dtype`; raises ValueError naming what does not fit."""
-    directory = Path(directory)
-    try:
-        args = ModelArgs.from_hf(read_config(directory))
-    except KeyError as error:
-        raise ValueError(f"{directory}/config.json lacks the key {error}") from None
-    with torch.device(device):
-        model = Transformer(args, initialize=False).to(dtype)
-    load_weights(model, directory)
-    return model
+def load_model(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer | ForeignModel:
+    """A model from a Hugging Face directory, its parameters in `dtype`: ours for the LLaMA family, transformers' own
+    behind the same interface for any other causal LM. Raises ValueError naming what does not fit."""
+    kind = read_config(directory).get("model_type", "llama")
+    cls = Transformer if kind in FAMILY else ForeignModel
+    return cls.from_pretrained(directory, device, dtype)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of a model directory's `config.json`."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no model directory: it has no config.json")
-    try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def load_weights(model: Transformer, directory: Path) -> None:
-    """Copy every tensor of a model directory into `model`, file by file and mapped, not read whole.
-
-    Raises ValueError naming the tensors that are missing, unknown or of another shape; nothing is skipped silently.
-    """
-    own = {name: p for name, p in model.state_dict(keep_vars=True).items()}
-    if model.args.tie_embeddings:
-        own.pop("lm_head.weight", None)
-    seen = set()
-    for path in weight_files(Path(directory)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.args.tie_embeddings):
-                        continue  # what older files keep of the angles; and the embedding, under its second name
-                    if name not in own:
-                        raise ValueError(f"{path} holds a tensor {name!r} that this model has no place for")
-                    tensor = file.get_tensor(name)
-                    if tensor.shape != own[name].shape:
-                        raise ValueError(
-                            f"{path}: {name} is {tuple(tensor.shape)}, config.json makes it {tuple(own[name].shape)}"
-                        )
-                    with torch.no_grad():
-                        own[name].copy_(tensor)
-                    seen.add(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors (truncated or damaged): {error}") from None
-    if missing := sorted(own.keys() - seen):
-        raise ValueError(f"{directory} lacks {len(missing)} tensors of the model, such as {', '.join(missing[:3])}")
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, one or many."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [directory / name for name in names]
-    if not (directory / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{directory} has no model.safetensors; only safetensors weights are read")
-    return [directory / "model.safetensors"]
+def load_weights(model: Transformer | ForeignModel, directory: Path) -> None:
+    """Copy the weights of a model directory into the parameters that `model` has, which an optimizer may hold."""
+    model.load_weights(directory)
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
-"""Hugging Face's `config.json` and our `ModelArgs`: the same shape under two vocabularies."""
+"""Hugging Face's `config.json` and our `ModelArgs`: the same shape under two vocabularies.
+
+What a config leaves out is what transformers takes for its model_type. What it asks for and our module cannot do is
+refused by name; a key that changes nothing in the computation (`use_cache`, `pretraining_tp`) passes.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-import rope
 
 if TYPE_CHECKING:
     from model import ModelArgs
@@ -15,6 +17,39 @@ FAMILY = {  # model_type in config.json -> the class that transformers gives it
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+OMITTED = {  # what transformers takes where a config.json does not say
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+# What other models compute, and ours does only where the key is absent, null or one of these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "use_qk_norm": (False,),
+    "alibi": (False,),
+    "attention_dropout": (0.0,),
+    "hidden_dropout": (0.0,),
+    "resid_pdrop": (0.0,),
+    "embd_pdrop": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "rotary_pct": (1.0,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
+    "logit_scale": (1.0,),
+    "logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "no_rope_layers": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+}
+ORIGINAL = "original_max_position_embeddings"
 
 
 def read(config: dict[str, Any]) -> dict[str, Any]:
@@ -22,42 +57,127 @@ def read(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type", "llama")
     if kind not in FAMILY:
         raise ValueError(f"config.json is of model_type {kind!r}; this module runs {', '.join(FAMILY)}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json asks for hidden_act {config['hidden_act']!r}; LLaMA's feed-forward is 'silu'")
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(key):
-            raise ValueError(f"config.json sets {key}, which this module does not have")
-    scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    refuse_the_foreign(config, kind)
+    config = OMITTED[kind] | config
+    theta, scaling = read_rope(config)
+    n_heads = integer(config, "num_attention_heads")
     return {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim"),
-        "vocab_size": config["vocab_size"],
-        "hidden_dim": config["intermediate_size"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "max_seq_len": config.get("max_position_embeddings", 2048),
+        "dim": integer(config, "hidden_size"),
+        "n_layers": integer(config, "num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": integer(config, "num_key_value_heads", n_heads),
+        "head_dim": integer(config, "head_dim", integer(config, "hidden_size") // n_heads),
+        "vocab_size": integer(config, "vocab_size"),
+        "hidden_dim": integer(config, "intermediate_size"),
+        "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "max_seq_len": integer(config, "max_position_embeddings"),
         "rope_theta": theta,
-        "rope_scaling": None if rope.rope_type(scaling) == "default" else scaling,
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "rope_scaling": scaling,
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "attention_bias": kind == "qwen2",
         "qk_norm": kind == "qwen3",
-        "sliding_window": config.get("sliding_window") if kind == "mistral" else None,
+        "sliding_window": read_window(config, kind),
     }
+
+
+def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:
+    """Raise ValueError for a key whose value asks for a computation that this module does not do."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise ValueError(f"config.json says that the weights are quantized ({method}); dequantize them first")
+    for key, neutral in NEUTRAL.items():
+        if config.get(key) is not None and config[key] not in neutral:
+            raise ValueError(f"config.json sets {key} to {config[key]!r}, which this module does not do")
+    if config.get("attention_bias") and kind != "qwen2":  # Qwen2 has its biases whatever this key says
+        raise ValueError("config.json sets attention_bias, on q, k, v and o: this module has it on q, k, v (qwen2)")
+
+
+def read_window(config: dict[str, Any], kind: str) -> int | None:
+    """The sliding window that every layer has, None where none has one; ValueError where only some have."""
+    if kind == "llama":
+        return None  # transformers' has none, whatever the file says
+    window = integer(config, "sliding_window", None)
+    if kind == "mistral":
+        return window
+    n_layers, first = integer(config, "num_hidden_layers"), integer(config, "max_window_layers", 28)
+    asked = bool(config.get("use_sliding_window")) and window is not None
+    derived = ["sliding_attention" if asked and i >= first else "full_attention" for i in range(n_layers)]
+    kinds = set(config.get("layer_types") or derived)
+    if kinds == {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"} and asked:
+        return window
+    raise ValueError(
+        "config.json asks by layer_types, or use_sliding_window and max_window_layers, for attention that differs "
+        f"from layer to layer ({', '.join(sorted(kinds))}): this module has one sliding window for all, or none"
+    )
+
+
+def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling (None: plain) of the rotary encoding, from the present key `rope_parameters` or the older
+    `rope_theta` and `rope_scaling`; ValueError where both are there and do not say the same."""
+    said = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    for key, value in said.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"config.json: {key} should be a mapping, found {value!r}")
+        if any(isinstance(inner, dict) for inner in value.values()):
+            raise ValueError(f"config.json: {key} differs from layer type to layer type: this module has one for all")
+    scalings = {key: scaling_of(key, value) for key, value in said.items()}
+    if len(scalings) == 2 and scalings["rope_parameters"] != scalings["rope_scaling"]:
+        raise ValueError(f"config.json contradicts itself: {' and '.join(f'{k} {v}' for k, v in said.items())}")
+    thetas = {number(each, "rope_theta", None) for each in (config, *said.values())} - {None}
+    if len(thetas) > 1:
+        raise ValueError(f"config.json contradicts itself: it has rope_theta {' and '.join(map(str, sorted(thetas)))}")
+    scaling = next(iter(scalings.values()), None)
+    if scaling and scaling["rope_type"] in ("llama3", "yarn", "longrope"):
+        scaling.setdefault(ORIGINAL, config.get(ORIGINAL) or integer(config, "max_position_embeddings"))
+    return next(iter(thetas), 10000.0), scaling
+
+
+def scaling_of(key: str, value: dict[str, Any]) -> dict[str, Any] | None:
+    """A mapping on rotary positions under `rope_type`, without the base; None for the plain encoding."""
+    types = {value[name] for name in ("rope_type", "type") if value.get(name)} or {"default"}
+    if len(types) > 1:
+        raise ValueError(f"config.json contradicts itself: {key} has rope_type {' and type '.join(sorted(types))}")
+    if value.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: {key} sets partial_rotary_factor, which this module does not do")
+    rest = {k: v for k, v in value.items() if k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
+    (rope_type,) = types
+    return None if rope_type == "default" else {"rope_type": rope_type} | rest
+
+
+_REQUIRED: Any = object()
+
+
+def integer(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
+    """An integer of a config; `default` where it is absent or null. ValueError names a key that is missing or wrong."""
+    return _of_type(config, key, default, int, "an integer")
+
+
+def number(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
+    """A number of a config as a float; the rest as for `integer`."""
+    value = _of_type(config, key, default, (int, float), "a number")
+    return value if value is None else float(value)
+
+
+def _of_type(config: dict[str, Any], key: str, default: Any, kind: Any, name: str) -> Any:
+    value = config.get(key)
+    if value is None and default is not _REQUIRED:
+        return default
+    if value is None:
+        raise ValueError(f"config.json lacks the key {key!r}")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"config.json: {key} should be {name}, found {value!r}")
+    return value
 
 
 def write(args: ModelArgs) -> dict[str, Any]:
     """The `config.json` of a shape, with the present keys for positions and the older ones beside them."""
-    kind = {
-        (False, False, False): "llama",
-        (False, False, True): "mistral",
-        (True, False, False): "qwen2",
-        (False, True, False): "qwen3",
-    }.get((args.attention_bias, args.qk_norm, args.sliding_window is not None))
-    if kind is None:
-        raise ValueError("no Hugging Face model combines this attention_bias, qk_norm and sliding_window")
+    if args.attention_bias and args.qk_norm:
+        raise ValueError("no Hugging Face model combines attention_bias (on q, k, v) and qk_norm")
+    kind = "qwen2" if args.attention_bias else "qwen3" if args.qk_norm else "mistral"
+    if kind == "mistral" and args.sliding_window is None and args.dim % args.n_heads == 0:
+        kind = "llama"  # whose class wants heads that divide the width, even where head_dim is another
     scaling = args.rope_scaling or {"rope_type": "default"}
     config = {
         "architectures": [FAMILY[kind]],
@@ -79,4 +199,8 @@ def write(args: ModelArgs) -> dict[str, Any]:
         "initializer_range": 0.02,
         "attention_dropout": 0.0,
     }
-    return config | ({"sliding_window": args.sliding_window} if kind == "mistral" else {})
+    if kind == "mistral":
+        config["sliding_window"] = args.sliding_window
+    elif kind != "llama" and args.sliding_window is not None:
+        config |= {"sliding_window": args.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
+    return config

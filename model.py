@@ -11,8 +11,9 @@ each weight being cast where it is used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_config
 import rope
+import weights
 from attention import Mask, attend
 from cache import KINDS, KVCache
 from loss import linear_cross_entropy
@@ -322,3 +324,48 @@ class Transformer(nn.Module):
     def n_parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    # ---- Hugging Face directories
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Transformer:
+        """The model of a Hugging Face directory, its parameters in `dtype`: as they lie in the mapped file where dtype
+        and device are the file's, one by one otherwise. Raises ValueError naming what does not fit."""
+        config = weights.read_config(directory)
+        try:
+            args = ModelArgs.from_hf(config)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
+        with torch.device("meta"):
+            model = cls(args, initialize=False).to(dtype)
+        own = model.state_dict()
+        state = {name: tensor.to(device, own[name].dtype) for name, tensor in model._stored(directory)}
+        model.load_state_dict(state, strict=False, assign=True)
+        if args.tie_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    def save_pretrained(self, directory: Path, config: dict[str, Any] | None = None) -> None:
+        """Write the model as a Hugging Face directory, its parameters in their dtype; `config`: more for config.json,
+        such as the ids of special tokens. Large models are written in shards."""
+        state = {name: tensor for name, tensor in self.state_dict().items() if name not in self._second_names()}
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        weights.write_model(directory, self.args.to_hf() | {"dtype": dtype} | (config or {}), state)
+
+    @torch.no_grad()
+    def load_weights(self, directory: Path) -> None:
+        """Copy every tensor of a directory into the parameters there are; errors as `from_pretrained`."""
+        own = self.state_dict()
+        for name, tensor in self._stored(directory):
+            own[name].copy_(tensor)
+
+    def _stored(self, directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that a directory holds for this model."""
+        second = self._second_names()
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items() if name not in second}
+        return weights.read_tensors(directory, shapes, ignored=second)
+
+    def _second_names(self) -> set[str]:
+        return {"lm_head.weight"} if self.args.tie_embeddings else set()

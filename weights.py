@@ -1,0 +1,152 @@
+"""A model directory's `config.json` and safetensors files, whatever the model: read by mapping, written shard by shard.
+
+Tensors read are views of the mapped file: they take memory only as they are looked at, and none twice. Files are
+written aside and renamed, so that a model that is still mapped from the older file keeps what it was loaded with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+MAX_SHARD_BYTES = 5 * 10**9
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+ANGLES = "rotary_emb.inv_freq"  # what older files keep of the rotary encoding, which its base says already
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The contents of a model directory's `config.json`."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        what = "is a file, not a model directory" if Path(directory).is_file() else "is no model directory"
+        raise FileNotFoundError(f"{directory} {what}: a Hugging Face directory with a config.json is wanted")
+    return read_mapping(path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ValueError when it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold an object, found {type(content).__name__}")
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, one or many. FileNotFoundError where some or all are missing."""
+    directory = Path(directory)
+    index = directory / INDEX
+    if index.is_file():
+        weight_map = read_mapping(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map from tensors to files")
+        names = sorted(set(weight_map.values()))
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise FileNotFoundError(f"{index} names {len(names)} files, and {', '.join(missing)} is not there")
+        return [directory / name for name in names]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    pickles = [path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in sorted(directory.glob(pattern))]
+    if pickles:
+        raise FileNotFoundError(
+            f"{directory} has no {SINGLE}, only {pickles[0]}, a pickle, which can run code when it is read; convert it "
+            "where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), with transformers"
+        )
+    raise FileNotFoundError(f"{directory} has no {SINGLE}; only safetensors weights are read")
+
+
+def read_tensors(
+    directory: Path, shapes: Mapping[str, torch.Size], ignored: Collection[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model directory by name, mapped, on the CPU, in the file's dtype.
+
+    shapes: the tensors that there must be. Before the first is read, ValueError names all that are missing, unknown
+    (unless `ignored`) or of another shape; nothing is skipped silently.
+    """
+    found: dict[str, Path] = {}
+    unknown, misshaped = [], []
+    for path in weight_files(directory):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name in ignored or name.endswith(ANGLES):
+                    continue
+                found[name] = path
+                shape = tuple(file.get_slice(name).get_shape())
+                if name not in shapes:
+                    unknown.append(name)
+                elif shape != tuple(shapes[name]):
+                    misshaped.append(f"{name} is {shape}, config.json makes it {tuple(shapes[name])}")
+    missing = [name for name in shapes if name not in found]
+    kinds = {"lacks": missing, "holds, without a place for them in the model,": unknown, "has other shapes:": misshaped}
+    if faults := [f"{what} {listed(names)}" for what, names in kinds.items() if names]:
+        raise ValueError(f"{directory} does not fit its config.json: it {'; it '.join(faults)}")
+    for path in sorted(set(found.values())):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if found.get(name) == path:
+                    yield name, file.get_tensor(name)
+
+
+def listed(names: list[str]) -> str:
+    """The first three of some names, and how many there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; ValueError when it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors (truncated or damaged): {error}") from None
+
+
+def write_model(
+    directory: Path,
+    config: dict[str, Any],
+    state: Mapping[str, torch.Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `config.json` and the tensors: as one file, or above `max_shard_bytes` as shards with an index."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = split(state, max_shard_bytes)
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file, names in zip(files, shards):
+        aside = directory / f".{file}.writing"
+        save_file({name: state[name].contiguous() for name in names}, aside, metadata={"format": "pt"})
+        aside.replace(directory / file)
+    for path in [*directory.glob("model*.safetensors"), directory / INDEX]:  # of a model that lay here before
+        if path.name not in files and (path.name in (SINGLE, INDEX) or SHARD.fullmatch(path.name)):
+            path.unlink(missing_ok=True)
+    if count > 1:
+        places = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def split(state: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
+    """Names of tensors in runs of at most `max_bytes` together; a larger tensor makes a run of its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
