@@ -17,7 +17,7 @@ class OptimArgs:
     """Optimizer and schedule."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: Muon on the matrices of the blocks, AdamW on embeddings, head and norms; adamw: AdamW on everything"""
+    """muon: Muon on the matrices of the blocks, AdamW on embeddings, head, norms and adapters; adamw: on everything"""
     lr: float = 4e-3
     """peak learning rate of AdamW"""
     muon_lr: float = 6e-3
@@ -30,6 +30,8 @@ class OptimArgs:
     """decoupled weight decay, on matrices only"""
     momentum: float = 0.95
     """Muon's momentum"""
+    lora_lr_ratio: float = 1.0
+    """learning rate of an adapter's lora_B as a multiple of lr, which lora_A has; LoRA+ (Hayou 2024) takes 16"""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """shape after the warm-up; wsd: constant, then linear over the last `decay_share` of the steps"""
     warmup_steps: int = 20
@@ -41,7 +43,7 @@ class OptimArgs:
 
     def __post_init__(self) -> None:
         """Raises ValueError on a number that no schedule or optimizer makes sense of."""
-        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps"):
+        for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "lora_lr_ratio"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} should be 0 or more, and finite, found {getattr(self, name)}")
         shares = {"momentum": self.momentum, "decay_share": self.decay_share, "min_lr_ratio": self.min_lr_ratio}
@@ -68,23 +70,38 @@ def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter")
-    outer = ("embed_tokens", "lm_head")  # rows are looked up or compared one by one: no matrix to orthogonalise
-    matrices = [p for n, p in trainable.items() if p.dim() == 2 and not any(o in n for o in outer)]
-    embeddings = [p for n, p in trainable.items() if p.dim() == 2 and any(o in n for o in outer)]
-    vectors = [p for p in trainable.values() if p.dim() != 2]
+    kinds = defaultdict(list)
+    for name, p in trainable.items():
+        kinds[_kind(name, p)].append(p)
+    if args.lora_lr_ratio != 1.0 and not kinds["lora_B"]:
+        raise ValueError("lora_lr_ratio is for adapters, and the model has no trainable lora_B")
+    matrices = kinds["matrix"]
     parts: list[torch.optim.Optimizer] = []
     if args.optimizer == "muon" and matrices:
         parts.append(Muon(matrices, args.muon_lr, args.weight_decay, args.momentum))
         matrices = []
     groups = [
-        {"params": matrices + embeddings, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices + kinds["outer"], "weight_decay": args.weight_decay},
+        {"params": kinds["lora_B"], "weight_decay": args.weight_decay, "lr": args.lr * args.lora_lr_ratio},
+        {"params": kinds["vector"], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
         fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
         parts.append(torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=fused))
     return Optimizers(parts)
+
+
+def _kind(name: str, p: nn.Parameter) -> str:
+    """Which optimizer and settings a parameter gets."""
+    if p.dim() != 2:
+        return "vector"
+    if name.endswith("lora_B"):
+        return "lora_B"
+    # Rows of embedding and head are looked up or compared one by one: no matrix to orthogonalise. Of an adapter it is
+    # the product B A that moves a weight, and orthogonal steps of B and of A are no such step of their product.
+    # CLEX's proj_down starts at zero, and a step of Muon's has one size whatever the gradient's.
+    return "outer" if any(part in name for part in ("embed_tokens", "lm_head", "lora_", "rope.proj_")) else "matrix"
 
 
 class Optimizers:

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lora
 import optim
 from model import ModelArgs, Transformer
 from optim import Muon, OptimArgs, build_optimizer, lr_factor, orthogonalize
@@ -218,6 +219,7 @@ def factors_of(scheduler_of, total: int) -> list[float]:
     return factors
 
 
+@settings(deadline=None)  # the first example imports what transformers' schedules need
 @given(warmup=st.integers(0, 9), rest=st.integers(1, 40), floor=st.sampled_from([0.0, 0.1]))
 def test_schedules_equal_transformers_after_warmup(warmup, rest, floor):
     total = warmup + rest
@@ -281,3 +283,41 @@ def test_wsd_by_hand():
 def test_a_number_that_makes_no_sense_is_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OptimArgs(**wrong)
+
+
+# ---- adapters
+
+
+def adapted_model(**args) -> Transformer:
+    model = tiny_model()
+    lora.apply(model, lora.LoraArgs(**{"method": "dora", "r": 2, "train_embed_norm": True} | args))
+    return model
+
+
+def test_adapters_and_what_trains_with_them_belong_to_adamw():
+    model = adapted_model()
+    optimizer = build_optimizer(model, OptimArgs(optimizer="muon", lr=0.01))
+    assert [type(part).__name__ for part in optimizer.parts] == ["AdamW"]
+    held = {id(p) for p in optimizer.parameters}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad} and len(held) == len(optimizer.parameters)
+
+
+def test_lora_plus_is_a_learning_rate_of_its_own_for_lora_b():
+    model = adapted_model()
+    optimizer = build_optimizer(model, OptimArgs(lr=0.01, lora_lr_ratio=16))
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer.set_lr(0.5)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert group["lr"] == pytest.approx(0.01 * 0.5 * (16 if names[id(p)].endswith("lora_B") else 1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    loss, count = model(torch.arange(6)[None], torch.arange(6)[None])
+    (loss / count).backward()
+    optimizer.step()
+    moved = {name: (p - before[name]).abs().max() for name, p in model.named_parameters() if name in before}
+    assert all(torch.isclose(m, torch.tensor(0.08), rtol=1e-2) for n, m in moved.items() if n.endswith("lora_B"))
+
+
+def test_lora_plus_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="lora_lr_ratio is for adapters, and the model has no trainable lora_B"):
+        build_optimizer(tiny_model(), OptimArgs(lora_lr_ratio=16))

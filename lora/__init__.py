@@ -1,0 +1,57 @@
+"""LoRA and its family on any tree of `nn.Linear` and `nn.Embedding`; adapters on disk are PEFT directories.
+
+lora.apply(model, LoraArgs(method="dora"))      freeze the model, add an adapter (quantize the base, if asked)
+lora.save(directory, model)                     adapter_config.json, adapter_model.safetensors
+lora.load(model, directory, name="poet")        add another one
+lora.set_active(model, "poet")                  switch; None: the base model
+with lora.disabled(model): ...                  the base model for a moment
+lora.merge(model), lora.unmerge(model)          one plain weight a layer, and back, bit for bit
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora.inject import active, describe, disabled, inject, merge, merge_for_good, set_active, unmerge
+from lora.neftune import neftune
+from lora.peft_files import load, restore, save
+from lora.quantized import quantize_base
+from lora.spec import METHODS, LoraArgs, LoraSpec
+from lora.targets import embeddings_and_norms, parse_targets
+
+__all__ = [
+    "METHODS",
+    "LoraArgs",
+    "LoraSpec",
+    "active",
+    "apply",
+    "describe",
+    "disabled",
+    "inject",
+    "load",
+    "merge",
+    "merge_for_good",
+    "neftune",
+    "quantize_base",
+    "restore",
+    "save",
+    "set_active",
+    "unmerge",
+]
+
+
+def apply(model: nn.Module, args: LoraArgs) -> None:
+    """Make `model` train as `args` say: its base quantized and frozen, an adapter "default" added; or all of it."""
+    if args.method == "none":
+        return
+    spec = LoraSpec(
+        args.r,
+        args.alpha,
+        args.dropout,
+        parse_targets(model, args.targets),
+        embeddings_and_norms(model) if args.train_embed_norm else (),
+        **METHODS[args.method],
+    )
+    if args.base != "full":
+        quantize_base(model, args.base, args.double_quant)
+    inject(model, spec)

@@ -1,0 +1,90 @@
+"""Which modules of a tree an adapter is for, by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from lora.quantized import QuantizedLinear, is_head
+
+GROUPS = {  # words for --lora.targets -> the names that LLaMA's family gives to such modules
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "embedding": ("embed_tokens",),
+    "head": ("lm_head",),
+}
+
+
+def parse_targets(model: nn.Module, text: str) -> str | tuple[str, ...]:
+    """The targets of a LoraSpec from words, ends of names, or one regular expression."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ValueError("an adapter has to have targets, such as attention,mlp")
+    if not all(re.fullmatch(r"\w+(\.\w+)*", word) for word in words):
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"targets {text!r} is neither names nor a regular expression: {error}") from None
+        return text
+    ends: list[str] = []
+    for word in words:
+        linear = (path for path, module in layers(model) if not isinstance(module, nn.Embedding) and not is_head(path))
+        ends += linear if word == "linear" else GROUPS.get(word, (word,))
+    return tuple(dict.fromkeys(ends))
+
+
+def matching(model: nn.Module, targets: str | tuple[str, ...], excluded: Iterable[str] = ()) -> list[str]:
+    """The names of the layers that `targets` means, in the order of the tree; `excluded` are not among them.
+
+    Raises ValueError when some end of a name, or the regular expression, matches none, and on a matrix in a module
+    that is neither Linear nor Embedding (GPT-2's Conv1D).
+    """
+    excluded = set(excluded)
+    if isinstance(targets, str):
+        asked: dict[str, Callable[[str], object]] = {targets: lambda path: re.fullmatch(targets, path)}
+    else:
+        asked = {end: lambda path, end=end: path == end or path.endswith(f".{end}") for end in targets}
+    known = {path for path, _ in layers(model)}
+    names = [path for path, _ in model.named_modules() if path]
+    chosen = set()
+    for text, wanted in asked.items():
+        found = {path for path in names if wanted(path)}
+        for path in sorted(found - known):
+            module = model.get_submodule(path)
+            if getattr(module, "weight", None) is not None and module.weight.dim() == 2:
+                raise ValueError(
+                    f"{path} is a {type(module).__name__}; adapters are made for Linear and Embedding layers only"
+                )
+        if not found & known:
+            ends = sorted({path.rpartition(".")[2] for path in known})
+            raise ValueError(f"no layer matches the target {text!r}; this model's layers are called {', '.join(ends)}")
+        chosen |= found & known
+    return [path for path in names if path in chosen - excluded]
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that can have an adapter, and their names."""
+    kinds = (nn.Linear, QuantizedLinear, nn.Embedding)
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def embeddings_and_norms(model: nn.Module) -> tuple[str, ...]:
+    """The modules whose parameters LongLoRA trains in full: those with "embed" or "norm" in their names, and whatever
+    shares a parameter with one of them (a tied head)."""
+    own = {path: list(module.parameters(recurse=False)) for path, module in model.named_modules()}
+    chosen = [path for path in own if own[path] and ("embed" in path.lower() or "norm" in path.lower())]
+    shared = {id(p) for path in chosen for p in own[path]}
+    return tuple(path for path, params in own.items() if any(id(p) in shared for p in params))
+
+
+def shortest(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """`paths` as ends of names where that means the very same modules to PEFT, which looks at `endswith`."""
+    paths = set(paths)
+    names = [path for path, _ in model.named_modules()]
+    short = set()
+    for path in paths:
+        end = path.rpartition(".")[2]
+        short.add(end if all(name in paths for name in names if name.endswith(end)) else path)
+    return sorted(short)
