@@ -1,121 +1,264 @@
 """Files -> conversations, whatever form their records have.
 
-A conversation is `[{"role": "system" | "user" | "assistant", "content": str}, ...]`, user and assistant in turn.
+A conversation is `[{"role": "system" | "user" | "assistant", "content": str}, ...]`, user and assistant in turn. An
+answer with `"loss": False` is not trained. A text without roles is `[{"role": "text", "content": str}]`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chat_template import check_messages
-from corpora.files import bad, find_files, format_of, records
+from corpora.files import Record, bad, find_files, format_of, loaded, records
 from corpora.registry import BadRecord
 
 Messages = list[dict[str, Any]]
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # other names of ours
+T = TypeVar("T")
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES |= {"model": "assistant", "ai": "assistant"}  # other names of ours
 SURROGATE = re.compile("[\ud800-\udfff]")  # bytes that were not UTF-8, or half a character: no tokenizer takes them
-QUESTION_ANSWER = (
-    ("prompt", "answer"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("query", "answer"),
-    ("input", "output"),
-)
+QUESTIONS = ("prompt", "question", "query", "q", "input")
+ANSWERS = ("answer", "response", "completion", "a", "output")
+PAIRS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
+LISTS = ("messages", "conversations", "conversation", "chat_rounds")
+KINDS = "json, jsonl, csv, tsv or parquet"
+
+
+# --- forms of a record ------------------------------------------------------------------------------------------
 
 
 def chat(record: dict) -> Messages | None:
-    """`messages` of OpenAI's API: `[{"role": "user", "content": "..."}, ...]`, `chat_rounds` of MFTCoder."""
-    turns = record.get("messages") or record.get("chat_rounds")
-    return [_turn(turn, "role", "content") for turn in turns] if isinstance(turns, list) else None
-
-
-def sharegpt(record: dict) -> Messages | None:
-    """`conversations` of ShareGPT: `[{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]`."""
-    turns = record.get("conversations")
-    return [_turn(turn, "from", "value") for turn in turns] if isinstance(turns, list) else None
+    """A list of turns: OpenAI's `messages`, ShareGPT's `conversations`, MFTCoder's `chat_rounds`."""
+    turns = next((record[key] for key in LISTS if isinstance(record.get(key), list)), None)
+    return None if turns is None else _system(record) + [_turn(turn) for turn in turns]
 
 
 def alpaca(record: dict) -> Messages | None:
-    """`instruction`, `input` (may be missing or empty) and `output` of Alpaca."""
-    if "instruction" not in record or "output" not in record:
+    """`instruction`, `input` or `context` (may be missing or empty) and `output` or `response`; maybe `history`."""
+    answer = next((key for key in ("output", "response") if key in record), None)
+    if "instruction" not in record or answer is None:
         return None
-    parts = (record["instruction"], record.get("input"))
-    question = "\n".join(part for part in parts if isinstance(part, str) and part.strip())
-    return _exchange(question, record["output"])
+    return [*_before(record), _said("user", _instruction(record)), _said("assistant", record[answer])]
 
 
 def question_answer(record: dict) -> Messages | None:
-    """One of the pairs of keys in QUESTION_ANSWER."""
-    for question, answer in QUESTION_ANSWER:
-        if question in record and answer in record:
-            return _exchange(record[question], record[answer])
-    return None
+    """One of QUESTIONS and one of ANSWERS. Raises ValueError when the record has several of either."""
+    found = [[key for key in keys if key in record] for keys in (QUESTIONS, ANSWERS)]
+    # Columns of a table that a row leaves empty say nothing, unless there is no other.
+    question, answer = ([key for key in keys if record[key] is not None] or keys for keys in found)
+    if not question or not answer:
+        return None
+    for kind, keys in (("question", question), ("answer", answer)):
+        if len(keys) > 1:
+            raise ValueError(f"it is not clear which is the {kind}: {' or '.join(keys)}")
+    return [*_before(record), _said("user", record[question[0]]), _said("assistant", record[answer[0]])]
 
 
-FORMATS: tuple[Callable[[dict], Messages | None], ...] = (chat, sharegpt, alpaca, question_answer)
+def plain_text(record: dict) -> Messages | None:
+    """`text`, all of which is trained."""
+    return [_said("text", record["text"])] if "text" in record else None
 
 
-def _turn(turn: Any, role: str, content: str) -> dict[str, Any]:
+FORMS: tuple[Callable[[dict], Messages | None], ...] = (chat, alpaca, question_answer, plain_text)
+
+
+def _said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _system(record: dict) -> Messages:
+    return [_said("system", record["system"])] if record.get("system") else []
+
+
+def _before(record: dict) -> Messages:
+    """What stands before the question of a flat record: `system`, and pairs of texts under `history`."""
+    messages = _system(record)
+    for pair in record.get("history") or []:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"history should be pairs of question and answer, found {pair!r:.100}")
+        messages += [_said("user", pair[0]), _said("assistant", pair[1])]
+    return messages
+
+
+def _instruction(record: dict) -> str:
+    parts = (record["instruction"], record.get("input"), record.get("context"))
+    return "\n".join(part for part in parts if isinstance(part, str) and part.strip())
+
+
+def _turn(turn: Any) -> dict[str, Any]:
+    """A turn under any of its names: role or from, content, value or text; loss or weight says what is trained."""
     if not isinstance(turn, dict):
-        raise ValueError(f"a turn is {type(turn).__name__}, expected an object with {role!r} and {content!r}")
-    return {"role": turn.get(role), "content": turn.get(content)}
+        raise ValueError(f"a turn is {type(turn).__name__}, expected an object with 'role' and 'content'")
+    role = str(turn.get("role", turn.get("from")))
+    content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)  # OpenAI's parts, where all of them are texts
+    message = _said(ROLES.get(role.lower(), role.lower()), content)
+    loss = next((turn[key] for key in ("loss", "weight") if turn.get(key) is not None), None)
+    if loss not in (None, 0, 1):
+        raise ValueError(f"the loss (or weight) of a turn is true or false, 1 or 0, found {loss!r}")
+    return message if loss in (None, 1) else message | {"loss": False}
 
 
-def _exchange(question: Any, answer: Any) -> Messages:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+# --- one record -------------------------------------------------------------------------------------------------
 
 
 def to_messages(record: Any) -> Messages:
-    """The conversation in a record of any of FORMATS: [system], then user and assistant in turn, ending in an answer.
+    """The conversation in a record of any of FORMS: [system], then user and assistant in turn, ending in an answer.
 
     A last question that nobody answers is left out. Raises ValueError with the reason when a record is broken.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"the record is {type(record).__name__}, expected an object with named fields")
-    messages = next((found for read in FORMATS if (found := read(record)) is not None), None)
-    if messages is None:
-        raise ValueError(f"no question and answer under the keys {', '.join(map(str, record)) or '(none)'}")
-    for message in messages:
-        message["role"] = ROLES.get(str(message["role"]), message["role"])
-    check_messages(messages)
-    for n, message in enumerate(messages):
-        if not message["content"].strip():
-            raise ValueError(f"message {n} ({message['role']}) has no text: {message['content']!r}")
-        if SURROGATE.search(message["content"]):
-            raise ValueError(f"message {n} ({message['role']}) is not UTF-8")
+    messages = _read_turns(record)
+    if messages[0]["role"] != "text":
+        check_messages(messages)
+    _check_texts(messages)
     if messages[-1]["role"] == "user":
         messages.pop()
-    if not messages or messages[-1]["role"] != "assistant":
+    if not messages or messages[-1]["role"] not in ("assistant", "text"):
         raise ValueError("nothing is answered in it")
     return messages
 
 
-def file_conversations(path: Path, broken: list[BadRecord]) -> Iterator[Messages]:
-    """Every conversation in a json, jsonl, csv, tsv or parquet file (plain, .gz or .zst), or in those of a folder.
+def _read_turns(record: Any) -> Messages:
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is {type(record).__name__}, expected an object with named fields")
+    messages = next((found for read in FORMS if (found := read(record)) is not None), None)
+    if messages is None:
+        raise ValueError(f"no question and answer under the keys {', '.join(map(str, record)) or '(none)'}")
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    return messages
 
-    What is no conversation is appended to `broken` with its place and the reason. Raises FileNotFoundError, and
-    ValueError when there is no such file at `path` or when nothing in one of them is answered.
+
+def _check_texts(messages: Messages) -> None:
+    for n, message in enumerate(messages):
+        content = message["content"]
+        if not isinstance(content, str):
+            raise ValueError(f"message {n} ({message['role']}) should be a string, found {content!r:.100}")
+        if not content.strip():
+            raise ValueError(f"message {n} ({message['role']}) has no text: {content!r}")
+        if SURROGATE.search(content):
+            raise ValueError(f"message {n} ({message['role']}) is not UTF-8")
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt, for preference tuning."""
+
+    prompt: Messages
+    """ends with a user message"""
+    chosen: str
+    rejected: str
+
+    def conversations(self) -> tuple[Messages, Messages]:
+        """The whole conversation with the chosen answer, and with the rejected one."""
+        chosen, rejected = (_said("assistant", answer) for answer in (self.chosen, self.rejected))
+        return [*self.prompt, chosen], [*self.prompt, rejected]
+
+
+def to_pair(record: Any) -> PreferencePair:
+    """The pair in a record with `chosen` and `rejected` (or `response_chosen`, `response_rejected`).
+
+    Each is a text, a turn, or a whole list of turns; the prompt comes in any of the forms of a conversation, its last
+    answer left out, or, when both answers are whole lists, from what they share. Raises ValueError with the reason.
     """
-    files = [file for file in find_files(Path(path)) if format_of(file) != "txt"]
-    if not files:
-        raise ValueError(f"{path} has no conversations; expected json, jsonl, csv, tsv or parquet, found plain text")
-    for file in files:
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is {type(record).__name__}, expected an object with named fields")
+    names = next((names for names in PAIRS if names[0] in record and names[1] in record), None)
+    if names is None:
+        raise ValueError(f"no chosen and rejected under the keys {', '.join(map(str, record)) or '(none)'}")
+    chosen, rejected = (_answer(record[name]) for name in names)
+    prompt = _prompt(record)
+    if not prompt:
+        if chosen[:-1] != rejected[:-1]:
+            raise ValueError("the chosen and the rejected conversation differ before their last answer")
+        prompt = chosen[:-1]
+    check_messages(prompt, add_generation_prompt=True)
+    _check_texts([*prompt, chosen[-1], rejected[-1]])
+    if chosen[-1]["content"] == rejected[-1]["content"]:
+        raise ValueError("the chosen and the rejected answer are the same")
+    return PreferencePair(prompt, chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _answer(value: Any) -> Messages:
+    """What was answered, with what was said before it if that is there."""
+    if isinstance(value, str):
+        return [_said("assistant", value)]
+    turns = [_turn(turn) for turn in (value if isinstance(value, list) else [value])]
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError(f"an answer should be a text or end with the assistant's turn, found {value!r:.100}")
+    return turns
+
+
+def _prompt(record: dict) -> Messages:
+    """What both answers answer, empty if the record does not say it apart."""
+    if turns := chat(record):
+        return turns
+    if "instruction" in record:
+        return [*_before(record), _said("user", _instruction(record))]
+    question = next((record[key] for key in QUESTIONS if record.get(key)), None)
+    if isinstance(question, list):
+        return _system(record) + [_turn(turn) for turn in question]
+    # A text beside two whole conversations repeats their first question.
+    is_whole = isinstance(record.get("chosen"), list) and len(record["chosen"]) > 1
+    return [] if question is None or is_whole else [*_before(record), _said("user", question)]
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def file_conversations(
+    path: Path, broken: list[BadRecord], check: Callable[[Messages], None] | None = None
+) -> Iterator[Messages]:
+    """Every conversation at `path`: a json, jsonl, csv, tsv or parquet file (plain, .gz or .zst), a folder of them, or
+    a Python file whose `data_loader()` yields records.
+
+    What is no conversation, or what `check` raises ValueError for, is appended to `broken` with its place and the
+    reason. Raises FileNotFoundError, and ValueError when there is no such file or when nothing in one is answered.
+    """
+
+    def read(value: Any) -> Messages:
+        messages = to_messages(value)
+        if check and messages[0]["role"] != "text":
+            check(messages)
+        return messages
+
+    return _read_files(path, broken, read, "usable answer")
+
+
+def preference_pairs(path: Path, broken: list[BadRecord]) -> Iterator[PreferencePair]:
+    """Every pair of answers at `path`; like `file_conversations` otherwise."""
+    return _read_files(path, broken, to_pair, "pair of answers")
+
+
+def _read_files(path: Path, broken: list[BadRecord], read: Callable[[Any], T], wanted: str) -> Iterator[T]:
+    for file, stream in _streams(Path(path)):
         n_usable, n_before = 0, len(broken)
-        for record in records(file):
+        for record in stream:
             if isinstance(record, BadRecord):
                 broken.append(record)
                 continue
             try:
-                messages = to_messages(record.value)
+                value = read(record.value)
             except ValueError as error:
                 broken.append(bad(record.where, str(error), str(record.value)))
                 continue
             n_usable += 1
-            yield messages
+            yield value
         if not n_usable:
             first = f"; the first, {broken[n_before].where}: {broken[n_before].reason}" if broken[n_before:] else ""
-            raise ValueError(f"{file} has no usable answer in {len(broken) - n_before} records{first}")
+            raise ValueError(f"{file} has no {wanted} in {len(broken) - n_before} records{first}")
+
+
+def _streams(path: Path) -> Iterator[tuple[Path, Iterator[Record | BadRecord]]]:
+    if path.suffix == ".py" and path.is_file():
+        yield path, loaded(path)
+        return
+    files = [file for file in find_files(path) if format_of(file) != "txt"]
+    if not files:
+        raise ValueError(f"{path} has no conversations; expected {KINDS}, found plain text")
+    yield from ((file, records(file)) for file in files)

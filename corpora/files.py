@@ -302,10 +302,11 @@ def read_loader(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no loader {path}; expected a Python file with a data_loader() generator")
-    return to_documents(_loaded(path), text_under(text_key), path.name)
+    return to_documents(loaded(path), text_under(text_key), path.name)
 
 
-def _loaded(path: Path) -> Iterator[Record]:
+def loaded(path: Path) -> Iterator[Record]:
+    """What the `data_loader()` of a Python file yields, as it is; errors of it as one ValueError."""
     count = 0
     try:
         spec = importlib.util.spec_from_file_location("user_data_loader", path)

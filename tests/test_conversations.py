@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from char_template import exchange
 
-from conversations import file_conversations, to_messages
+from conversations import PreferencePair, file_conversations, preference_pairs, to_messages, to_pair
 
 # --- records -> conversations
 
@@ -28,8 +28,21 @@ from conversations import file_conversations, to_messages
         {"instruction": "", "input": "q", "output": "a"},
         *({q: "q", a: "a"} for q in ("prompt", "question") for a in ("answer", "response")),
         {"query": "q", "answer": "a"},
+        {"q": "q", "a": "a"},
+        {"prompt": "q", "completion": "a"},
         {"input": "q", "output": "a"},
+        {"instruction": "q", "response": "a", "category": "open_qa"},
+        {"instruction": "q", "input": "", "output": "a", "history": [], "system": "", "text": "q a"},
         {"messages": None, "prompt": "q", "answer": "a"},
+        {"prompt": "q", "prompt_id": "1", "messages": exchange("q", "a")},
+        {"question": "q", "answer": "a", "response": None},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+        {"conversations": [{"role": "Human", "text": "q"}, {"role": "ChatGPT", "text": "a"}]},
     ],
 )
 def test_the_usual_records_are_one_conversation(record):
@@ -47,6 +60,83 @@ def test_turns_after_a_system_message_and_a_last_question_nobody_answers():
     assert to_messages(record) == [{"role": "system", "content": "s"}, *exchange("q1", "a1", "q2", "a2")]
 
 
+def test_what_stands_before_the_question_of_a_flat_record():
+    record = {"system": "s", "history": [["q1", "a1"]], "instruction": "q2", "input": "", "output": "a2"}
+    assert to_messages(record) == [{"role": "system", "content": "s"}, *exchange("q1", "a1", "q2", "a2")]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert to_messages({"system": "s", "conversations": turns})[0] == {"role": "system", "content": "s"}
+    dolly = {"instruction": "q", "context": "c", "response": "a"}
+    assert to_messages(dolly) == exchange("q\nc", "a")
+
+
+def test_a_text_without_roles_is_one_message():
+    assert to_messages({"text": "all of it"}) == [{"role": "text", "content": "all of it"}]
+
+
+@pytest.mark.parametrize("key, off", [("loss", False), ("loss", 0), ("weight", 0), ("weight", 0.0)])
+def test_turns_that_are_no_targets(key, off):
+    turns = [message | {key: True} for message in exchange("q", "a", "q", "a")]
+    turns[1][key] = off
+    expected = exchange("q", "a", "q", "a")
+    expected[1]["loss"] = False
+    assert to_messages({"messages": turns}) == expected
+
+
+# --- preference pairs
+
+QUESTION = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [QUESTION], "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"},
+        {"prompt": "q", "chosen": exchange("q", "a"), "rejected": exchange("q", "b")},
+        {"chosen": exchange("q", "a"), "rejected": exchange("q", "b")},
+        {"question": "q", "response_chosen": "a", "response_rejected": "b"},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+    ],
+)
+def test_every_form_of_a_pair_is_one_prompt_and_two_answers(record):
+    pair = to_pair(record)
+    assert pair == PreferencePair([QUESTION], "a", "b")
+    assert pair.conversations() == (exchange("q", "a"), exchange("q", "b"))
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"prompt": "q", "chosen": "a"}, "no chosen and rejected under the keys prompt, chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, r"message 2 \(assistant\) has no text"),
+        ({"chosen": exchange("q", "a"), "rejected": exchange("p", "b")}, "differ before their last answer"),
+        ({"chosen": "a", "rejected": "b"}, "at least one message"),
+        ({"prompt": "q", "chosen": exchange("q"), "rejected": "b"}, "end with the assistant's turn"),
+        ({"conversations": exchange("q", "a"), "chosen": "a", "rejected": "b"}, "the last is of role 'assistant'"),
+    ],
+)
+def test_broken_pairs_say_why(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_pair(record)
+
+
+@pytest.mark.parametrize("name, n", [("dpo_en_demo.json", 299), ("dpo_zh_demo.json", 300)])
+def test_real_pairs_are_read_almost_whole(shared, name, n):
+    broken = []
+    pairs = list(preference_pairs(shared / "dpo" / name, broken))
+    assert len(pairs) + len(broken) == n and len(broken) < 5
+    assert any(pair.prompt[0]["role"] == "system" for pair in pairs)
+
+
+# --- broken records
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -60,7 +150,7 @@ def test_turns_after_a_system_message_and_a_last_question_nobody_answers():
         ({"question": "q", "answer": 3}, r"string, found .*3"),
         ({"instruction": "", "input": "", "output": "a"}, r"message 0 \(user\) has no text"),
         ({"question": "q", "answer": "a\ud800"}, r"message 1 \(assistant\) is not UTF-8"),
-        ({"messages": []}, "no question and answer"),
+        ({"messages": []}, "at least one message"),
         ({"conversations": []}, "at least one message"),
         ({"messages": exchange("q")}, "nothing is answered"),
         ({"messages": [{"role": "system", "content": "s"}, *exchange("q")]}, "nothing is answered"),
@@ -75,6 +165,11 @@ def test_turns_after_a_system_message_and_a_last_question_nobody_answers():
             "message 2 should be of role user, found 'system'",
         ),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 0 should be"),
+        ({"prompt": "q", "answer": "a", "response": "b"}, "not clear which is the answer: answer or response"),
+        ({"prompt": "q", "question": "p", "answer": "a"}, "not clear which is the question: prompt or question"),
+        ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "history should be pairs"),
+        ({"messages": [{"role": "user", "content": "q", "loss": "no"}]}, "true or false, 1 or 0, found 'no'"),
+        ({"text": " "}, r"message 0 \(text\) has no text"),
     ],
 )
 def test_broken_records_say_why(record, reason):
@@ -113,6 +208,44 @@ def test_conversations_of_every_file_format(tmp_path, name):
 def test_conversations_of_a_parquet_column_of_turns(tmp_path):
     path = write(tmp_path / "a.parquet", [{"messages": exchange("q", "a")}, {"messages": exchange("q", "a", "q", "a")}])
     assert list(file_conversations(path, [])) == [exchange("q", "a"), exchange("q", "a", "q", "a")]
+
+
+def test_conversations_of_a_python_file_that_yields_records(tmp_path):
+    loader = tmp_path / "mine.py"
+    loader.write_text(
+        "def data_loader():\n    yield {'q': 'q', 'a': 'a'}\n    yield 7\n    yield {'q': 'q', 'a': 'b'}\n"
+    )
+    broken = []
+    assert list(file_conversations(loader, broken)) == [exchange("q", "a"), exchange("q", "b")]
+    assert [record.where for record in broken] == [f"{loader}:2"]
+
+
+def test_what_a_check_refuses_is_broken_with_its_place(tmp_path):
+    def check(messages: list[dict]) -> None:
+        if "two" in messages[0]["content"]:
+            raise ValueError("no twos")
+
+    path, broken = write(tmp_path / "a.jsonl", GOOD), []
+    assert list(file_conversations(path, broken, check)) == EXPECTED[:1]
+    assert [(record.where, record.reason) for record in broken] == [(f"{path}:2", "no twos")]
+
+
+@pytest.mark.parametrize(
+    "name, n",
+    [
+        ("alpaca_en_demo.json", 999),
+        ("alpaca_zh_demo.json", 1000),
+        ("alpaca_zh_9k.json", 9244),
+        ("crosswoz_val_multiturn.jsonl", 500),
+        ("kdconv_dev_multiturn.jsonl", 450),
+        ("medical_zh_1k.jsonl", 1000),
+        ("sharegpt_zh_multiturn_1k.jsonl", 1000),
+    ],
+)
+def test_real_files_are_read_without_a_word_on_their_form(shared, name, n):
+    broken = []
+    read = list(file_conversations(shared / "sft" / name, broken))
+    assert len(read) + len(broken) == n and len(broken) <= n // 200
 
 
 def test_a_folder_is_its_files_in_order_without_plain_text(tmp_path):
