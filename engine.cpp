@@ -1,0 +1,300 @@
+// One decoding step of a LLaMA on a CPU: B tokens in, B rows of logits out. engine.py compiles it and calls it.
+//
+// At one token a step every weight is read once and used B times, so the step is as fast as the weights can be read.
+// All of a step is one parallel region: a thread owns rows of every matrix, and waits for the others only where it
+// reads what they wrote. W is the type in which weights, keys and values are kept; everything else is computed in A.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+using std::int64_t;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// Mirrored, field by field, in engine.py. Missing biases and norms are null.
+struct Layer {
+    const void *input_norm, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o, *mlp_norm, *gate, *up, *down;
+};
+
+struct Model {
+    int64_t dtype, n_layers, dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, window, max_len;
+    double norm_eps;
+    const Layer *layers;
+    const void *embedding, *norm, *head;
+    const float *cos, *sin;  // (max_len, head_dim / 2)
+};
+
+// How far ahead weights are asked for. The processor's own guess fails where much is computed between two loads: eight
+// rows of x ran at a third of the speed without.
+constexpr int AHEAD = 8192;  // bytes
+
+// One vector register, and how many of them may hold sums while the others hold what is added.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, SUMS = 16;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, SUMS = 8;
+#else
+constexpr int BYTES = 16, SUMS = 8;
+#endif
+
+template <class A, int LANES> struct Vector {
+    typedef A type __attribute__((vector_size(LANES * sizeof(A))));
+    typedef A anywhere __attribute__((vector_size(LANES * sizeof(A)), aligned(alignof(A)), may_alias));  // in memory
+};
+template <class A> constexpr int LANES = BYTES / sizeof(A);
+template <class A> using V = typename Vector<A, LANES<A>>::type;
+
+template <class A> inline V<A> load(const A *p) { return *(const typename Vector<A, LANES<A>>::anywhere *)p; }
+
+inline V<float> load(const bf16 *p) {  // a bfloat16 is the upper half of a float
+    auto half = *(const typename Vector<uint16_t, LANES<float>>::anywhere *)p;
+    return (V<float>)(__builtin_convertvector(half, typename Vector<uint32_t, LANES<float>>::type) << 16);
+}
+
+template <class A> inline void store(A *p, V<A> v) { *(typename Vector<A, LANES<A>>::anywhere *)p = v; }
+
+template <class A, int N = LANES<A>> inline A sum(typename Vector<A, N>::type v) {
+    if constexpr (N == 2) {
+        return v[0] + v[1];
+    } else {
+        typename Vector<A, N / 2>::type half[2];
+        std::memcpy(half, &v, sizeof v);
+        return sum<A, N / 2>(half[0] + half[1]);
+    }
+}
+
+inline float value(float x) { return x; }
+inline double value(double x) { return x; }
+inline float value(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+inline void round_to(float &to, float x) { to = x; }
+inline void round_to(double &to, double x) { to = x; }
+inline void round_to(bf16 &to, float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// Numbers that begin where a cache line does: a vector that lies across two lines takes twice as long to load.
+template <class A> class Buffer {
+    A *start;
+
+  public:
+    explicit Buffer(int64_t n) : start((A *)::operator new(n * sizeof(A), std::align_val_t(64))) {}
+    ~Buffer() { ::operator delete(start, std::align_val_t(64)); }
+    Buffer(const Buffer &) = delete;
+    A *data() { return start; }
+    A &operator[](int64_t i) { return start[i]; }
+};
+
+template <class W, class A> A dot(const W *w, const A *x, int64_t n) {
+    V<A> total = {};
+    int64_t i = 0;
+    for (; i + LANES<A> <= n; i += LANES<A>) total += load(w + i) * load(x + i);
+    A out = sum<A>(total);
+    for (; i < n; i++) out += value(w[i]) * x[i];
+    return out;
+}
+
+// out[b][r] = w[r] . x[b] for R rows of w and N rows of x of n numbers each: a weight is loaded once for all N.
+template <int R, int N, class W, class A>
+inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) {
+    V<A> total[N][R] = {};
+    int64_t i = 0;
+    for (; i + LANES<A> <= n; i += LANES<A>) {
+        V<A> weights[R];
+        for (int r = 0; r < R; r++) {
+            const W *here = w + r * n + i;
+            __builtin_prefetch((const char *)here + AHEAD);
+            weights[r] = load(here);
+        }
+        for (int b = 0; b < N; b++) {
+            V<A> column = load(x + b * n + i);
+            for (int r = 0; r < R; r++) total[b][r] += weights[r] * column;
+        }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < N; b++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) out[b * out_stride + r] = sum<A>(total[b][r]);
+    for (; i < n; i++)
+        for (int b = 0; b < N; b++)
+            for (int r = 0; r < R; r++) out[b * out_stride + r] += value(w[r * n + i]) * x[b * n + i];
+}
+
+// The same for N rows of x and any number of rows of w.
+template <int N, class W, class A>
+inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64_t out_stride) {
+    constexpr int R = std::max(1, std::min(8, SUMS / N));
+    int64_t row = 0;
+    for (; row + R <= rows; row += R) tile<R, N>(w + row * n, x, n, out + row, out_stride);
+    for (; row < rows; row++) tile<1, N>(w + row * n, x, n, out + row, out_stride);
+}
+
+// What of `rows` rows is the part of one thread: from `first` to `last`.
+struct Share {
+    int64_t first, last;
+    Share(int64_t rows, int me, int threads) {
+        int64_t size = (rows + threads - 1) / threads;
+        first = std::min(rows, me * size), last = std::min(rows, first + size);
+    }
+};
+
+// out[b][r] = w[r] . x[b] for the rows r of w (rows, n) that are `mine`, all rows b of x (batch, n); out (batch, rows).
+template <class W, class A>
+__attribute__((noinline)) void matmul(const W *w, const A *x, int64_t rows, int64_t n, int64_t batch, Share mine,
+                                      A *out) {
+    for (int64_t row = mine.first; row < mine.last; row += 8) {  // rows that stay in the nearest cache for all of x
+        int64_t count = std::min<int64_t>(8, mine.last - row), b = 0;
+        auto run = [&](auto width) {
+            for (; b + width() <= batch; b += width())
+                tiles<width()>(w + row * n, x + b * n, count, n, out + b * rows + row, rows);
+        };
+        run(std::integral_constant<int, 8>());
+        run(std::integral_constant<int, 4>());
+        run(std::integral_constant<int, 2>());
+        run(std::integral_constant<int, 1>());
+    }
+}
+
+template <class W, class A> void rms_norm(const A *x, const W *weight, int64_t n, A eps, A *out) {
+    A scale = 1 / std::sqrt(dot(x, x, n) / n + eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * value(weight[i]);
+}
+
+// Norm (where there is one) and rotation of one head.
+template <class W, class A>
+void place(const Model &m, const A *x, const void *norm, int64_t position, A *out) {
+    int64_t half = m.head_dim / 2;
+    const float *cos = m.cos + position * half, *sin = m.sin + position * half;
+    if (norm) rms_norm(x, (const W *)norm, m.head_dim, (A)m.norm_eps, out);
+    for (int64_t i = 0; i < half; i++) {
+        A a = norm ? out[i] : x[i], b = norm ? out[i + half] : x[i + half];
+        out[i] = a * cos[i] - b * sin[i];
+        out[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+// Attention of one query head over the cached slots first..position: out = softmax(q k / sqrt(D)) v.
+template <class W, class A>
+void attend(const A *q, const W *keys, const W *values, int64_t count, int64_t D, A *scores, A *out) {
+    A largest = -INFINITY, total = 0, scale = 1 / std::sqrt((A)D);
+    for (int64_t j = 0; j < count; j++) {
+        scores[j] = dot(keys + j * D, q, D) * scale;
+        largest = std::max(largest, scores[j]);
+    }
+    for (int64_t j = 0; j < count; j++) total += scores[j] = std::exp(scores[j] - largest);
+    int64_t d = 0;
+    for (; d + LANES<A> <= D; d += LANES<A>) {
+        V<A> sums = {};
+        for (int64_t j = 0; j < count; j++) sums += load(values + j * D + d) * scores[j];
+        store(out + d, sums / total);
+    }
+    for (; d < D; d++) {
+        A one = 0;
+        for (int64_t j = 0; j < count; j++) one += value(values[j * D + d]) * scores[j];
+        out[d] = one / total;
+    }
+}
+
+template <class W, class A>
+void step(const Model &m, int64_t B, const int64_t *tokens, const int64_t *positions, W *keys, W *values, A *logits,
+          int threads) {
+    const int64_t dim = m.dim, D = m.head_dim, H = m.n_heads, K = m.n_kv_heads, F = m.hidden_dim, L = m.max_len;
+    const A eps = m.norm_eps;
+    // The residual stream, and what the threads make for each other.
+    Buffer<A> x(B * dim), q(B * H * D), k(B * K * D), v(B * K * D), attention(B * H * D), gate(B * F), up(B * F);
+    Buffer<A> change(B * dim);
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num(), n = omp_get_num_threads();
+#else
+        const int me = 0, n = 1;
+#endif
+        Buffer<A> normed(B * dim), head(D), scores(L);  // each thread makes the norms for itself: cheaper than waiting
+        auto norm = [&](const void *weight) {
+            for (int64_t b = 0; b < B; b++)
+                rms_norm(&x[b * dim], (const W *)weight, dim, eps, &normed[b * dim]);
+        };
+        auto project = [&](const void *w, const void *bias, int64_t rows, A *out) {
+            Share mine(rows, me, n);
+            matmul((const W *)w, normed.data(), rows, dim, B, mine, out);
+            for (int64_t b = 0; bias && b < B; b++)
+                for (int64_t r = mine.first; r < mine.last; r++) out[b * rows + r] += value(((const W *)bias)[r]);
+        };
+        auto add = [&](const void *w, const A *in, int64_t columns) {
+            Share mine(dim, me, n);
+            matmul((const W *)w, in, dim, columns, B, mine, change.data());
+            for (int64_t b = 0; b < B; b++)
+                for (int64_t r = mine.first; r < mine.last; r++) x[b * dim + r] += change[b * dim + r];
+        };
+        for (int64_t i = me; i < B * dim; i += n)
+            x[i] = value(((const W *)m.embedding)[tokens[i / dim] * dim + i % dim]);
+#pragma omp barrier
+        for (int64_t i = 0; i < m.n_layers; i++) {
+            const Layer &layer = m.layers[i];
+            norm(layer.input_norm);
+            project(layer.q, layer.q_bias, H * D, q.data());
+            project(layer.k, layer.k_bias, K * D, k.data());
+            project(layer.v, layer.v_bias, K * D, v.data());
+#pragma omp barrier
+            for (int64_t item = me; item < B * K; item += n) {  // a key head and the query heads that read it
+                int64_t b = item / K, position = positions[b], first = std::max<int64_t>(0, position + 1 - m.window);
+                W *row = keys + (i * B * K + item) * L * D, *value_row = values + (i * B * K + item) * L * D;
+                place<W>(m, &k[item * D], layer.k_norm, position, head.data());
+                for (int64_t d = 0; d < D; d++) {
+                    round_to(row[position * D + d], head[d]);
+                    round_to(value_row[position * D + d], v[item * D + d]);
+                }
+                for (int64_t h = item * (H / K); h < (item + 1) * (H / K); h++) {
+                    place<W>(m, &q[h * D], layer.q_norm, position, head.data());
+                    attend(head.data(), row + first * D, value_row + first * D, position + 1 - first, D, scores.data(),
+                           &attention[h * D]);
+                }
+            }
+#pragma omp barrier
+            add(layer.o, attention.data(), H * D);
+#pragma omp barrier
+            norm(layer.mlp_norm);
+            project(layer.gate, nullptr, F, gate.data());
+            project(layer.up, nullptr, F, up.data());
+            Share mine(F, me, n);
+            for (int64_t b = 0; b < B; b++)
+                for (int64_t f = b * F + mine.first; f < b * F + mine.last; f++)
+                    up[f] *= gate[f] / (1 + std::exp(-gate[f]));
+#pragma omp barrier
+            add(layer.down, up.data(), F);
+#pragma omp barrier
+        }
+        norm(m.norm);
+        project(m.head, nullptr, m.vocab_size, logits);
+    }
+}
+
+// tokens, positions (batch); keys, values (n_layers, batch, n_kv_heads, max_len, head_dim), of which the slots
+// `positions` are written; logits (batch, vocab_size), float or, for a model in double, double.
+extern "C" void decode_step(const Model *m, int64_t batch, const int64_t *tokens, const int64_t *positions, void *keys,
+                            void *values, void *logits, int threads) {
+    if (m->dtype == 0)
+        step(*m, batch, tokens, positions, (float *)keys, (float *)values, (float *)logits, threads);
+    else if (m->dtype == 1)
+        step(*m, batch, tokens, positions, (bf16 *)keys, (bf16 *)values, (float *)logits, threads);
+    else
+        step(*m, batch, tokens, positions, (double *)keys, (double *)values, (double *)logits, threads);
+}

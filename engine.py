@@ -1,0 +1,206 @@
+"""Fast single-token decoding on a CPU: a whole step of the model in one call of compiled code (engine.cpp).
+
+A step of a small model is short: PyTorch spends more time between its operations than in them, and its product of a
+matrix and one vector reads weights at half the speed the memory has. The compiled step reads the model's own weights
+where they lie, so it costs no memory and sees every change of them. It is compiled once, at first use, in a few
+seconds, and kept in the user's cache directory. Where it cannot help, `stepper` gives None and decoding goes the plain
+way: the results are the same to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import rope
+from cache import KVCache
+from model import Attention, Block, Decoder, FeedForward, Linear, ModelArgs, RMSNorm, Transformer
+
+PLAIN = {Transformer, Decoder, Block, Attention, FeedForward, Linear, RMSNorm, nn.Embedding, nn.ModuleList}
+KNOWN = {  # what engine.cpp knows of an architecture; in all else it has to be the default
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_dim",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "norm_eps",
+    "max_seq_len",
+    "rope_theta",
+    "rope_scaling",
+    "tie_embeddings",
+    "attention_bias",
+    "qk_norm",
+    "sliding_window",
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SOURCE = Path(__file__).with_name("engine.cpp")
+LAYER = (  # the fields of `Layer` in engine.cpp
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",
+    "self_attn.v_proj.bias",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+
+INTEGERS = (  # of `Model` in engine.cpp
+    "dtype",
+    "n_layers",
+    "dim",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "hidden_dim",
+    "vocab_size",
+    "window",
+    "max_len",
+)
+POINTERS = ("layers", "embedding", "norm", "head", "cos", "sin")
+
+Step = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+
+
+class _Model(ctypes.Structure):
+    """`Model` in engine.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in INTEGERS),
+        ("norm_eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+    )
+
+
+def stepper(model: Transformer, cache: KVCache) -> Step | None:
+    """A function `step(ids, positions) -> logits (B, V)` that feeds one id to each of the cache's B rows, stores it at
+    its position and gives what `model` would; None where the compiled step does not apply (see `supports`) or cannot
+    be compiled. Good as long as the model's parameters stay where they are; the cache's tensors may be replaced.
+    """
+    if not supports(model, cache):
+        return None
+    function = compiled_step()
+    if function is None:
+        return None
+    a, weight = model.args, model.model.embed_tokens.weight
+    layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
+        *(_address(block, name) for block in model.model.layers for name in LAYER)
+    )
+    cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
+    struct = _Model(
+        *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
+        *(cache.window or cache.max_len, cache.max_len, a.norm_eps),
+        *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
+        *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+    )
+    out_dtype = torch.promote_types(weight.dtype, torch.float32)
+
+    def step(ids: Sequence[int], positions: Sequence[int], _keep: tuple = (layers, cos, sin)) -> torch.Tensor:
+        batch, length = len(ids), max(positions) + 1
+        if min(positions) < 0 or length > cache.max_len or cache.keys.shape[1] != batch:
+            raise ValueError(
+                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens; asked to store {batch} rows "
+                f"at positions {min(positions)}..{length - 1}"
+            )
+        if min(ids) < 0 or max(ids) >= a.vocab_size:
+            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, asked for {min(ids)}..{max(ids)}")
+        logits = torch.empty(batch, a.vocab_size, dtype=out_dtype)
+        array = ctypes.c_int64 * batch
+        pointers = (cache.keys.data_ptr(), cache.values.data_ptr(), logits.data_ptr())
+        function(ctypes.byref(struct), batch, array(*ids), array(*positions), *pointers, torch.get_num_threads())
+        cache.length = max(cache.length, length)
+        return logits
+
+    return step
+
+
+def supports(model: Transformer, cache: KVCache) -> bool:
+    """Whether the compiled step computes what `model` does with `cache`: on a CPU, an architecture it knows, made of
+    its own modules (nothing injected, quantized or hooked), one dtype throughout, and a plain cache."""
+    weight = model.model.embed_tokens.weight
+    return (
+        weight.dtype in DTYPES
+        and model.compute_dtype in (None, weight.dtype)
+        and all(getattr(model.args, f.name) == f.default for f in fields(ModelArgs) if f.name not in KNOWN)
+        and all(type(m) in PLAIN and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        and all(p.device.type == "cpu" and p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
+        and type(cache) is KVCache
+        and cache.rotated
+        and cache.keys.device.type == "cpu"
+        and cache.keys.dtype == weight.dtype
+    )
+
+
+@functools.cache
+def compiled_step() -> Callable[..., None] | None:
+    """`decode_step` of engine.cpp, compiled if it has not been yet; None, and one line on stderr, where that fails.
+    Nothing is said where there is no compiler, or where the environment says LITTLE_LLAMA_ENGINE=off."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None or os.environ.get("LITTLE_LLAMA_ENGINE") == "off":
+        return None
+    try:
+        function = ctypes.CDLL(str(_library(compiler))).decode_step
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "stderr", None) or error
+        print(f"decoding goes without its compiled step: {str(why).strip()[:500]}", file=sys.stderr)
+        return None
+    pointer = ctypes.c_void_p
+    function.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer, pointer, pointer, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+def _library(compiler: str) -> Path:
+    """The compiled library: from the cache directory, where its name says of what source, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = "".join((SOURCE.read_text(), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
+    library = cache / f"engine-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
+            made = Path(directory) / library.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What tells this processor from others that may share the cache directory."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _address(block: nn.Module, name: str) -> int | None:
+    """Where the parameter `name` of a block lies; None where the block has none of that name."""
+    part = block
+    for step in name.split("."):
+        part = getattr(part, step, None)
+    return None if part is None else part.data_ptr()
