@@ -8,7 +8,7 @@ of all positions are in memory at once, decoding computes the whole sequence ane
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ class ForeignArgs:
 def shape_of(inner: nn.Module) -> ForeignArgs:
     """The shape that the config of a transformers model tells, the width of its feed-forward by counting weights."""
     config = inner.config.get_text_config()
+    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    if missing := [name for name in wanted if getattr(config, name, None) is None]:
+        raise ValueError(f"the config of {type(inner).__name__} does not say its {', '.join(missing)}")
     dim, n_layers, n_heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or dim // n_heads
@@ -67,6 +70,7 @@ class ForeignModel(nn.Module):
         self.inner = inner
         self.args = shape_of(inner)
         self.compute_dtype: torch.dtype | None = None  # dtype of matrix products; None: that of the parameters
+        self._checkpointing = False
         self._isolates: bool | None = None  # whether a mask keeps the documents of a row apart; None: not tried yet
 
     def forward(
@@ -99,8 +103,11 @@ class ForeignModel(nn.Module):
         positions: torch.Tensor | None = None,
         doc_ids: torch.Tensor | None = None,
         cache: TokenCache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """What `logits` takes, (B, T, V): here the logits themselves, since heads differ from model to model."""
+        """What `logits` takes, (B, T, V): here the logits themselves, since heads differ from model to model.
+
+        `lengths`, of rows that are padded on the right, change nothing: nothing sees what lies to its right."""
         if cache is not None:
             B, T = tokens.shape
             if positions is None:
@@ -176,20 +183,25 @@ class ForeignModel(nn.Module):
     @property
     def gradient_checkpointing(self) -> bool:
         """Recompute each block in the backward pass instead of keeping it."""
-        return bool(self.inner.is_gradient_checkpointing)
+        return self._checkpointing
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        if on:
+        if on and not self._checkpointing:
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.inner.is_gradient_checkpointing:
+        elif self._checkpointing and not on:
             self.inner.gradient_checkpointing_disable()
+        self._checkpointing = on
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Leaves the model as it is: transformers' code breaks into too many graphs for compiling to pay."""
 
-    def make_cache(self, batch: int, max_len: int | None = None) -> TokenCache:
+    def make_cache(self, batch: int, max_len: int | None = None, kind: str = "static") -> TokenCache:
         """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit)."""
+        if kind != "static":
+            raise ValueError(
+                f"{type(self.inner).__name__} is decoded without key-value caches, so without a {kind} one"
+            )
         return TokenCache(batch, max_len or self.args.max_seq_len, self.inner.get_input_embeddings().weight.device)
 
     def n_parameters(self) -> int:

@@ -1,0 +1,195 @@
+"""Models that are not of the LLaMA family, behind our interface: the same loop, the same decoding, the same files."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+import toy
+
+from checkpoint import load_model, load_weights, save_model
+from distributed import make_backend
+from evaluation import evaluate
+from flops import train_flops_per_token
+from foreign import ForeignModel
+from generate import generate
+from model import Transformer
+from optim import OptimArgs, build_optimizer
+from sampling import SamplingParams
+from trainer import TrainArgs, Trainer
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TINY |= {"vocab_size": toy.VOCAB, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+KINDS = {
+    "gpt_neox": {},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 64},
+    "phi": {"partial_rotary_factor": 0.5},
+}
+
+
+def directory_of(kind: str, folder, **changes):
+    """A random model of `kind` as transformers saves it, weights large enough for everything to matter."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **TINY | KINDS.get(kind, {}) | changes)
+    peer = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    peer.save_pretrained(folder / kind)
+    return folder / kind
+
+
+def trainer_of(model: ForeignModel, run, data, **changes) -> Trainer:
+    args = TrainArgs(
+        **{"dtype": "fp32", "compile": "off", "device": "cpu", "max_steps": 4, "save_interval": 2} | changes
+    )
+    optim = OptimArgs(lr=0.01, muon_lr=0.01, warmup_steps=1)
+    functions = {"save": partial(save_model, model=model), "load": partial(load_weights, model)}
+    backend, identity = make_backend("single", "cpu"), {"seed": 0}
+    optimizer = build_optimizer(model, optim)
+    return Trainer(model, optimizer, data, backend, args, optim, run, identity=identity, eval_data=data, **functions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_losses_are_those_of_transformers(tmp_path, kind):
+    directory = directory_of(kind, tmp_path)
+    model = load_model(directory)
+    assert isinstance(model, ForeignModel)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    tokens = torch.randint(toy.VOCAB, (3, 12))
+    expected = peer(tokens).logits
+    torch.testing.assert_close(model(tokens), expected)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = targets[0, :5] = -100
+    weights = torch.rand(3, 12)
+    losses = torch.nn.functional.cross_entropy(expected.mT, targets, reduction="none")  # 0 where ignored
+    for given, wanted in ((None, losses.sum()), (weights, (losses * weights).sum())):
+        loss, count = model(tokens, targets, loss_weights=given)
+        torch.testing.assert_close(loss, wanted)
+        assert count == (targets != -100).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_trains_saves_and_resumes_it(tmp_path, kind):
+    data = toy.toy_data(tmp_path)
+    directory = directory_of(kind, tmp_path)
+    model = load_model(directory)
+    before = evaluate(model, data)["loss"]
+    result = trainer_of(model, tmp_path / "whole", data).fit()
+    assert result["loss"] < before - 0.1
+    cut = load_model(directory)
+    trainer = trainer_of(cut, tmp_path / "cut", data, max_steps=4, save_interval=1)
+    trainer.forward = trainer.backend.wrap(cut, trainer.optimizer)
+    trainer._step()
+    trainer._step()
+    trainer._save()
+    again = load_model(directory)
+    assert trainer_of(again, tmp_path / "cut", data).fit()["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(result["model"], output_loading_info=True)
+    assert not any(info.values())
+    tokens = torch.randint(toy.VOCAB, (2, 9))
+    torch.testing.assert_close(load_model(result["model"])(tokens), peer(tokens).logits)
+    assert evaluate(load_model(result["model"]), data)["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_a_row_are_apart(tmp_path, kind):
+    model = load_model(directory_of(kind, tmp_path))
+    tokens = torch.randint(toy.VOCAB, (1, 11))
+    doc_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1]], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]])
+    together = model(tokens, positions=positions, doc_ids=doc_ids)
+    torch.testing.assert_close(together[:, :4], model(tokens[:, :4]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[:, 4:9], model(tokens[:, 4:9]), atol=1e-5, rtol=1e-5)
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("kind, more", [("bloom", {"n_head": 4}), ("mamba", {"state_size": 4})])
+def test_a_model_that_takes_no_such_mask_says_so(kind, more):
+    config = transformers.AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, vocab_size=29, **more)
+    with pytest.raises(ValueError, match="does not say its .*max_position_embeddings"):
+        ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
+    config.max_position_embeddings, config.num_attention_heads = 64, 4
+    model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
+    tokens, doc_ids = torch.randint(29, (1, 6)), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    assert model(tokens).shape == (1, 6, 29)
+    with pytest.raises(ValueError, match="cannot keep the documents of a row apart"):
+        model(tokens, doc_ids=doc_ids)
+
+
+def test_a_window_shorter_than_the_row_says_so(tmp_path):
+    model = load_model(directory_of("gemma2", tmp_path, sliding_window=4))
+    model(torch.ones(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match="sliding window of 4: rows of 9 cannot isolate documents"):
+        model(torch.ones(1, 9, dtype=torch.long), doc_ids=torch.zeros(1, 9))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_is_that_of_transformers(tmp_path, kind):
+    directory = directory_of(kind, tmp_path)
+    model, peer = load_model(directory), transformers.AutoModelForCausalLM.from_pretrained(directory)
+    prompts = [[5, 6, 7, 8], [9]]
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    expected = [
+        peer.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)[
+            0, len(p) :
+        ]
+        for p in prompts
+    ]
+    assert generate(model, prompts, params) == [ids.tolist() for ids in expected]
+    with pytest.raises(ValueError, match="without key-value caches"):
+        model.make_cache(1, kind="sinks")
+
+
+def test_operations_are_counted_by_the_weights_there_are(tmp_path):
+    model = load_model(directory_of("gpt_neox", tmp_path))
+    blocks = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n)
+    assert train_flops_per_token(model.args, 0) == pytest.approx(6 * (blocks + 32 * toy.VOCAB))
+
+
+def test_reduced_precision_and_recomputation(tmp_path):
+    model = load_model(directory_of("phi", tmp_path))
+    tokens = torch.randint(toy.VOCAB, (2, 9))
+    loss, _ = model(tokens, tokens)
+    loss.backward()
+    gradient = model.inner.get_input_embeddings().weight.grad.clone()
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing = True
+    model(tokens, tokens)[0].backward()
+    torch.testing.assert_close(model.inner.get_input_embeddings().weight.grad, gradient)
+    model.gradient_checkpointing = False
+    model.compute_dtype = torch.bfloat16
+    packed = {"doc_ids": torch.arange(9).expand(2, 9) // 4, "positions": torch.arange(9).expand(2, 9) % 4}
+    assert model(tokens, tokens, **packed)[0].dtype == torch.float32
+    torch.testing.assert_close(model(tokens, tokens)[0], loss, rtol=0.02, atol=0)  # 8 bits of mantissa
+
+
+# ---- what cannot be loaded
+
+
+def test_without_transformers_a_sentence_says_so(tmp_path, monkeypatch):
+    directory = directory_of("gpt_neox", tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"no model of the LLaMA family, and transformers.* is not installed: pip"):
+        load_model(directory)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    directory = directory_of("gpt_neox", tmp_path)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"missing keys gpt_neox\.layers\.2\.\S+, .* and \d+ more"):
+        load_model(directory)
+    path.write_text(json.dumps(config | {"model_type": "nobody_knows"}))
+    with pytest.raises(ValueError, match=r"transformers cannot load .* as a causal language model: "):
+        load_model(directory)
+
+
+def test_the_family_stays_ours(tmp_path):
+    assert isinstance(load_model(directory_of("llama", tmp_path)), Transformer)
