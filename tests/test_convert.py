@@ -1,0 +1,137 @@
+"""convert.py: what it writes says the same as what it was made of, in transformers and here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lora_models import our_model, save_as_hf, shake, some_tokens
+from tiny_chat import save_chat_model
+from transformers import AutoModelForCausalLM
+
+import convert
+import lora
+from checkpoint import load_model
+from convert import Merge
+from lora import LoraArgs
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def trained(tmp_path: Path):
+    """A function that makes tmp_path/base and tmp_path/adapter, and returns the adapted model in float32."""
+
+    def make(args: LoraArgs, tied: bool = False, dtype: torch.dtype = torch.float32):
+        model = our_model(tied).to(dtype)
+        save_as_hf(model, tmp_path / "base")
+        model.float()
+        lora.apply(model, args)
+        shake(model)
+        lora.save(tmp_path / "adapter", model)
+        return model
+
+    return make
+
+
+def merged(folder: Path, **options) -> Path:
+    convert.merge(Merge(folder / "base", folder / "adapter", folder / "out", **options))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("method", list(lora.METHODS))
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_merged_model_says_what_the_adapted_one_says(method, tied, trained, tmp_path):
+    model = trained(LoraArgs(method, r=3, train_embed_norm=True), tied)
+    tokens = some_tokens()
+    out = merged(tmp_path)
+    wanted = model(tokens)
+    # float32: sums of 40 products, of weights of size 0.2 with norms around 1, through two layers
+    torch.testing.assert_close(load_model(out)(tokens), wanted, rtol=0, atol=2e-5)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(theirs(tokens).logits, wanted, rtol=0, atol=2e-5)
+    assert "lora" not in "".join(path.name for path in out.iterdir())
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4", "fp4"])
+def test_a_quantized_base_is_made_dense_and_then_added_to(base, trained, tmp_path):
+    if base != "int8":
+        pytest.importorskip("bitsandbytes")
+    model = trained(LoraArgs("lora", r=3, base=base))
+    tokens = some_tokens()
+    torch.testing.assert_close(load_model(merged(tmp_path, base=base))(tokens), model(tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_the_sum_is_made_in_float32_and_rounded_once(dtype, trained, tmp_path):
+    model = trained(LoraArgs("lora", r=3), dtype=torch.bfloat16)
+    written = load_model(merged(tmp_path, dtype=dtype)).state_dict()
+    kept = torch.bfloat16 if dtype == "auto" else torch.float32
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(kept).removeprefix("torch.")
+    layer = model.model.layers[1].mlp.up_proj
+    exact = layer.weight + 16 / 3 * layer.lora["default"].lora_B @ layer.lora["default"].lora_A
+    one_ulp = 2**-8 if dtype == "auto" else 2**-22
+    torch.testing.assert_close(
+        written["model.layers.1.mlp.up_proj.weight"], exact.to(kept).float(), rtol=one_ulp, atol=1e-6
+    )
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    save_chat_model(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    lora.apply(model, LoraArgs("lora", r=2))
+    lora.save(tmp_path / "adapter", model)
+    out = merged(tmp_path)
+    assert load_tokenizer(out).sha256() == load_tokenizer(tmp_path / "base").sha256()
+    stops = [json.loads((d / "generation_config.json").read_text())["eos_token_id"] for d in (out, tmp_path / "base")]
+    assert stops[0] == stops[1]
+
+
+def test_another_architecture_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    shape = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 32, "max_position_embeddings": 32}
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)).eval()
+    model.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["query_key_value", "dense_4h_to_h"]))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    tokens = some_tokens()
+    torch.testing.assert_close(load_model(merged(tmp_path))(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_one_half_of_a_tied_pair_is_no_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    save_as_hf(our_model(tied=True).float(), tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    theirs = peft.get_peft_model(base, config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"trains the embedding apart from the head, and in .* they are tied"):
+        merged(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_replaced(trained, tmp_path):
+    trained(LoraArgs("lora", r=2))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out exists already; choose another --out"):
+        merged(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "convert.py takes a command, merge, and its flags"),
+        (["shrink"], "convert.py takes a command"),
+        (["merge", "--model", "m", "--adapter", "nowhere", "--out", "o"], "nowhere is no adapter directory"),
+    ],
+)
+def test_from_the_command_line(words, sentence, environment):
+    script = Path(__file__).parents[1] / "convert.py"
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
