@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 
 from config import nearest
-from generate import SamplingParams
+from sampling import SamplingParams
 
 COMMANDS = ("/set", "/reset", "/help", "/quit")
 HELP = """\

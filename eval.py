@@ -1,7 +1,7 @@
 """Talk to a model, let it answer a file of questions, or measure it.
 
 python eval.py                                        a chat with the newest fine-tuned model
-python eval.py --prompt '以《江上》为题写一首五言绝句'    one answer
+python eval.py --prompt '以《江上》为题写一首五言绝句'    one answer; with --logprobs 3 how likely each token was
 python eval.py --input questions.jsonl                {"prompt": ...} or {"messages": [...]} a line -> answers
 python eval.py --task loss                            held-out loss in nats a token and in bits a byte
 python eval.py --task poems                           200 poems under held-out titles, and how many keep the form
@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 import config
 import poem_eval
+from beam import BeamParams, beam_search
 from bins import TokenBin
-from checkpoint import load_model
+from chat_session import ChatSession
+from chat_template import check_messages
 from console import converse, say, tell
 from conversations import file_conversations
 from corpora import BadRecord
@@ -33,11 +34,13 @@ from dataset import PretrainData
 from dataset_sft import encode_samples
 from distributed import make_backend
 from evaluation import evaluate
-from generate import ChatSession, SamplingParams, check_prompts, generate_in_batches, stream, text_pieces
-from hardware import has_bfloat16
-from model import Transformer
+from generate import Token, check_prompts, generate_in_batches, generate_scored
 from packing import SFTData
-from tokenizer import MARKERS, ChatTemplate, Tokenizer, check_messages, load_template, load_tokenizer
+from progress import track
+from sampling import SamplingParams
+from speaker import DEFAULT_MODEL, Speaker, fastest_dtype, find_model, load_speaker, speculator
+from streaming import text_pieces
+from tokenizer import Tokenizer
 from trainer import DTYPES
 
 
@@ -45,7 +48,7 @@ from trainer import DTYPES
 class Args:
     """Talk to a model, let it answer a file of questions, or measure it."""
 
-    model: Path = Path("out/tiny/sft/best")
+    model: Path = DEFAULT_MODEL
     """the model directory, or a run directory (then its best); if the default is missing: the newest below out/"""
     task: Literal["chat", "loss", "poems"] = "chat"
     """chat: answer (interactively, --prompt, --input, --demo); loss: on held-out data; poems: count the well-formed"""
@@ -58,7 +61,7 @@ class Args:
     system: str = ""
     """a system message before every conversation"""
     raw: bool = False
-    """continue the text itself, without chat markers; always so for a model without a chat template of ours"""
+    """continue the text itself, without chat markers; always so for a model without a chat template"""
     demo: bool = False
     """answer the demo prompts, say where everything lies, and leave"""
     demo_prompts: tuple[str, ...] = (
@@ -68,6 +71,20 @@ class Args:
     )
     """what --demo asks"""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    """texts at which an answer ends; they are not part of it"""
+    logprobs: int | None = None
+    """after the answer to --prompt, the log-probability of its tokens and this many likeliest ones in their places"""
+    num_beams: int = 1
+    """above 1: search for the likeliest answer, following so many at once; wants --temperature 0"""
+    length_penalty: float = 1.0
+    """beams are compared by log-probability / tokens^this: above 0 favours long answers, below 0 short ones"""
+    cache: Literal["static", "int8", "sinks"] = "static"
+    """of keys and values; int8: a quarter of the memory; sinks: a text may go on for ever, its middle is forgotten"""
+    draft: str | None = None
+    """answer faster by speculative decoding: the directory of a smaller model with the same tokenizer, or "lookup" """
+    draft_tokens: int = 4
+    """tokens that are guessed ahead with --draft"""
     batch_size: int = 50
     """answers, or rows of held-out data, at a time"""
     heldout: Path = Path("data/tiny/heldout.bin")
@@ -88,119 +105,89 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     """Do the one thing the flags ask for; returns its numbers."""
-    if args.prompt is not None and args.input is not None:
-        raise ValueError("--prompt and --input exclude each other; give one of them")
-    speaker = load(args)
+    check(args)
+    device = make_backend("single", args.device).device
+    dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
+    speaker = load_speaker(find_model(args.model), device, dtype, args.system, args.raw, args.stop, args.cache)
     if args.task == "loss":
         return measure_loss(speaker, args)
     if args.task == "poems":
         return measure_poems(speaker, args)
     if args.input is not None:
         return answer_file(speaker, args)
-    if args.prompt is not None:
-        return {"answer": say(speaker.reply(args.prompt, args.sampling))}
-    return demo(speaker, args) if args.demo else chat(speaker, args)
+    if args.draft is None:
+        return answer(speaker, args)
+    guesser = speculator(speaker, args.draft, args.draft_tokens)
+    speaker.stream = guesser.stream
+    answered = answer(speaker, args)
+    tell(f"({guesser.tally})")
+    return answered | {"tally": guesser.tally}
 
 
-# ---- the model
-
-
-@dataclass
-class Speaker:
-    """A loaded model and what turns its ids into text; `template` is None when texts are only continued."""
-
-    directory: Path
-    model: Transformer
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    system: str
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Ids at which an answer ends."""
-        eos = self.tokenizer.eos_id
-        return self.template.stop_ids if self.template is not None else [] if eos is None else [eos]
-
-    def encode(self, messages: list[dict]) -> list[int]:
-        """The ids from which the model goes on; without a template the only message is the text itself."""
-        if self.template is not None:
-            if self.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": self.system}, *messages]
-            return self.template.encode(messages, add_generation_prompt=True)[0]
-        check_messages(messages)
-        if len(messages) != 1:
-            raise ValueError("a model without a chat template takes a single text, not a conversation")
-        # Our token bins part documents by eos alone, so that is what a text begins after.
-        ours = self.tokenizer.bos_id is None or has_markers(self.tokenizer)
-        start = self.tokenizer.eos_id if ours else self.tokenizer.bos_id
-        return [start] * (start is not None) + self.tokenizer.encode(messages[0]["content"])
-
-    def text(self, ids: list[int]) -> str:
-        """The text of an answer; that of a continuation keeps the space it may begin with."""
-        return "".join(text_pieces(self.tokenizer, ids)) if self.template is None else self.tokenizer.decode(ids)
-
-    def reply(self, question: str, params: SamplingParams) -> Iterator[str]:
-        """The answer to one question, or what follows a text, piece by piece."""
-        ids = self.encode([{"role": "user", "content": question}])
-        return text_pieces(self.tokenizer, stream(self.model, ids, params, self.stop_ids))
-
-
-def load(args: Args) -> Speaker:
-    """The model to evaluate, on its device."""
-    directory = find_model(args.model)
-    tokenizer = load_tokenizer(directory)
-    device = make_backend("single", args.device).device
-    dtype = fastest_dtype(device, args.task) if args.dtype == "auto" else DTYPES[args.dtype]
-    model = load_model(directory, device, dtype)
-    if tokenizer.vocab_size > model.args.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}: "
-            "they do not belong together"
-        )
-    return Speaker(directory, model.eval(), tokenizer, None if args.raw else own_template(tokenizer), args.system)
-
-
-def fastest_dtype(device: torch.device, task: str) -> torch.dtype:
-    """bfloat16 where the hardware has it, except for decoding on a CPU: single tokens take four times as long in it."""
-    decodes_on_cpu = device.type == "cpu" and task != "loss"
-    return torch.bfloat16 if has_bfloat16(device) and not decodes_on_cpu else torch.float32
-
-
-def find_model(path: Path) -> Path:
-    """`path`, or the best in it; if `path` is the default and missing, the newest model directory below out/."""
-    for directory in (path, path / "best", path / "last"):
-        if (directory / "config.json").is_file():
-            return directory
-    if path.name == "best" and (path.with_name("last") / "config.json").is_file():
-        return path.with_name("last")  # of a run that was not evaluated
-    advice = "run `bash run.sh` to train one, or give --model DIR"
-    if path != Args.model:
-        what = "is no model directory (it has no config.json)" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; {advice}")
-    # A directory that begins with a dot is one that is still being written.
-    found = [p for p in Path("out").rglob("config.json") if not any(part.startswith(".") for part in p.parts)]
-    if not found:
-        raise FileNotFoundError(f"there is no model at {path} and none below out/; {advice}")
-    newest = max(found, key=lambda p: p.stat().st_mtime).parent
-    tell(f"there is no model at {path}; using the newest, {newest}")
-    return newest
-
-
-def has_markers(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary is one of ours."""
-    return all(marker in tokenizer.special for marker in MARKERS)
-
-
-def own_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Our chat template, if that is the one this tokenizer was saved with; a foreign one cannot be rendered here."""
-    try:
-        template = load_template(tokenizer)
-    except ValueError:
-        return None
-    return template if has_markers(tokenizer) or tokenizer.chat_template == template.jinja() else None
+def check(args: Args) -> None:
+    """Refuse flags that contradict each other, before anything is loaded."""
+    if args.prompt is not None and args.input is not None:
+        raise ValueError("--prompt and --input exclude each other; give one of them")
+    ways = {
+        "--num_beams": args.num_beams != 1,
+        "--draft": args.draft is not None,
+        "--logprobs": args.logprobs is not None,
+    }
+    if sum(ways.values()) > 1:
+        raise ValueError(f"{' and '.join(way for way, wanted in ways.items() if wanted)} exclude each other; give one")
+    if ways["--logprobs"] and args.logprobs < 0:
+        raise ValueError(f"--logprobs should be 0 or more, found {args.logprobs}")
+    if ways["--logprobs"] and args.prompt is None:
+        raise ValueError("--logprobs shows the tokens of one answer; give --prompt too")
+    if ways["--draft"] and args.input is not None:
+        raise ValueError("--draft makes single answers faster, and --input is answered in batches; leave --draft out")
+    if args.cache == "sinks" and (ways["--draft"] or ways["--num_beams"]):
+        raise ValueError("--cache sinks forgets, and --draft and --num_beams go back to earlier tokens; leave one out")
+    if ways["--num_beams"]:
+        if args.prompt is None and args.input is None:
+            raise ValueError("--num_beams answers --prompt or --input; a chat shows its answers as they come")
+        if args.sampling.temperature != 0 or args.sampling.repetition_penalty != 1:
+            raise ValueError(
+                "--num_beams searches for the model's likeliest answer and draws nothing; "
+                "give --temperature 0 and leave --repetition_penalty at 1"
+            )
 
 
 # ---- answers
+
+
+def answer(speaker: Speaker, args: Args) -> dict[str, Any]:
+    """What is asked at the command line or typed."""
+    if args.prompt is None:
+        return demo(speaker, args) if args.demo else chat(speaker, args)
+    ids = speaker.encode([{"role": "user", "content": args.prompt}])
+    if args.num_beams != 1:
+        return {"answer": say([speaker.text(search(speaker, ids, args))])}
+    if args.logprobs is None:
+        return {"answer": say(speaker.reply(args.prompt, args.sampling))}
+    given = (speaker.stop_ids, None, args.cache, speaker.stop.ended, args.logprobs)
+    tokens = generate_scored(speaker.model, [ids], args.sampling, *given)[0]
+    said = say([speaker.text([token.id for token in tokens])])
+    print(token_table(tokens, speaker.tokenizer))
+    return {"answer": said, "tokens": tokens}
+
+
+def search(speaker: Speaker, prompt: list[int], args: Args) -> list[int]:
+    """The best answer that beam search finds."""
+    params = BeamParams(args.num_beams, args.length_penalty, max_new_tokens=args.sampling.max_new_tokens)
+    return beam_search(speaker.model, prompt, params, speaker.stop_ids, args.cache, speaker.stop.ended)[0].ids
+
+
+def token_table(tokens: list[Token], tokenizer: Tokenizer) -> str:
+    """A line a token: its log-probability under the model itself, before temperature, and the likeliest ones."""
+
+    def shown(i: int, logprob: float) -> str:
+        name = tokenizer.id_to_bytes(i).decode("utf8", errors="backslashreplace") or tokenizer.decode([i], False)
+        return f"{name!r} {math.exp(logprob):.1%}"
+
+    lines = [f"{t.logprob:9.4f}  {shown(t.id, t.logprob):24}" + ", ".join(shown(*top) for top in t.top) for t in tokens]
+    total = sum(token.logprob for token in tokens)
+    return "\n".join([f"{'log p':>9}  token", *(line.rstrip() for line in lines), f"{total:9.4f}  together"])
 
 
 def chat(speaker: Speaker, args: Args) -> dict[str, Any]:
@@ -211,14 +198,15 @@ def chat(speaker: Speaker, args: Args) -> dict[str, Any]:
         print(f"{speaker.directory}, {size:.2f} M parameters: {how}; /help, /quit")
     if speaker.template is None:
         return {"answered": converse(speaker.reply, lambda: None, args.sampling)}
-    session = ChatSession(speaker.model, speaker.tokenizer, speaker.template, args.system)
+    given = (speaker.model, speaker.tokenizer, speaker.template, args.system)
+    session = ChatSession(*given, args.cache, speaker.stop, speaker.stream)
 
     def ask(question: str, params: SamplingParams) -> Generator[str, None, None]:
         before = session.forgotten
         with contextlib.closing(session.ask(question, params)) as ids:
             if gone := session.forgotten - before:
                 tell(f"(the context is full; oldest turns forgotten: {gone})")
-            yield from text_pieces(speaker.tokenizer, ids)
+            yield from text_pieces(speaker.tokenizer, ids, speaker.stop)
 
     return {"answered": converse(ask, session.reset, args.sampling)}
 
@@ -249,7 +237,11 @@ def answer_file(speaker: Speaker, args: Args) -> dict[str, Any]:
     if output.resolve() == args.input.resolve():
         raise ValueError(f"--output {output} would overwrite the questions; name another file")
     questions, prompts, broken = read_questions(speaker, args.input)
-    answers = generate_in_batches(speaker.model, prompts, args.sampling, speaker.stop_ids, args.batch_size)
+    if args.num_beams != 1:
+        answers = (search(speaker, prompt, args) for prompt in track(prompts, "searching", "answers", len(prompts)))
+    else:
+        given = (args.sampling, speaker.stop_ids, args.batch_size, args.cache, speaker.stop.ended)
+        answers = generate_in_batches(speaker.model, prompts, *given)
     with output.open("w", encoding="utf8", errors="backslashreplace") as file:  # half a surrogate pair stays its escape
         for question, ids in zip(questions, answers):
             row = {**question, "answer": speaker.text(ids)}
@@ -273,7 +265,7 @@ def read_questions(speaker: Speaker, path: Path) -> tuple[list[dict], list[list[
             continue
         try:
             prompt = speaker.encode(messages_of(record.value))
-            check_prompts(speaker.model, [prompt])
+            check_prompts(speaker.model, [prompt], speaker.longest)
         except ValueError as error:
             broken.append(bad(record.where, str(error), json.dumps(record.value, ensure_ascii=False, default=str)))
             continue
@@ -323,7 +315,7 @@ def measure_loss(speaker: Speaker, args: Args) -> dict[str, Any]:
 def measure_poems(speaker: Speaker, args: Args) -> dict[str, Any]:
     """Ask for poems, count how many keep the form, and write all of them down."""
     if speaker.template is None:
-        raise ValueError(f"{speaker.directory} has no chat template of ours (or --raw is true), so it cannot be asked")
+        raise ValueError(f"{speaker.directory} has no chat template (or --raw is true), so it cannot be asked")
     poems = list(load_poems(args.raw_dir))
     try:
         book = poem_eval.rhyme_book(args.raw_dir)

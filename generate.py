@@ -1,103 +1,74 @@
 """Decoding: from prompts to ids, one loop for one prompt or many, greedy or sampled.
 
-`process_logits` says which ids may follow and how likely each is, `draw` picks one of them, `decode` is the loop around
-the model and its cache; `generate`, `stream` and `ChatSession` are what others call.
+`Feeder` calls the model, `decode` is the loop around it; `generate`, `generate_scored`, `generate_in_batches` and
+`stream` are what others call. sampling.py says how the next id is chosen, speculative.py and beam.py are other loops.
 """
 
 from __future__ import annotations
 
-import codecs
-import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from cache import KVCache
 from model import Transformer
-from tokenizer import ChatTemplate, Tokenizer
+from progress import Progress
+from sampling import SamplingParams, draw, probabilities, process_logits
 
-PLAIN_LINE_SECONDS = 10  # between lines of progress where there is no terminal for a bar
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen."""
-
-    temperature: float = 0.7
-    """Divides the logits: below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: int = 40
-    """Draw from this many of the likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together hold this share of the probability (nucleus); 1: from all."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the likeliest one's probability; 0: none."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that have occurred less likely (Keskar et al. 2019, CTRL); 1: off."""
-    max_new_tokens: int = 256
-    """The longest answer, in tokens."""
-    seed: int = 0
-    """Of the random draws; row i of a batch uses seed + i."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError on a value that makes no sense."""
-        expected = {
-            "temperature": (self.temperature == 0 or 0.01 <= self.temperature <= 100, "0 or from 0.01 to 100"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100 (1 is off)"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "seed": (0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-        }
-        for name, (right, range_) in expected.items():
-            if not right:
-                raise ValueError(f"{name} should be {range_}, found {getattr(self, name)}")
+Ended = Callable[[Sequence[int]], bool]  # of an answer's ids so far: is the last one its end? StopStrings.ended is one
 
 
-def process_logits(logits: torch.Tensor, history: Sequence[Sequence[int]], params: SamplingParams) -> torch.Tensor:
-    """The logits (B, V) to draw from, float32, -inf for ids that are out; `logits` itself stays as it is.
+class Token(NamedTuple):
+    """An id and how likely it was."""
 
-    history: the B rows' ids so far, prompt included, for the repetition penalty. The order is Hugging Face's: penalty,
-    temperature, top-k, top-p, min-p; each works on what the one before has left. At temperature 0 one id is left.
-    """
-    logits = logits.float()
-    if params.repetition_penalty != 1:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, ids in zip(seen, history):
-            row[torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)] = True
-        # A negative logit is multiplied: divided, it would become likelier.
-        penalised = torch.where(logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
-    if params.temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    logits = logits / params.temperature
-    if params.top_k:
-        least = logits.topk(min(params.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)  # ties with the k-th stay
-    if params.top_p < 1:
-        ascending, order = logits.sort(-1)
-        out = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p  # the tail whose mass the nucleus can do without
-        out[:, -1] = False
-        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
-    if params.min_p:
-        probability = logits.softmax(-1)
-        weak = probability < params.min_p * probability.amax(-1, keepdim=True)
-        logits = logits.masked_fill(weak, -torch.inf)
-    return logits
+    id: int
+    logprob: float
+    """natural logarithm of the probability the model itself gave it: before penalty, temperature and truncation"""
+    top: tuple[tuple[int, float], ...] = ()
+    """the likeliest ids in its place with theirs, the likeliest first"""
 
 
-def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """One id a row from softmax(logits), (B, V): row i by inverting its distribution at the next number in [0, 1)
-    of generators[i] (on the CPU), so what a row draws depends neither on its neighbours nor on the device."""
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    mass = logits.to(wide).softmax(-1).cumsum(-1)  # (B, V); an id of probability 0 adds nothing and is never hit
-    u = torch.cat([torch.rand(1, generator=g, dtype=wide) for g in generators]).to(mass.device)
-    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True)[:, 0].tolist()
+class Feeder:
+    """The one place where a model is called: ids go in, logits come out, and `cache` remembers."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.device = model.model.embed_tokens.weight.device
+
+    @torch.inference_mode()
+    def __call__(self, runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:
+        """Feed B unequal runs of ids, that of row i from position past[i] on; the logits (B, n, V) that follow the
+        last n ids of each run.
+
+        An interrupted pass (Ctrl-C) leaves the cache's length as it was, since some layers have stored and others not.
+        """
+        width, length = max(map(len, runs)), self.cache.length
+        lengths = [n + len(ids) for n, ids in zip(past, runs)]
+        tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in runs], device=self.device)  # (B, T)
+        positions = torch.tensor(past, device=self.device)[:, None] + torch.arange(width, device=self.device)  # (B, T)
+        try:
+            hidden = self.model.hidden(tokens, positions=positions, cache=self.cache, lengths=lengths)  # (B, T, dim)
+        except BaseException:
+            self.cache.truncate(length)
+            raise
+        ends = torch.tensor([len(ids) for ids in runs], device=self.device)
+        last = ends[:, None] + torch.arange(-n, 0, device=self.device)  # (B, n)
+        return self.model.logits(hidden[torch.arange(len(runs), device=self.device)[:, None], last])
+
+
+@contextlib.contextmanager
+def evaluating(model: Transformer) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @dataclass
@@ -106,6 +77,7 @@ class _Row:
 
     index: int  # of its prompt
     ids: list[int]  # prompt and what has been generated
+    start: int  # of what has been generated
     max_len: int  # ids stop growing here
     generator: torch.Generator
 
@@ -116,66 +88,87 @@ def decode(
     params: SamplingParams,
     stop_ids: Collection[int] = (),
     seeds: Sequence[int] | None = None,
-    cache: KVCache | None = None,
-) -> Iterator[tuple[int, int]]:
-    """Generates (row, id) pairs, one a step for every row that goes on.
+    cache: KVCache | str = "static",
+    ended: Ended | None = None,
+    top: int | None = None,
+) -> Iterator[tuple[int, Token]]:
+    """Generates (row, Token) pairs, one a step for every row that goes on.
 
-    A row ends before a stop id, after `max_new_tokens`, or when the context is full: when its last id has no position
-    left from which to predict another. Finished rows leave the batch. `cache`, if given, already holds the first
-    `cache.length` ids of every prompt; only the rest is fed. Prompts are to be checked before (`check_prompts`).
+    A row ends before a stop id, with the id after which it has `ended`, after `max_new_tokens`, or when the context is
+    full: when its last id has no position left from which to predict another. Finished rows leave the batch. `cache`:
+    the kind of a new one, or one that already holds the first `cache.length` ids of every prompt, so that only the rest
+    is fed. Log-probabilities are there (else nan) if `top`, how many of the likeliest ids to tell beside the chosen
+    one's, is not None. Raises ValueError at once, as `open_cache` does.
     """
-    context = min(model.args.max_seq_len, model.args.max_seq_len if cache is None else cache.max_len)
-    stop, rows = frozenset(stop_ids), []
+    cache = open_cache(model, prompts, params.max_new_tokens, cache)
+    rows = []
     for i, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seeds[i] if seeds is not None else params.seed + i)
-        rows.append(_Row(i, list(prompt), min(len(prompt) + params.max_new_tokens, context + 1), generator))
-    if cache is None:
-        cache = model.make_cache(len(rows), min(context, max(row.max_len for row in rows)))
-    past = [cache.length] * len(rows)  # how many ids of each row the cache holds
-    was_training = model.training
-    model.eval()
-    try:
+        max_len = min(len(prompt) + params.max_new_tokens, cache.max_len + 1)
+        rows.append(_Row(i, list(prompt), len(prompt), max_len, generator))
+    return _decode(Feeder(model, cache), rows, params, frozenset(stop_ids), ended, top)
+
+
+def _decode(
+    feed: Feeder,
+    rows: list[_Row],
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    ended: Ended | None,
+    top: int | None,
+) -> Iterator[tuple[int, Token]]:
+    past = [feed.cache.length] * len(rows)  # how many ids of each row the cache holds
+    with evaluating(feed.model):
         while rows:
-            logits = last_logits(model, [row.ids[n:] for row, n in zip(rows, past)], past, cache)
-            chosen = draw(process_logits(logits, [row.ids for row in rows], params), [row.generator for row in rows])
+            logits = feed([row.ids[n:] for row, n in zip(rows, past)], past)[:, 0]  # (B, V)
+            left = process_logits(logits, [row.ids for row in rows], params)
+            chosen = draw(probabilities(left), [row.generator for row in rows])
             going = []
-            for i, (row, token) in enumerate(zip(rows, chosen)):
-                if token in stop:
+            for i, (row, token) in enumerate(zip(rows, score(logits, chosen, top))):
+                if token.id in stop_ids:
                     continue
-                row.ids.append(token)
+                row.ids.append(token.id)
                 yield row.index, token
-                if len(row.ids) < row.max_len:
+                if len(row.ids) < row.max_len and not (ended and ended(row.ids[row.start :])):
                     going.append(i)
             if 0 < len(going) < len(rows):
-                cache.reorder(torch.tensor(going, device=logits.device))
+                feed.cache.reorder(torch.tensor(going, device=feed.device))
             rows = [rows[i] for i in going]
             past = [len(row.ids) - 1 for row in rows]
-    finally:
-        model.train(was_training)
 
 
-@torch.inference_mode()
-def last_logits(model: Transformer, feed: Sequence[Sequence[int]], past: Sequence[int], cache: KVCache) -> torch.Tensor:
-    """Feed B unequal runs of ids, that of row i from position past[i] on; the logits (B, V) that follow each run.
+def score(logits: torch.Tensor, chosen: Sequence[int], top: int | None) -> list[Token]:
+    """The `chosen` id of every row of logits (B, V) with its log-probability and the `top` likeliest; None: neither."""
+    if top is None:
+        return [Token(i, math.nan) for i in chosen]
+    logprobs = logits.float().log_softmax(-1)  # (B, V)
+    best, ids = logprobs.topk(min(top, logits.shape[-1]))  # (B, top)
+    mine = logprobs.gather(-1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0]
+    pairs = (tuple(zip(*row)) for row in zip(ids.tolist(), best.tolist()))
+    return [Token(*token) for token in zip(chosen, mine.tolist(), pairs)]
 
-    An interrupted pass (Ctrl-C) leaves the cache's length as it was, since some layers have stored and others not.
+
+def open_cache(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, cache: KVCache | str = "static"
+) -> KVCache:
+    """The cache to continue `prompts` in: `cache` itself, or a new one of that kind with room for what can follow.
+
+    Raises ValueError as `check_prompts` does, and for a cache that leaves nothing of a prompt to feed.
     """
-    device = model.model.embed_tokens.weight.device
-    width, length = max(map(len, feed)), cache.length
-    tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in feed], device=device)  # (B, T)
-    positions = torch.tensor(past, device=device)[:, None] + torch.arange(width, device=device)  # (B, T)
-    try:
-        hidden = model.hidden(tokens, positions=positions, cache=cache)  # (B, T, dim)
-    except BaseException:
-        cache.truncate(length)
-        raise
-    last = torch.tensor([len(ids) - 1 for ids in feed], device=device)
-    return model.logits(hidden[torch.arange(len(feed), device=device), last])
+    if isinstance(cache, str):
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        cache = model.make_cache(len(prompts), min(model.args.max_seq_len, longest), kind=cache)
+    check_prompts(model, prompts, cache.max_len)
+    for prompt in prompts:
+        if cache.length >= len(prompt):
+            raise ValueError(f"the cache holds {cache.length} ids, the prompt {len(prompt)}: nothing is left to feed")
+    return cache
 
 
-def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError for a prompt that is empty, longer than the context, or holds ids the model does not have."""
-    longest, vocab_size = model.args.max_seq_len, model.args.vocab_size
+def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], longest: int | None = None) -> None:
+    """Raise ValueError for a prompt that is empty, holds ids the model does not have, or is longer than `longest`,
+    by default the model's context."""
+    longest, vocab_size = longest or model.args.max_seq_len, model.args.vocab_size
     for i, prompt in enumerate(prompts):
         where = f"prompt {i + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
         if not prompt:
@@ -187,24 +180,41 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
             raise ValueError(f"{where} holds id {wrong}, the model has 0..{vocab_size - 1}: is this its tokenizer?")
 
 
+def generate_scored(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Collection[int] = (),
+    seeds: Sequence[int] | None = None,
+    cache: str = "static",
+    ended: Ended | None = None,
+    top: int | None = 0,
+) -> list[list[Token]]:
+    """What `generate` gives, with the log-probability of every id under the model itself and those of the `top`
+    likeliest ids in its place."""
+    answers: list[list[Token]] = [[] for _ in prompts]
+    for row, token in decode(model, prompts, params, stop_ids, seeds, cache, ended, top):
+        answers[row].append(token)
+    return answers
+
+
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     stop_ids: Collection[int] = (),
     seeds: Sequence[int] | None = None,
+    cache: str = "static",
+    ended: Ended | None = None,
 ) -> list[list[int]]:
     """What follows each of the prompts (unequal lengths are fine), without the prompt and without the stop id.
 
     A row's sample depends on its own seed (default: params.seed + row) and not on its neighbours, up to the rounding
-    of batched matrix products. Raises ValueError as `check_prompts` does.
+    of batched matrix products. `cache`: of which kind (see cache.py). A row that has `ended` keeps the ids that spell
+    its stop string (streaming.text_pieces leaves them out). Raises ValueError as `check_prompts` does.
     """
-    check_prompts(model, prompts)
-    answers: list[list[int]] = [[] for _ in prompts]
-    if prompts:
-        for row, token in decode(model, prompts, params, stop_ids, seeds):
-            answers[row].append(token)
-    return answers
+    answers = generate_scored(model, prompts, params, stop_ids, seeds, cache, ended, top=None)
+    return [[token.id for token in answer] for answer in answers]
 
 
 def generate_in_batches(
@@ -213,21 +223,16 @@ def generate_in_batches(
     params: SamplingParams,
     stop_ids: Collection[int] = (),
     batch_size: int = 32,
+    cache: str = "static",
+    ended: Ended | None = None,
 ) -> Iterator[list[int]]:
     """The answers of `generate` to any number of prompts, in their order, with progress on stderr."""
-    check_prompts(model, prompts)
-    bar = tqdm(total=len(prompts), unit="answer", disable=None)  # None: a bar on a terminal only
-    began = told = time.monotonic()
-    with bar:
+    with Progress("answering", "answers", total=len(prompts)) as shown:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
-            yield from generate(model, part, params, stop_ids, [params.seed + start + i for i in range(len(part))])
-            done, now = start + len(part), time.monotonic()
-            bar.update(len(part))
-            if bar.disable and now - told > PLAIN_LINE_SECONDS:
-                told, rate = now, done / (now - began)
-                left = (len(prompts) - done) / rate
-                print(f"{done} of {len(prompts)} answers, {rate:.1f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+            seeds = [params.seed + start + i for i in range(len(part))]
+            yield from generate(model, part, params, stop_ids, seeds, cache, ended)
+            shown.add(len(part))
 
 
 def stream(
@@ -235,67 +240,8 @@ def stream(
     prompt: Sequence[int],
     params: SamplingParams,
     stop_ids: Collection[int] = (),
-    cache: KVCache | None = None,
+    cache: KVCache | str = "static",
 ) -> Iterator[int]:
     """The ids that `generate` gives for one prompt, one by one. A `cache` of one row that holds the first
     `cache.length` ids of the prompt spares feeding them again; afterwards it holds all ids but the last."""
-    check_prompts(model, [prompt])
-    if cache is not None and cache.length >= len(prompt):
-        raise ValueError(f"the cache holds {cache.length} ids, the prompt {len(prompt)}: nothing is left to feed")
-    return (token for _, token in decode(model, [prompt], params, stop_ids, cache=cache))
-
-
-def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of a stream of ids, piece by piece, never half a character: bytes wait until theirs is complete."""
-    return codecs.iterdecode(map(tokenizer.id_to_bytes, ids), "utf8", errors="replace")
-
-
-class ChatSession:
-    """A conversation that keeps its cache, so that each turn feeds only what is new.
-
-    `messages` is the history; `forgotten` counts the oldest turns that had to go because the context was full.
-    """
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, system: str = "") -> None:
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.cache = model.make_cache(1)
-        self.asked = 0
-        self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the conversation."""
-        self.messages: list[dict] = []
-        self.forgotten = 0
-
-    def ask(self, text: str, params: SamplingParams) -> Iterator[int]:
-        """The ids of the answer, one by one; see `text_pieces`. What was said enters the history, also when the
-        iterator is closed early. Every question draws with another seed, so that asking again may give another answer.
-
-        Raises ValueError, and leaves the history as it is, when the question alone does not fit the context.
-        """
-        messages, forgotten = [*self.messages, {"role": "user", "content": text}], 0
-        context = self.model.args.max_seq_len
-        room = min(params.max_new_tokens, context // 2)  # for the answer
-        prompt, _ = self.template.encode(self.system + messages, add_generation_prompt=True)
-        while len(prompt) + room > context and len(messages) > 1:
-            messages, forgotten = messages[2:], forgotten + 1  # the oldest question and its answer go
-            prompt, _ = self.template.encode(self.system + messages, add_generation_prompt=True)
-        check_prompts(self.model, [prompt])
-        params = replace(params, seed=params.seed + self.asked)
-        self.asked, self.forgotten = self.asked + 1, self.forgotten + forgotten
-        return self._answer(messages, prompt, params)
-
-    def _answer(self, messages: list[dict], prompt: list[int], params: SamplingParams) -> Iterator[int]:
-        both = zip(self._fed[: self.cache.length], prompt[:-1])  # one id at least is fed: its logits are wanted
-        self.cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)))
-        self._fed = list(prompt)
-        try:
-            for token in stream(self.model, prompt, params, self.template.stop_ids, self.cache):
-                self._fed.append(token)
-                yield token
-        finally:
-            answer = self.tokenizer.decode(self._fed[len(prompt) :])
-            # A question without any answer would leave two questions in a row, which no template knows.
-            self.messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
+    return (token.id for _, token in decode(model, [prompt], params, stop_ids, cache=cache))

@@ -22,8 +22,9 @@ from chat_template import ChatTemplate
 from corpora.packages import pip_package
 from corpora.poem_tasks import conversation
 from corpora.verse import Poem, form_of, forms, split_lines
-from generate import SamplingParams, generate_in_batches
+from generate import generate_in_batches
 from model import Transformer
+from sampling import SamplingParams
 from tokenizer import Tokenizer
 
 RhymeBook = Mapping[str, Collection[str]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from console import command, converse, say, with_setting
-from generate import SamplingParams
+from sampling import SamplingParams
 
 
 class Echo:
@@ -130,7 +130,7 @@ def read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
 ENDLESS = """
 import itertools, time
 from console import converse
-from generate import SamplingParams
+from sampling import SamplingParams
 
 def ask(line, params):
     yield line

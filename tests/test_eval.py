@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +16,12 @@ from tiny_chat import save_chat_model
 import config
 import eval as script
 from bins import BinWriter
-from checkpoint import load_model, save_model
-from eval import Args, find_model, main
-from generate import SamplingParams, generate
-from model import ModelArgs, Transformer
-from tokenizer import load_template, load_tokenizer
+from chat_template import load_template
+from checkpoint import load_model
+from eval import Args, main
+from generate import generate
+from sampling import SamplingParams
+from tokenizer import load_tokenizer
 
 SHORT = SamplingParams(temperature=0.8, max_new_tokens=20, seed=3)
 
@@ -45,43 +45,6 @@ def expected_answer(directory: Path, messages: list[dict], params: SamplingParam
 
 def user(text: str) -> dict:
     return {"role": "user", "content": text}
-
-
-# ---- which model
-
-
-def test_finds_a_model_a_run_and_the_newest(directory, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"no model at out/tiny/sft/best and none below out/; run `bash run.sh`"
-    ):
-        find_model(Args.model)
-    for step in ("pretrain/step_00000001", "sft/step_00000002", "sft/.step_00000003.writing"):
-        shutil.copytree(directory, Path("out/tiny") / step)
-    assert find_model(Args.model) == Path("out/tiny/sft/step_00000002")
-    assert "using the newest, out/tiny/sft/step_00000002" in capsys.readouterr().err
-    Path("out/tiny/sft/last").symlink_to("step_00000002")
-    assert find_model(Args.model) == find_model(Path("out/tiny/sft")) == Path("out/tiny/sft/last")
-    Path("out/tiny/sft/best").symlink_to("step_00000002")
-    assert find_model(Args.model) == find_model(Path("out/tiny/sft")) == Args.model
-    assert capsys.readouterr().err == ""
-    with pytest.raises(FileNotFoundError, match=r"out/mine does not exist; run `bash run.sh` to train one, or give"):
-        find_model(Path("out/mine"))
-    with pytest.raises(FileNotFoundError, match=r"out is no model directory \(it has no config.json\)"):
-        find_model(Path("out"))
-
-
-def test_a_directory_without_a_tokenizer_is_one_sentence(directory, tmp_path):
-    shutil.copytree(directory, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*model"):
-        main(Args(model=tmp_path / "model", prompt="x"))
-
-
-def test_a_tokenizer_of_another_model_is_refused(directory, tmp_path):
-    smaller = Transformer(ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=300))
-    save_model(tmp_path / "model", smaller, load_tokenizer(directory))
-    with pytest.raises(ValueError, match=r"has 330 ids, the model 300: they do not belong together"):
-        main(Args(model=tmp_path / "model", prompt="x", device="cpu"))
 
 
 # ---- answers
@@ -264,14 +227,6 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
     path.with_suffix(".json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="was made by another tokenizer"):
         main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_bfloat16_where_it_is_the_faster_one(monkeypatch, has):
-    monkeypatch.setattr(script, "has_bfloat16", lambda device: has)
-    fast, cpu = torch.bfloat16 if has else torch.float32, torch.device("cpu")
-    assert script.fastest_dtype(torch.device("cuda"), "chat") == script.fastest_dtype(cpu, "loss") == fast
-    assert script.fastest_dtype(cpu, "chat") == script.fastest_dtype(cpu, "poems") == torch.float32
 
 
 # ---- from the command line

@@ -15,8 +15,9 @@ from chat_template import load_template
 from checkpoint import load_model
 from dataset import PretrainData
 from evaluation import evaluate
-from generate import SamplingParams, generate
+from generate import generate
 from model import Transformer
+from sampling import SamplingParams
 from tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=60)

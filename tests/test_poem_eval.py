@@ -19,8 +19,9 @@ from corpora.packages import FetchError
 from corpora.poem_tasks import conversation
 from corpora.verse import Poem, forms, verse
 from eval import Args, main
-from generate import SamplingParams, generate
+from generate import generate
 from poem_eval import Answer, Share, ask_for_poems, evenly, measure, rhyme_book, rhymes, table
+from sampling import SamplingParams
 from tokenizer import load_tokenizer
 
 BOOK = {"ping": {"上": {"一東": ["東風空"], "十灰": ["開來臺", "颱"]}}, "ze": {"去": {"一送": ["空夢"]}}}
@@ -209,5 +210,5 @@ def test_without_the_rhyme_book_the_rest_is_measured(directory, raw_dir, monkeyp
 
 
 def test_a_model_that_cannot_be_asked_is_refused(directory, raw_dir):
-    with pytest.raises(ValueError, match="no chat template of ours"):
+    with pytest.raises(ValueError, match="no chat template"):
         main(Args(model=directory, task="poems", raw=True, raw_dir=raw_dir, device="cpu"))

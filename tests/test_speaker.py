@@ -1,0 +1,98 @@
+"""Finding a model, loading it, and the way from messages to ids and back."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import save_chat_model
+
+import speaker as room
+from checkpoint import save_model
+from model import ModelArgs, Transformer
+from sampling import SamplingParams
+from speaker import DEFAULT_MODEL, fastest_dtype, find_model, load_speaker, speculator
+from tokenizer import load_tokenizer
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=30)
+CPU = (torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("run") / "step_00000007")
+
+
+def test_finds_a_model_a_run_and_the_newest(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no model at out/tiny/sft/best and none below out/; run `bash run.sh`"
+    ):
+        find_model(DEFAULT_MODEL)
+    for step in ("pretrain/step_00000001", "sft/step_00000002", "sft/.step_00000003.writing"):
+        shutil.copytree(directory, Path("out/tiny") / step)
+    assert find_model(DEFAULT_MODEL) == Path("out/tiny/sft/step_00000002")
+    assert "using the newest, out/tiny/sft/step_00000002" in capsys.readouterr().err
+    Path("out/tiny/sft/last").symlink_to("step_00000002")
+    assert find_model(DEFAULT_MODEL) == find_model(Path("out/tiny/sft")) == Path("out/tiny/sft/last")
+    Path("out/tiny/sft/best").symlink_to("step_00000002")
+    assert find_model(DEFAULT_MODEL) == find_model(Path("out/tiny/sft")) == DEFAULT_MODEL
+    assert capsys.readouterr().err == ""
+    with pytest.raises(FileNotFoundError, match=r"out/mine does not exist; run `bash run.sh` to train one, or give"):
+        find_model(Path("out/mine"))
+    with pytest.raises(FileNotFoundError, match=r"out is no model directory \(it has no config.json\)"):
+        find_model(Path("out"))
+
+
+def test_a_directory_without_a_tokenizer_is_one_sentence(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*model"):
+        load_speaker(tmp_path / "model", *CPU)
+
+
+def test_a_tokenizer_of_another_model_is_refused(directory, tmp_path):
+    smaller = Transformer(ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=300))
+    save_model(tmp_path / "model", smaller, load_tokenizer(directory))
+    with pytest.raises(ValueError, match=r"has 330 ids, the model 300: they do not belong together"):
+        load_speaker(tmp_path / "model", *CPU)
+
+
+def test_an_empty_stop_string_is_refused(directory):
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        load_speaker(directory, *CPU, stop=["a", ""])
+
+
+def test_a_template_that_cannot_be_used_is_told(directory, capsys):
+    tokenizer = load_tokenizer(directory)
+    tokenizer.chat_template = "{{ broken"
+    assert room.usable_template(tokenizer) is None
+    assert "this model's chat template cannot be used, so it only continues texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_draft_answers_as_the_model_alone_does(directory, raw):
+    speaker = load_speaker(directory, *CPU, raw=raw)
+    alone = "".join(speaker.reply("江上", GREEDY))
+    for draft in ("lookup", str(directory)):
+        guesser = speculator(speaker, draft, 3)
+        speaker.stream = guesser.stream
+        assert "".join(speaker.reply("江上", GREEDY)) == alone
+        assert guesser.tally.passes > 0
+    assert guesser.tally.accepted == guesser.tally.drafted > 0
+
+
+def test_a_draft_with_another_tokenizer_is_refused(directory, tmp_path):
+    speaker = load_speaker(directory, *CPU)
+    shutil.copytree(directory, tmp_path / "other")
+    config = tmp_path / "other" / "tokenizer.json"
+    config.write_text(config.read_text(encoding="utf8").replace("<|end|>", "<|fin|>"), encoding="utf8")
+    with pytest.raises(ValueError, match=r"the draft in .*other has another tokenizer than .*step_00000007"):
+        speculator(speaker, str(tmp_path / "other"), 3)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_where_it_is_the_faster_one(monkeypatch, has):
+    monkeypatch.setattr(room, "has_bfloat16", lambda device: has)
+    fast, cpu, gpu = torch.bfloat16 if has else torch.float32, torch.device("cpu"), torch.device("cuda")
+    assert fastest_dtype(gpu, decodes=True) == fastest_dtype(cpu, decodes=False) == fast
+    assert fastest_dtype(cpu, decodes=True) == torch.float32
