@@ -35,7 +35,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1536, seconds: float = 0.3) -> float:
     """Best rate of an n x n x n matrix product, in operations a second."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device)  # a run that is resumed goes on with the random numbers that were saved
+    a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < seconds or best == float("inf"):
         start = time.perf_counter()
