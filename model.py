@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_config
 import rope
 import weights
-from attention import Mask, attend
+from attention import Mask, ShiftedSparse, attend, prepare
 from cache import KINDS, KVCache
 from loss import linear_cross_entropy
 
@@ -224,6 +224,7 @@ class Transformer(nn.Module):
         self.args = args
         self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the embedding
         self.gradient_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.shifted_sparse: ShiftedSparse | None = None  # attend in groups while training on long rows
         self.model = Decoder(args)
         self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
@@ -285,7 +286,8 @@ class Transformer(nn.Module):
         if cache is None:
             length = T if positions is None or self.rope.cache_rotated else rope.text_lengths(positions, doc_ids)
             positions = torch.arange(T, device=tokens.device)[None] if positions is None else positions  # (B or 1, T)
-            mask = Mask(doc_ids, self.args.sliding_window)
+            group = None if self.shifted_sparse is None else self.shifted_sparse.group_for(T, self.training)
+            mask = Mask(doc_ids, self.args.sliding_window, group=group)
         elif len(parts := cache.passes(T)) > 1:  # more than the cache takes at once
             at = [None] * len(parts) if positions is None else positions.split(parts, dim=1)
             passes = zip(tokens.split(parts, dim=1), at)
@@ -299,6 +301,8 @@ class Transformer(nn.Module):
         turns = self.rope.prepare(positions, length, training=self.training and cache is None)
         angles = tuple(part[:, :, None] for part in rope.cos_sin(*turns))  # (B or 1, T, 1, D/2)
         x = self.model.embed_tokens(tokens).to(self.compute_dtype or self.model.embed_tokens.weight.dtype)
+        if cache is None:
+            prepare(mask, T, self.args.head_dim, x.dtype, x.device)
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, angles, key_angles, mask, cache, use_reentrant=False)
