@@ -27,7 +27,17 @@ from rope.base import FAMILIES, Rope, cos_sin, fixed, ntk_theta, register, rotat
 from rope.clex import Clex
 
 __all__ = [
-    *("FAMILIES", "Clex", "Rope", "cos_sin", "extend", "fixed", "make", "ntk_theta", "register", "rope_type", "rotate"),
+    "FAMILIES",
+    "Clex",
+    "Rope",
+    "cos_sin",
+    "extend",
+    "fixed",
+    "make",
+    "ntk_theta",
+    "register",
+    "rope_type",
+    "rotate",
     "text_lengths",
 ]
 
@@ -122,7 +132,7 @@ def extend(
     stretched = old.get("factor", 1) if name in ("linear", "ntk") else 1  # these two do not note their window
     window = old.get("original_max_position_embeddings") or max(1, round(old_len / stretched))
     factor = new_len / window if factor is None else factor
-    if name not in ("dynamic", "llama3") and factor * window < new_len:
+    if name not in ("dynamic", "llama3") and factor < new_len / window:
         raise ValueError(
             f"factor {factor:g} on a window of {window} covers {math.floor(factor * window)} positions, "
             f"max_seq_len is {new_len}; ask for {new_len / window:g}"
