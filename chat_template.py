@@ -92,9 +92,7 @@ class ChatTemplate:
         An assistant message with `"loss": False` is not trained. Raises ValueError where roles are out of order, see
         `check_messages`, where a message contains a separator, and where the template refuses or changes a message.
         """
-        check_messages(messages, add_generation_prompt)
-        self._check_separators(messages)
-        rendered = self.render(messages, add_generation_prompt)
+        rendered = self.check(messages, add_generation_prompt)
         trained_turns = iter([m.get("loss", True) for m in messages if m["role"] == "assistant"])
         ids: list[int] = []
         mask: list[bool] = []
@@ -119,6 +117,12 @@ class ChatTemplate:
         """A special token that no BREAK makes text, with the white space it takes."""
         before, after = (r"\s*" * strips for strips in self.tokenizer.strips.get(special, (False, False)))
         return f"{before}(?<!{BREAK}){re.escape(special)}{after}"
+
+    def check(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """Raise what `encode` would; returns the rendered text, see `render`."""
+        check_messages(messages, add_generation_prompt)
+        self._check_separators(messages)
+        return self.render(messages, add_generation_prompt)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation, with BREAK before a special token that is text, BEGIN and FINISH around what is
@@ -191,10 +195,12 @@ class ChatTemplate:
             ids += found
             mask += [run[0][1]] * len(found)
             return
-        trained = np.repeat([trained for _, trained in run], [len(part) for part, _ in run])  # (characters,)
+        trained = np.repeat([trained for _, trained in run], [len(part) for part, _ in run])
+        before = np.append(0, np.cumsum(trained))  # (characters + 1,): how many of those before each are trained
         found, spans = self.tokenizer.encode_spans(text, follows_special=bool(ids))
         ids += found
-        mask += [bool(trained[start : max(stop, start + 1)].any()) for start, stop in spans]
+        start, stop = spans[:, 0], np.minimum(np.maximum(spans[:, 1], spans[:, 0] + 1), len(text))
+        mask += (before[stop] > before[start]).tolist()
 
     def _check_separators(self, messages: list[Message]) -> None:
         for n, message in enumerate(messages):

@@ -1,15 +1,29 @@
-"""Conversations -> (ids, mask) by the chat template -> samples: what is trained is what the template's mask says."""
+"""Conversations -> (ids, mask) by the chat template -> samples: what is trained is what the template's mask says.
+
+To see what a file becomes:
+
+python dataset_sft.py --data FILE --model DIR --show 3
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from chat_template import ChatTemplate
-from conversations import Messages
+import config
+from chat_template import ChatTemplate, load_template
+from conversations import Messages, file_conversations
+from corpora.registry import BadRecord, stable_share
+from progress import track
+from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,27 +37,37 @@ class Samples:
     offsets: np.ndarray
     """(samples + 1,) uint64."""
     stats: dict[str, int]
-    """conversations = samples + dropped + without_target; tokens, targets; cut: samples that lost their tail."""
+    """conversations = samples + dropped + without_target; tokens, targets; cut: samples that lost their tail; turns:
+    answers in all conversations."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
 def encode_samples(
-    conversations: Iterable[Messages], template: ChatTemplate, seq_len: int, too_long: str = "cut"
+    conversations: Iterable[Messages],
+    template: ChatTemplate,
+    seq_len: int,
+    too_long: str = "cut",
+    train_on: str = "all",
 ) -> Samples:
     """Encode conversations for rows of `seq_len` positions, which hold samples of up to seq_len + 1 ids.
 
     `too_long` says what happens to longer ones: "cut" keeps the beginning, without an end token, which would teach
     to stop there; "drop" leaves them out. What has no target (left) is left out, too. `.stats` counts all of it.
+    `train_on`: "all" answers of a conversation, or the "last" one.
     """
     if too_long not in ("cut", "drop"):
         raise ValueError(f"too_long is 'cut' or 'drop', found {too_long!r}")
+    if train_on not in ("all", "last"):
+        raise ValueError(f"train_on is 'all' or 'last', found {train_on!r}")
     ids, mask, offsets = array("i"), bytearray(), array("Q", [0])
-    stats = dict.fromkeys(("conversations", "samples", "tokens", "targets", "cut", "dropped", "without_target"), 0)
+    names = ("conversations", "samples", "tokens", "targets", "cut", "dropped", "without_target", "turns")
+    stats = dict.fromkeys(names, 0)
     for messages in conversations:
-        sample, trained = template.encode(messages)
+        sample, trained = encode(messages if train_on == "all" else only_last(messages), template)
         stats["conversations"] += 1
+        stats["turns"] += sum(message["role"] == "assistant" for message in messages)
         is_long = len(sample) > seq_len + 1
         if is_long and too_long == "drop":
             stats["dropped"] += 1
@@ -60,3 +84,115 @@ def encode_samples(
         stats["cut"] += is_long
     stats["tokens"] = len(ids)
     return Samples(np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64), stats)
+
+
+def encode(messages: Messages, template: ChatTemplate) -> tuple[list[int], list[bool]]:
+    """`(ids, mask)` of a conversation, or of a text without roles: that begins after bos and is trained to its eos."""
+    if messages[0]["role"] != "text":
+        return template.encode(messages)
+    tokenizer = template.tokenizer
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    ends = [[i] if i is not None else [] for i in (start, tokenizer.eos_id)]
+    text = tokenizer.encode(messages[0]["content"], follows_special=bool(ends[0]))
+    return ends[0] + text + ends[1], [False] * len(ends[0]) + [True] * (len(text) + len(ends[1]))
+
+
+def only_last(messages: Messages) -> Messages:
+    """The conversation with all its answers but the last marked as no targets."""
+    before = [message | {"loss": False} if message["role"] == "assistant" else message for message in messages[:-1]]
+    return [*before, messages[-1]]
+
+
+def read_samples(
+    path: Path,
+    template: ChatTemplate,
+    seq_len: int,
+    too_long: str = "cut",
+    train_on: str = "all",
+    broken: list[BadRecord] | None = None,
+    held_out: bool | None = None,
+    share: float = 0.0,
+) -> Samples:
+    """The conversations at `path`, encoded; the records that are none go to `broken`, with their places.
+
+    `held_out` takes one side of a split: True the `share` of the conversations that the hash of their first question
+    sets apart, the same on every machine, False the others. Raises ValueError when no answer fits into seq_len.
+    """
+    broken = [] if broken is None else broken
+    conversations: Iterator[Messages] = file_conversations(path, broken, template.check)
+    if held_out is not None:
+        conversations = (m for m in conversations if (stable_share(_question(m)) < share) == held_out)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows the progress
+    conversations = track(conversations, f"encoding {path.name}", "conversations", active=first)
+    samples = encode_samples(conversations, template, seq_len, too_long, train_on)
+    if not len(samples) and not held_out:
+        raise ValueError(f"{path}: no conversation has an answer within {seq_len} tokens; raise --data.seq_len")
+    return samples
+
+
+def _question(messages: Messages) -> str:
+    return next(message["content"] for message in messages if message["role"] != "system")
+
+
+# --- to look at samples -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Args:
+    """Show what is trained of a file of conversations: samples, their targets marked, and what there is of them."""
+
+    data: Path = Path("data/tiny/sft_train.jsonl")
+    """conversations in any form, see conversations.py"""
+    model: Path = Path("out/tiny/pretrain/best")
+    """a model directory, or the file of a tokenizer"""
+    template: str = "auto"
+    """auto (the model's own, else ours), own, ours, plain, chatml, llama2, mftcoder, or the path of a .jinja file"""
+    seq_len: int = 128
+    """tokens in a row of a batch"""
+    too_long: Literal["cut", "drop"] = "cut"
+    """what happens to a sample that does not fit a row"""
+    train_on: Literal["all", "last"] = "all"
+    """the answers of a conversation that are trained"""
+    show: int = 3
+    """samples to print"""
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Print samples and statistics; returns these."""
+    template = load_template(load_tokenizer(args.model), args.template)
+    broken: list[BadRecord] = []
+    samples = read_samples(args.data, template, args.seq_len, args.too_long, args.train_on, broken)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for n in range(min(args.show, len(samples))):
+        here = np.s_[int(samples.offsets[n]) : int(samples.offsets[n + 1])]
+        print(f"--- sample {n + 1}: {here.stop - here.start} tokens, {samples.mask[here].sum()} of them targets")
+        print(marked(template.tokenizer, samples.ids[here], samples.mask[here], colour))
+    found = statistics(samples) | {"broken": len(broken), "template": template.name}
+    print("---", *(f"{name}: {value}" for name, value in found.items()), sep="\n")
+    for record in broken[:3]:
+        print(f"broken: {record.where}: {record.reason}")
+    return found
+
+
+def marked(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
+    """The text of a sample with what is trained in green, or, without colour, in double brackets."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("\u27e6", "\u27e7")
+    names = {i: piece.encode() for piece, i in tokenizer.special.items()}
+    parts = []
+    for trained, run in groupby(zip(ids.tolist(), mask.tolist()), key=lambda pair: pair[1]):
+        text = b"".join(names.get(i) or tokenizer.id_to_bytes(i) for i, _ in run).decode("utf8", errors="replace")
+        parts.append(f"{begin}{text}{end}" if trained else text)
+    return "".join(parts)
+
+
+def statistics(samples: Samples) -> dict[str, Any]:
+    """Of all samples: the counts, the share of targets, and how long they are."""
+    lengths = np.diff(samples.offsets.astype(np.int64))
+    at = (0, 10, 50, 90, 99, 100)
+    spread = ", ".join(f"{p}% {int(n)}" for p, n in zip(at, np.percentile(lengths, at)))
+    share = samples.stats["targets"] / samples.stats["tokens"]
+    return samples.stats | {"share of targets": f"{share:.1%}", "tokens a sample (percentiles)": spread}
+
+
+if __name__ == "__main__":
+    config.run(main, Args, "dataset_sft")

@@ -56,6 +56,7 @@ class Tokenizer:
         self.chat_template: Any = None
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> the bytes it stands for
+        self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         self._special_names = {i: piece for piece, i in special.items()}
         self.dummy_prefix = b"".join(map(self.id_to_bytes, self.encode("a"))).startswith(b" ")
         if forged := [piece for piece, i in special.items() if i != self.unk_id and i in self.encode(piece)]:
@@ -72,8 +73,8 @@ class Tokenizer:
             text.encode()  # names the character
             raise
 
-    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `encode`, and of each the characters of `text` it stands for, as (start, stop)."""
+    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
+        """The ids of `encode`, and of each the characters of `text` it stands for: (n, 2) int64 of starts and stops."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -113,7 +114,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: the number of UTF-8 bytes each id stands for, 0 for special tokens."""
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        return self._lengths.copy()
 
     def special_names(self) -> dict[str, str]:
         """The names of bos, eos, pad and unk, as far as there are, under the keys of tokenizer_config.json."""
@@ -152,14 +153,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         return self._processor.encode(text)
 
-    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
         # By the bytes of the pieces: exact for every model that leaves the text as it is, as all chat models do.
         ids = self.encode(text)
-        char_of = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])  # (bytes,)
-        stops = np.cumsum([len(self._pieces[i]) for i in ids]) - self.dummy_prefix
-        starts = stops - [len(self._pieces[i]) for i in ids]
-        first, last = (np.clip(at, 0, len(char_of) - 1) for at in (starts, stops - 1))
-        return ids, list(zip(char_of[first].tolist(), (char_of[last] + 1).tolist()))
+        raw = np.frombuffer(text.encode(), np.uint8)
+        char_of = np.cumsum((raw & 0xC0) != 0x80) - 1  # (bytes,): those that go on with a character are 10xxxxxx
+        lengths = self._lengths[ids]
+        stops = np.cumsum(lengths) - self.dummy_prefix
+        first, last = (np.clip(at, 0, len(raw) - 1) for at in (stops - lengths, stops - 1))
+        return ids, np.stack((char_of[first], char_of[last] + 1), axis=1)
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         model = self._processor.serialized_model_proto()
@@ -229,9 +231,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         return self._backend_for(follows_special).encode(text, add_special_tokens=False).ids
 
-    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
         encoding = self._backend_for(follows_special).encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def _backend_for(self, follows_special: bool) -> tokenizers.Tokenizer:
         return self._following if follows_special else self._backend

@@ -16,7 +16,7 @@ class CharTemplate:
     def encode(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         ids, mask = [BOS], [False]
         for message in messages:
-            trained = message["role"] == "assistant"
+            trained = message["role"] == "assistant" and message.get("loss", True)
             content = [ord(c) % 1000 + (ANSWER if trained else 100) for c in message["content"]]
             ids += [ROLE_ID[message["role"]], *content, END]
             mask += [False] + [trained] * (len(content) + 1)

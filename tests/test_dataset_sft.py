@@ -11,10 +11,13 @@ from char_template import ANSWER, BOS, END, ROLE_ID, CharTemplate, epoch_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import config
+import dataset_sft
 from chat_template import ChatTemplate, load_template
 from conversations import file_conversations
+from corpora.registry import BadRecord
 from dataset import IGNORE
-from dataset_sft import encode_samples
+from dataset_sft import encode_samples, read_samples
 from packing import SFTData
 from tokenizer import load_tokenizer
 
@@ -57,7 +60,7 @@ def test_what_is_cut_dropped_and_left_without_target_is_counted():
     short, long, question = exchange("问", "答"), exchange("问", "答" * 20), exchange("问" * 20, "答")
     cut = encode_samples([short, long, question], CharTemplate(), 10)
     expected = {"conversations": 3, "samples": 2, "tokens": 7 + 11, "targets": 2 + 6}
-    assert cut.stats == expected | {"cut": 1, "dropped": 0, "without_target": 1}
+    assert cut.stats == expected | {"cut": 1, "dropped": 0, "without_target": 1, "turns": 3}
     assert cut.ids[-1] >= ANSWER  # no end token where the answer does not end
     dropped = encode_samples([short, long, question], CharTemplate(), 10, "drop").stats
     assert (dropped["samples"], dropped["dropped"], dropped["cut"], dropped["without_target"]) == (1, 2, 0, 0)
@@ -84,6 +87,80 @@ def test_an_id_nothing_precedes_is_no_target():
 
     samples = encode_samples([exchange("a"), exchange("a", "b")], Whole(), 4)
     assert samples.stats["without_target"] == 1 and samples.stats["targets"] == 1
+
+
+def test_only_the_last_answer_is_trained_if_so_asked():
+    messages = exchange("问", "答一", "问", "答二")
+    samples = encode_samples([messages], CharTemplate(), 40, train_on="last")
+    assert samples.stats["turns"] == 2 and samples.stats["targets"] == 3
+    assert samples.mask.tolist() == [False] * (len(samples.ids) - 3) + [True] * 3
+    assert [message.get("loss") for message in messages] == [None] * 4  # the records stay as they were
+    with pytest.raises(ValueError, match="'all' or 'last', found 'first'"):
+        encode_samples([], CharTemplate(), 8, train_on="first")
+
+
+def test_a_text_without_roles_is_trained_whole(chat_template):
+    tokenizer = chat_template.tokenizer
+    samples = encode_samples([[{"role": "text", "content": "明月"}]], chat_template, 40)
+    assert samples.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("明月"), tokenizer.eos_id]
+    assert samples.mask.tolist() == [False] + [True] * (len(samples.ids) - 1)
+
+
+@pytest.mark.parametrize(
+    "n_question, n_answer, seq_len", [(128, 128, 256), (128, 200, 256), (200, 200, 512), (3, 3, 10)]
+)
+def test_mask_and_end_where_question_and_answer_fill_the_row(n_question, n_answer, seq_len):
+    """No budget of its own for either, no target in the padding, an end token only after a whole answer."""
+    samples = encode_samples([exchange("问" * n_question, "答" * n_answer)], CharTemplate(), seq_len)
+    batch = SFTData(samples, seq_len, 1, 0, "none").batch(0)
+    targets = batch.targets[0].tolist()
+    whole = [ord("答") % 1000 + ANSWER] * n_answer + [END]
+    before = 3 + n_question  # <s>, <|user|>, the question, <|end|>, and <|assistant|> is the input to the first target
+    assert targets == ([IGNORE] * before + whole + [IGNORE] * seq_len)[:seq_len]
+
+
+def test_the_sides_of_a_split_share_no_question_and_miss_none(tmp_path, chat_template):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "{n % 50}", "answer": "{n}"}}\n' for n in range(200)) + '{"prompt": ""}\n')
+    broken: list[BadRecord] = []
+    sides = [read_samples(path, chat_template, 30, broken=broken, held_out=side, share=0.3) for side in (False, True)]
+    assert sum(map(len, sides)) == 200 and len(broken) == 2
+    assert all(len(s) % 4 == 0 for s in sides) and 4 <= len(sides[1]) // 4 <= 28  # every question with all four answers
+
+
+def test_what_the_template_refuses_is_kept_aside_with_its_place(tmp_path, chat_template):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "answer": "a"}\n{"prompt": "q [/INST] x", "answer": "a"}\n')
+    broken: list[BadRecord] = []
+    samples = read_samples(path, load_template(chat_template.tokenizer, "llama2"), 100, broken=broken)
+    assert len(samples) == 1 and broken[0].where == f"{path}:2" and "'[/INST]'" in broken[0].reason
+
+
+def test_all_truncated_away_is_one_sentence(tmp_path, chat_template):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a long question", "answer": "a"}\n')
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: no conversation has an answer within 4 tokens; raise --data\.seq_len"
+    ):
+        read_samples(path, chat_template, 4)
+
+
+# --- to look at samples
+
+
+def test_the_viewer_marks_what_is_trained(tmp_path, chat_template, capsys, monkeypatch):
+    chat_template.tokenizer.save(tmp_path / "model")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "明月", "answer": "江</s>"}\n{"prompt": "q"}\n')
+    args = ["--data", str(path), "--model", str(tmp_path / "model"), "--show", "2"]
+    found = dataset_sft.main(config.parse(dataset_sft.Args, "dataset_sft", args))
+    said = capsys.readouterr().out
+    assert "<s><|user|>明月<|end|><|assistant|>⟦江</s><|end|>⟧" in said and "\x1b" not in said
+    assert (found["samples"], found["turns"], found["broken"]) == (1, 1, 1) and f"broken: {path}:2" in said
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    dataset_sft.main(config.parse(dataset_sft.Args, "dataset_sft", args))
+    assert "<|assistant|>\x1b[32m江</s><|end|>\x1b[0m" in capsys.readouterr().out
 
 
 def test_a_wrong_word_for_too_long_samples_is_refused():

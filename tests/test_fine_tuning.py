@@ -1,6 +1,7 @@
 """What fine_tuning.py makes of its inputs before it hands them to the loop, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from tiny_chat import save_chat_model
 
 import config
 import fine_tuning
+from chat_template import load_template
+from tokenizer import load_tokenizer
 
 SMALL = "--data.seq_len 64 --data.batch_size 2 --train.max_steps 2 --train.compile off --train.device cpu"
 GOOD = {"messages": [{"role": "user", "content": "moon?"}, {"role": "assistant", "content": "the moon"}]}
@@ -23,18 +26,41 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *flags: str) -> dict:
-    where = ["--init_from", str(folder / "model"), "--data.train", str(folder / "train.jsonl")]
-    where += ["--data.heldout", str(folder / "heldout.jsonl"), "--out", str(folder / "run")]
+    where = ["--init_from", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--out", str(folder / "run")]
     return fine_tuning.main(config.parse(fine_tuning.Args, "fine_tuning", [*where, *SMALL.split(), *flags]))
 
 
 def test_broken_records_are_kept_aside_and_missing_held_out_ones_mentioned(folder, capsys):
-    assert run(folder)["steps"] == 2
+    assert run(folder, "--data.heldout", str(folder / "heldout.jsonl"))["steps"] == 2
     (record,) = map(json.loads, (folder / "run" / "broken_train.jsonl").read_text().splitlines())
     assert record["where"] == f"{folder / 'train.jsonl'}:5" and "no question and answer" in record["reason"]
     said = capsys.readouterr().out
     assert "1 broken records kept aside" in said
     assert f"there is no {folder / 'heldout.jsonl'}: nothing is evaluated" in said
+
+
+def test_a_share_is_held_out_by_hash_when_no_file_is_given(folder, capsys):
+    asked = [[{"role": "user", "content": f"{n}?"}, GOOD["messages"][1]] for n in range(100)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in asked))
+    measures = run(folder, "--data.heldout_share", "0.2")
+    said = capsys.readouterr().out
+    n_trained, n_held_out = (
+        int(re.search(rf"{word} (\d+)", said)[1]) for word in ("samples", "held out to evaluate on:")
+    )
+    assert n_trained + n_held_out == 100 and 8 < n_held_out < 32  # four standard deviations about 20
+    assert "20% of" in said and measures["steps"] == 2
+    run(folder, "--data.heldout_share", "0", "--train.resume", "never")
+    assert "no conversation is held out: nothing is evaluated" in capsys.readouterr().out
+
+
+def test_what_it_is_trained_with_is_what_it_is_saved_with(folder):
+    run(folder, "--data.template", "plain")
+    tokenizer = load_tokenizer(folder / "run" / "last")
+    assert (
+        load_template(tokenizer).jinja
+        == load_template(tokenizer, "plain").jinja
+        != load_template(tokenizer, "ours").jinja
+    )
 
 
 def test_the_same_conversations_from_another_model_are_another_run(folder):
@@ -52,6 +78,9 @@ def test_the_same_conversations_from_another_model_are_another_run(folder):
     "flags, message",
     [
         (["--init_from", "nowhere"], r"nowhere is no model directory"),
+        (["--data.template", "our"], r"unknown chat template 'our'; did you mean 'ours'\?"),
+        (["--data.template", "chatml"], r"chatml needs the special tokens <\|im_start\|>, .*--add_tokens"),
+        (["--data.heldout_share", "1"], r"heldout_share should be from 0 to below 1, found 1"),
         (["--data.train", "nowhere"], r"there is no file or folder nowhere"),
         (["--data.seq_len", "4"], r"no conversation has an answer within 4 tokens; raise --data\.seq_len"),
         (["--data.seq_len", "201"], r"seq_len 201 is longer than the model's max_seq_len 200"),
