@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+import attention
 import checkpoint
 from dataset import BatchSource
 from distributed import SingleProcess
@@ -53,6 +54,12 @@ class TrainArgs:
     """torch.compile; auto: on where a C++ compiler or a GPU is found"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: a third more work, far less memory"""
+    attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = "auto"
+    """what computes attention; auto: the fastest that can do it here"""
+    s2_group: int = 0
+    """attend in shifted groups of so many tokens (LongLoRA's S2-Attn) while training; 0: in full"""
+    s2_min_len: int = 0
+    """and only over rows of this many tokens or more"""
     float32_matmul: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
     backend: Literal["single", "ddp", "deepspeed"] = "single"
@@ -83,6 +90,8 @@ class TrainArgs:
                 raise ValueError(f"{name} should be 0 or more, and finite, found {value}")
         if not self.max_steps and not self.epochs:
             raise ValueError("max_steps and epochs are both 0: there is nothing to train")
+        if self.s2_group:
+            attention.ShiftedSparse(self.s2_group)  # refused where it cannot be halved
 
 
 @dataclass
@@ -172,7 +181,7 @@ class Trainer:
                 "little; raise --train.epochs, or lower --data.batch_size and --optim.warmup_steps"
             )
         clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
-        with caught_signals(self):
+        with caught_signals(self), attention.use(self.args.attention):
             try:
                 while not self.finished and not self.stopping:
                     norm = self._step()
@@ -370,9 +379,15 @@ class Clock:
 
 
 def prepare(model: Transformer, args: TrainArgs, device: torch.device) -> torch.dtype:
-    """Set precision, checkpointing and compilation of a model on its device; returns the dtype of its activations."""
+    """Set precision, attention, checkpointing and compilation of a model on its device; returns the dtype of its
+    activations. Raises ValueError where the attention that is asked for cannot be had."""
     torch.set_float32_matmul_precision(args.float32_matmul)
     dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
+    attention.check(args.attention, dtype, device, training=True)
+    if args.s2_group:
+        if not isinstance(model, Transformer) or model.args.n_heads < 2:
+            raise ValueError("--train.s2_group shifts half of the heads: it needs a LLaMA with two heads or more")
+        model.shifted_sparse = attention.ShiftedSparse(args.s2_group, args.s2_min_len)
     model.to(device)
     model.train()
     model.compute_dtype = dtype

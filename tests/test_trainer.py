@@ -156,6 +156,39 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert rows(tmp_path / "True") == rows(tmp_path / "False")
 
 
+def test_shifted_sparse_attention_trains_long_rows_and_evaluates_in_full(tmp_path):
+    data = toy_data(tmp_path)  # rows of 16 tokens
+    first = {}
+    for name, s2 in {"full": {}, "groups": {"s2_group": 4}, "long": {"s2_group": 4, "s2_min_len": 17}}.items():
+        torch.manual_seed(0)
+        ours = toy_trainer(tmp_path / name, data, max_steps=1, eval_data=data, **s2)
+        ours.fit()
+        first[name] = losses(tmp_path / name)[0]
+        ours.model.shifted_sparse = None
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert evaluate(ours.model, data, None, None)["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    assert first["long"] == first["full"] != first["groups"]
+
+
+def test_attention_that_cannot_be_had_is_refused_before_the_first_step(tmp_path):
+    data = toy_data(tmp_path)
+    with pytest.raises(ValueError, match="7 tokens cannot be halved"):
+        TrainArgs(s2_group=7)
+    with pytest.raises(ValueError, match="a LLaMA with two heads or more"):
+        toy_trainer(tmp_path / "a", data, shape={"n_heads": 1}, max_steps=1, s2_group=4).fit()
+    with pytest.raises(ValueError, match="pip install"):
+        toy_trainer(tmp_path / "b", data, max_steps=1, attention="flash").fit()
+
+
+def test_training_by_the_formula_follows_the_same_curve(tmp_path):
+    data = toy_data(tmp_path, isolate_documents=True)
+    for name in ("sdpa", "reference"):
+        torch.manual_seed(0)
+        toy_trainer(tmp_path / name, data, SMOOTH, max_steps=4, attention=name).fit()
+    for a, b in zip(rows(tmp_path / "sdpa"), rows(tmp_path / "reference"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # float32 with another order of sums
+
+
 def test_tied_and_untied_clip_by_the_norm_over_each_parameter_once(tmp_path):
     data = toy_data(tmp_path)
     for tie in (True, False):
