@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import json
@@ -163,11 +164,23 @@ def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path]
     (out / "run.json").write_text(json.dumps(record, indent=2), encoding="utf8")
 
 
+def sentence(error: Exception) -> str:
+    """What an error says; one of the system's own (`[Errno 28] ...`), with what to do about it."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no room to write{where or ' on the disk'} ({error.strerror}); make some, and the same command goes on"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"no access to{where or ' a file'} ({error.strerror}); choose another place, or change its permissions"
+    return f"{error.strerror}:{where}" if where else error.strerror
+
+
 def run(main: typing.Callable[[Any], dict], cls: type, section: str) -> None:
     """Parse, run, and turn an error a user can mend into one sentence and exit status 1."""
     try:
         main(parse(cls, section))
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(" ".join(sentence(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -93,6 +93,8 @@ def check(args: Args) -> None:
     """Raise ValueError for arguments that make no sense, before any work."""
     if args.processes < 1 or args.tokens_per_file < 1:
         raise ValueError(f"processes ({args.processes}) and tokens_per_file ({args.tokens_per_file}) are at least 1")
+    if args.min_chars < 0:
+        raise ValueError(f"min_chars is 0 or more, found {args.min_chars}")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"held_out is a share of the documents, at least 0 and below 1, found {args.held_out}")
     for path in args.input:
@@ -201,10 +203,15 @@ def why_nothing(total: dict[str, Any], work: Path) -> str:
     dropped = {key: total[key] for key in ("held_out", "too_short", "duplicate", "bad") if total[key]}
     words = [f"{count} {key.replace('_', ' ')}" for key, count in dropped.items()] or ["no documents at all"]
     if total["bad"]:
-        with (work / "bad_records.jsonl").open(encoding="utf8") as file:
-            first = json.loads(file.readline())
-        words[-1] += f", the first at {first['where']}: {first['reason']}"
+        words[-1] += f", the first at {first_bad(work)}"
     return ", ".join(words)
+
+
+def first_bad(folder: Path) -> str:
+    """Place and reason of the first record that was kept aside."""
+    with (folder / "bad_records.jsonl").open(encoding="utf8") as file:
+        first = json.loads(file.readline())
+    return f"{first['where']}: {first['reason']}"
 
 
 def print_table(summary: dict[str, Any], out: Path) -> None:
@@ -220,6 +227,8 @@ def print_table(summary: dict[str, Any], out: Path) -> None:
         print("  ".join([f"{name:<{width}}", *(f"{value:>11}" for value in values)]))
     if len(rows) > TABLE_ROWS:
         print(f"({len(rows) - TABLE_ROWS} smaller sources are in {out / 'summary.json'})")
+    if summary["total"]["bad"]:
+        print(f"bad records lie in {out / 'bad_records.jsonl'}, the first one is {first_bad(out)}")
     counted = [
         f"{count:,} conversations ({name.replace('_', ' ')})"
         for name, count in summary["conversations"].items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import time
@@ -134,6 +135,11 @@ def check(args: Args) -> None:
             raise ValueError(f"--{name} should be at least 1, found {getattr(args, name)}")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"--held_out is a share of the documents, at least 0 and below 1, found {args.held_out}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} should be a directory, and is a file")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # found now, not after the training, that it cannot be
+    if not os.access(args.out.parent, os.W_OK):
+        raise PermissionError(f"nothing can be written to {args.out.parent}; choose another --out")
     if args.out.exists() and (strange := {path.name for path in args.out.iterdir()} - set(WRITTEN)):
         raise ValueError(
             f"{args.out} holds what is not a tokenizer's ({', '.join(sorted(strange)[:3])}) and would be replaced; "
@@ -179,17 +185,20 @@ def lines_of(text: str) -> Iterator[str]:
 def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
     """Lines to train on, lines of held-out documents for the report, and what was read."""
     train, held_out = Sample(args.sample_bytes, args.seed), Sample(1 << 18, args.seed)
-    counts = {"documents": 0, "held_out_documents": 0, "bad_records": 0}
+    counts, first_bad = {"documents": 0, "held_out_documents": 0, "bad_records": 0}, ""
     batches = screen(corpora.read(args), min_chars=1, held_out=args.held_out, deduplicate=False)
     with Progress("reading", "B", corpora.text_size(args)) as shown:
         for batch in batches:
             counts["bad_records"] += len(batch.bad)
+            for record in batch.bad[:1]:
+                first_bad = first_bad or f", the first one {record.where}: {record.reason}"
             for document in batch.documents:
                 counts["held_out_documents" if document.held_out else "documents"] += 1
                 (held_out if document.held_out else train).add(document.text)
                 shown.add(len(document.text.encode()))
     if not train.lines:
-        raise ValueError(f"there is no text to train on: {', '.join(f'{n} {what}' for what, n in counts.items())}")
+        found = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in counts.items())
+        raise ValueError(f"there is no text to train on: {found}{first_bad}")
     return train, held_out, counts
 
 

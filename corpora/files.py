@@ -10,6 +10,7 @@ streams in bounded memory, and a record that cannot be read becomes a BadRecord 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import importlib.util
@@ -33,7 +34,7 @@ FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
 PACKED = ("gz", "zst")
 UNPACKED_RATIO = 3  # about what packed text grows to: Chinese, English and JSON by 2.5 to 4
 _EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
-_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError)
 
 
 class Record(NamedTuple):
@@ -112,14 +113,20 @@ def _reader(path: Path) -> Callable[[Path, list[str] | None], Iterator[Record | 
 
 
 def _open_text(path: Path, newline: str = "\n") -> TextIO:
-    """UTF-8 with or without a byte order mark; bytes that are not pass as surrogates, which `to_documents` refuses."""
+    """UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Bytes that are not UTF-8 pass as surrogates, which `to_documents` refuses.
+    """
     suffix = path.suffix.lower()
     if suffix == ".gz":
         stream = gzip.GzipFile(path, "rb")
     elif suffix == ".zst":
         stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
     else:
-        stream = path.open("rb")
+        stream = path.open("rb", buffering=0)
+    stream = io.BufferedReader(stream)
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return io.TextIOWrapper(stream, encoding="utf-16", errors="surrogatepass", newline=newline)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -262,12 +269,18 @@ def to_documents(
                 raise TypeError(f"the text should be a string, found {type(text).__name__}")
             text.encode("utf8")
         except UnicodeEncodeError as error:
-            yield bad(record.where, f"not UTF-8: character {error.start} cannot be decoded", str(record.value))
+            yield bad(record.where, _not_utf8(error), str(record.value))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             yield bad(record.where, reason, str(record.value))
         else:
             yield Document(text, source, held_out)
+
+
+def _not_utf8(error: UnicodeEncodeError) -> str:
+    is_byte = "\udc80" <= error.object[error.start] <= "\udcff"  # else JSON's spelling of half a surrogate pair
+    hint = "; convert the file, for instance with iconv -f gb18030 -t utf-8" if is_byte else ""
+    return f"not UTF-8 at character {error.start + 1}{hint}"
 
 
 def text_under(key: str) -> Callable[[Any], str]:

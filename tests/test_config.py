@@ -255,6 +255,15 @@ def test_a_machine_without_git_records_none(tmp_path, monkeypatch):
     [
         (ValueError("two\n  lines"), "error: two lines"),
         (FileNotFoundError("no such bin"), "error: no such bin"),
+        (FileNotFoundError(2, "No such file", "x.bin"), "error: No such file: x.bin"),
+        (
+            OSError(28, "No space left on device"),
+            "error: no room to write on the disk (No space left on device); make some, and the same command goes on",
+        ),
+        (
+            OSError(30, "Read-only file system", "out"),
+            "error: no access to out (Read-only file system); choose another place, or change its permissions",
+        ),
         (KeyboardInterrupt(), 130),
         (SystemExit(143), 143),
     ],

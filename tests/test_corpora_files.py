@@ -164,6 +164,29 @@ def test_bad_rows_of_csv(tmp_path):
     assert "not UTF-8" in bad[2].reason
 
 
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_utf16_is_read_by_its_byte_order_mark(tmp_path, packed):
+    path = tmp_path / f"a.jsonl{packed}"
+    raw = '{"text": "床前明月光"}\n{"text": "疑是地上霜"}\n'.encode("utf-16")
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    assert split(read_files(path, "text")) == (["床前明月光", "疑是地上霜"], [])
+
+
+def test_utf16_cut_inside_a_character_is_a_broken_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("床前明月光\n疑是".encode("utf-16")[:-1])
+    _, (bad,) = split(read_files(path, "text"))
+    assert "the file is broken" in bad.reason
+
+
+def test_bytes_of_another_encoding_say_how_to_convert_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a\xff"}\n{"text": "a\\ud800"}\n')
+    _, bad = split(read_files(path, "text"))
+    assert "not UTF-8 at character 2; convert the file, for instance with iconv" in bad[0].reason
+    assert bad[1].reason == "not UTF-8 at character 2"
+
+
 def test_another_encoding_is_bad_records_only(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("id,text\n1,床前明月光\n2,疑是地上霜\n".encode("gb18030"))

@@ -347,3 +347,12 @@ def test_flags_and_presets(tmp_path):
     assert (got.vocab_size, got.character_coverage, got.max_piece_length) == (5000, 0.99, 2)
     assert got.compare == (Path("a"), Path("b")) and got.corpus == ("poems",)
     assert config.parse(Args, "train_tokenizer", []) == Args()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ValueError, match="should be a directory, and is a file"):
+        train_tokenizer.check(train_tokenizer.Args(out=tmp_path / "file"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="nothing can be written to"):
+        train_tokenizer.check(train_tokenizer.Args(out=tmp_path / "new"))
