@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import attention
 import config
 import poem_eval
 from beam import BeamParams, beam_search
@@ -101,6 +102,8 @@ class Args:
     """auto: cuda, else mps, else cpu"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """of parameters and arithmetic; auto: bf16 where it is the faster one (a GPU, or --task loss on some CPUs)"""
+    attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = "auto"
+    """what computes attention; auto: the fastest that can do it here"""
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -108,7 +111,14 @@ def main(args: Args) -> dict[str, Any]:
     check(args)
     device = make_backend("single", args.device).device
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
+    attention.check(args.attention, dtype, device, training=False)
     speaker = load_speaker(find_model(args.model), device, dtype, args.system, args.raw, args.stop, args.cache)
+    with attention.use(args.attention):
+        return do(speaker, args)
+
+
+def do(speaker: Speaker, args: Args) -> dict[str, Any]:
+    """The task, with a model that is loaded."""
     if args.task == "loss":
         return measure_loss(speaker, args)
     if args.task == "poems":

@@ -44,6 +44,8 @@ def prompt_of(directory: Path, text: str = "江上") -> list[int]:
     [
         {},
         {"cache": "sinks"},
+        {"attention": "reference"},
+        {"attention": "flex"},
         {"draft": "lookup"},
         {"draft": "itself"},
         {"draft": "itself", "draft_tokens": 1},
@@ -192,6 +194,7 @@ def test_a_chat_with_sinks_forgets_no_turn(tmp_path, monkeypatch, capsys):
         ({"draft": "lookup", "draft_tokens": 0}, "at least 1 drafted token a pass, found 0"),
         ({"draft": "/nowhere"}, "/nowhere does not exist"),
         ({"stop": ("",)}, "a stop string is empty"),
+        ({"attention": "flash"}, "attention by flash needs a CUDA GPU"),
         ({"logprobs": -1}, "--logprobs should be 0 or more, found -1"),
     ],
     ids=str,
