@@ -2,10 +2,12 @@
 
 python pretrain.py --config configs/tiny.yaml
 torchrun --nproc_per_node 2 pretrain.py --config configs/tiny.yaml --train.backend ddp
+python pretrain.py --init_from DIR --data.dir DATA --rope.type yarn --model.max_seq_len 4096 --data.seq_len 4096
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,13 @@ import torch
 import config
 from bins import TokenBin
 from checkpoint import load_model, load_weights, save_model, weight_files
+from continued import RopeArgs, add_tokens, check_shape, check_tokenizer, fit_vocabulary, given, read_tokens, stretch
 from dataset import PretrainData
 from distributed import make_backend
+from foreign import ForeignModel
 from model import ModelArgs, Transformer
 from optim import OptimArgs, build_optimizer
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from trainer import TrainArgs, Trainer
 
 
@@ -53,7 +57,14 @@ class Args:
     out: Path = Path("out/tiny/pretrain")
     """run directory: checkpoints, logs, the resolved config"""
     init_from: Path | None = None
-    """a model directory to go on from (its shape replaces `model`)"""
+    """a model directory to go on from; what is set of `model` must agree with it, but for a longer max_seq_len"""
+    rope: RopeArgs = field(default_factory=RopeArgs)
+    add_tokens: tuple[str, ...] = ()
+    """pieces of text (or a file of one a line) that become tokens of a model to go on from"""
+    add_special_tokens: tuple[str, ...] = ()
+    """likewise, tokens that no text gives, such as the markers of a chat"""
+    vocab_multiple_of: int = 1
+    """round a vocabulary that grows up to a multiple of this"""
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -63,12 +74,14 @@ def main(args: Args) -> dict[str, Any]:
     bins, heldout = open_bins(args.data)
     for each in [*bins, *heldout]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size)
+    if args.add_tokens or args.add_special_tokens:
+        tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
     if tokenizer.eos_id is not None:
         rows["headerless_eos_id"] = tokenizer.eos_id
     data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
     eval_data = PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
-    model = make_model(args, tokenizer.vocab_size)
+    model, changes = make_model(args, tokenizer)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
         trainer = Trainer(
@@ -88,6 +101,8 @@ def main(args: Args) -> dict[str, Any]:
         if backend.main:
             described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
             config.record_run(args.out, "pretrain", args, inputs=described)
+            for change in changes:
+                print(change, flush=True)
         return trainer.fit()
 
 
@@ -100,22 +115,34 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
     return [TokenBin(path) for path in paths], [TokenBin(heldout)] if heldout.is_file() else []
 
 
-def make_model(args: Args, vocab_size: int) -> Transformer:
-    """A fresh model whose vocabulary is the tokenizer's, or the checkpoint to go on from."""
+def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | ForeignModel, list[str]]:
+    """A fresh model whose vocabulary is the tokenizer's, or the checkpoint to go on from, changed as asked; and what
+    was changed, in sentences."""
     if args.init_from is None:
-        return Transformer(args.model.replace(vocab_size=vocab_size))
-    model = load_model(args.init_from)
-    if model.args.vocab_size < vocab_size:
-        raise ValueError(
-            f"{args.init_from} has {model.args.vocab_size} embeddings, the tokenizer of {args.data.dir} {vocab_size} "
-            "ids; make the bins with the model's own tokenizer"
-        )
-    return model
+        if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
+            raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
+        return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
+    model, asked = load_model(args.init_from), given(args.model)
+    own = None
+    with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
+        own = load_tokenizer(args.init_from)
+        check_tokenizer(own, tokenizer, args.init_from, args.data.dir)
+    if isinstance(model, ForeignModel):
+        if asked or args.rope != RopeArgs():
+            raise ValueError(
+                f"{args.init_from} is not of the LLaMA family: it goes on as it is, without --model, --rope"
+            )
+        changes = []
+    else:
+        check_shape(model.args, asked, args.init_from)
+        changes = [stretch(model, args.rope, asked.get("max_seq_len"))]
+    changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
+    return model, [change for change in changes if change]
 
 
 def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
     """What fixes the order of the losses, so that a checkpoint is resumed by the same run only."""
-    return {
+    same = {
         "seed": args.train.seed,
         "seq_len": args.data.seq_len,
         "batch_size": args.data.batch_size,
@@ -126,6 +153,8 @@ def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
         "init_from": args.init_from and [config.file_sha256(path) for path in weight_files(args.init_from)],
         "model": config.to_plain(args.model),
     }
+    changes = {name: getattr(args, name) for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of")}
+    return same | {name: config.to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
 
 
 if __name__ == "__main__":

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_chat import chat_tokenizer
 
 import config
+import data_process
 import pretrain
 from bins import BinWriter
+from checkpoint import load_model
 from config import file_sha256
+from continued import add_tokens
+from tokenizer import load_tokenizer
 
 SHAPE = "--model.dim 32 --model.n_layers 1 --model.n_heads 2 --model.multiple_of 8"
 SMALL = f"{SHAPE} --data.seq_len 16 --data.batch_size 4 --train.max_steps 2 --train.compile off --train.device cpu"
@@ -85,5 +90,118 @@ def test_refused_before_anything_is_written(folder, flags, message):
 def test_a_model_without_room_for_the_tokenizers_ids_is_refused(folder):
     small = pretrain.Transformer(pretrain.ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=100))
     pretrain.save_model(folder / "small", small)
-    with pytest.raises(ValueError, match=r"has 100 embeddings, the tokenizer of .* \d+ ids"):
+    with pytest.raises(ValueError, match=r"has 100 embeddings, the data's tokenizer \d+ ids"):
         run(folder, "--init_from", str(folder / "small"))
+
+
+# ---- going on from a checkpoint
+
+
+@pytest.fixture
+def trained(folder: Path) -> str:
+    """A model directory with the tokenizer of the data, made for 32 tokens."""
+    return run(folder, "--out", str(folder / "first"), "--model.max_seq_len", "32")["model"]
+
+
+def go_on(folder: Path, directory: str, *flags: str) -> dict:
+    """The same without the flags that make a model."""
+    small = ["--data.seq_len", "16", "--data.batch_size", "4", "--train.max_steps", "2", "--train.compile", "off"]
+    where = ["--data.dir", str(folder / "data"), "--out", str(folder / "second"), "--init_from", directory]
+    argv = [*where, *small, "--train.device", "cpu", *flags]
+    return pretrain.main(config.parse(pretrain.Args, "pretrain", argv))
+
+
+def test_training_goes_on_at_another_length_and_resumes(folder, trained, capsys):
+    longer = ["--rope.type", "yarn", "--rope.factor", "4", "--model.max_seq_len", "128", "--data.seq_len", "100"]
+    result = go_on(folder, trained, *longer)
+    assert "positions: yarn (factor 4, original_max_position_embeddings 32), from 32 to 128" in capsys.readouterr().out
+    model = load_model(result["model"])
+    assert (model.args.max_seq_len, model.args.rope_scaling["factor"]) == (128, 4)
+    assert go_on(folder, trained, *longer, "--train.max_steps", "3")["steps"] == 3  # resumed
+    with pytest.raises(ValueError, match="holds a run with rope"):
+        go_on(folder, trained, *longer[4:], "--rope.type", "dynamic")
+
+
+def test_a_longer_context_alone_picks_type_and_factor(folder, trained, capsys):
+    result = go_on(folder, trained, "--model.max_seq_len", "64")
+    assert "positions: yarn (factor 2" in capsys.readouterr().out
+    assert load_model(result["model"]).args.rope_scaling["rope_type"] == "yarn"
+
+
+def test_new_tokens_get_rows_and_are_saved(folder, trained, capsys):
+    (folder / "tokens.txt").write_text("moonriver\nstarlight\n", "utf8")
+    flags = ["--add_tokens", str(folder / "tokens.txt"), "--add_special_tokens", "<|tool|>", "<|call|>"]
+    result = go_on(folder, trained, *flags, "--vocab_multiple_of", "64")
+    old, new = load_tokenizer(trained), load_tokenizer(result["model"])
+    assert "4 new tokens start as the mean of their spelling" in capsys.readouterr().out
+    assert new.encode("a moonriver")[-1] == old.vocab_size + 2
+    assert load_model(result["model"]).args.vocab_size == 384
+    # Bins made with the tokenizer that has more train the model that has fewer: it grows by itself.
+    add_tokens(old, ["moonriver"]).save(folder / "data" / "tokenizer")
+    grown = go_on(folder, trained, "--out", str(folder / "third"))
+    assert load_model(grown["model"]).args.vocab_size == old.vocab_size + 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model.dim", "320"], r"--model\.dim is 320, and the model in .* has 32: leave the flag out"),
+        (["--model.rope_theta", "5e5"], r"--model\.rope_theta is 500000\.0, .*: say --rope\.type"),
+        (["--model.max_seq_len", "16"], r"is shorter than the checkpoint's 32"),
+        (
+            ["--rope.type", "yarn", "--rope.factor", "2", "--model.max_seq_len", "128"],
+            r"factor 2 .* covers 64 positions",
+        ),
+        (["--add_tokens", "the", "the"], r"already; tokens to add should be new"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_refused(folder, trained, flags, message):
+    with pytest.raises(ValueError, match=message):
+        go_on(folder, trained, *flags)
+    assert not (folder / "second").exists()
+
+
+def test_data_of_another_tokenizer_is_refused(folder, trained):
+    add_tokens(load_tokenizer(trained), ["other"]).save(trained)
+    with pytest.raises(ValueError, match=r"the tokenizer of .*data is another than that of the model in .*: id \d+ is"):
+        go_on(folder, trained)
+
+
+def test_changes_need_a_checkpoint(folder):
+    with pytest.raises(ValueError, match="say --init_from DIR"):
+        run(folder, "--rope.type", "yarn")
+
+
+def test_another_causal_lm_goes_on(folder):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(folder / "data" / "tokenizer")
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    peer = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=tokenizer.vocab_size, **shape))
+    peer.save_pretrained(folder / "neox")
+    result = go_on(folder, str(folder / "neox"))
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(result["model"], output_loading_info=True)
+    assert not any(info.values())
+    assert not torch.equal(again.get_output_embeddings().weight, peer.get_output_embeddings().weight)
+    with pytest.raises(ValueError, match="is not of the LLaMA family: it goes on as it is"):
+        go_on(folder, str(folder / "neox"), "--model.max_seq_len", "64")
+
+
+def test_a_real_model_goes_on_at_twice_its_length(shared, tmp_path):
+    """TinyStories' 260 thousand parameters, made for 512 tokens, on rows of 1024: a few steps help at that length."""
+    directory = shared / "models" / "stories260K_hf"
+    text = (shared / "pretrain" / "tinystories_sample.txt").read_text(encoding="utf8")[:300_000]
+    (tmp_path / "text.txt").write_text(text, "utf8")
+    flags = ["--input", str(tmp_path / "text.txt"), "--tokenizer", str(directory), "--out", str(tmp_path / "data")]
+    data_process.main(config.parse(data_process.Args, "data_process", [*flags, "--corpus"]))
+    load_tokenizer(directory).save(tmp_path / "data" / "tokenizer")
+    before = load_model(directory)
+    flags = ["--data.seq_len", "1024", "--model.max_seq_len", "1024", "--train.max_steps", "4", "--optim.lr", "1e-4"]
+    result = go_on(tmp_path, str(directory), *flags, "--optim.warmup_steps", "0", "--optim.optimizer", "adamw")
+    after = load_model(result["model"])
+    assert (after.args.max_seq_len, after.args.vocab_size) == (1024, before.args.vocab_size)
+    rows = torch.tensor(load_tokenizer(directory).encode(text)[: 4 * 1025]).view(4, 1025)
+    before.args = before.args.replace(max_seq_len=1024)
+    far = [
+        model(rows[:, :-1], rows[:, 1:].where(torch.arange(1024) >= 700, -100))[0].item() for model in (before, after)
+    ]
+    assert far[1] < 0.98 * far[0]  # beyond its window the plain encoding does worse
