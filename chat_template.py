@@ -58,6 +58,11 @@ def load_template(tokenizer: Tokenizer, name: str = "auto") -> ChatTemplate:
     return ChatTemplate(tokenizer, path.read_text(encoding="utf8").rstrip("\n"), name)
 
 
+def _any_of(names: Iterable[str]) -> str:
+    """A regular expression for one of these names, the longest that fits; for nothing if there are none."""
+    return f"(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)'})"
+
+
 def own_jinja(tokenizer: Tokenizer) -> str | None:
     """The Jinja that came with the tokenizer; of several, the one named "default"."""
     own = tokenizer.chat_template
@@ -75,9 +80,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, jinja: str, name: str = "the chat template") -> None:
         self.tokenizer, self.jinja, self.name = tokenizer, jinja, name
-        longest_first = sorted(tokenizer.special, key=len, reverse=True)
-        self._names = re.compile(f"(?={'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._split = re.compile("|".join([f"([{BREAK}{BEGIN}{FINISH}]", *map(self._pattern, longest_first)]) + ")")
+        names = _any_of(tokenizer.special)
+        self._names = re.compile(f"(?={names})")
+        self._split = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
+        before, after = (_any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
+        space = rf"[\s{BREAK}{BEGIN}{FINISH}]*"  # between marks, too
+        self._spaces = [re.compile(f"{space}(?<!{BREAK}){before}"), re.compile(f"(?<!{BREAK}){after}{space}")]
         try:
             self._template = ENVIRONMENT.from_string(jinja)
         except jinja2.TemplateError as error:
@@ -92,7 +100,7 @@ class ChatTemplate:
         An assistant message with `"loss": False` is not trained. Raises ValueError where roles are out of order, see
         `check_messages`, where a message contains a separator, and where the template refuses or changes a message.
         """
-        rendered = self.check(messages, add_generation_prompt)
+        rendered = self._without_spaces(self.check(messages, add_generation_prompt))
         trained_turns = iter([m.get("loss", True) for m in messages if m["role"] == "assistant"])
         ids: list[int] = []
         mask: list[bool] = []
@@ -106,17 +114,18 @@ class ChatTemplate:
             elif n % 2 and part != BREAK:
                 self._encode_text(run, ids, mask)
                 run = []
-                ids.append(self.tokenizer.special[part.strip()])
+                ids.append(self.tokenizer.special[part])
                 mask.append(trained)
             elif part and part != BREAK:
                 run.append((part, trained))
         self._encode_text(run, ids, mask)
         return ids, mask
 
-    def _pattern(self, special: str) -> str:
-        """A special token that no BREAK makes text, with the white space it takes."""
-        before, after = (r"\s*" * strips for strips in self.tokenizer.strips.get(special, (False, False)))
-        return f"{before}(?<!{BREAK}){re.escape(special)}{after}"
+    def _without_spaces(self, rendered: str) -> str:
+        """The text without the white space that some special tokens take with them."""
+        for spaces in self._spaces if self.tokenizer.strips else ():
+            rendered = spaces.sub(lambda found: re.sub(r"\s", "", found[0]), rendered)
+        return rendered
 
     def check(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Raise what `encode` would; returns the rendered text, see `render`."""
