@@ -72,10 +72,12 @@ class FourBitLinear(QuantizedLinear):
             nested = bnb.QuantState(nested_absmax, code=code, blocksize=SCALES_BLOCK, dtype=torch.float32)
         else:
             absmax = absmax.view(torch.float32)
-        shape = torch.Size((self.out_features, self.in_features))
+        # As one row: in a matrix, bitsandbytes' CPU kernel begins a new block with every row, which quantizing does not.
+        shape = torch.Size((2 * self.packed.numel(),))
         kind = {"quant_type": self.kind, "blocksize": BLOCK, "dtype": torch.float32}
         state = bnb.QuantState(absmax, shape=shape, offset=offset, state2=nested, **kind)
-        return bnb.dequantize_4bit(self.packed, state).to(dtype)
+        row = bnb.dequantize_4bit(self.packed, state).flatten()
+        return row[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
 
 
 @functools.cache
