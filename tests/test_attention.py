@@ -205,7 +205,7 @@ def test_on_a_cpu_sdpa_but_for_short_bfloat16():
         assert chosen(dtype, T=S) == ("reference" if fast else "sdpa")
     assert not fast_reference(torch.bfloat16, CUDA, 128)
     long = Mask(torch.zeros(1, 4096))
-    assert chosen(mask=long, T=4096) == "sdpa"  # and never flex, which did not help there
+    assert chosen(mask=long, T=4096) == "sdpa"  # never flex, which takes seconds to compile there and cannot train
 
 
 def test_on_a_gpu_flash_where_it_is_installed(monkeypatch):
