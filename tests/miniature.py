@@ -27,7 +27,7 @@ JOURNEY = (  # from one's own text to a model that has learnt one's own conversa
     "python train_tokenizer.py --input my_texts/ --out data/mine/tokenizer --vocab_size 8000",
     "python data_process.py --input my_texts/ --tokenizer data/mine/tokenizer --out data/mine",
     "python pretrain.py --data.dir data/mine --out out/mine/pretrain --train.epochs 3",
-    "python fine_tuning.py --init_from out/mine/pretrain/best --data.train my_chats.jsonl --data.heldout None"
+    "python fine_tuning.py --init_from out/mine/pretrain/best --data my_chats.jsonl"
     " --out out/mine/sft --train.epochs 3",
 )
 EXCHANGES = {
