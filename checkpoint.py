@@ -154,6 +154,19 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step_*") if STEP_DIR.fullmatch(path.name) and path.is_dir())
 
 
+def newest(run: Path) -> Path | None:
+    """What a run goes on from: what its link `last` leads to, or its newest checkpoint where there is no such link (a
+    copy may lose links, and a kill may come before the first); None where there is none. ValueError where the link has
+    become a folder."""
+    last = run / "last"
+    if last.is_dir() and not last.is_symlink():
+        raise ValueError(
+            f"{last} should be a link to a checkpoint, and is a folder: the run was copied with its links followed; "
+            f"remove {last} and {run / 'best'}, and it goes on from its newest checkpoint"
+        )
+    return last if last.exists() else next(reversed(checkpoints(run)), None)
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove the oldest checkpoints beyond `keep`, never those that `last` or `best` lead to; and what a kill left
     half-written or half-removed."""

@@ -161,7 +161,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Run to the last step; returns the final measures. On SIGTERM or SIGINT saves and raises SystemExit."""
         result = self.run / "result.json"
-        if self.finished and result.is_file():
+        if self.finished and result.is_file() and (self.run / "best").exists():
             if self.backend.main:
                 print(f"{self.run} is finished ({self.progress.step} steps): nothing to do", flush=True)
             return json.loads(result.read_text())
@@ -314,16 +314,17 @@ class Trainer:
         self.saved_step = p.step
 
     def _resume(self) -> None:
-        last = self.run / "last"
         if self.args.resume == "never":
             if self.backend.main:
-                for path in (last, self.run / "best"):
-                    path.unlink(missing_ok=True)
+                for name in ("last", "best"):
+                    (self.run / name).unlink(missing_ok=True)
                 for path in checkpoint.checkpoints(self.run):
                     shutil.rmtree(path)
             return
-        if not last.exists():
+        if (last := checkpoint.newest(self.run)) is None:
             return
+        if self.backend.main and last.name != "last":
+            print(f"{self.run} has no link `last`: going on from its newest checkpoint, {last.name}", flush=True)
         state = checkpoint.load_state(last)
         for name, value in self.identity.items():
             if state["identity"].get(name) != value:
@@ -338,7 +339,9 @@ class Trainer:
         if len(state["rng"]) == self.backend.world:
             checkpoint.set_rng_state(state["rng"][self.backend.rank], self.backend.device)
         self.progress = Progress(**state["progress"])
-        self.saved_step = self.progress.step
+        self.saved_step = self.progress.step if last.name == "last" else -1
+        if not (self.run / "best").exists():  # which checkpoint it was is lost: the next evaluation finds one anew
+            self.progress.best, self.progress.evals_since_best, self.progress.evaluated = math.inf, 0, -1
 
 
 @contextmanager

@@ -270,3 +270,17 @@ def test_prune_keeps_the_newest_and_what_is_linked(tmp_path, no_half):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"step_{n:08d}" for n in (2, 6)]
     kept = {"step_00000002", "step_00000006", "best", "last"}
     assert names(tmp_path) == kept | {"step_1", "notes", "step_00000009.txt"}  # and no leftover of a kill
+
+
+def test_what_a_run_goes_on_from(tmp_path):
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / ".step_00000004.writing").mkdir()
+    assert checkpoint.newest(tmp_path).name == "step_00000003"
+    checkpoint.point(tmp_path / "last", tmp_path / "step_00000002")
+    assert checkpoint.newest(tmp_path) == tmp_path / "last"
+    (tmp_path / "last").unlink()
+    (tmp_path / "last").mkdir()
+    with pytest.raises(ValueError, match=r"last should be a link to a checkpoint, and is a folder: .*; remove"):
+        checkpoint.newest(tmp_path)

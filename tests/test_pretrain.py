@@ -1,6 +1,7 @@
 """What pretrain.py makes of its inputs before it hands them to the loop, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,31 @@ def test_a_real_model_goes_on_at_twice_its_length(shared, tmp_path):
         model(rows[:, :-1], rows[:, 1:].where(torch.arange(1024) >= 700, -100))[0].item() for model in (before, after)
     ]
     assert far[1] < 0.98 * far[0]  # beyond its window the plain encoding does worse
+
+
+# ---- a copy of a run
+
+
+def copied(folder: Path, follow_links: bool) -> Path:
+    """A finished run of four steps with checkpoints at each, copied as programs that know no links do."""
+    every = ["--train.save_interval", "1", "--train.max_steps", "4"]
+    run(folder, *every)
+    copy = folder / "copy"
+    links = ("last", "best") if not follow_links else ()
+    shutil.copytree(folder / "run", copy, symlinks=False, ignore=shutil.ignore_patterns(*links))
+    return copy
+
+
+def test_a_run_copied_without_its_links_goes_on(folder, capsys):
+    copy = copied(folder, follow_links=False)
+    weights = load_model(folder / "run" / "last").state_dict()
+    result = run(folder, "--train.save_interval", "1", "--train.max_steps", "4", "--out", str(copy))
+    assert "has no link `last`: going on from its newest checkpoint, step_00000004" in capsys.readouterr().out
+    assert all(torch.equal(p, weights[name]) for name, p in load_model(result["model"]).state_dict().items())
+    assert (copy / "last").resolve() == (copy / "best").resolve() == copy / "step_00000004"
+
+
+def test_a_run_copied_with_its_links_followed_says_what_to_do(folder):
+    copy = copied(folder, follow_links=True)
+    with pytest.raises(ValueError, match=r"last should be a link .*; remove .*last and .*best, and it goes on"):
+        run(folder, "--train.save_interval", "1", "--train.max_steps", "4", "--out", str(copy))
