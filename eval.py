@@ -192,8 +192,10 @@ def token_table(tokens: list[Token], tokenizer: Tokenizer) -> str:
     """A line a token: its log-probability under the model itself, before temperature, and the likeliest ones."""
 
     def shown(i: int, logprob: float) -> str:
-        name = tokenizer.id_to_bytes(i).decode("utf8", errors="backslashreplace") or tokenizer.decode([i], False)
-        return f"{name!r} {math.exp(logprob):.1%}"
+        piece = tokenizer.id_to_bytes(i)
+        text = piece.decode("utf8", errors="ignore") or tokenizer.decode([i], skip_special=False)
+        whole = text.encode() == piece or not piece  # else it is part of a character
+        return f"{(text if whole else piece)!r} {math.exp(logprob):.1%}"
 
     lines = [f"{t.logprob:9.4f}  {shown(t.id, t.logprob):24}" + ", ".join(shown(*top) for top in t.top) for t in tokens]
     total = sum(token.logprob for token in tokens)

@@ -4,7 +4,8 @@ A guess x drawn from q is kept with probability min(1, p(x) / q(x)); the first t
 max(p - q, 0), normalised; after a run of kept guesses the same pass gives one token more. What comes out follows the
 model's own distribution p exactly (Leviathan et al. 2023, arXiv:2211.17192, appendix A.1), p and q both being what
 `process_logits` leaves, so at temperature 0 it is greedy decoding, token for token (up to the rounding of a pass over
-several tokens).
+several tokens; and where rotary angles depend on the text's length, such as dynamic NTK's beyond the window, to what
+the guesses add to that length).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import config
 from beam import BeamParams, beam_search
 from chat_template import load_template
 from checkpoint import load_model
-from eval import Args, main
-from generate import generate
+from eval import Args, main, token_table
+from generate import Token, generate
 from sampling import SamplingParams
 from tokenizer import load_tokenizer
 
@@ -127,9 +127,15 @@ def test_the_table_of_log_probabilities(args, directory, capsys):
     table = lines[lines.index("    log p  token") + 1 :][: len(tokens) + 1]
     assert [float(line.split()[0]) for line in table[:-1]] == pytest.approx([t.logprob for t in tokens], abs=1e-4)
     assert table[-1].split() == [f"{sum(t.logprob for t in tokens):.4f}", "together"]
-    best = tokens[0].top[0]
-    name = repr(tokenizer.id_to_bytes(best[0]).decode("utf8", errors="backslashreplace"))
-    assert f"{name} {math.exp(best[1]):.1%}" in table[0]
+    best, logprob = tokens[0].top[0]
+    assert f"{tokenizer.id_to_bytes(best).decode()!r} {math.exp(logprob):.1%}" in table[0]
+
+
+def test_names_of_tokens(directory):
+    tokenizer = load_tokenizer(directory)
+    byte, letter = (next(i for i in range(330) if tokenizer.id_to_bytes(i) == piece) for piece in (b"\xb5", b"w"))
+    table = token_table([Token(i, 0.0) for i in (byte, letter, tokenizer.eos_id)], tokenizer).splitlines()[1:-1]
+    assert [line.split(maxsplit=1)[1] for line in table] == [r"b'\xb5' 100.0%", "'w' 100.0%", "'</s>' 100.0%"]
 
 
 # ---- beams
