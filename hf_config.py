@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import rope
+
 if TYPE_CHECKING:
     from model import ModelArgs
 
@@ -70,7 +72,7 @@ def read(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": integer(config, "vocab_size"),
         "hidden_dim": integer(config, "intermediate_size"),
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
-        "max_seq_len": integer(config, "max_position_embeddings"),
+        "max_seq_len": integer(config, "max_seq_len", None) or integer(config, "max_position_embeddings"),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
@@ -131,6 +133,8 @@ def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     scaling = next(iter(scalings.values()), None)
     if scaling and scaling["rope_type"] in ("llama3", "yarn", "longrope"):
         scaling.setdefault(ORIGINAL, config.get(ORIGINAL) or integer(config, "max_position_embeddings"))
+    if scaling and scaling["rope_type"] == "dynamic" and "max_seq_len" in config:  # as `write_rope` has it
+        scaling.setdefault(ORIGINAL, integer(config, "max_position_embeddings"))
     return next(iter(thetas), 10000.0), scaling
 
 
@@ -178,7 +182,6 @@ def write(args: ModelArgs) -> dict[str, Any]:
     kind = "qwen2" if args.attention_bias else "qwen3" if args.qk_norm else "mistral"
     if kind == "mistral" and args.sliding_window is None and args.dim % args.n_heads == 0:
         kind = "llama"  # whose class wants heads that divide the width, even where head_dim is another
-    scaling = args.rope_scaling or {"rope_type": "default"}
     config = {
         "architectures": [FAMILY[kind]],
         "model_type": kind,
@@ -191,10 +194,7 @@ def write(args: ModelArgs) -> dict[str, Any]:
         "intermediate_size": args.hidden_dim,
         "hidden_act": "silu",
         "rms_norm_eps": args.norm_eps,
-        "max_position_embeddings": args.max_seq_len,
-        "rope_theta": args.rope_theta,
-        "rope_scaling": args.rope_scaling,
-        "rope_parameters": {**scaling, "rope_theta": args.rope_theta},
+        **write_rope(args),
         "tie_word_embeddings": args.tie_embeddings,
         "initializer_range": 0.02,
         "attention_dropout": 0.0,
@@ -204,3 +204,17 @@ def write(args: ModelArgs) -> dict[str, Any]:
     elif kind != "llama" and args.sliding_window is not None:
         config |= {"sliding_window": args.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
     return config
+
+
+def write_rope(args: ModelArgs) -> dict[str, Any]:
+    """The keys on lengths and positions. transformers has no name for `ntk`: it is written, and read again, as the
+    larger base that it is. For `dynamic` its `max_position_embeddings` is the original window; the length that the
+    model is made for stands beside it under a name of ours."""
+    scaling = args.rope_scaling and dict(args.rope_scaling)  # a copy: transformers writes into what it is given
+    theta, length = args.rope_theta, {"max_position_embeddings": args.max_seq_len}
+    if rope.rope_type(scaling) == "ntk":
+        scaling, theta = None, rope.ntk_theta(args.head_dim, theta, scaling["factor"])
+    elif rope.rope_type(scaling) == "dynamic" and scaling.get(ORIGINAL):
+        length = {"max_position_embeddings": scaling.pop(ORIGINAL), "max_seq_len": args.max_seq_len}
+    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    return length | {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}

@@ -95,9 +95,8 @@ class ModelArgs:
             width = int(2 * 4 * self.dim / 3)
             width = int((self.ffn_dim_multiplier or 1) * width)
             fill("hidden_dim", self.multiple_of * -(-width // self.multiple_of))
-        rope.make(
-            self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len
-        )  # refuses what contradicts itself
+        # Refuses, before anything is built, what contradicts itself.
+        rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
 
     def replace(self, **changes: Any) -> ModelArgs:
         """A copy with some fields changed."""

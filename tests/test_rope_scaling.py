@@ -1,6 +1,7 @@
 """Stretched positions against transformers' formulas; what contradicts itself; how a checkpoint is extended."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rope
-from model import ModelArgs
+from model import ModelArgs, Transformer
 
 transformers = pytest.importorskip("transformers")
 
@@ -144,6 +145,60 @@ def test_lengths_of_texts_in_packed_rows():
     expected = [[2, 2, 3, 3, 3, 1, 1], [6, 6, 6, 6, 6, 6, 1]]
     assert rope.text_lengths(positions, doc_ids).tolist() == expected
     assert rope.text_lengths(positions, None).tolist() == [[3], [6]]
+
+
+# ---- models
+
+
+def stretched_model(scaling: dict | None) -> Transformer:
+    torch.manual_seed(0)
+    shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 53, "max_seq_len": 256}
+    model = Transformer(ModelArgs(**shape, rope_scaling=scaling)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model.requires_grad_(False)
+
+
+def logits_error_against_transformers(scaling: dict, length: int) -> float:
+    """Largest difference of a logit, of texts of `length` tokens, from transformers' model of our `config.json`."""
+    model = stretched_model(scaling)
+    config = transformers.AutoConfig.for_model(**model.args.to_hf(), attn_implementation="eager")
+    peer = transformers.AutoModelForCausalLM.from_config(config)
+    peer.load_state_dict(model.state_dict(), strict=True)
+    tokens = torch.randint(53, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return (model(tokens) - peer(tokens).logits).abs().max().item()
+
+
+MODELS = {"ntk": {"rope_type": "ntk", "factor": 4.0}, "dynamic of a window": DYNAMIC} | ENTRIES
+
+
+@pytest.mark.parametrize("length", [L0 // 2, 3 * L0])
+@pytest.mark.parametrize("scaling", MODELS.values(), ids=MODELS)
+def test_logits_equal_transformers(scaling, length):
+    # float32: logits of size 4, and angles up to 200, whose frequencies are rounded elsewhere
+    assert logits_error_against_transformers(scaling, length) < 3e-4
+
+
+def test_logits_show_how_positions_are_stretched():
+    tokens = torch.randint(53, (2, 3 * L0), generator=torch.Generator().manual_seed(1))
+    entries = [None, ENTRIES["linear"], MODELS["ntk"], DYNAMIC, YARN, LLAMA3, LONGROPE]
+    logits = [stretched_model(scaling)(tokens) for scaling in entries]
+    for a, b in itertools.combinations(logits, 2):
+        assert (a - b).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scaling", [*MODELS.values(), CLEX], ids=[*MODELS, "clex"])
+def test_survives_config_json(scaling):
+    args = ModelArgs(dim=64, n_heads=4, max_seq_len=256, rope_scaling=scaling)
+    again = ModelArgs.from_hf(json.loads(json.dumps(args.to_hf())))
+    assert again.max_seq_len == 256
+    ours, theirs = (rope.make(16, a.rope_theta, a.rope_scaling, 256) for a in (args, again))
+    if scaling is CLEX:
+        assert again == args
+    else:
+        assert all(ours.frequencies(n) == theirs.frequencies(n) for n in (1, L0, 200))
+        assert again.to_hf() == ModelArgs.from_hf(again.to_hf()).to_hf()
 
 
 # ---- what contradicts itself
