@@ -49,6 +49,7 @@ KNOWN = {  # what engine.cpp knows of an architecture; in all else it has to be 
     "qk_norm",
     "sliding_window",
 }
+MOST_ROWS = 32  # with more a step is bound by arithmetic, which PyTorch's matrix products do faster
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("engine.cpp")
@@ -99,7 +100,8 @@ class _Model(ctypes.Structure):
 def stepper(model: Transformer, cache: KVCache) -> Step | None:
     """A function `step(ids, positions) -> logits (B, V)` that feeds one id to each of the cache's B rows, stores it at
     its position and gives what `model` would; None where the compiled step does not apply (see `supports`) or cannot
-    be compiled. Good as long as the model's parameters stay where they are; the cache's tensors may be replaced.
+    be compiled. It sees changes made in the parameters, but not that others have taken their place; the cache's
+    tensors may be replaced.
     """
     if not supports(model, cache):
         return None
@@ -117,9 +119,10 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
         *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
     )
+    kept = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])  # as long as the step is
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    def step(ids: Sequence[int], positions: Sequence[int], _keep: tuple = (layers, cos, sin)) -> torch.Tensor:
+    def step(ids: Sequence[int], positions: Sequence[int], _kept: tuple = kept) -> torch.Tensor:
         batch, length = len(ids), max(positions) + 1
         if min(positions) < 0 or length > cache.max_len or cache.keys.shape[1] != batch:
             raise ValueError(
@@ -141,18 +144,24 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
 def supports(model: Transformer, cache: KVCache) -> bool:
     """Whether the compiled step computes what `model` does with `cache`: on a CPU, an architecture it knows, made of
     its own modules (nothing injected, quantized or hooked), one dtype throughout, and a plain cache."""
+    if type(model) is not Transformer or type(cache) is not KVCache:
+        return False
     weight = model.model.embed_tokens.weight
     return (
         weight.dtype in DTYPES
         and model.compute_dtype in (None, weight.dtype)
         and all(getattr(model.args, f.name) == f.default for f in fields(ModelArgs) if f.name not in KNOWN)
-        and all(type(m) in PLAIN and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        and all(type(m) in PLAIN and not touched(m) for m in model.modules())
         and all(p.device.type == "cpu" and p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
-        and type(cache) is KVCache
         and cache.rotated
         and cache.keys.device.type == "cpu"
         and cache.keys.dtype == weight.dtype
     )
+
+
+def touched(module: nn.Module) -> bool:
+    """Whether calling the module does something else than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @functools.cache

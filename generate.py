@@ -10,10 +10,12 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+import engine
 from cache import KVCache
 from model import Transformer
 from progress import Progress
@@ -47,6 +49,8 @@ class Feeder:
         An interrupted pass (Ctrl-C) leaves the cache's length as it was, since some layers have stored and others not.
         """
         width, length = max(map(len, runs)), self.cache.length
+        if width == 1 and len(runs) <= engine.MOST_ROWS and self.step is not None:
+            return self.step([ids[0] for ids in runs], past)[:, None]
         lengths = [n + len(ids) for n, ids in zip(past, runs)]
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in runs], device=self.device)  # (B, T)
         positions = torch.tensor(past, device=self.device)[:, None] + torch.arange(width, device=self.device)  # (B, T)
@@ -58,6 +62,11 @@ class Feeder:
         ends = torch.tensor([len(ids) for ids in runs], device=self.device)
         last = ends[:, None] + torch.arange(-n, 0, device=self.device)  # (B, n)
         return self.model.logits(hidden[torch.arange(len(runs), device=self.device)[:, None], last])
+
+    @cached_property
+    def step(self) -> engine.Step | None:
+        """The faster way to feed one id to every row, where there is one."""
+        return engine.stepper(self.model, self.cache)
 
 
 @contextlib.contextmanager

@@ -148,6 +148,7 @@ def test_only_what_it_computes_right_is_taken():
     assert not refused()
     assert refused(lambda m: setattr(m.model.layers[0].mlp, "up_proj", Adapted(m.model.layers[0].mlp.up_proj)))
     assert refused(lambda m: m.model.layers[0].register_forward_hook(lambda *_: None))
+    assert refused(lambda m: setattr(m.lm_head, "forward", m.lm_head.forward))
     assert refused(lambda m: m.model.norm.double())
     assert refused(lambda m: setattr(m, "compute_dtype", torch.bfloat16))
     assert refused(lambda m: m.to("meta"))
