@@ -72,7 +72,7 @@ class FourBitLinear(QuantizedLinear):
             nested = bnb.QuantState(nested_absmax, code=code, blocksize=SCALES_BLOCK, dtype=torch.float32)
         else:
             absmax = absmax.view(torch.float32)
-        # As one row: in a matrix, bitsandbytes' CPU kernel begins a new block with every row, which quantizing does not.
+        # As one row: bitsandbytes' CPU kernel begins a new block with every row of a matrix, which quantizing does not.
         shape = torch.Size((2 * self.packed.numel(),))
         kind = {"quant_type": self.kind, "blocksize": BLOCK, "dtype": torch.float32}
         state = bnb.QuantState(absmax, shape=shape, offset=offset, state2=nested, **kind)
