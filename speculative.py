@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import cycle, islice, takewhile
 from typing import Protocol
 
 import torch
@@ -74,11 +74,12 @@ class PromptLookup:
         return drafted, certain.double()
 
     def _continuation(self, ids: list[int], n: int) -> list[int]:
-        """What followed the latest earlier occurrence of the longest run, of up to `longest` ids, that ends `ids`."""
+        """What followed the latest earlier occurrence of the longest run, of up to `longest` ids, that ends `ids`;
+        where the text ends before n ids have followed, it is taken to go round again."""
         for size in range(min(self.longest, len(ids) - 1), 0, -1):
             for start in range(len(ids) - size - 1, -1, -1):
                 if ids[start : start + size] == ids[-size:]:
-                    return ids[start + size : start + size + n]
+                    return list(islice(cycle(ids[start + size :]), n))
         return []
 
 

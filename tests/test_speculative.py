@@ -211,7 +211,8 @@ def test_where_only_rounding_parts_them_there_is_still_a_next_id():
         ([5, 1, 2, 9, 7, 2, 8, 5, 1, 2], 1, [9]),  # the longer run is the better reason
         ([1, 2, 3], 4, []),
         ([4], 4, []),
-        ([4, 4], 4, [4]),
+        ([4, 4], 3, [4, 4, 4]),
+        ([7, 1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),  # round and round
         ([1, 2, 1], 0, []),
     ],
 )
