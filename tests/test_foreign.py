@@ -111,7 +111,7 @@ def test_documents_of_a_row_are_apart(tmp_path, kind):
 @pytest.mark.parametrize("kind, more", [("bloom", {"n_head": 4}), ("mamba", {"state_size": 4})])
 def test_a_model_that_takes_no_such_mask_says_so(kind, more):
     config = transformers.AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, vocab_size=29, **more)
-    with pytest.raises(ValueError, match="does not say its .*max_position_embeddings"):
+    with pytest.raises(ValueError, match=r"does not say its .*max_position_embeddings"):
         ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
     config.max_position_embeddings, config.num_attention_heads = 64, 4
     model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
