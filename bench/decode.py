@@ -53,7 +53,7 @@ class Args:
     variants: tuple[Literal[VARIANTS], ...] = VARIANTS[:3]  # type: ignore[valid-type]
     """what takes turns; "ours uncompiled" goes without engine.cpp; "transformers compiled" has a static cache and a
     compiled forward pass, which takes about a minute more a row of the table"""
-    tokens: int = 48
+    tokens: int = 64
     """length of an answer"""
     repeats: int = 5
     """measured answers of each variant, after one that is not"""
