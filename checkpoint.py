@@ -157,12 +157,18 @@ def checkpoints(run: Path) -> list[Path]:
 def newest(run: Path) -> Path | None:
     """What a run goes on from: what its link `last` leads to, or its newest checkpoint where there is no such link (a
     copy may lose links, and a kill may come before the first); None where there is none. ValueError where the link has
-    become a folder."""
+    become a folder, or leads nowhere."""
     last = run / "last"
     if last.is_dir() and not last.is_symlink():
         raise ValueError(
             f"{last} should be a link to a checkpoint, and is a folder: the run was copied with its links followed; "
             f"remove {last} and {run / 'best'}, and it goes on from its newest checkpoint"
+        )
+    if last.is_symlink() and not last.exists():  # which of the other checkpoints to take instead is not ours to say
+        left = ", ".join(path.name for path in checkpoints(run)) or "none"
+        raise ValueError(
+            f"{last} leads to {last.readlink()}, which is not there (checkpoints that are: {left}); let it lead to "
+            f"one of them (ln -sfn step_N {last}), or start anew with --train.resume never"
         )
     return last if last.exists() else next(reversed(checkpoints(run)), None)
 

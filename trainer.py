@@ -185,13 +185,16 @@ class Trainer:
             try:
                 while not self.finished and not self.stopping:
                     norm = self._step()
-                    if self._due(self.args.log_interval):
+                    at_end = self.progress.step == self.total_steps
+                    if self._due(self.args.log_interval) or (at_end and self.args.log_interval):
                         self._log(norm, clock)
-                    if self.progress.step == self.total_steps:
+                    if at_end:
                         break
                     if self._due(self.args.eval_interval) and self.eval_data is not None:
                         self._evaluate_and_save()
                         if self.finished:
+                            if self.args.log_interval and self.progress.targets:
+                                self._log(norm, clock)
                             self.log.say(f"no better held-out loss in {self.args.patience} evaluations: stopping early")
                     elif self._due(self.args.save_interval):
                         self._save()

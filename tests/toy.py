@@ -1,22 +1,31 @@
 """A training run small enough to do over and over: a bin whose next token is easy to learn, a model of a few thousand
 parameters, and the trainer that puts them together."""
 
+import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 import checkpoint
+import runlog
+import trainer
 from bins import BinWriter, TokenBin
-from dataset import PretrainData
+from dataset import Batch, PretrainData
 from distributed import make_backend
 from model import ModelArgs, Transformer
 from optim import OptimArgs, build_optimizer
+from runlog import read_metrics
 from trainer import TrainArgs, Trainer
 
 VOCAB = 29
 EOS = 2
+# an epsilon this large keeps AdamW from blowing up the last bit of small gradients
+SMOOTH = OptimArgs(optimizer="adamw", lr=0.01, eps=0.01, warmup_steps=3)
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": VOCAB, "multiple_of": 8}
 
 
@@ -56,3 +65,43 @@ def toy_data(folder: Path, **changes: Any) -> PretrainData:
     """Batches of 6 rows of 16 tokens over a toy bin in `folder`."""
     bins = [toy_bin(folder)]
     return PretrainData(bins, **{"seq_len": 16, "batch_size": 6, "seed": 0} | changes)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Neither half a second for the rate of matrix products nor one for the picture, in every run."""
+    monkeypatch.setattr(trainer, "peak_flops", lambda *_: (1e12, "not measured"))
+    monkeypatch.setattr(runlog, "draw_losses", lambda *_: None)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+
+
+def rows(run: Path) -> list[dict]:
+    """The rows of the log that do not depend on the clock."""
+    return [row for row in read_metrics(run / "metrics.jsonl") if "mfu" not in row]
+
+
+@dataclasses.dataclass
+class Changed:
+    """A batch source whose batches go through `change(step, batch)`."""
+
+    source: PretrainData
+    change: object
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def batch(self, step, rank=0, world=1) -> Batch:
+        return self.change(step, self.source.batch(step, rank, world))
+
+
+def weighted(bad_steps) -> object:
+    """A change that makes the loss of some steps infinite."""
+
+    def change(step, batch):
+        value = math.inf if step in bad_steps else 1.0
+        return dataclasses.replace(batch, loss_weights=torch.full(batch.tokens.shape, value))
+
+    return change

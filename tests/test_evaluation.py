@@ -1,0 +1,48 @@
+"""What is measured on held-out data, against the same by hand."""
+
+import math
+
+import pytest
+import torch
+from toy import EOS, SHAPE, VOCAB, quick, toy_bin, toy_data  # noqa: F401
+
+from dataset import IGNORE, PretrainData
+from evaluation import evaluate
+from model import ModelArgs, Transformer
+
+
+def test_bits_per_byte_by_hand(tmp_path):
+    data = PretrainData([toy_bin(tmp_path, documents=5)], seq_len=7, batch_size=4, seed=0)
+    model = Transformer(ModelArgs(**SHAPE))
+    token_bytes = torch.arange(VOCAB).numpy() % 5
+    token_bytes[EOS] = 0
+    nats, targets, n_bytes = 0.0, 0, 0
+    for step in range(data.steps_per_epoch):
+        batch = data.batch(step)
+        log_p = model(batch.tokens).double().log_softmax(-1)
+        for row in range(4):
+            for t in range(7):
+                target = batch.targets[row, t].item()
+                if target != IGNORE:
+                    nats -= log_p[row, t, target].item()
+                    targets += 1
+                    n_bytes += int(token_bytes[target])
+    assert targets == len(data.bins[0])
+    measures = evaluate(model, data, token_bytes)
+    assert measures == pytest.approx({"loss": nats / targets, "bits_per_byte": nats / math.log(2) / n_bytes}, rel=1e-5)
+    assert evaluate(model, data).keys() == {"loss"}
+    assert evaluate(model, data, token_bytes, micro_batch_size=3) == pytest.approx(measures, rel=1e-6)  # float32 sums
+    first = evaluate(model, data, max_batches=1)["loss"]
+    batch = data.batch(0)
+    loss, count = model(batch.tokens, batch.targets)
+    assert first == pytest.approx((loss / count).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_no_trace(tmp_path, training):
+    model = Transformer(ModelArgs(**SHAPE)).train(training)
+    state = torch.get_rng_state()
+    evaluate(model, toy_data(tmp_path))
+    assert model.training is training
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
