@@ -73,7 +73,7 @@ class FourBitLinear(QuantizedLinear):
         else:
             absmax = absmax.view(torch.float32)
         # As one row: bitsandbytes' CPU kernel begins a new block with every row of a matrix, which quantizing does not.
-        shape = torch.Size((2 * self.packed.numel(),))
+        shape = torch.Size((1, 2 * self.packed.numel()))
         kind = {"quant_type": self.kind, "blocksize": BLOCK, "dtype": torch.float32}
         state = bnb.QuantState(absmax, shape=shape, offset=offset, state2=nested, **kind)
         row = bnb.dequantize_4bit(self.packed, state).flatten()

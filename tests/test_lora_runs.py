@@ -63,7 +63,6 @@ def outcome(folder: Path, out: str) -> tuple[str, list[dict]]:
 @pytest.fixture(scope="module")
 def whole(folder) -> dict[str, tuple[str, list[dict]]]:
     """What came of each kind of run, to its end at once; made when asked for."""
-    done: dict[str, tuple[str, list[dict]]] = {}
 
     class Made(dict):
         def __missing__(self, kind: str) -> tuple[str, list[dict]]:
@@ -71,7 +70,7 @@ def whole(folder) -> dict[str, tuple[str, list[dict]]]:
             self[kind] = outcome(folder, f"whole {kind}")
             return self[kind]
 
-    return Made(done)
+    return Made()
 
 
 def skip_without_bitsandbytes(kind: str) -> None:
@@ -133,7 +132,7 @@ def test_another_adapter_is_another_run(folder, whole):
 
 
 def test_a_quantized_base_wants_an_adapter(folder):
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context():
+    with pytest.raises(SystemExit):
         run(folder, "none", "qlora", "--lora.method", "none")
 
 
