@@ -63,3 +63,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
         return grad_hidden * upstream, grad_weight * upstream, None, None, None, None
+
+
+def linear_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, block_rows: int = 0
+) -> torch.Tensor:
+    """`log softmax(hidden @ weight.T)[target]` of each token, (N,) float32 or wider; 0 where the target is ignored.
+
+    Arguments as of `linear_cross_entropy`. What comes back for a token is known only in the backward pass, so there
+    each block of logits is made a second time.
+    """
+    block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
+    return _LinearLogProbs.apply(hidden, weight, targets.clamp(min=0), targets != IGNORE, block_rows)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, wanted, block_rows):
+        w, lse, chosen = weight.to(hidden.dtype), [], []
+        for h, t in zip(hidden.split(block_rows), targets.split(block_rows)):
+            logits = F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
+            lse.append(logits.logsumexp(dim=-1))
+            chosen.append(logits.gather(1, t[:, None])[:, 0])
+        lse = torch.cat(lse)  # (N,)
+        log_p = (torch.cat(chosen) - lse) * wanted
+        ctx.save_for_backward(hidden, weight, targets, wanted, lse, log_p)
+        ctx.block_rows = block_rows
+        return log_p
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, *_ = ctx.saved_tensors
+        w, of_hidden, of_weight = weight.to(hidden.dtype), [], None
+        columns = (*ctx.saved_tensors[2:], upstream)  # (N,) each
+        for h, t, wanted, lse, log_p, u in zip(*(x.split(ctx.block_rows) for x in (hidden, *columns))):
+            # d log p / d logits = onehot - softmax, the target's column apart: 1 - p needs float32
+            t, u = t[:, None], (u * wanted)[:, None]
+            logits = F.linear(h, w).to(u.dtype)  # (n, V)
+            d = logits.sub_(lse[:, None]).exp_().mul_(-u).to(h.dtype)  # in the place of the logits
+            d.scatter_(1, t, (-log_p[:, None].expm1() * u).to(h.dtype))
+            if ctx.needs_input_grad[0]:
+                of_hidden.append(d @ w)  # (n, d)
+            if ctx.needs_input_grad[1]:
+                block = (d.t() @ h).to(weight.dtype)  # (V, d)
+                of_weight = block if of_weight is None else of_weight.add_(block)
+        return torch.cat(of_hidden) if of_hidden else None, of_weight, None, None, None
