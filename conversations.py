@@ -127,6 +127,9 @@ def _read_turns(record: Any) -> Messages:
     if not isinstance(record, dict):
         raise ValueError(f"the record is {type(record).__name__}, expected an object with named fields")
     messages = next((found for read in FORMS if (found := read(record)) is not None), None)
+    is_pair = any(chosen in record and rejected in record for chosen, rejected in PAIRS)
+    if is_pair and not (messages and messages[-1]["role"] == "assistant"):
+        raise ValueError("it holds a pair of answers, which are for preference tuning: --objective dpo or orpo")
     if messages is None:
         raise ValueError(f"no question and answer under the keys {', '.join(map(str, record)) or '(none)'}")
     if not messages:
@@ -170,7 +173,8 @@ def to_pair(record: Any) -> PreferencePair:
         raise ValueError(f"the record is {type(record).__name__}, expected an object with named fields")
     names = next((names for names in PAIRS if names[0] in record and names[1] in record), None)
     if names is None:
-        raise ValueError(f"no chosen and rejected under the keys {', '.join(map(str, record)) or '(none)'}")
+        keys = ", ".join(map(str, record)) or "(none)"
+        raise ValueError(f"no chosen and rejected under the keys {keys}; conversations are for --objective sft")
     chosen, rejected = (_answer(record[name]) for name in names)
     prompt = _prompt(record)
     if not prompt:
@@ -230,9 +234,18 @@ def file_conversations(
     return _read_files(path, broken, read, "usable answer")
 
 
-def preference_pairs(path: Path, broken: list[BadRecord]) -> Iterator[PreferencePair]:
+def preference_pairs(
+    path: Path, broken: list[BadRecord], check: Callable[[Messages], None] | None = None
+) -> Iterator[PreferencePair]:
     """Every pair of answers at `path`; like `file_conversations` otherwise."""
-    return _read_files(path, broken, to_pair, "pair of answers")
+
+    def read(value: Any) -> PreferencePair:
+        pair = to_pair(value)
+        for messages in pair.conversations() if check else ():
+            check(messages)
+        return pair
+
+    return _read_files(path, broken, read, "pair of answers")
 
 
 def _read_files(path: Path, broken: list[BadRecord], read: Callable[[Any], T], wanted: str) -> Iterator[T]:

@@ -53,7 +53,7 @@ class Batch:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if x is None else change(x) for name, x in tensors.items()})
+        return type(self)(**{name: None if x is None else change(x) for name, x in tensors.items()})
 
 
 class BatchSource(Protocol):

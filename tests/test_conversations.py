@@ -279,3 +279,24 @@ def test_files_without_an_answer_are_refused(tmp_path):
         list(file_conversations(tmp_path / "a.txt", []))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list(file_conversations(tmp_path / "nowhere.jsonl", []))
+
+
+def test_pairs_and_conversations_are_told_apart(tmp_path):
+    asked = {"conversations": [{"from": "human", "value": "q"}]}
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, asked | {"chosen": "a", "rejected": "b"}]
+    for record in pairs:
+        with pytest.raises(ValueError, match="a pair of answers, which are for preference tuning: --objective dpo"):
+            to_messages(record)
+    with pytest.raises(ValueError, match=r"no chosen and rejected under the keys q, a; .* --objective sft"):
+        to_pair({"q": "q", "a": "a"})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in pairs))
+
+    def check(messages):
+        if messages[-1]["content"] == "b":
+            raise ValueError("not b")
+
+    broken = []
+    with pytest.raises(ValueError, match="has no pair of answers in 2 records"):
+        list(preference_pairs(path, broken, check))
+    assert [record.reason for record in broken] == ["not b"] * 2
