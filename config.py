@@ -12,16 +12,19 @@ one validation and one error message, and the later value wins.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
 import hashlib
 import inspect
+import io
 import json
 import platform
 import shutil
 import subprocess
 import sys
+import traceback
 import typing
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +47,8 @@ def fail(message: str) -> NoReturn:
 def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     """An instance of the dataclass `cls` from `--config FILE` (its `section`) and flags; flags win.
 
-    Exits non-zero with one clear message on an unknown key, a wrong type or an unreadable file.
+    Exits non-zero with one clear message on an unknown key, a wrong type, a value that a dataclass refuses in its
+    `__post_init__`, or an unreadable file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     from_file, flags = [], []
@@ -59,14 +63,37 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
             from_file += as_flags(cls, read_section(path, section), where=f"{path}: {section}")
         else:
             fail("--config expects a YAML file, such as configs/tiny.yaml")
-    return tyro.cli(
-        cls,
-        args=from_file + flags,
-        prog=f"{section}.py",
-        description=f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags win.",
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-    )
+    description = f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags win."
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                cls,
+                args=from_file + flags,
+                prog=f"{section}.py",
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            )
+    except SystemExit as stop:
+        if error := refused_by_dataclass(stop):
+            fail(" ".join(str(error).split()))
+        sys.stderr.write(told.getvalue())
+        raise
+
+
+def refused_by_dataclass(stop: SystemExit) -> ValueError | None:
+    """The error raised in the `__post_init__` of a dataclass, if that is why tyro stopped.
+
+    tyro draws a box around it and exits while it handles it, so it stands in the chain of contexts.
+    """
+    error = stop.__context__
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and any(frame.f_code.co_name == "__post_init__" for frame, _ in frames):
+            return error
+        error = error.__context__
+    return None
 
 
 def read_section(path: Path, section: str) -> dict[str, Any]:
