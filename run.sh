@@ -304,6 +304,7 @@ main() {
   trap 'stopped=130' INT # the terminal sends Ctrl-C to the child as well
   trap 'stopped=143; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
   export PYTHONUNBUFFERED=1 # a log shows what happens now
+  export PYTHONUTF8=1 # in the C locale torch itself fails where its path is Chinese
   # By default OpenMP's threads spin while they wait for one another; beside any other busy program, that one then waits for
   # a thread which cannot run because of the other's spinning, and training was seen seven times slower.
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
