@@ -33,6 +33,8 @@ class Batch:
     """int32; attention never crosses a change of id, -1 is padding; None means one document a row."""
     loss_weights: torch.Tensor | None = None
     """float32 weight of each target's loss; None means 1."""
+    groups: torch.Tensor | None = None
+    """int64 number of the group (such as a task) whose loss a target counts to in the log; None: there is but one."""
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -81,6 +81,7 @@ class ForeignModel(nn.Module):
         positions: torch.Tensor | None = None,
         doc_ids: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
+        token_losses: bool = False,
         cache: TokenCache | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, T, V) in float32; or, with `targets`, the sum of the token losses and the number of targets.
@@ -92,9 +93,9 @@ class ForeignModel(nn.Module):
         if targets is None:
             return logits
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-        if loss_weights is not None:
-            losses = losses * loss_weights.flatten()
-        return losses.sum(), (targets != IGNORE).sum()
+        weighted = losses if loss_weights is None else losses * loss_weights.flatten()
+        told = losses.detach().view_as(targets) if token_losses else (targets != IGNORE).sum()
+        return weighted.sum(), told
 
     def hidden(
         self,

@@ -20,19 +20,22 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     loss_weights: torch.Tensor | None = None,
     block_rows: int = 0,
+    token_losses: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets.
+    """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets or, with
+    `token_losses`, the loss of each of them.
 
     hidden (N, d) in the compute dtype, weight (V, d), targets (N,) int64 with -100 where ignored, loss_weights (N,)
     float32 or None. block_rows: rows of logits that exist at a time; 0: as many as make BLOCK_SIZE of them. Returns a
-    float32 scalar, differentiable in hidden and weight, and an int64 scalar.
+    float32 scalar, differentiable in hidden and weight, and an int64 scalar, or float32 losses (N,): without their
+    weights, detached, 0 where nothing is trained.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     wanted = targets != IGNORE
     scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss = _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows, need_grad)
-    return loss, wanted.sum()
+    loss, losses = _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows, need_grad)
+    return loss, losses * wanted if token_losses else wanted.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -41,13 +44,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)  # (V, d)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden, grad_weight = [], None
+        grad_hidden, grad_weight, losses = [], None, []
         for h, t, s in zip(hidden.split(block_rows), targets.split(block_rows), scale.split(block_rows)):
             logits = F.linear(h, w).to(wide)  # (n, V)
             t, s = t[:, None], s[:, None].to(wide)
             lse = logits.logsumexp(dim=-1, keepdim=True)
             log_p = logits.gather(1, t) - lse  # (n, 1)
             total = total - (log_p * s).sum()
+            losses.append(-log_p[:, 0])
             if need_grad:  # d loss / d logits = s * (softmax - onehot), the target's column apart: p - 1 needs float32
                 d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # in the place of the logits
                 d.scatter_(1, t, (log_p.expm1() * s).to(h.dtype))
@@ -56,10 +60,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = block if grad_weight is None else grad_weight.add_(block)
         if need_grad:
             ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
-        return total
+        losses = torch.cat(losses)  # (N,)
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
         return grad_hidden * upstream, grad_weight * upstream, None, None, None, None

@@ -252,6 +252,7 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         doc_ids: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
+        token_losses: bool = False,
         cache: KVCache | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, T, V) in float32; or, with `targets`, the sum of the token losses and the number of targets.
@@ -259,13 +260,17 @@ class Transformer(nn.Module):
         tokens (B, T) int64. targets (B, T) int64, already shifted, -100 where ignored. positions (B, T) restart per
         document in packed rows; default 0..T-1, or what follows the cache. doc_ids (B, T) int32: attention never
         crosses a change of id. loss_weights (B, T) float32 multiply each token's loss. The caller divides the sum by
-        the number of targets of the whole optimizer step, over micro-batches and ranks.
+        the number of targets of the whole optimizer step, over micro-batches and ranks. token_losses: the loss of each
+        target (B, T), without its weight and detached, in place of their number.
         """
         hidden = self.hidden(tokens, positions=positions, doc_ids=doc_ids, cache=cache)  # (B, T, dim)
         if targets is None:
             return self.logits(hidden)
         weights = None if loss_weights is None else loss_weights.flatten()
-        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights)
+        loss, told = linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights, token_losses=token_losses
+        )
+        return loss, told.view_as(targets) if token_losses else told
 
     def hidden(
         self,

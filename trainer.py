@@ -13,11 +13,11 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,72 +26,15 @@ import attention
 import checkpoint
 from dataset import BatchSource
 from distributed import SingleProcess
-from evaluation import evaluate, shown
+from evaluation import evaluate, shown, sums_by_group
 from flops import train_flops_per_token
 from hardware import can_compile, has_bfloat16, peak_flops
 from model import Transformer
 from optim import OptimArgs, Optimizers, lr_factor
 from runlog import RunLog
+from train_args import TrainArgs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainArgs:
-    """The loop."""
-
-    max_steps: int = 0
-    """optimizer steps; 0: as many as `epochs` takes"""
-    epochs: float = 1.0
-    """passes over the data, when max_steps is 0"""
-    micro_batch_size: int = 0
-    """rows a process takes through the model at once (gradients are accumulated); 0: all of its rows"""
-    grad_clip: float = 1.0
-    """clip the gradient norm to this; 0: never"""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """of activations and matrix products (parameters stay fp32); auto: bf16 where the hardware has it"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on where a C++ compiler or a GPU is found"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: a third more work, far less memory"""
-    attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = "auto"
-    """what computes attention; auto: the fastest that can do it here"""
-    s2_group: int = 0
-    """attend in shifted groups of so many tokens (LongLoRA's S2-Attn) while training; 0: in full"""
-    s2_min_len: int = 0
-    """and only over rows of this many tokens or more"""
-    float32_matmul: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
-    backend: Literal["single", "ddp", "deepspeed"] = "single"
-    """single: one process; ddp: started by torchrun"""
-    device: str = "auto"
-    """auto: cuda, else mps, else cpu"""
-    seed: int = 0
-    """of initialisation and of the order of the data"""
-    log_interval: int = 20
-    """steps between lines of the log"""
-    eval_interval: int = 250
-    """steps between evaluations on held-out data; 0: only at the end"""
-    eval_batches: int = 20
-    """batches of an evaluation on the way; the last one takes all; 0: always all"""
-    save_interval: int = 500
-    """steps between checkpoints; the best and the last are saved besides"""
-    keep: int = 3
-    """checkpoints to keep (the best and the last always stay)"""
-    patience: int = 0
-    """stop after this many evaluations without a new best; 0: never"""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the last checkpoint in the run directory; never: start anew, replacing it"""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError on a number below 0 (as a norm to clip to, it would turn all gradients around), or none."""
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} should be 0 or more, and finite, found {value}")
-        if not self.max_steps and not self.epochs:
-            raise ValueError("max_steps and epochs are both 0: there is nothing to train")
-        if self.s2_group:
-            attention.ShiftedSparse(self.s2_group)  # refused where it cannot be halved
 
 
 @dataclass
@@ -106,6 +49,20 @@ class Progress:
     loss_sum: float = 0.0  # since the last line of the log
     targets: int = 0  # likewise
     skipped: int = 0  # steps in a row whose gradient was not finite
+    group_losses: list[float] = field(default_factory=list)  # of each group, since the last line of the log
+    group_targets: list[float] = field(default_factory=list)  # likewise
+    metric: str = "loss"  # which `best` is one of
+
+
+class Adaptive(Protocol):
+    """What changes in the course of a run beside the weights, such as how much each task counts."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called on every rank after each step; returns what is to be logged."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Trainer:
@@ -113,6 +70,7 @@ class Trainer:
 
     save(directory) and load(directory) put the trained weights into a checkpoint and take them back. `identity` names
     what determines the order of the losses (data, seed, batch size): a checkpoint of another identity is not resumed.
+    `group_names`: what the groups of the batches are called, whose losses are logged one by one as loss/NAME.
     """
 
     def __init__(
@@ -130,13 +88,20 @@ class Trainer:
         identity: dict[str, Any],
         eval_data: BatchSource | None = None,
         token_bytes: np.ndarray | None = None,
+        group_names: Sequence[str] = (),
+        adaptive: Adaptive | None = None,
     ) -> None:
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
         self.args, self.optim, self.run = args, optim, run
         self.save_weights, self.load_weights, self.identity = save, load, identity
         self.eval_data, self.token_bytes = eval_data, token_bytes
+        self.group_names, self.adaptive = list(group_names), adaptive
+        measures = ["loss", *["bits_per_byte"] * (token_bytes is not None), *(f"loss/{name}" for name in group_names)]
+        if eval_data is not None and args.metric not in measures:
+            raise ValueError(f"--train.metric should be one of {', '.join(measures)}, found {args.metric!r}")
         self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
-        self.progress = Progress()
+        self.progress = Progress(metric=args.metric)
+        self._forget_groups()
         self.saved_step = -1  # the step that `last` leads to
         self.stop_signal = 0  # what this process was asked to stop by
         self.stopping = False  # whether any rank was, which all of them know at the end of a step
@@ -185,6 +150,8 @@ class Trainer:
             try:
                 while not self.finished and not self.stopping:
                     norm = self._step()
+                    if self.adaptive is not None and (values := self.adaptive.after_step(self.progress.step)):
+                        self.log.write(self.progress.step, values)
                     at_end = self.progress.step == self.total_steps
                     if self._due(self.args.log_interval) or (at_end and self.args.log_interval):
                         self._log(norm, clock)
@@ -195,7 +162,8 @@ class Trainer:
                         if self.finished:
                             if self.args.log_interval and self.progress.targets:
                                 self._log(norm, clock)
-                            self.log.say(f"no better held-out loss in {self.args.patience} evaluations: stopping early")
+                            which, n = self.args.metric, self.args.patience
+                            self.log.say(f"no better held-out {which} in {n} evaluations: stopping early")
                     elif self._due(self.args.save_interval):
                         self._save()
                 return self._finish()
@@ -214,24 +182,32 @@ class Trainer:
         (n_targets,) = backend.sum([batch.n_targets])
         self.optimizer.set_lr(lr_factor(p.step, self.total_steps, self.optim))
         loss_sum = torch.zeros((), device=backend.device)
+        by_group = torch.zeros(2, len(self.group_names), dtype=torch.float64)
         parts = batch.split(args.micro_batch_size)
         for part in parts:
             micro = part.to(backend.device)
             with backend.accumulating(last=part is parts[-1]):
-                loss, _ = self.forward(
+                loss, token_losses = self.forward(
                     micro.tokens,
                     micro.targets,
                     positions=micro.positions,
                     doc_ids=micro.doc_ids,
                     loss_weights=micro.loss_weights,
+                    **{"token_losses": True} if self.group_names else {},
                 )
                 backend.backward(loss / max(1, n_targets))
             loss_sum += loss.detach()
+            if self.group_names:
+                by_group += sums_by_group(token_losses, micro, len(self.group_names))
         norm = backend.step(args.grad_clip)
-        loss_total, n_asked = backend.sum([loss_sum.item(), bool(self.stop_signal)])
+        loss_total, n_asked, *sums = backend.sum(
+            [loss_sum.item(), bool(self.stop_signal), *by_group.flatten().tolist()]
+        )
         self.stopping = n_asked > 0
         if math.isfinite(norm):
             p.loss_sum, p.targets, p.skipped = p.loss_sum + loss_total, p.targets + int(n_targets), 0
+            p.group_losses = [a + b for a, b in zip(p.group_losses, sums)]
+            p.group_targets = [a + b for a, b in zip(p.group_targets, sums[len(self.group_names) :])]
         else:
             p.skipped += 1
             self.log.say(f"step {p.step + 1}: gradient norm {norm}; the step was skipped ({p.skipped} in a row)")
@@ -243,31 +219,43 @@ class Trainer:
         p.tokens += backend.world * batch.tokens.numel()
         return norm
 
-    def _due(self, interval: int) -> bool:
-        return interval > 0 and self.progress.step % interval == 0
+    def _due(self, interval: float) -> bool:
+        """Whether the step that was done ends an interval, in steps or, below 1, as a share of an epoch."""
+        steps = interval if interval >= 1 else max(1, round(interval * self.data.steps_per_epoch))
+        return interval > 0 and self.progress.step % steps == 0
+
+    def _forget_groups(self) -> None:
+        n = len(self.group_names)
+        self.progress.group_losses, self.progress.group_targets = [0.0] * n, [0.0] * n
 
     def _log(self, norm: float, clock: Clock) -> None:
         p = self.progress
         loss = p.loss_sum / p.targets if p.targets else math.nan
+        parts = zip(self.group_names, p.group_losses, p.group_targets)
+        by_group = {f"loss/{name}": nats / targets for name, nats, targets in parts if targets}
         p.loss_sum, p.targets = 0.0, 0
+        self._forget_groups()
         lr = self.optimizer.param_groups[0]["lr"]
-        self.log.write(p.step, {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": p.tokens})
+        self.log.write(p.step, {"loss": loss, **by_group, "lr": lr, "grad_norm": norm, "tokens": p.tokens})
         rate, left, mfu = clock.read(p, train_flops_per_token(self.model.args, self.data.seq_len))
         self.log.write(p.step, {"tokens_per_second": rate, "mfu": mfu})
-        shown = {"loss": f"{loss:.4f}", "norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "tok/s": f"{rate:.0f}"}
+        shown = {"loss": f"{loss:.4f}"} | {name.removeprefix("loss/"): f"{nats:.4f}" for name, nats in by_group.items()}
+        shown |= {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "tok/s": f"{rate:.0f}"}
         self.log.progress(p.step, shown | {"mfu": f"{mfu:.0%}", "left": f"{left // 60:.0f}m{left % 60:02.0f}s"})
 
     def _evaluate(self, max_batches: int | None) -> dict[str, float]:
         size = self.args.micro_batch_size
-        return evaluate(self.model, self.eval_data, self.token_bytes, max_batches, self.backend, size)
+        groups = self.group_names
+        return evaluate(self.model, self.eval_data, self.token_bytes, max_batches, self.backend, size, groups)
 
     def _evaluate_and_save(self) -> None:
         """Evaluate on the first `eval_batches` batches, log it and save; it is the `best` if none was better."""
         p = self.progress
         measures = self._evaluate(self.args.eval_batches or None)
         self.log.write(p.step, {f"eval_{name}": value for name, value in measures.items()})
-        is_best, p.evaluated = measures["loss"] < p.best, p.step
-        p.best, p.evals_since_best = (measures["loss"], 0) if is_best else (p.best, p.evals_since_best + 1)
+        value = measures[self.args.metric]
+        is_best, p.evaluated = value < p.best, p.step
+        p.best, p.evals_since_best = (value, 0) if is_best else (p.best, p.evals_since_best + 1)
         self.log.say(f"step {p.step}: held out: {shown(measures)}{' (best)' if is_best else ''}")
         self._save(is_best)
 
@@ -309,6 +297,8 @@ class Trainer:
                     self.save_weights(aside)
                     state = {"progress": vars(p), "optimizer": self.optimizer.state_dict(), "rng": rng}
                     state |= {"scaler": backend.scaler.state_dict(), "identity": self.identity}
+                    if self.adaptive is not None:
+                        state["adaptive"] = self.adaptive.state_dict()
                     checkpoint.save_state(aside, state)
             if is_best:
                 checkpoint.point(self.run / "best", directory)
@@ -341,10 +331,14 @@ class Trainer:
             self.backend.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.backend.world:
             checkpoint.set_rng_state(state["rng"][self.backend.rank], self.backend.device)
+        if self.adaptive is not None:
+            self.adaptive.load_state_dict(state["adaptive"])
         self.progress = Progress(**state["progress"])
         self.saved_step = self.progress.step if last.name == "last" else -1
-        if not (self.run / "best").exists():  # which checkpoint it was is lost: the next evaluation finds one anew
+        if not (self.run / "best").exists() or self.progress.metric != self.args.metric:
+            # which checkpoint was the best is lost, or of no use: the next evaluation finds one anew
             self.progress.best, self.progress.evals_since_best, self.progress.evaluated = math.inf, 0, -1
+            self.progress.metric = self.args.metric
 
 
 @contextmanager

@@ -116,3 +116,17 @@ def test_all_logits_never_exist():
     with LargestTensor() as blockwise:
         linear_cross_entropy(hidden, weight, targets, weights, block)[0].backward()
     assert blockwise.numel == block * V  # V x d is smaller
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_the_loss_of_each_target(block):
+    hidden, weight = torch.randn(8, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    targets, weights = torch.tensor([1, IGNORE, 3, 0, 10, IGNORE, 5, 5]), torch.rand(8)
+    loss, losses = linear_cross_entropy(hidden, weight, targets, weights, block, token_losses=True)
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-6, rtol=1e-6)  # float32
+    assert not losses.requires_grad and losses[1] == losses[5] == 0
+    assert loss.item() == pytest.approx((expected * weights).sum().item(), rel=1e-6)
+    loss.backward()
+    gradient = torch.autograd.grad((expected * weights).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, gradient, atol=1e-5, rtol=1e-5)
