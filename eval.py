@@ -50,7 +50,9 @@ class Args:
     """Talk to a model, let it answer a file of questions, or measure it."""
 
     model: Path = DEFAULT_MODEL
-    """the model directory, or a run directory (then its best); if the default is missing: the newest below out/"""
+    """a model or adapter directory, or a run's (then its best); if the default is missing: the newest below out/"""
+    base: Path | None = None
+    """of an adapter: the directory of the model it belongs to; None: the one that adapter_config.json names"""
     task: Literal["chat", "loss", "poems"] = "chat"
     """chat: answer (interactively, --prompt, --input, --demo); loss: on held-out data; poems: count the well-formed"""
     prompt: str | None = None
@@ -112,7 +114,8 @@ def main(args: Args) -> dict[str, Any]:
     device = make_backend("single", args.device).device
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
     attention.check(args.attention, dtype, device, training=False)
-    speaker = load_speaker(find_model(args.model), device, dtype, args.system, args.raw, args.stop, args.cache)
+    given = (find_model(args.model), device, dtype, args.system, args.raw, args.stop, args.cache, args.base)
+    speaker = load_speaker(*given)
     with attention.use(args.attention):
         return do(speaker, args)
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 import generate
+import lora
 from chat_template import ChatTemplate, check_messages, load_template
 from checkpoint import load_model
 from console import tell
 from hardware import has_bfloat16
+from lora import peft_files
 from model import Transformer
 from sampling import SamplingParams
 from speculative import DraftModel, PromptLookup, Speculator
@@ -85,14 +87,24 @@ def load_speaker(
     raw: bool = False,
     stop: Sequence[str] = (),
     cache: str = "static",
+    base: Path | None = None,
 ) -> Speaker:
     """The model in `directory`. raw: without a chat template, whatever the tokenizer has; stop, cache: see `Speaker`.
+    base: of an adapter, the model it belongs to; None: the one that the adapter names.
 
     Raises ValueError where model and tokenizer do not belong together.
     """
-    tokenizer = load_tokenizer(directory)
+    adapter = directory if (directory / peft_files.CONFIG).is_file() else None
+    if adapter is not None:
+        base = find_base(adapter, base)
+        tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base)
+    elif base is None:
+        tokenizer = load_tokenizer(directory)
+    else:
+        raise ValueError(f"--base is for an adapter, and {directory} is a whole model: leave it out")
     stop_strings = StopStrings(tokenizer, stop)
-    model = load_model(directory, device, dtype).eval()
+    model = load_model(directory, device, dtype) if adapter is None else load_adapted(adapter, base).to(device, dtype)
+    model.eval()
     if tokenizer.vocab_size > model.args.vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}: "
@@ -124,23 +136,55 @@ def fastest_dtype(device: torch.device, decodes: bool) -> torch.dtype:
 
 
 def find_model(path: Path) -> Path:
-    """`path`, or the best in it; if `path` is the default and missing, the newest model directory below out/."""
+    """`path`, or the best in it; if `path` is the default and missing, the newest model directory below out/. A
+    directory that holds an adapter counts, too."""
     for directory in (path, path / "best", path / "last"):
-        if (directory / "config.json").is_file():
+        if is_model(directory):
             return directory
-    if path.name == "best" and (path.with_name("last") / "config.json").is_file():
+    if path.name == "best" and is_model(path.with_name("last")):
         return path.with_name("last")  # of a run that was not evaluated
     advice = "run `bash run.sh` to train one, or give --model DIR"
     if path != DEFAULT_MODEL:
         what = "is no model directory (it has no config.json)" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; {advice}")
     # A directory that begins with a dot is one that is still being written.
-    found = [p for p in Path("out").rglob("config.json") if not any(part.startswith(".") for part in p.parts)]
+    kinds = (p for name in ("config.json", peft_files.CONFIG) for p in Path("out").rglob(name))
+    found = [p for p in kinds if not any(part.startswith(".") for part in p.parts)]
     if not found:
         raise FileNotFoundError(f"there is no model at {path} and none below out/; {advice}")
     newest = max(found, key=lambda p: p.stat().st_mtime).parent
     tell(f"there is no model at {path}; using the newest, {newest}")
     return newest
+
+
+def is_model(directory: Path) -> bool:
+    """Whether a directory holds a model, or an adapter of one."""
+    return (directory / "config.json").is_file() or (directory / peft_files.CONFIG).is_file()
+
+
+def find_base(adapter: Path, given: Path | None) -> Path:
+    """The directory of the model that an adapter belongs to: `given`, or the one that the adapter names."""
+    if given is not None:
+        return find_model(given)
+    named = peft_files.read_config(adapter).get("base_model_name_or_path")
+    if not named or not (Path(named) / "config.json").is_file():
+        what = f"of {named}, which is no model directory here" if named else "that does not name its model"
+        raise FileNotFoundError(f"{adapter} holds an adapter {what}; say where that model lies with --base DIR")
+    return Path(named)
+
+
+def load_adapted(adapter: Path, base: Path) -> Transformer:
+    """The model in `base` with an adapter in its weights; the sum is made in float32."""
+    model = load_model(base)
+    tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
+    lora.load(tree, adapter)
+    lora.merge_for_good(tree)
+    return model
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer of its own."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:

@@ -15,6 +15,7 @@ from tiny_chat import save_chat_model
 
 import config
 import eval as script
+import lora
 from bins import BinWriter
 from chat_template import load_template
 from checkpoint import load_model
@@ -56,6 +57,16 @@ def test_one_answer(args, directory, capsys, system):
     messages = [{"role": "system", "content": system}] * bool(system) + [user("江上")]
     assert answer == expected_answer(directory, messages) != ""
     assert capsys.readouterr().out == answer + "\n"
+
+
+def test_an_adapter_answers_on_a_base_given_by_flag(args, directory, tmp_path):
+    model = load_model(directory)
+    lora.apply(model, lora.LoraArgs("lora", r=2))
+    lora.save(tmp_path, model, base="elsewhere")
+    adapted = dataclasses.replace(args, model=tmp_path, base=directory, prompt="江上")
+    assert main(adapted)["answer"] == expected_answer(directory, [user("江上")])  # lora_B is still 0
+    with pytest.raises(FileNotFoundError, match=r"adapter of elsewhere, .* --base DIR"):
+        main(dataclasses.replace(adapted, base=None))
 
 
 def test_raw_continues_the_text_after_the_id_that_begins_a_document(args, directory):

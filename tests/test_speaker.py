@@ -1,5 +1,6 @@
 """Finding a model, loading it, and the way from messages to ids and back."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from tiny_chat import save_chat_model
 
+import lora
 import speaker as room
-from checkpoint import save_model
+from checkpoint import load_model, save_model
 from model import ModelArgs, Transformer
 from sampling import SamplingParams
 from speaker import DEFAULT_MODEL, fastest_dtype, find_model, load_speaker, speculator
@@ -55,6 +57,55 @@ def test_a_tokenizer_of_another_model_is_refused(directory, tmp_path):
     save_model(tmp_path / "model", smaller, load_tokenizer(directory))
     with pytest.raises(ValueError, match=r"has 330 ids, the model 300: they do not belong together"):
         load_speaker(tmp_path / "model", *CPU)
+
+
+@pytest.fixture(scope="module")
+def adapted(directory, tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """A directory with an adapter of the model in `directory`, and the model with it; both answer otherwise."""
+    model = load_model(directory)
+    lora.apply(model, lora.LoraArgs("dora", r=4, train_embed_norm=True))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("adapter") / "best"
+    lora.save(folder, model, base=str(directory))
+    return folder, model.eval()
+
+
+def test_an_adapter_answers_in_the_place_of_its_base(directory, adapted):
+    folder, model = adapted
+    tokens = torch.arange(4, 24)[None]
+    for path, base in ((folder, None), (folder.parent, None), (folder, directory)):
+        speaker = load_speaker(find_model(path), *CPU, base=base)
+        assert not any(hasattr(module, "lora") for module in speaker.model.modules())  # merged: nothing slows it down
+        torch.testing.assert_close(speaker.model(tokens), model(tokens), rtol=0, atol=1e-4)  # float32, logits around 10
+    assert speaker.template is not None  # of the base: this adapter came without a tokenizer
+    other = load_speaker(directory, *CPU).model(tokens)
+    assert (speaker.model(tokens) - other).abs().max() > 0.1
+    half = load_speaker(folder, CPU[0], torch.bfloat16).model
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_an_adapter_brings_its_own_tokenizer(directory, adapted, tmp_path):
+    shutil.copytree(adapted[0], tmp_path / "adapter")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save(tmp_path / "adapter")
+    assert load_speaker(tmp_path / "adapter", *CPU).tokenizer.chat_template == tokenizer.chat_template
+
+
+def test_a_base_that_is_not_there_or_not_asked_for(directory, adapted, tmp_path):
+    shutil.copytree(adapted[0], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for name, found in (("gone/7B", "of gone/7B, which is no model directory here"), (None, "does not name its model")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+        with pytest.raises(FileNotFoundError, match=rf"{found}; say where that model lies with --base DIR"):
+            load_speaker(tmp_path / "adapter", *CPU)
+    assert load_speaker(tmp_path / "adapter", *CPU, base=directory)
+    with pytest.raises(ValueError, match="is a whole model: leave it out"):
+        load_speaker(directory, *CPU, base=directory)
 
 
 def test_an_empty_stop_string_is_refused(directory):
