@@ -259,7 +259,6 @@ class PreferenceModel(nn.Module):
 # ---- the reference: the model as it is before it is trained
 
 
-@torch.no_grad()
 def reference(
     tuned: PreferenceModel, sources: Sequence[PairData], backend: SingleProcess, cache: Path, micro_batch_size: int = 0
 ) -> torch.Tensor:
@@ -278,6 +277,7 @@ def reference(
     return torch.from_numpy(np.fmax.reduce(known)).to(backend.device, wide)
 
 
+@torch.no_grad()
 def _log_probs(
     tuned: PreferenceModel, sources: Sequence[PairData], backend: SingleProcess, micro_batch_size: int
 ) -> np.ndarray:
