@@ -33,14 +33,14 @@ def linear_cross_entropy(
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     wanted = targets != IGNORE
     scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
-    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, losses = _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows, need_grad)
+    wants_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # not of a frozen head
+    loss, losses = _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows, *wants_grad)
     return loss, losses * wanted if token_losses else wanted.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, block_rows, need_grad):
+    def forward(ctx, hidden, weight, targets, scale, block_rows, wants_hidden, wants_weight):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)  # (V, d)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -52,23 +52,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_p = logits.gather(1, t) - lse  # (n, 1)
             total = total - (log_p * s).sum()
             losses.append(-log_p[:, 0])
-            if need_grad:  # d loss / d logits = s * (softmax - onehot), the target's column apart: p - 1 needs float32
+            if wants_hidden or wants_weight:
+                # d loss / d logits = s * (softmax - onehot), the target's column apart: p - 1 needs float32
                 d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # in the place of the logits
                 d.scatter_(1, t, (log_p.expm1() * s).to(h.dtype))
-                grad_hidden.append(d @ w)  # (n, d)
-                block = (d.t() @ h).to(weight.dtype)  # (V, d)
-                grad_weight = block if grad_weight is None else grad_weight.add_(block)
-        if need_grad:
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+                if wants_hidden:
+                    grad_hidden.append(d @ w)  # (n, d)
+                if wants_weight:
+                    block = (d.t() @ h).to(weight.dtype)  # (V, d)
+                    grad_weight = block if grad_weight is None else grad_weight.add_(block)
+        ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None, grad_weight)
         losses = torch.cat(losses)  # (N,)
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
     def backward(ctx, upstream, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
         # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
-        return grad_hidden * upstream, grad_weight * upstream, None, None, None, None
+        of_hidden, of_weight = (None if grad is None else grad * upstream for grad in ctx.saved_tensors)
+        return of_hidden, of_weight, None, None, None, None, None
 
 
 def linear_log_probs(

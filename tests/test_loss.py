@@ -52,6 +52,32 @@ def test_equals_cross_entropy_in_value_and_gradients(N, V, d, block_rows, weight
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_head_has_no_gradient_and_the_rest_the_same(frozen):
+    hidden, weight, targets, weights = random_problem(40, 19, 5, 0)
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, weights, 7)[0], (hidden, weight))
+    inputs = [hidden, weight]
+    inputs[frozen] = inputs[frozen].detach()
+    with Products() as products:
+        loss, _ = linear_cross_entropy(*inputs, targets, weights, 7)
+        (alone,) = torch.autograd.grad(loss, inputs[1 - frozen])
+    assert torch.equal(alone, both[1 - frozen])
+    assert products.n == 2 * 6  # of each of 6 blocks the logits and the one gradient that is wanted
+    with torch.no_grad(), Products() as products:
+        linear_cross_entropy(*inputs, targets, weights, 7)
+    assert products.n == 6
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
 def test_large_logits_do_not_overflow():
     hidden, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[300.0], [0.0]])
     loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 0]))
