@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from dataset import IGNORE, Batch, BatchSource
 from distributed import SingleProcess
@@ -32,7 +33,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss over one epoch of `source` (or `max_batches`, from batch `first` on): `loss` in nats per target and, with
     `token_bytes` (UTF-8 bytes of each id), `bits_per_byte`, which no choice of tokenizer can flatter; with
-    `group_names`, also loss/NAME of every group that has a target.
+    `group_names`, also loss/NAME of every group that has a target. A model may tell more, see `take_measures`.
 
     Every rank takes its rows, `micro_batch_size` at once (0: all), and the sums are over all ranks.
     """
@@ -55,12 +56,21 @@ def evaluate(
         if token_bytes is not None:
             n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE].numpy()].sum())
     model.train(was_training)
-    nats, targets, n_bytes, *sums = backend.sum([nats, targets, n_bytes, *by_group.flatten().tolist()])
+    told = take_measures(model)
+    sums = [nats, targets, n_bytes, *by_group.flatten().tolist(), *told.values()]
+    nats, targets, n_bytes, *sums = backend.sum(sums)
     measures = {"loss": nats / max(1, targets)}
+    measures |= {name: value / max(1, targets) for name, value in zip(told, sums[by_group.numel() :])}
     if n_bytes:
         measures["bits_per_byte"] = nats / math.log(2) / n_bytes
     parts = zip(group_names, sums, sums[n_groups:])
     return measures | {f"loss/{name}": group_nats / n for name, group_nats, n in parts if n}
+
+
+def take_measures(model: nn.Module) -> dict[str, float]:
+    """What a model tells beside its loss (`model.take_measures()`, if it has that): sums over its targets since it was
+    last asked, of the same names on every rank."""
+    return getattr(model, "take_measures", dict)()
 
 
 def sums_by_group(token_losses: torch.Tensor, batch: Batch, n_groups: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ import attention
 import checkpoint
 from dataset import BatchSource
 from distributed import SingleProcess
-from evaluation import evaluate, shown, sums_by_group
+from evaluation import evaluate, shown, sums_by_group, take_measures
 from flops import train_flops_per_token
 from hardware import can_compile, has_bfloat16, peak_flops
 from model import Transformer
@@ -51,6 +51,7 @@ class Progress:
     skipped: int = 0  # steps in a row whose gradient was not finite
     group_losses: list[float] = field(default_factory=list)  # of each group, since the last line of the log
     group_targets: list[float] = field(default_factory=list)  # likewise
+    measures: dict[str, float] = field(default_factory=dict)  # likewise, of a model that tells more than its loss
     metric: str = "loss"  # which `best` is one of
 
 
@@ -200,14 +201,15 @@ class Trainer:
             if self.group_names:
                 by_group += sums_by_group(token_losses, micro, len(self.group_names))
         norm = backend.step(args.grad_clip)
-        loss_total, n_asked, *sums = backend.sum(
-            [loss_sum.item(), bool(self.stop_signal), *by_group.flatten().tolist()]
-        )
+        measured = take_measures(self.model)
+        sums = [loss_sum.item(), bool(self.stop_signal), *by_group.flatten().tolist(), *measured.values()]
+        loss_total, n_asked, *sums = backend.sum(sums)
         self.stopping = n_asked > 0
         if math.isfinite(norm):
             p.loss_sum, p.targets, p.skipped = p.loss_sum + loss_total, p.targets + int(n_targets), 0
             p.group_losses = [a + b for a, b in zip(p.group_losses, sums)]
             p.group_targets = [a + b for a, b in zip(p.group_targets, sums[len(self.group_names) :])]
+            p.measures = {name: p.measures.get(name, 0.0) + b for name, b in zip(measured, sums[by_group.numel() :])}
         else:
             p.skipped += 1
             self.log.say(f"step {p.step + 1}: gradient norm {norm}; the step was skipped ({p.skipped} in a row)")
@@ -232,21 +234,21 @@ class Trainer:
         p = self.progress
         loss = p.loss_sum / p.targets if p.targets else math.nan
         parts = zip(self.group_names, p.group_losses, p.group_targets)
-        by_group = {f"loss/{name}": nats / targets for name, nats, targets in parts if targets}
-        p.loss_sum, p.targets = 0.0, 0
+        told = {f"loss/{name}": nats / targets for name, nats, targets in parts if targets}
+        told |= {name: value / p.targets for name, value in p.measures.items()}
+        p.loss_sum, p.targets, p.measures = 0.0, 0, {}
         self._forget_groups()
         lr = self.optimizer.param_groups[0]["lr"]
-        self.log.write(p.step, {"loss": loss, **by_group, "lr": lr, "grad_norm": norm, "tokens": p.tokens})
+        self.log.write(p.step, {"loss": loss, **told, "lr": lr, "grad_norm": norm, "tokens": p.tokens})
         rate, left, mfu = clock.read(p, train_flops_per_token(self.model.args, self.data.seq_len))
         self.log.write(p.step, {"tokens_per_second": rate, "mfu": mfu})
-        shown = {"loss": f"{loss:.4f}"} | {name.removeprefix("loss/"): f"{nats:.4f}" for name, nats in by_group.items()}
+        shown = {"loss": f"{loss:.4f}"} | {name.removeprefix("loss/"): f"{value:.4f}" for name, value in told.items()}
         shown |= {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "tok/s": f"{rate:.0f}"}
         self.log.progress(p.step, shown | {"mfu": f"{mfu:.0%}", "left": f"{left // 60:.0f}m{left % 60:02.0f}s"})
 
     def _evaluate(self, max_batches: int | None) -> dict[str, float]:
-        size = self.args.micro_batch_size
-        groups = self.group_names
-        return evaluate(self.model, self.eval_data, self.token_bytes, max_batches, self.backend, size, groups)
+        how = (self.token_bytes, max_batches, self.backend, self.args.micro_batch_size, self.group_names)
+        return evaluate(self.model, self.eval_data, *how)
 
     def _evaluate_and_save(self) -> None:
         """Evaluate on the first `eval_batches` batches, log it and save; it is the `best` if none was better."""
