@@ -2,6 +2,7 @@
 
 python fine_tuning.py --config configs/tiny.yaml
 python fine_tuning.py --init_from DIR --data my_conversations.jsonl --out out/mine
+python fine_tuning.py --init_from DIR --data poems,medical.jsonl --data.loss task_token    # two tasks
 
 python dataset_sft.py --data my_conversations.jsonl --model DIR shows what of them is trained.
 """
@@ -10,38 +11,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
 import config
 import lora
+import tasks
 from chat_template import ChatTemplate, load_template
 from checkpoint import load_model, load_weights, save_model, weight_files
 from corpora import BadRecord
+from dataset import BatchSource
 from dataset_sft import Samples, read_samples
-from distributed import make_backend
+from distributed import SingleProcess, make_backend
+from evaluation import evaluate
 from foreign import ForeignModel
 from model import Transformer
 from optim import OptimArgs, build_optimizer
-from packing import SFTData
+from packing import Packing, SFTData
 from tokenizer import Tokenizer, load_tokenizer
 from trainer import TrainArgs, Trainer
+
+ANY_LENGTH = 2**31  # tokens: longer than any sample
 
 
 @dataclass(frozen=True)
 class DataArgs:
     """Conversations and batches."""
 
-    train: Annotated[Path, tyro.conf.arg(aliases=["--data"])] = Path("data/tiny/sft_train.jsonl")
-    """conversations in any of the usual forms (json, jsonl, csv, tsv, parquet, a folder of them, a loader in Python)"""
-    heldout: Path | None = None
-    """conversations to evaluate on; None: heldout_share of those in train; a missing file: no evaluation"""
+    train: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--data"])] = (Path("data/tiny/sft_train.jsonl"),)
+    """conversations in any of the usual forms (json, jsonl, csv, tsv, parquet, a folder of them, a loader in Python);
+    several paths, or one with commas, are several tasks"""
+    heldout: tuple[Path, ...] = ()
+    """conversations to evaluate on, for each task; none: heldout_share of train; a missing file: no evaluation"""
     heldout_share: float = 0.02
     """the share of train to evaluate on and not to train, by the hash of the question; 0: no evaluation"""
     template: str = "auto"
@@ -52,10 +61,33 @@ class DataArgs:
     """tokens in a row of a batch"""
     batch_size: int = 64
     """rows of an optimizer step, over all processes and micro-batches"""
-    packing: Literal["best_fit", "none"] = "best_fit"
-    """best_fit: several samples a row, hidden from each other; none: one a row, padded"""
+    packing: Packing = "best_fit"
+    """best_fit: several samples a row, hidden from each other; concat: one after another, cut where a row ends; bucket:
+    one a row, padded to the longest of a step of about equal ones; none: likewise of any"""
     too_long: Literal["cut", "drop"] = "cut"
-    """what happens to a sample that does not fit a row"""
+    """what happens to a sample that does not fit a row (concat takes it whole)"""
+    loss: tasks.Loss = "token"
+    """a step's mean over its targets (token), samples, tasks by target (task_token) or by sample (task_sample), which
+    are MFTCoder's case1, 2, 3 and 4 over the whole step; coba: task_token, its weights by how each task converges"""
+    weights: tuple[float, ...] = ()
+    """of the tasks, for task_token and task_sample; none: equal ones"""
+    temperature: float = 1.0
+    """small tasks are seen more often: samples of one of n are taken in proportion to n^(1/temperature)"""
+    coba_interval: int = 1
+    """steps between CoBa's measures, each on one held-out batch, which take turns"""
+    coba_warmup: int = 100
+    """measures before the weights begin to change"""
+    coba_history: int = 200
+    """measures that a slope is fitted to"""
+    coba_tau: float = 5.0
+    """how sharply CoBa turns to tasks that diverge"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where weights have nothing to weigh."""
+        if self.weights and self.loss not in ("task_token", "task_sample"):
+            raise ValueError(
+                f"--data.weights are of tasks: they go with --data.loss task_token or task_sample, not {self.loss}"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,14 +114,14 @@ def main(args: Args) -> dict[str, Any]:
     template = load_template(tokenizer, args.data.template)
     tokenizer.chat_template = template.jinja  # what it is trained on is what it is saved with
     broken: dict[Path, list[BadRecord]] = {}
-    samples, heldout = read_data(args.data, template, broken)
-    data = SFTData(samples, args.data.seq_len, args.data.batch_size, args.train.seed, args.data.packing)
-    eval_data = None
-    if heldout is not None:
-        eval_data = SFTData(heldout, args.data.seq_len, args.data.batch_size, 0, args.data.packing, shuffle=False)
+    paths = tasks.split_paths(args.data.train)
+    names = tasks.task_names(paths)
+    trained, heldout = read_data(args.data, paths, template, broken)
+    data, eval_data = batches(args.data, args.train.seed, trained, heldout)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
         save, load = adapt(model, args, tokenizer, template)
+        coba = balance(args, data, eval_data, model, backend, names) if args.data.loss == "coba" else None
         trainer = Trainer(
             model,
             build_optimizer(model, args.optim),
@@ -100,16 +132,18 @@ def main(args: Args) -> dict[str, Any]:
             args.out,
             save=save,
             load=load,
-            identity=identity(args, samples, template.jinja),
+            identity=identity(args, names, trained, template.jinja),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
+            group_names=names if len(names) > 1 else (),
+            adaptive=coba,
         )
         if backend.main:
-            config.record_run(args.out, "fine_tuning", args, inputs=[args.data.train] * args.data.train.is_file())
-            print(describe(args.data, samples, data, heldout), flush=True)
+            config.record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
+            print(describe(args.data, paths, trained, heldout, data), flush=True)
             print(lora.describe(model), flush=True)
-            for path, bad in broken.items():
-                keep_aside(path, bad, args.out)
+            for path, name in zip(broken, tasks.task_names(list(broken))):
+                keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
         return trainer.fit()
 
 
@@ -135,51 +169,121 @@ def adapt(
 
 
 def read_data(
-    data: DataArgs, template: ChatTemplate, broken: dict[Path, list[BadRecord]]
-) -> tuple[Samples, Samples | None]:
-    """What is trained and what is held out, None if nothing is; the records that are none go to `broken`, by file."""
-    read = partial(
-        read_samples, template=template, seq_len=data.seq_len, too_long=data.too_long, train_on=data.train_on
-    )
-    if data.heldout:
-        samples = read(data.train, broken=broken.setdefault(data.train, []))
-        heldout = read(data.heldout, broken=broken.setdefault(data.heldout, [])) if data.heldout.exists() else None
-        return samples, heldout
+    data: DataArgs, paths: list[Path], template: ChatTemplate, broken: dict[Path, list[BadRecord]]
+) -> tuple[list[Samples], list[Samples] | None]:
+    """What is trained and what is held out of each task, None if nothing is; the records that are none go to `broken`,
+    by file."""
+    read = partial(read_samples, template=template, too_long=data.too_long, train_on=data.train_on)
+    seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
+    given = tasks.split_paths(data.heldout)
+    if given and len(given) != len(paths):
+        raise ValueError(f"--data.heldout should name one path for each of {len(paths)} tasks, found {len(given)}")
     if not 0 <= data.heldout_share < 1:
         raise ValueError(f"--data.heldout_share should be from 0 to below 1, found {data.heldout_share}")
-    split = {"share": data.heldout_share, "broken": broken.setdefault(data.train, [])}
-    samples = read(data.train, held_out=False, **split)
-    heldout = read(data.train, held_out=True, **split | {"broken": []}) if data.heldout_share else None
-    return samples, heldout if heldout is not None and len(heldout) else None
+    if given:
+        trained = [read(path, seq_len=seq_len, broken=broken.setdefault(path, [])) for path in paths]
+        if not all(path.exists() for path in given):
+            return trained, None
+        return trained, [read(path, seq_len=data.seq_len, broken=broken.setdefault(path, [])) for path in given]
+    trained = [
+        read(path, held_out=False, share=data.heldout_share, seq_len=seq_len, broken=broken.setdefault(path, []))
+        for path in paths
+    ]
+    apart = paths if data.heldout_share else []
+    heldout = [read(path, held_out=True, share=data.heldout_share, seq_len=data.seq_len) for path in apart]
+    return trained, heldout if any(map(len, heldout)) else None
 
 
-def keep_aside(path: Path, broken: list[BadRecord], run: Path) -> None:
-    """Write the broken records of `path`, if there are any, into the run directory, and say so."""
+def batches(
+    args: DataArgs, seed: int, trained: list[Samples], heldout: list[Samples] | None
+) -> tuple[BatchSource, SFTData | None]:
+    """What the loop trains on, weighed as asked, and what it evaluates on."""
+    if (w := args.weights) and not (len(w) == len(trained) and min(w) >= 0 and 0 < sum(w) < math.inf):
+        found = " ".join(map(str, w))
+        raise ValueError(
+            f"--data.weights should be {len(trained)} numbers of 0 or more, not all of them 0, found {found}"
+        )
+    samples, groups = tasks.join(trained, args.temperature, seed)
+    per_sample = args.loss in ("sample", "task_sample")
+    shape = (args.seq_len, args.batch_size)
+    data = SFTData(
+        samples, *shape, seed, args.packing, groups=groups if len(trained) > 1 else None, per_sample=per_sample
+    )
+    source: BatchSource = data
+    if args.loss != "token":
+        weights = None if args.loss == "sample" else args.weights or [1.0] * len(trained)
+        source = tasks.Weighted(data, weights)
+    if heldout is None:
+        return source, None
+    whole: Packing = "best_fit" if args.packing == "concat" else args.packing  # no answer is judged by its second half
+    samples, groups = tasks.join(heldout)
+    several = len(heldout) > 1  # then shuffled, so that the first batches hold something of each
+    return source, SFTData(samples, *shape, 0, whole, shuffle=several, groups=groups if several else None)
+
+
+def balance(
+    args: Args,
+    data: tasks.Weighted,
+    heldout: SFTData | None,
+    model: Transformer | ForeignModel,
+    backend: SingleProcess,
+    names: list[str],
+) -> tasks.CoBa:
+    """CoBa over the tasks of `data`, measured on one batch of `heldout` after another."""
+    if heldout is None or len(names) < 2:
+        raise ValueError(
+            "--data.loss coba balances tasks by their held-out losses: it needs two tasks and held-out data"
+        )
+    keys = [f"loss/{name}" for name in names]
+
+    def measure(number: int) -> list[float]:
+        size = args.train.micro_batch_size
+        measures = evaluate(model, heldout, None, 1, backend, size, names, first=number)
+        return [measures.get(key, math.nan) for key in keys]
+
+    d = args.data
+    return tasks.CoBa(data, measure, names, d.coba_interval, d.coba_warmup, d.coba_history, d.coba_tau)
+
+
+def keep_aside(path: Path, broken: list[BadRecord], aside: Path) -> None:
+    """Write the broken records of `path`, if there are any, into the file `aside`, and say so."""
     if broken:
-        aside = run / f"broken_{path.stem}.jsonl"
         aside.write_text("".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in broken), "utf8")
         print(f"{path}: {len(broken)} broken records kept aside in {aside}; the first: {broken[0].reason}", flush=True)
 
 
-def describe(args: DataArgs, samples: Samples, data: SFTData, heldout: Samples | None) -> str:
-    """Two lines: what is trained, and on what the model is evaluated."""
-    counts = ", ".join(f"{name} {number}" for name, number in samples.stats.items())
-    told = f"{args.train}: {counts}; {data.packing_efficiency:.1%} of the positions hold samples"
+def describe(
+    args: DataArgs, paths: list[Path], trained: list[Samples], heldout: list[Samples] | None, data: BatchSource
+) -> str:
+    """Lines that tell what is trained, how full the batches are, and on what the model is evaluated."""
+    lines = [
+        f"{path}: " + ", ".join(f"{name} {number}" for name, number in samples.stats.items())
+        for path, samples in zip(paths, trained)
+    ]
+    rows = getattr(data, "source", data)  # what it is before it is weighed
+    share = rows.samples.mask.sum() / (np.diff(rows.samples.offsets.astype(np.int64)) - 1).sum()
+    filled = rows.packing_efficiency
+    lines[-1] += f"; {filled:.1%} of the positions hold samples, {filled * share:.1%} have a target"
     if heldout is None:
-        why = f"there is no {args.heldout}" if args.heldout else "no conversation is held out"
-        return f"{told}\n{why}: nothing is evaluated on the way"
-    source = args.heldout or f"{args.heldout_share:.0%} of {args.train}, by the hash of their questions"
-    return f"{told}\nheld out to evaluate on: {len(heldout)} samples ({source})"
+        why = f"there is no {', '.join(map(str, args.heldout))}" if args.heldout else "no conversation is held out"
+        return "\n".join([*lines, f"{why}: nothing is evaluated on the way"])
+    shared = f"{args.heldout_share:.0%} of {', '.join(map(str, paths))}, by the hash of their questions"
+    source = ", ".join(map(str, args.heldout)) or shared
+    counts = " + ".join(str(len(samples)) for samples in heldout)
+    return "\n".join([*lines, f"held out to evaluate on: {counts} samples ({source})"])
 
 
-def identity(args: Args, samples: Samples, jinja: str) -> dict[str, Any]:
+def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -> dict[str, Any]:
     """What fixes the order of the losses, so that a checkpoint is resumed by the same run only."""
     return {
         "seed": args.train.seed,
         "seq_len": args.data.seq_len,
         "batch_size": args.data.batch_size,
         "packing": args.data.packing,
-        "samples": samples.stats,
+        "samples": [samples.stats for samples in trained] if len(trained) > 1 else trained[0].stats,
+        "tasks": names if len(names) > 1 else None,
+        "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
+        "temperature": None if args.data.temperature == 1 else args.data.temperature,
         "template": hashlib.sha256(jinja.encode()).hexdigest(),
         "optimizer": args.optim.optimizer,
         "lora": None if args.lora.method == "none" else config.to_plain(args.lora),
