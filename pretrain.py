@@ -70,7 +70,7 @@ class Args:
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; returns the final measures and where the model lies."""
     torch.manual_seed(args.train.seed)
-    tokenizer = load_tokenizer(args.data.dir / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
     for each in [*bins, *heldout]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size)
@@ -104,6 +104,12 @@ def main(args: Args) -> dict[str, Any]:
             for change in changes:
                 print(change, flush=True)
         return trainer.fit()
+
+
+def tokenizer_directory(args: Args) -> Path:
+    """Where the data's tokenizer lies; data made with that of the model to go on from may have none beside it."""
+    beside = args.data.dir / "tokenizer"
+    return beside if beside.exists() or args.init_from is None else args.init_from
 
 
 def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:

@@ -162,6 +162,12 @@ def test_what_contradicts_the_checkpoint_is_refused(folder, trained, flags, mess
     assert not (folder / "second").exists()
 
 
+def test_data_made_with_the_models_tokenizer_needs_none_of_its_own(folder, trained):
+    shutil.rmtree(folder / "data" / "tokenizer")
+    result = go_on(folder, trained)
+    assert load_tokenizer(result["model"]).sha256() == load_tokenizer(trained).sha256()
+
+
 def test_data_of_another_tokenizer_is_refused(folder, trained):
     add_tokens(load_tokenizer(trained), ["other"]).save(trained)
     with pytest.raises(ValueError, match=r"the tokenizer of .*data is another than that of the model in .*: id \d+ is"):
