@@ -68,14 +68,14 @@ def read(config: dict[str, Any]) -> dict[str, Any]:
         "n_layers": integer(config, "num_hidden_layers"),
         "n_heads": n_heads,
         "n_kv_heads": integer(config, "num_key_value_heads", n_heads),
-        "head_dim": integer(config, "head_dim", integer(config, "hidden_size") // n_heads),
+        "head_dim": integer(config, "head_dim", integer(config, "hidden_size") // max(n_heads, 1)),
         "vocab_size": integer(config, "vocab_size"),
         "hidden_dim": integer(config, "intermediate_size"),
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "max_seq_len": integer(config, "max_seq_len", None) or integer(config, "max_position_embeddings"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_embeddings": flag(config, "tie_word_embeddings"),
         "attention_bias": kind == "qwen2",
         "qk_norm": kind == "qwen3",
         "sliding_window": read_window(config, kind),
@@ -84,8 +84,8 @@ def read(config: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:
     """Raise ValueError for a key whose value asks for a computation that this module does not do."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    if said := config.get("quantization_config"):
+        method = said.get("quant_method", "some method") if isinstance(said, dict) else said
         raise ValueError(f"config.json says that the weights are quantized ({method}); dequantize them first")
     for key, neutral in NEUTRAL.items():
         if config.get(key) is not None and config[key] not in neutral:
@@ -102,7 +102,7 @@ def read_window(config: dict[str, Any], kind: str) -> int | None:
     if kind == "mistral":
         return window
     n_layers, first = integer(config, "num_hidden_layers"), integer(config, "max_window_layers", 28)
-    asked = bool(config.get("use_sliding_window")) and window is not None
+    asked = flag(config, "use_sliding_window") and window is not None
     derived = ["sliding_attention" if asked and i >= first else "full_attention" for i in range(n_layers)]
     kinds = set(config.get("layer_types") or derived)
     if kinds == {"full_attention"}:
@@ -140,14 +140,15 @@ def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 def scaling_of(key: str, value: dict[str, Any]) -> dict[str, Any] | None:
     """A mapping on rotary positions under `rope_type`, without the base; None for the plain encoding."""
-    types = {value[name] for name in ("rope_type", "type") if value.get(name)} or {"default"}
-    if len(types) > 1:
-        raise ValueError(f"config.json contradicts itself: {key} has rope_type {' and type '.join(sorted(types))}")
+    types = [value[name] for name in ("rope_type", "type") if value.get(name)]
+    if types[1:] and types[0] != types[1]:
+        raise ValueError(f"config.json contradicts itself: {key} has rope_type {types[0]} and type {types[1]}")
     if value.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config.json: {key} sets partial_rotary_factor, which this module does not do")
     rest = {k: v for k, v in value.items() if k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
-    (rope_type,) = types
-    return None if rope_type == "default" else {"rope_type": rope_type} | rest
+    if rest and not types:
+        raise ValueError(f"config.json: {key} sets {', '.join(rest)}, and no rope_type says what to do with it")
+    return {"rope_type": types[0]} | rest if types and types[0] != "default" else None
 
 
 _REQUIRED: Any = object()
@@ -162,6 +163,14 @@ def number(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
     """A number of a config as a float; the rest as for `integer`."""
     value = _of_type(config, key, default, (int, float), "a number")
     return value if value is None else float(value)
+
+
+def flag(config: dict[str, Any], key: str) -> bool:
+    """A truth value of a config; false where it is absent or null. ValueError where it is anything else."""
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} should be true or false, found {value!r}")
+    return value
 
 
 def _of_type(config: dict[str, Any], key: str, default: Any, kind: Any, name: str) -> Any:

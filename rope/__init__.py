@@ -54,6 +54,10 @@ def make(head_dim: int, theta: float, scaling: dict[str, Any] | None, max_seq_le
     Raises ValueError for an unknown type or key, one that is missing, or numbers that contradict each other.
     """
     name = rope_type(scaling)
+    if not isinstance(name, str):
+        raise ValueError(f"rope_scaling: the type should be a name, found {name!r}")
+    if not (is_number(theta) and theta > 1):
+        raise ValueError(f"rope_theta should be a number above 1, found {theta!r}")
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -75,7 +79,10 @@ def make(head_dim: int, theta: float, scaling: dict[str, Any] | None, max_seq_le
         )
     for key, value in given.items():
         check_value(name, key, value, max_seq_len)
-    return family.make(head_dim, theta, given, max_seq_len)
+    try:
+        return family.make(head_dim, theta, given, max_seq_len)
+    except (OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"rope_scaling of type {name!r} has no frequencies for {given} ({error})") from None
 
 
 def check_value(name: str, key: str, value: Any, max_seq_len: int) -> None:

@@ -1,6 +1,7 @@
 """config.json as each of the family's models publishes it, small: read, computed and written as transformers does."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -194,17 +195,39 @@ def test_what_the_module_cannot_represent_is_refused_by_name(changes, message):
             r"contradicts itself: rope_parameters \{.*default.*\} and rope_scaling \{.*linear.*\}",
         ),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, r"rope_theta 10000.0 and 500000.0"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_type linear and type yarn"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_type yarn and type linear"),
         ({"rope_scaling": "linear"}, "rope_scaling should be a mapping, found 'linear'"),
         ({"hidden_size": "64"}, "hidden_size should be an integer, found '64'"),
         ({"num_hidden_layers": True}, "num_hidden_layers should be an integer, found True"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps should be a number, found '1e-5'"),
         ({"vocab_size": None}, "lacks the key 'vocab_size'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings should be true or false, found 'false'"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window should be true or false, found 'no'"),
+        ({"quantization_config": "int4"}, r"quantized \(int4\)"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling sets factor, and no rope_type says what to do with it"),
+        ({"rope_scaling": {"type": "linear", "rope_type": ["yarn"]}}, r"rope_type \['yarn'\] and type linear"),
     ],
 )
 def test_configs_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         hf_config.read(TINY | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_attention_heads": 0}, "n_heads must be at least 1, found 0"),
+        ({"rope_scaling": {"rope_type": 3, "factor": 2.0}}, "the type should be a name, found 3"),
+        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, r"the type should be a name, found \['yarn'\]"),
+        *(
+            ({"rope_theta": theta}, "rope_theta should be a number above 1")
+            for theta in (0, -1e4, 1.0, math.nan, math.inf)
+        ),
+    ],
+)
+def test_numbers_that_make_no_model(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs.from_hf(TINY | changes)
 
 
 def test_both_spellings_may_stand_side_by_side_when_they_agree():

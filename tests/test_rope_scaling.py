@@ -234,6 +234,8 @@ def test_survives_config_json(scaling):
         (CLEX | {"max_factor": 2}, "covers 128 positions, max_seq_len is 256; raise max_factor to 4"),
         (CLEX | {"max_factor": 4.5}, "max_factor should be a whole number, at least 1, found 4.5"),
         (CLEX | {"act": "tan"}, "knows the act tanh, silu, relu, found 'tan'"),
+        ({"type": "ntk", "factor": 1e308}, "type 'ntk' has no frequencies for {'factor': 1e.308}"),
+        (LONGROPE | {"original_max_position_embeddings": 1}, "type 'longrope' has no frequencies for "),
     ],
 )
 def test_contradictions_are_named_before_anything_is_built(scaling, message):
