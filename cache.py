@@ -26,7 +26,8 @@ class View:
     positions: torch.Tensor
     """of the queries, (B or 1, T) int64"""
     mask: torch.Tensor | None
-    """which slots each query may see, (B or 1, 1, T, S) bool; None: all before it (T == S), or all (T == 1)"""
+    """which slots each query may see, (B or 1, 1, T, S) bool; None: what its window leaves of those before it, the last
+    query standing at the last slot"""
     lengths: int | torch.Tensor
     """of each row's text with these tokens, (B, 1) int64; one number where it is the same for all"""
     key_positions: torch.Tensor | None
@@ -87,7 +88,7 @@ class KVCache:
         else:
             self._slots = positions
         mask = None
-        if not (in_step and high + 1 == self.length and (low == 0 or high == low) and self.window is None):
+        if not in_step or high + 1 < self.length:
             mask = slots <= positions[..., None]  # (B or 1, T, S)
             if self.window is not None:
                 mask &= slots > positions[..., None] - self.window
@@ -224,4 +225,9 @@ class SinkCache(KVCache):
         self.length = min(self.length, length) if self.length <= self.capacity or length >= self.length else 0
 
 
-KINDS: dict[str, type[KVCache]] = {"static": KVCache, "int8": Int8Cache, "sinks": SinkCache}
+def cache_class(kind: str) -> type[KVCache]:
+    """The class of caches of a kind; ValueError where there is none of that name."""
+    kinds = {"static": KVCache, "int8": Int8Cache, "sinks": SinkCache}
+    if kind not in kinds:
+        raise ValueError(f"there is no cache of kind {kind!r}; there are {', '.join(kinds)}")
+    return kinds[kind]

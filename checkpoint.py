@@ -25,7 +25,7 @@ from foreign import ForeignModel
 from hf_config import FAMILY
 from model import Transformer
 from tokenizer import Tokenizer
-from weights import read_config
+from weights import copy_into, read_config
 from weights import weight_files as weight_files  # the scripts' identity of a checkpoint
 
 STEP_DIR = re.compile(r"step_(\d{8})")
@@ -107,7 +107,10 @@ def load_model(
 
 def load_weights(model: Transformer | ForeignModel, directory: Path) -> None:
     """Copy the weights of a model directory into the parameters that `model` has, which an optimizer may hold."""
-    model.load_weights(directory)
+    if isinstance(model, Transformer):
+        copy_into(model, directory)
+    else:
+        model.load_weights(directory)
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:

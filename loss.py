@@ -25,17 +25,18 @@ def linear_cross_entropy(
     """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets or, with
     `token_losses`, the loss of each of them.
 
-    hidden (N, d) in the compute dtype, weight (V, d), targets (N,) int64 with -100 where ignored, loss_weights (N,)
+    hidden (..., d) in the compute dtype, weight (V, d), targets (...) int64 with -100 where ignored, loss_weights (...)
     float32 or None. block_rows: rows of logits that exist at a time; 0: as many as make BLOCK_SIZE of them. Returns a
-    float32 scalar, differentiable in hidden and weight, and an int64 scalar, or float32 losses (N,): without their
+    float32 scalar, differentiable in hidden and weight, and an int64 scalar, or float32 losses (...): without their
     weights, detached, 0 where nothing is trained.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     wanted = targets != IGNORE
     scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
     wants_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # not of a frozen head
-    loss, losses = _LinearCrossEntropy.apply(hidden, weight, targets.clamp(min=0), scale, block_rows, *wants_grad)
-    return loss, losses * wanted if token_losses else wanted.sum()
+    flat = hidden.flatten(0, -2), weight, targets.clamp(min=0).flatten(), scale.flatten()  # (N, d), (V, d), (N,), (N,)
+    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *wants_grad)
+    return loss, losses.view_as(targets) * wanted if token_losses else wanted.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -11,7 +11,7 @@ each weight being cast where it is used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ import hf_config
 import rope
 import weights
 from attention import Mask, ShiftedSparse, attend, prepare
-from cache import KINDS, KVCache
+from cache import KVCache, View, cache_class
 from loss import linear_cross_entropy
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+Context = tuple[Angles, Angles | None, Mask]  # shared by all layers; the second: of keys that a cache keeps unturned
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,24 @@ class ModelArgs:
     """attend to this many tokens back at the most (Mistral)"""
 
     def __post_init__(self) -> None:
-        def fill(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if type(value) is int and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, found {value}")
+                raise ValueError(f"{name} must be at least 1, found {value}")
         if self.n_kv_heads is None:
-            fill("n_kv_heads", self.n_heads)
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise ValueError(
                     f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim"
                 )
-            fill("head_dim", self.dim // self.n_heads)
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; the rotary encoding turns pairs of dimensions")
         if self.hidden_dim is None:
-            width = int(2 * 4 * self.dim / 3)
-            width = int((self.ffn_dim_multiplier or 1) * width)
-            fill("hidden_dim", self.multiple_of * -(-width // self.multiple_of))
+            width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
+            object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))
         # Refuses, before anything is built, what contradicts itself.
         rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
 
@@ -152,12 +148,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
 
     def forward(
-        self,
-        x: torch.Tensor,
-        angles: Angles,
-        key_angles: Angles | None,
-        mask: Mask,
-        cache: KVCache | None,
+        self, x: torch.Tensor, angles: Angles, key_angles: Angles | None, mask: Mask, cache: KVCache | None
     ) -> torch.Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
@@ -266,11 +257,7 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, positions=positions, doc_ids=doc_ids, cache=cache)  # (B, T, dim)
         if targets is None:
             return self.logits(hidden)
-        weights = None if loss_weights is None else loss_weights.flatten()
-        loss, told = linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights, token_losses=token_losses
-        )
-        return loss, told.view_as(targets) if token_losses else told
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_weights, token_losses=token_losses)
 
     def hidden(
         self,
@@ -281,38 +268,52 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, T, dim) after the last norm, in the compute dtype: what the head turns into logits.
+        """Hidden states (B, T, dim) after the last norm, in the activations' dtype: what the head turns into logits.
 
         lengths, with a cache: of each row's text with these tokens, where padding on the right makes it less than the
         last position tells. Encodings that depend on the length and caches that forget have to know.
         """
-        T, key_angles = tokens.shape[1], None
         if cache is None:
-            length = T if positions is None or self.rope.cache_rotated else rope.text_lengths(positions, doc_ids)
-            positions = torch.arange(T, device=tokens.device)[None] if positions is None else positions  # (B or 1, T)
-            group = None if self.shifted_sparse is None else self.shifted_sparse.group_for(T, self.training)
-            mask = Mask(doc_ids, self.args.sliding_window, group=group)
-        elif len(parts := cache.passes(T)) > 1:  # more than the cache takes at once
-            at = [None] * len(parts) if positions is None else positions.split(parts, dim=1)
-            passes = zip(tokens.split(parts, dim=1), at)
-            return torch.cat([self.hidden(x, positions=p, cache=cache, lengths=lengths) for x, p in passes], dim=1)
+            context = self._of_rows(tokens, positions, doc_ids)
+        elif len(sizes := cache.passes(tokens.shape[1])) > 1:  # more than the cache takes at once
+            at = [None] * len(sizes) if positions is None else positions.split(sizes, dim=1)
+            parts = zip(tokens.split(sizes, dim=1), at)
+            return torch.cat([self.hidden(x, positions=p, cache=cache, lengths=lengths) for x, p in parts], dim=1)
         else:
-            view = cache.extend(positions, T, lengths)
-            mask, length, positions = Mask(dense=view.mask), view.lengths, view.positions
-            if view.key_positions is not None:
-                keys = self.rope.prepare(view.key_positions, length)
-                key_angles = tuple(part[:, None] for part in rope.cos_sin(*keys))  # (B or 1, 1, S, D/2)
-        turns = self.rope.prepare(positions, length, training=self.training and cache is None)
-        angles = tuple(part[:, :, None] for part in rope.cos_sin(*turns))  # (B or 1, T, 1, D/2)
-        x = self.model.embed_tokens(tokens).to(self.compute_dtype or self.model.embed_tokens.weight.dtype)
-        if cache is None:
-            prepare(mask, T, self.args.head_dim, x.dtype, x.device)
+            context = self._of_cache(cache.extend(positions, tokens.shape[1], lengths))
+        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, key_angles, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, *context, cache, use_reentrant=False)
             else:
-                x = block(x, angles, key_angles, mask, cache)
+                x = block(x, *context, cache)
         return self.model.norm(x)
+
+    def _of_rows(self, tokens: torch.Tensor, positions: torch.Tensor | None, doc_ids: torch.Tensor | None) -> Context:
+        """What all layers share where the tokens of a row see each other, or their document."""
+        T, device = tokens.shape[1], tokens.device
+        length = T if positions is None or self.rope.cache_rotated else rope.text_lengths(positions, doc_ids)
+        positions = torch.arange(T, device=device)[None] if positions is None else positions  # (B or 1, T)
+        group = None if self.shifted_sparse is None else self.shifted_sparse.group_for(T, self.training)
+        mask = Mask(doc_ids, self.args.sliding_window, group=group)
+        prepare(mask, T, self.args.head_dim, self.activation_dtype, device)
+        return self._angles(positions, length, 2, self.training), None, mask
+
+    def _of_cache(self, view: View) -> Context:
+        """What all layers share where tokens see what a cache holds."""
+        keys = None if view.key_positions is None else self._angles(view.key_positions, view.lengths, 1)
+        mask = Mask(dense=view.mask, window=self.args.sliding_window)
+        return self._angles(view.positions, view.lengths, 2), keys, mask
+
+    def _angles(self, positions: torch.Tensor, length: int | torch.Tensor, dim: int, training: bool = False) -> Angles:
+        """cos and sin, (B or 1, T, D/2) and a dimension for the heads at `dim`, in texts of `length` tokens."""
+        cos, sin = rope.cos_sin(*self.rope.prepare(positions, length, training))
+        return cos.unsqueeze(dim), sin.unsqueeze(dim)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Of hidden states, and of keys and values in a cache."""
+        return self.compute_dtype or self.model.embed_tokens.weight.dtype
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V), float32 or wider, of hidden states (..., dim)."""
@@ -322,18 +323,14 @@ class Transformer(nn.Module):
     def make_cache(self, batch: int, max_len: int | None = None, kind: str = "static", **options: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit); what `kind`
         (static, int8, sinks) and the options `text_len` and `sinks` are, cache.py says."""
-        if kind not in KINDS:
-            raise ValueError(f"there is no cache of kind {kind!r}; there are {', '.join(KINDS)}")
-        a, weight = self.args, self.model.embed_tokens.weight
+        a, device = self.args, self.model.embed_tokens.weight.device
         shape = (a.n_layers, batch, a.n_kv_heads, a.head_dim, max_len or a.max_seq_len)
-        made = {"dtype": self.compute_dtype or weight.dtype, "device": weight.device, "window": a.sliding_window}
-        return KINDS[kind](*shape, **made, rotated=self.rope.cache_rotated, **options)
+        made = {"dtype": self.activation_dtype, "device": device, "window": a.sliding_window}
+        return cache_class(kind)(*shape, **made, rotated=self.rope.cache_rotated, **options)
 
     def n_parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
-
-    # ---- Hugging Face directories
 
     @classmethod
     def from_pretrained(
@@ -341,39 +338,10 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """The model of a Hugging Face directory, its parameters in `dtype`: as they lie in the mapped file where dtype
         and device are the file's, one by one otherwise. Raises ValueError naming what does not fit."""
-        config = weights.read_config(directory)
-        try:
-            args = ModelArgs.from_hf(config)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from None
-        with torch.device("meta"):
-            model = cls(args, initialize=False).to(dtype)
-        own = model.state_dict()
-        state = {name: tensor.to(device, own[name].dtype) for name, tensor in model._stored(directory)}
-        model.load_state_dict(state, strict=False, assign=True)
-        if args.tie_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model
+        return weights.load(lambda config: cls(ModelArgs.from_hf(config), initialize=False), directory, device, dtype)
 
     def save_pretrained(self, directory: Path, config: dict[str, Any] | None = None) -> None:
         """Write the model as a Hugging Face directory, its parameters in their dtype; `config`: more for config.json,
         such as the ids of special tokens. Large models are written in shards."""
-        state = {name: tensor for name, tensor in self.state_dict().items() if name not in self._second_names()}
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        weights.write_model(directory, self.args.to_hf() | {"dtype": dtype} | (config or {}), state)
-
-    @torch.no_grad()
-    def load_weights(self, directory: Path) -> None:
-        """Copy every tensor of a directory into the parameters there are; errors as `from_pretrained`."""
-        own = self.state_dict()
-        for name, tensor in self._stored(directory):
-            own[name].copy_(tensor)
-
-    def _stored(self, directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that a directory holds for this model."""
-        second = self._second_names()
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items() if name not in second}
-        return weights.read_tensors(directory, shapes, ignored=second)
-
-    def _second_names(self) -> set[str]:
-        return {"lm_head.weight"} if self.args.tie_embeddings else set()
+        weights.write_model(directory, self.args.to_hf() | {"dtype": dtype} | (config or {}), weights.state_of(self))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 MAX_SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -96,6 +97,53 @@ def read_tensors(
             for name in file.keys():  # noqa: SIM118
                 if found.get(name) == path:
                     yield name, file.get_tensor(name)
+
+
+def load(
+    make: Callable[[dict[str, Any]], nn.Module], directory: Path, device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
+    """The model that `make` builds by a directory's `config.json`, with the directory's tensors: views of the mapped
+    file where dtype and device are the file's. Raises ValueError naming what does not fit."""
+    config = read_config(directory)
+    try:
+        with torch.device("meta"):
+            model = make(config).to(dtype)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    own, tied = model.state_dict(), second_names(model)
+    state = {name: tensor.to(device, own[name].dtype) for name, tensor in read_into(model, directory)}
+    model.load_state_dict(state, strict=False, assign=True)
+    for second, first in tied.items():
+        module, _, name = second.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(first))
+    return model
+
+
+@torch.no_grad()
+def copy_into(model: nn.Module, directory: Path) -> None:
+    """Copy a directory's tensors into the parameters that a model has; errors as `load`."""
+    own = model.state_dict()
+    for name, tensor in read_into(model, directory):
+        own[name].copy_(tensor)
+
+
+def read_into(model: nn.Module, directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a directory holds for a model; errors as `read_tensors`."""
+    shapes = {name: tensor.shape for name, tensor in state_of(model).items()}
+    return read_tensors(directory, shapes, ignored=second_names(model))
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model by name, tied parameters under their first name only."""
+    second = second_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
+
+
+def second_names(model: nn.Module) -> dict[str, str]:
+    """The names of parameters that have another one already, such as a head's that is the embedding -> that one."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
 
 
 def listed(names: list[str]) -> str:
