@@ -16,16 +16,19 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import hashlib
 import inspect
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import traceback
 import typing
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -189,6 +192,26 @@ def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path]
         "inputs": {str(path): file_sha256(path) for path in inputs},
     }
     (out / "run.json").write_text(json.dumps(record, indent=2), encoding="utf8")
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep other processes from working in `directory` (made if need be) within the block, or until this one is killed.
+
+    Raises ValueError where another is at work. A file system without locks lets everybody in.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {directory}: wait for it, or stop it") from None
+        except OSError:  # such as NFS, which locks no directory
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def sentence(error: Exception) -> str:

@@ -62,6 +62,12 @@ def main(args: Args) -> dict[str, Any]:
     if tokenizer.eos_id is None:
         raise ValueError(f"{args.tokenizer} has no end-of-text token, which every document in a bin ends with")
     items = read(args)
+    with config.alone_in(args.out):
+        return make(args, items, tokenizer)
+
+
+def make(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer) -> dict[str, Any]:
+    """All of the work, as far as it was not done before."""
     inputs = input_files(args)
     made_from = describe(args, tokenizer, inputs)
     work = args.out / "data_process.part"

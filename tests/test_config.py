@@ -292,6 +292,26 @@ def test_a_machine_without_git_records_none(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["git"] is None
 
 
+# ---- one process at a time
+
+
+def test_a_folder_is_closed_to_others_until_the_work_ends_however_it_ends(tmp_path):
+    out = tmp_path / "not" / "yet"
+    told = pytest.raises(ValueError, match=f"another process is at work in {out}")
+    with config.alone_in(out), told, config.alone_in(out):
+        pass
+    script = "import config, pathlib, sys, time\nwith config.alone_in(pathlib.Path(sys.argv[1])):"
+    script += " print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, out]
+    with subprocess.Popen(command, cwd=Path(config.__file__).parent, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process"), config.alone_in(out):
+            pass
+        other.kill()
+    with config.alone_in(out):
+        assert list(out.iterdir()) == []
+
+
 # ---- running a script
 
 

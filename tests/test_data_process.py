@@ -1,21 +1,17 @@
-"""data_process.py from texts to bins: what is written, in which order, through kills, and what it refuses."""
+"""data_process.py from texts to bins: what is written, in which order, and what it refuses."""
 
 import itertools
 import json
-import os
 import random
 import re
-import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import tokenizers
+from data_runs import NOT_COMPARED, Runs, contents, decoded, write_texts
 from tiny_text import made_up_texts, train_tiny_tokenizer
 
 import config
@@ -29,7 +25,6 @@ from data_process import Args, main
 from tokenizer import load_tokenizer
 
 REPOSITORY = Path(data_process.__file__).parent
-NOT_COMPARED = {"config.yaml", "run.json"}  # they say how the run was made: paths, processes, versions
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +38,8 @@ def _small_batches(monkeypatch):
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer_path):
-    """Runs data_process in this process, on texts or on `source`; returns the folder and the summary."""
-
-    def run(texts: list[str] | None, name: str = "out", **changes) -> tuple[Path, dict]:
-        if texts is not None:
-            write_texts(tmp_path / "texts.jsonl", texts)
-        source = changes.pop("source", SourceArgs(input=(tmp_path / "texts.jsonl",)))
-        settings = {**vars(source), "processes": 1, "held_out": 0.1, **changes}
-        return tmp_path / name, main(Args(tokenizer=tokenizer_path, out=tmp_path / name, **settings))
-
-    return run
-
-
-def write_texts(path: Path, texts: list[str]) -> None:
-    """JSON lines; a file that already says the same keeps its date, which data_process looks at."""
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    if not path.is_file() or path.read_bytes() != data:
-        path.write_bytes(data)
-
-
-def decoded(path: Path, tokenizer) -> list[str]:
-    """The documents of a bin as texts, split where its index says, eos at each end."""
-    bin = TokenBin(path)
-    spans = [bin.tokens[a:b].tolist() for a, b in zip(bin.offsets[:-1], bin.offsets[1:])]
-    assert all(ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in ids[:-1] for ids in spans)
-    return [tokenizer.decode(ids[:-1]) for ids in spans]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in NOT_COMPARED}
+def make(tmp_path, tokenizer_path) -> Runs:
+    return Runs(tmp_path, tokenizer_path)
 
 
 def register(monkeypatch, name: str, items: list, conversations: list | None = None) -> SourceArgs:
@@ -127,6 +94,8 @@ def test_the_summary_counts_what_an_independent_count_finds(make, tokenizer_path
     assert bad[0]["raw"].strip() == "{broken" and "JSON" in bad[0]["reason"]
     table = capsys.readouterr().out
     assert "some.jsonl" in table and f"{n_tokens:,}" in table and "too short" in table
+    where, reason = bad[0]["where"], bad[0]["reason"]
+    assert f"bad records lie in {out / 'bad_records.jsonl'}, the first one is {where}: {reason}\n" in table
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(make):
@@ -231,179 +200,6 @@ def test_a_vocabulary_beyond_uint16_is_written_as_uint32(make, tmp_path):
     assert bin.tokens.dtype == np.uint32 and bin.tokens.tolist() == [*ids, 1]
 
 
-# --- going on and starting over ---------------------------------------------------------------------------------------
-
-
-def test_a_second_run_has_nothing_to_do(make, monkeypatch, capsys):
-    texts = made_up_texts(40)
-    out, summary = make(texts)
-    before, dates = contents(out), {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    monkeypatch.setattr(data_process, "process", None)
-    assert make(texts, processes=2)[1] == summary
-    assert "nothing to do" in capsys.readouterr().out
-    assert contents(out) == before and {p: p.stat().st_mtime_ns for p in out.iterdir()} == dates
-
-
-def test_a_file_that_is_gone_is_made_again(make):
-    texts = made_up_texts(40)
-    out, _ = make(texts)
-    before = contents(out)
-    (out / "heldout.bin").unlink()
-    (out / "train_00000.idx").write_bytes(b"")
-    make(texts)
-    assert contents(out) == before
-
-
-def test_other_arguments_are_refused_until_told_to_overwrite(make):
-    texts = made_up_texts(60)
-    out, _ = make(texts, tokens_per_file=500, save_all_text=True)
-    before = contents(out)
-    with pytest.raises(
-        ValueError, match=r"made with other min_chars, save_all_text, tokens_per_file;.*--overwrite true"
-    ):
-        make(texts, min_chars=12)
-    with pytest.raises(ValueError, match=r"made with other inputs;"):
-        make([*texts, "and one text more"], tokens_per_file=500, save_all_text=True)
-    assert contents(out) == before
-    make(texts, min_chars=12, overwrite=True)
-    fresh, _ = make(texts, "fresh", min_chars=12)
-    assert contents(out) == contents(fresh)
-
-
-def test_bins_of_other_origin_are_not_replaced_unasked(make, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train_00000.bin").write_bytes(b"\1\0\2\0")
-    (tmp_path / "out" / "train_poems.bin").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="other programs"):
-        make(made_up_texts(30))
-    out, _ = make(made_up_texts(30), overwrite=True)
-    assert (out / "train_poems.bin").read_bytes() == b"mine" and len(TokenBin(out / "train_00000.bin")) > 2
-
-
-def test_an_unfinished_run_is_gone_on_with_or_dropped_only_when_told(make, monkeypatch, capsys):
-    texts = made_up_texts(60)
-    fresh, _ = make(texts, "fresh", tokens_per_file=500)
-    with monkeypatch.context() as patch:
-        patch.setattr(data_process, "write_conversations", lambda *_: 1 / 0)  # stands for a kill just before the end
-        with pytest.raises(ZeroDivisionError):
-            make(texts, tokens_per_file=500)
-    with pytest.raises(ValueError, match=r"unfinished run with other tokens_per_file;.*--overwrite true"):
-        make(texts, tokens_per_file=600)
-    out, _ = make(texts, tokens_per_file=500)
-    assert "going on" in capsys.readouterr().out and contents(out) == contents(fresh)
-    assert not (out / "data_process.part").exists()
-
-
-# --- real processes ---------------------------------------------------------------------------------------------------
-
-# The script as it is run, with batches so small that a small corpus has many.
-SCRIPT = """
-import sys, documents
-documents.BATCH_ITEMS = 4
-import config, data_process
-config.run(data_process.main, data_process.Args, "data_process")
-"""
-SLOW_LOADER = """
-import json, os, time
-def data_loader():
-    for line in open({path!r}):
-        time.sleep(float(os.environ.get("PAUSE", 0)))
-        yield json.loads(line)
-"""
-
-
-def start(*words: object, pause: float = 0, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *map(str, words)],
-        cwd=REPOSITORY,
-        env={**os.environ, "PAUSE": str(pause), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
-
-
-def test_what_is_read_again_shows_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
-    batches = [documents.Batch(end) for end in (5, 10, 15, 20)]
-    assert [batch.end for batch in data_process.behind(batches, 10)] == [15, 20]
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == [
-        "reading again what is done: 5 of 10 records",
-        "reading again what is done: 10 of 10 records",
-    ]
-    assert [batch.end for batch in data_process.behind(batches, 0)] == [5, 10, 15, 20]
-    assert capsys.readouterr().err == ""
-
-
-def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make, tmp_path, tokenizer_path):
-    """SIGKILL where a third and where two thirds of the bins are there; finished bins are not written again."""
-    texts = made_up_texts(160)
-    write_texts(tmp_path / "texts.jsonl", [None, "short", *texts[:120], texts[0], None, *texts[120:], texts[150], None])
-    loader = tmp_path / "slow.py"
-    loader.write_text(SLOW_LOADER.format(path=str(tmp_path / "texts.jsonl")))
-    settings = {"tokens_per_file": 1000, "save_all_text": True}
-    whole, _ = make(None, "whole", source=SourceArgs(loader=loader), **settings)
-    n_bins = len(list(whole.glob("train_*.bin")))
-    assert n_bins > 6
-    out = tmp_path / "out"
-    words = ["--loader", loader, "--tokenizer", tokenizer_path, "--out", out, "--held_out", 0.1]
-    words += ["--tokens_per_file", 1000, "--save_all_text", True]
-    kept = {}
-    for part, processes in ((n_bins // 3, 2), (2 * n_bins // 3, 1)):
-        process = start(*words, "--processes", processes, pause=0.01)
-        awaited = out / "data_process.part" / f"train_{part:05d}.json"
-        deadline = time.monotonic() + 60
-        while not awaited.exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.005)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        said, _ = process.communicate(timeout=20)
-        assert ("going on" in said) == bool(kept) and not list(out.glob("*.bin"))
-        assert not psutil.wait_procs(workers, timeout=20)[1]  # the workers end with the one who started them
-        finished = {p: p.stat().st_mtime_ns for p in (out / "data_process.part").glob("train_*.bin")}
-        assert kept.items() <= finished.items()
-        kept = {p: date for p, date in finished.items() if p.name < f"train_{part:05d}.bin"}
-    assert "going on" in finish(start(*words, "--processes", 1))
-    assert contents(out) == contents(whole)
-    assert all((out / path.name).stat().st_mtime_ns == date for path, date in kept.items())
-
-
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(make, tmp_path, tokenizer_path):
-    settings = {"tokens_per_file": 2000, "save_all_text": True}
-    whole, _ = make(made_up_texts(200), "whole", **settings)
-    words = ["--input", tmp_path / "texts.jsonl", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
-    words += ["--held_out", 0.1, "--tokens_per_file", 2000, "--save_all_text", True, "--processes", 1]
-    # No file may grow beyond 20 kB: what a disk without room is to a program.
-    full = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2))
-    _, err = full.communicate()
-    assert full.returncode == 1 and re.fullmatch(r"error: no room for .*\n", err), err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data_process.part"]
-    assert "going on" in finish(start(*words))
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-def test_ctrl_c_ends_at_once_and_quietly(tmp_path, tokenizer_path):
-    write_texts(tmp_path / "texts.jsonl", made_up_texts(400))
-    (tmp_path / "slow.py").write_text(SLOW_LOADER.format(path=str(tmp_path / "texts.jsonl")))
-    words = ["--loader", tmp_path / "slow.py", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
-    process = start(*words, "--processes", 2, "--tokens_per_file", 500, pause=0.02, start_new_session=True)
-    while not (tmp_path / "out" / "data_process.part" / "train_00000.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and err == ""
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +239,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, str]]:
         "no tokenizer": ([*fine, "--tokenizer", folder / "nowhere"], "no tokenizer at .*nowhere"),
         "bad tokenizer": ([*fine, "--tokenizer", folder / "tokenizer.model"], "tokenizer.model"),
         "share": ([*fine, "--held_out", 1.0], "held_out is a share"),
+        "min_chars": ([*fine, "--min_chars", -1], "min_chars is 0 or more, found -1"),
         "processes": ([*fine, "--processes", 0], "processes .0. and tokens_per_file"),
         "out in input": (["--input", folder, "--out", folder / "out"], "lies in the input"),
         "all held out": ([*fine, "--held_out", 0.999999], "nothing to train on .1 held out"),

@@ -245,6 +245,12 @@ def test_an_empty_corpus_is_refused_and_the_old_tokenizer_stays(corpus, tmp_path
     assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == before
 
 
+def test_a_corpus_of_bad_records_is_refused_with_the_first_of_them(corpus, tmp_path):
+    corpus([BadRecord("a.jsonl:3", "not JSON", "{"), BadRecord("a.jsonl:9", "no text", "{}")])
+    with pytest.raises(ValueError, match=r"2 bad records, the first one a\.jsonl:3: not JSON$"):
+        main(args(tmp_path))
+
+
 def test_a_folder_of_other_things_is_not_replaced(corpus, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "model.safetensors").touch()
