@@ -1,6 +1,5 @@
-"""run.sh and setup.sh on a copy of the house whose Python scripts are stubs: nothing is installed or trained."""
+"""run.sh on a copy of the house whose Python scripts are stubs: nothing is installed or trained."""
 
-import json
 import os
 import pty
 import shlex
@@ -12,99 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[1]
-STAGES = ["tokenizer", "data", "pretrain", "sft", "eval", "eval", "chat"]  # as calls: eval runs two tasks
-SCRIPTS = {
-    "train_tokenizer.py": ("tokenizer", "data/tiny/tokenizer"),
-    "data_process.py": ("data", "data/tiny/heldout.bin"),
-    "pretrain.py": ("pretrain", "out/tiny/pretrain/last"),
-    "fine_tuning.py": ("sft", "out/tiny/sft/last"),
-    "eval.py": ("eval", None),
-}
-# the variables that the shell scripts heed, so that the caller's own do not matter
-SWITCHING = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHON", "PIP_FIND_LINKS", "UV_FIND_LINKS", "TORCH_ALLOW_PYPI"}
-# Notes its arguments, then does what the file `behave` asks of the stage: fail, or wait for a signal and end well.
-STUB = """
-import json, pathlib, signal, sys, time
-behave = json.loads(pathlib.Path("behave").read_text()).get({stage!r})
-def end_well(*_):
-    pathlib.Path("saved").touch()
-    sys.exit(0)
-signal.signal(signal.SIGTERM, end_well)
-signal.signal(signal.SIGINT, end_well)
-with open("calls.jsonl", "a") as file:
-    print(json.dumps(sys.argv), file=file)
-if behave == "fail":
-    sys.exit(3)
-if behave == "wait":
-    time.sleep(20)
-if {output!r}:
-    pathlib.Path({output!r}).mkdir(parents=True, exist_ok=True)
-"""
-
-
-def program(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/usr/bin/env bash\n" + text)
-    path.chmod(0o755)
-
-
-class House:
-    """A copy of the shell scripts with stubs around them, in a folder whose name needs quoting."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "a house's copy"
-        (self.root / "configs").mkdir(parents=True)
-        for name in ("run.sh", "setup.sh"):
-            shutil.copy(REPOSITORY / name, self.root / name)
-        for preset in ("tiny", "base"):
-            (self.root / f"configs/{preset}.yaml").write_text("pretrain: {}\n")
-        (self.root / "requirements.txt").write_text("numpy==1\n")
-        self.behave()
-        for name, (stage, output) in SCRIPTS.items():
-            (self.root / name).write_text(STUB.format(stage=stage, output=output))
-        # before whatever this machine has: no uv, no GPU, and Linux
-        for name, text in {"uv": "exit 1", "nvidia-smi": "exit 9", "uname": "echo Linux"}.items():
-            program(self.root / "bin" / name, text)
-        self.env = {key: value for key, value in os.environ.items() if key not in SWITCHING}
-        self.env["PATH"] = f"{self.root / 'bin'}:{os.environ['PATH']}"
-
-    def behave(self, **stages: str) -> None:
-        (self.root / "behave").write_text(json.dumps(stages))
-
-    def bash(self, *words: str, **env: str) -> subprocess.CompletedProcess:
-        """The command `bash WORDS...`, called from elsewhere and without a terminal."""
-        command = ["bash", self.root / words[0], *words[1:]]
-        return subprocess.run(
-            command, cwd="/", env=self.env | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-        )
-
-    def start(self, *words: str) -> subprocess.Popen:
-        """run.sh in a process group of its own, returned once the stage that is told to wait waits."""
-        command = ["bash", self.root / "run.sh", *words]
-        process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
-        self.wait_for(lambda: self.calls() and self.calls()[-1][0] == "pretrain.py")
-        return process
-
-    def wait_for(self, condition) -> None:
-        deadline = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < deadline, "waited in vain"
-            time.sleep(0.02)
-
-    def calls(self) -> list[list[str]]:
-        path = self.root / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def stages_called(self) -> list[str]:
-        """The stages whose scripts were called, since the last time this was asked."""
-        names = []
-        for script, *arguments in self.calls():
-            chat = script == "eval.py" and "--task" not in arguments
-            names.append("chat" if chat else SCRIPTS[script][0])
-        (self.root / "calls.jsonl").unlink(missing_ok=True)
-        return names
+from house import REPOSITORY, STAGES, House, program
 
 
 @pytest.fixture
@@ -215,6 +122,12 @@ def test_arguments_reach_the_script_unchanged(house: House) -> None:
     assert answer.returncode == 0, answer.stderr
     (call,) = house.calls()
     assert call == ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "single", *words]
+
+
+def test_scripts_speak_utf8_whatever_the_locale(house: House) -> None:
+    (house.root / "eval.py").write_text("import sys; print(sys.flags.utf8_mode, '写诗')")
+    told = house.bash("run.sh", "--stage", "chat", LC_ALL="C", LANG="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert told.stdout.splitlines()[-1] == "1 写诗", told.stderr
 
 
 def test_chat_takes_arguments_instead_of_the_demo(house: House) -> None:
@@ -345,107 +258,3 @@ def test_background_run_logs_and_says_how_to_follow_it(house: House) -> None:
     assert house.calls()[0][-2:] == ["--note", "a b"]
     house.wait_for(lambda: not (house.root / "out/tiny/.lock").exists())
     assert "== sft (preset tiny)" in (house.root / "out/tiny/run.log").read_text()
-
-
-# --- setup.sh ---------------------------------------------------------------------------------------------------------
-
-# Notes what it is asked to install; fails where the file `refuse` holds a part of it; leaves torch's folder behind.
-FAKE_PYTHON = """
-case "$*" in
-  *"import platform, torch"*) echo installed ;;
-  *"import platform"*) echo 3.12.3 ;;
-  "-m pip install"*)
-    shift 3
-    echo "$*" >>installs
-    if grep -qFf refuse <<<"$*"; then echo "ERROR: refused" >&2; exit 1; fi
-    if [[ "$*" == *torch==2.13.0+cpu ]]; then mkdir -p .venv/lib/python3.12/site-packages/torch-2.13.0+cpu.dist-info; fi
-    ;;
-esac
-"""
-FROM_FOLDER = "--no-deps --no-index torch==2.13.0+cpu"
-FROM_INDEX = "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
-FROM_PYPI = "-c requirements.txt torch==2.13.0,!=2.13.0+cpu"
-PINS = "-r requirements.txt"
-
-
-class SetUp(House):
-    """setup.sh itself, with an interpreter in .venv that only notes what it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        program(self.root / ".venv/bin/python", FAKE_PYTHON)
-        (self.root / "requirements-dev.txt").write_text("pytest==1\n")
-        self.refuse()
-
-    def refuse(self, *parts: str) -> None:
-        (self.root / "refuse").write_text("".join(f"{part}\n" for part in parts))
-
-    def installs(self, *words: str, status: int = 0, **env: str) -> list[str]:
-        """What one call of setup.sh installs."""
-        (self.root / "installs").unlink(missing_ok=True)
-        self.answer = self.bash("setup.sh", *words, **env)
-        assert self.answer.returncode == status, self.answer.stderr
-        return (self.root / "installs").read_text().splitlines() if (self.root / "installs").exists() else []
-
-
-@pytest.fixture
-def set_up(tmp_path: Path) -> SetUp:
-    return SetUp(tmp_path)
-
-
-def test_setup_installs_torch_first_and_a_second_time_nothing(set_up: SetUp) -> None:
-    assert set_up.installs() == [FROM_FOLDER, PINS]
-    assert set_up.installs() == []
-    (set_up.root / "requirements.txt").write_text("numpy==2\n")
-    assert set_up.installs("--dev") == [PINS, "-r requirements-dev.txt"]
-    assert set_up.installs("--dev") == []
-
-
-def test_setup_looks_for_the_cpu_build_in_order_and_takes_cuda_only_when_allowed(set_up: SetUp) -> None:
-    set_up.refuse("--no-index")
-    assert set_up.installs() == [FROM_FOLDER, FROM_INDEX, PINS]
-    shutil.rmtree(set_up.root / ".venv/lib")
-    (set_up.root / ".venv/installed-requirements.txt").unlink()
-    set_up.refuse("--no-index", "--index-url")
-    assert set_up.installs(status=1) == [FROM_FOLDER, FROM_INDEX]
-    assert "TORCH_ALLOW_PYPI=1" in set_up.answer.stderr.splitlines()[-1]
-    assert set_up.installs(TORCH_ALLOW_PYPI="1") == [FROM_FOLDER, FROM_INDEX, FROM_PYPI, PINS]
-
-
-def test_setup_takes_the_ordinary_build_where_a_driver_works(set_up: SetUp) -> None:
-    assert set_up.installs() == [FROM_FOLDER, PINS]
-    program(set_up.root / "bin/nvidia-smi", "echo 'GPU 0: NVIDIA'")
-    assert set_up.installs() == [FROM_PYPI, PINS]  # the CPU build of before is replaced
-
-
-def test_setup_prefers_uv_and_tells_it_of_pips_folders(set_up: SetUp) -> None:
-    program(set_up.root / "bin/uv", '[ "$1" = --version ] || echo "uv $* $UV_FIND_LINKS" >>installs')
-    expected = [f"uv pip install --python .venv/bin/python {words} /a,/b" for words in (FROM_FOLDER, PINS)]
-    assert set_up.installs(PIP_FIND_LINKS="/a /b") == expected
-    shutil.rmtree(set_up.root / ".venv")
-    program(set_up.root / ".venv/bin/python", FAKE_PYTHON)
-    program(set_up.root / "bin/uv", '[ "$1" = --version ]')
-    assert set_up.installs() == [FROM_FOLDER, PINS]  # uv fails, pip does it
-
-
-def test_setup_says_what_could_not_be_installed_and_tries_it_again(set_up: SetUp) -> None:
-    set_up.refuse("-r requirements.txt")
-    set_up.installs(status=1)
-    assert set_up.answer.stderr.splitlines()[-1].startswith("error: requirements.txt could not be installed")
-    set_up.refuse()
-    assert set_up.installs() == [PINS]
-
-
-@pytest.mark.parametrize(
-    ("python", "told"),
-    [
-        ('[ "$1" != --version ] || { echo Python 3.8.2; exit 0; }; exit 1', "Python 3.10 or newer is needed"),
-        ('case "$2" in *venv*) exit 1 ;; *executable*) echo "$0" ;; esac', "has no venv module"),
-    ],
-)
-def test_setup_refuses_an_interpreter_that_will_not_do(set_up: SetUp, python: str, told: str) -> None:
-    shutil.rmtree(set_up.root / ".venv")
-    program(set_up.root / "bin/python3.99", python)
-    assert set_up.installs(status=1, PYTHON="python3.99") == []
-    assert told in set_up.answer.stderr and "python3.99" in set_up.answer.stderr
-    assert set_up.answer.stderr.startswith("error: ") and set_up.answer.stderr.count("\n") == 1
