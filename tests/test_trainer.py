@@ -269,3 +269,51 @@ def test_early_stopping(tmp_path, capsys):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert toy_trainer(tmp_path / "run", data, optim, **changes).fit() == result  # finished, as it says
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_best_is_by_the_metric_that_is_asked_for(tmp_path):
+    """Targets of two groups: the second is trained towards something else than what it is evaluated on."""
+
+    def grouped(shift):
+        def change(step, batch):
+            groups = (torch.arange(len(batch)) % 2)[:, None].expand_as(batch.tokens).contiguous()
+            targets = torch.where(groups == 1, (batch.targets + shift) % VOCAB, batch.targets)
+            return dataclasses.replace(batch, targets=targets.where(batch.targets != IGNORE, IGNORE), groups=groups)
+
+        return Changed(toy_data(tmp_path), change)
+
+    def fit(name, metric, steps=12):
+        torch.manual_seed(0)
+        changes = {"max_steps": steps, "eval_interval": 2, "keep": 20, "metric": metric, "group_names": ["a", "b"]}
+        run, optim = tmp_path / name, OptimArgs(optimizer="adamw", lr=0.05, warmup_steps=0)
+        return toy_trainer(run, grouped(0), optim, eval_data=grouped(5), **changes).fit()
+
+    fit("a", "loss/a")
+    fit("b", "loss/b")
+    logged = [row for row in rows(tmp_path / "a") if "eval_loss" in row]
+    for name, best_of in (("a", "eval_loss/a"), ("b", "eval_loss/b")):
+        best = min(logged, key=lambda row: row[best_of])["step"]
+        assert (tmp_path / name / "best").resolve().name == f"step_{best:08d}"
+    assert (tmp_path / "a" / "best").resolve().name != (tmp_path / "b" / "best").resolve().name
+    for row in rows(tmp_path / "a"):
+        if "loss" in row:  # both groups have about as many targets
+            assert min(row["loss/a"], row["loss/b"]) < row["loss"] < max(row["loss/a"], row["loss/b"])
+    assert fit("a", "loss/b", 14)["steps"] == 14  # the best so far was by another measure
+    best = (tmp_path / "a" / "best").resolve().name
+    assert best == "step_00000014"
+    with pytest.raises(ValueError, match=r"--train\.metric should be one of loss, loss/a, loss/b, found 'loss/c'"):
+        fit("c", "loss/c")
+
+
+def test_intervals_as_a_share_of_an_epoch(tmp_path):
+    data = toy_data(tmp_path)
+    n = data.steps_per_epoch
+    changes = {"epochs": 2.0, "eval_interval": 0.5, "save_interval": 0.25, "eval_data": data, "keep": 50}
+    toy_trainer(tmp_path / "run", data, **changes, log_interval=0).fit()
+    half, quarter = round(n / 2), round(n / 4)
+    evaluated = [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row]
+    assert evaluated == sorted({*range(half, 2 * n, half), 2 * n})
+    saved = {int(path.name[5:]) for path in checkpoints(tmp_path / "run")}
+    assert saved == {*evaluated, *range(quarter, 2 * n + 1, quarter)}
+    with pytest.raises(ValueError, match=r"save_interval should be whole steps, or a share of an epoch below 1"):
+        TrainArgs(save_interval=1.5)

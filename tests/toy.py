@@ -28,6 +28,8 @@ EOS = 2
 SMOOTH = OptimArgs(optimizer="adamw", lr=0.01, eps=0.01, warmup_steps=3)
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": VOCAB, "multiple_of": 8}
 
+OF_TRAINER = ("eval_data", "token_bytes", "identity", "group_names", "adaptive")
+
 
 def toy_bin(folder: Path, name: str = "train", documents: int = 60, seed: int = 0) -> TokenBin:
     """Documents that count upwards in steps of three, from anywhere, for a while."""
@@ -43,7 +45,7 @@ def toy_trainer(
     run: Path, data: Any, optim: OptimArgs | None = None, shape: dict | None = None, **changes: Any
 ) -> Trainer:
     """A trainer of a fresh toy model under `run`; `changes` are fields of TrainArgs or arguments of Trainer."""
-    ours = {name: changes.pop(name) for name in ("eval_data", "token_bytes", "identity") if name in changes}
+    ours = {name: changes.pop(name) for name in OF_TRAINER if name in changes}
     args = TrainArgs(**{"dtype": "fp32", "compile": "off", "device": "cpu", "log_interval": 1} | changes)
     optim = optim or OptimArgs(lr=0.01, muon_lr=0.01, warmup_steps=3)
     model = Transformer(ModelArgs(**SHAPE | (shape or {})))

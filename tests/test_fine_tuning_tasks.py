@@ -1,0 +1,132 @@
+"""fine_tuning.py on several tasks: what it trains, what it tells, and that it goes on bit for bit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny_chat import save_chat_model
+
+import config
+import fine_tuning
+import runlog
+import trainer
+from checkpoint import load_state
+from runlog import read_metrics
+
+SMALL = """--data.seq_len 64 --data.batch_size 4 --train.max_steps 8 --train.compile off --train.device cpu
+    --train.log_interval 1 --train.eval_interval 3 --train.eval_batches 0 --data.heldout_share 0.25"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda *_: (1e12, "not measured"))
+    monkeypatch.setattr(runlog, "draw_losses", lambda *_: None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """model/, and two tasks: the folder moon/ with 24 conversations, sun.jsonl with 8 short ones."""
+    save_chat_model(tmp_path / "model")
+    (tmp_path / "moon").mkdir()
+    for path, n, answer in (
+        (tmp_path / "moon" / "x.jsonl", 24, "the moon over the river"),
+        (tmp_path / "sun.jsonl", 8, "sun"),
+    ):
+        records = [{"question": f"{n}?", "answer": f"{answer} {n}"} for n in range(n)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def run(folder: Path, out: str, *flags: str) -> dict:
+    where = f"--init_from {folder}/model --data {folder}/moon,{folder}/sun.jsonl --out {folder}/{out}"
+    return fine_tuning.main(config.parse(fine_tuning.Args, "fine_tuning", [*where.split(), *SMALL.split(), *flags]))
+
+
+def rows(out: Path) -> list[dict]:
+    return [row for row in read_metrics(out / "metrics.jsonl") if "mfu" not in row]
+
+
+@pytest.mark.parametrize("loss", ["token", "sample", "task_token", "task_sample", "coba"])
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "bucket", "none"])
+def test_every_loss_and_packing_trains_and_tells_the_tasks_apart(folder, loss, packing, capsys):
+    flags = ("--data.loss", loss, "--data.packing", packing, "--data.coba_warmup", "2")
+    result = run(folder, "run", *flags, "--data.temperature", "2")
+    trained = [row for row in rows(folder / "run") if "loss" in row]
+    assert len(trained) == 8
+    assert {"loss/moon", "loss/sun"} < set().union(*trained)
+    assert {"loss", "loss/moon", "loss/sun", "bits_per_byte"} < result.keys()
+    assert result["loss"] < trained[0]["loss"]
+    weights = [row["weight/sun"] for row in rows(folder / "run") if "weight/sun" in row]
+    assert len(weights) == (8 if loss == "coba" else 0)
+    said = capsys.readouterr()
+    assert "of the positions hold samples" in said.out and "moon " in said.err and "sun " in said.err
+
+
+@pytest.mark.parametrize("loss", ["task_sample", "coba"])
+def test_goes_on_bit_for_bit(folder, loss, monkeypatch):
+    flags = ("--data.loss", loss, "--data.coba_warmup", "2", "--train.patience", "9", "--train.metric", "loss/sun")
+    flags += ("--train.save_interval", "2")
+    run(folder, "whole", *flags)
+    step = trainer.Trainer._step
+
+    def killed(self):
+        if self.progress.step == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "cut", *flags)
+    assert ("adaptive" in load_state(folder / "cut" / "last")) == (loss == "coba")
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
+    run(folder, "cut", *flags)
+    assert rows(folder / "cut") == rows(folder / "whole")
+    a, b = ((folder / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+    with pytest.raises(ValueError, match="holds a run with loss"):
+        run(folder, "cut", "--data.loss", "sample")
+
+
+def test_weights_change_the_loss_and_held_out_files_belong_to_tasks(folder, capsys):
+    first = {}
+    for weights in ("1 1", "9 1"):
+        run(
+            folder,
+            weights[0],
+            "--train.max_steps",
+            "1",
+            "--data.loss",
+            "task_token",
+            "--data.weights",
+            *weights.split(),
+        )
+        first[weights] = rows(folder / weights[0])[0]
+    for weights, row in first.items():
+        moon, sun = map(float, weights.split())
+        mean = (moon * row["loss/moon"] + sun * row["loss/sun"]) / (moon + sun)
+        assert row["loss"] == pytest.approx(mean, rel=1e-6)  # float32 weights
+    held_out = f"{folder}/sun.jsonl,{folder}/moon"
+    result = run(folder, "swapped", "--train.max_steps", "1", "--data.heldout", held_out)
+    assert "held out to evaluate on: 8 + 24 samples" in capsys.readouterr().out
+    assert {"loss/moon", "loss/sun"} < result.keys()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--data.weights 1 2", r"they go with --data\.loss task_token or task_sample, not token"),
+        ("--data.weights 1 --data.loss task_token", r"should be 2 numbers of 0 or more, not all of them 0, found 1\.0"),
+        ("--data.weights 0 0 --data.loss task_token", r"not all of them 0, found 0\.0 0\.0"),
+        ("--data.loss coba --data.heldout_share 0", r"coba balances tasks by their held-out losses: it needs two"),
+        ("--data.temperature 0.5", r"temperature should be 1 \(no upsampling\) or more, found 0\.5"),
+        ("--data.heldout sun.jsonl", r"one path for each of 2 tasks, found 1"),
+        ("--train.metric loss/star", r"one of loss, bits_per_byte, loss/moon, loss/sun, found 'loss/star'"),
+    ],
+)
+def test_refused_before_anything_is_written(folder, flags, message, capsys):
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        run(folder, "run", *flags.split())
+
+    assert re.search(message, str(refused.value) + capsys.readouterr().err)
+    assert not (folder / "run").exists()
