@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import attention
 import rope
 from cache import KVCache
 from model import Attention, Block, Decoder, FeedForward, Linear, ModelArgs, RMSNorm, Transformer
@@ -143,8 +144,9 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
 
 def supports(model: Transformer, cache: KVCache) -> bool:
     """Whether the compiled step computes what `model` does with `cache`: on a CPU, an architecture it knows, made of
-    its own modules (nothing injected, quantized or hooked), one dtype throughout, and a plain cache."""
-    if type(model) is not Transformer or type(cache) is not KVCache:
+    its own modules (nothing injected, quantized or hooked), one dtype throughout, a plain cache, and attention by
+    whatever is fastest."""
+    if type(model) is not Transformer or type(cache) is not KVCache or attention.in_use() != "auto":
         return False
     weight = model.model.embed_tokens.weight
     return (

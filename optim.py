@@ -70,9 +70,10 @@ def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter")
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds = defaultdict(list)
     for name, p in trainable.items():
-        kinds[_kind(name, p)].append(p)
+        kinds["outer" if p in tables else _kind(name, p)].append(p)
     if args.lora_lr_ratio != 1.0 and not kinds["lora_B"]:
         raise ValueError("lora_lr_ratio is for adapters, and the model has no trainable lora_B")
     matrices = kinds["matrix"]
@@ -93,15 +94,16 @@ def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
 
 
 def _kind(name: str, p: nn.Parameter) -> str:
-    """Which optimizer and settings a parameter gets."""
+    """Which optimizer and settings a parameter gets that is no embedding."""
     if p.dim() != 2:
         return "vector"
     if name.endswith("lora_B"):
         return "lora_B"
-    # Rows of embedding and head are looked up or compared one by one: no matrix to orthogonalise. Of an adapter it is
-    # the product B A that moves a weight, and orthogonal steps of B and of A are no such step of their product.
-    # CLEX's proj_down starts at zero, and a step of Muon's has one size whatever the gradient's.
-    return "outer" if any(part in name for part in ("embed_tokens", "lm_head", "lora_", "rope.proj_")) else "matrix"
+    # Rows of embeddings, which have no name of their own in all models, and of heads (GPT-NeoX calls its own embed_out)
+    # are looked up or compared one by one: no matrix to orthogonalise. Of an adapter it is the product B A that moves a
+    # weight, and orthogonal steps of B and of A are no such step of their product. CLEX's proj_down starts at zero, and
+    # a step of Muon's has one size whatever the gradient's.
+    return "outer" if any(part in name for part in ("lm_head", "embed_out", "lora_", "rope.proj_")) else "matrix"
 
 
 class Optimizers:

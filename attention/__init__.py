@@ -24,7 +24,7 @@ from attention import dense, flash, flex, shifted_sparse
 from attention.mask import Mask
 from attention.shifted_sparse import ShiftedSparse
 
-__all__ = ["BACKENDS", "Mask", "ShiftedSparse", "attend", "check", "choose", "prepare", "use"]
+__all__ = ["BACKENDS", "Mask", "ShiftedSparse", "attend", "check", "choose", "in_use", "prepare", "use"]
 
 
 class Backend(NamedTuple):
@@ -91,6 +91,11 @@ def choose(mask: Mask, T: int, S: int, head_dim: int, dtype: torch.dtype, device
     if flash.takes(dtype, device) and mask.dense is None and head_dim <= flash.MAX_HEAD_DIM and flash.installed():
         return "flash"
     return "flex" if flex.helps(mask, T, S, head_dim, dtype, device) else "sdpa"
+
+
+def in_use() -> str:
+    """The back-end that `use` has chosen; auto: none."""
+    return _in_use
 
 
 @contextmanager

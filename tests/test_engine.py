@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attention
 import engine
 from model import ModelArgs, Transformer
 
@@ -154,6 +155,8 @@ def test_only_what_it_computes_right_is_taken():
     assert refused(lambda m: m.to("meta"))
     assert refused(lambda m: m.half())
     assert refused(kind="int8")
+    with attention.use("sdpa"):  # who names a back-end wants to see that one at work
+        assert refused()
     growing = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 20}
     assert refused(model=make(torch.float32, rope_scaling=growing))
 

@@ -15,7 +15,7 @@ from flops import train_flops_per_token
 from foreign import ForeignModel
 from generate import generate
 from model import Transformer
-from optim import OptimArgs, build_optimizer
+from optim import Muon, OptimArgs, build_optimizer
 from sampling import SamplingParams
 from trainer import TrainArgs, Trainer
 
@@ -52,6 +52,19 @@ def trainer_of(model: ForeignModel, run, data, **changes) -> Trainer:
     backend, identity = make_backend("single", "cpu"), {"seed": 0}
     optimizer = build_optimizer(model, optim)
     return Trainer(model, optimizer, data, backend, args, optim, run, identity=identity, eval_data=data, **functions)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma", "phi", "gpt2"])
+def test_muon_takes_no_embedding_and_no_head_whatever_they_are_called(kind):
+    config = transformers.AutoConfig.for_model(kind, **TINY | KINDS.get(kind, {}))
+    model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
+    names = {p: name for name, p in model.named_parameters()}
+    muon = next(part for part in build_optimizer(model, OptimArgs()).parts if isinstance(part, Muon))
+    taken = {names[p] for group in muon.param_groups for p in group["params"]}
+    matrices = {name for p, name in names.items() if p.dim() == 2}
+    vocabulary_or_positions = {names[p] for p in names if p.dim() == 2 and p.shape[0] in (toy.VOCAB, 64)}
+    assert vocabulary_or_positions
+    assert taken == matrices - vocabulary_or_positions
 
 
 @pytest.mark.parametrize("kind", KINDS)
