@@ -59,7 +59,10 @@ def matching(model: nn.Module, targets: str | tuple[str, ...], excluded: Iterabl
                 )
         if not found & known:
             ends = sorted({path.rpartition(".")[2] for path in known})
-            raise ValueError(f"no layer matches the target {text!r}; this model's layers are called {', '.join(ends)}")
+            raise ValueError(
+                f"no layer matches the target {text!r}; this model's layers are called {', '.join(ends)}; "
+                "--lora.targets linear takes all but the head"
+            )
         chosen |= found & known
     return [path for path in names if path in chosen - excluded]
 

@@ -20,6 +20,8 @@ import lora
 from checkpoint import load_model
 from config import file_sha256
 from runlog import read_metrics
+from speaker import load_speaker
+from tokenizer import load_tokenizer
 
 SMALL = """
     --data.seq_len 64 --data.batch_size 4 --data.heldout none.jsonl --train.compile off --train.device cpu
@@ -134,6 +136,66 @@ def test_another_adapter_is_another_run(folder, whole):
 def test_a_quantized_base_wants_an_adapter(folder):
     with pytest.raises(SystemExit):
         run(folder, "none", "qlora", "--lora.method", "none")
+
+
+@pytest.mark.parametrize("kind", ["dora and norms", "qlora"])
+def test_two_processes_equal_one(kind, folder, environment):
+    skip_without_bitsandbytes(kind)
+    no_noise = ["--lora.dropout", "0", "--train.max_steps", "4", "--train.dtype", "fp32"]
+    run(folder, f"one {kind}", kind, *no_noise)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(Path(fine_tuning.__file__))
+    started = [*command, script, *flags(folder, f"two {kind}", kind, *no_noise, "--train.backend", "ddp")]
+    status, err = finish(subprocess.Popen(started, env=environment, stderr=subprocess.PIPE, text=True))
+    assert status == 0, err
+    for one, two in zip(outcome(folder, f"one {kind}")[1], outcome(folder, f"two {kind}")[1], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)  # float32 with another order of sums, through AdamW
+
+
+@pytest.fixture(scope="module")
+def neox(folder) -> Path:
+    """A random GPT-NeoX with the vocabulary of `model`."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(folder / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    shape = transformers.GPTNeoXConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=128, **sizes)
+    torch.manual_seed(0)
+    peer = transformers.GPTNeoXForCausalLM(shape)
+    for parameter in peer.parameters():
+        torch.nn.init.normal_(parameter, mean=parameter.dim() == 1, std=0.2)
+    peer.save_pretrained(folder / "neox")
+    tokenizer.save(folder / "neox")
+    return folder / "neox"
+
+
+@pytest.mark.parametrize("base", ["full", "nf4"])
+def test_an_adapter_of_a_model_that_is_transformers_own(base, folder, neox):
+    """Trained, resumed, answered with, merged; loaded by peft."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    out = f"neox {base}"
+    more = ["--init_from", str(neox), "--lora.targets", "linear", "--lora.base", base, "--lora.dropout", "0"]
+    more += ["--optim.lr", "0.01"]
+    run(folder, out, "lora", *more, "--train.max_steps", "6")
+    run(folder, out, "lora", *more)  # goes on
+    losses = [row["loss"] for row in outcome(folder, out)[1]]
+    assert losses[-1] < losses[0] - 0.1
+    last, tokens = folder / out / "last", torch.arange(4, 20)[None]
+    speaker = load_speaker(last, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(neox), last)(tokens).logits
+        torch.testing.assert_close(speaker.model(tokens), theirs, rtol=1e-4, atol=1e-4)  # float32, merged first
+    convert.merge(convert.Merge(neox, last, folder / f"merged {base}"))
+    merged = AutoModelForCausalLM.from_pretrained(folder / f"merged {base}")
+    torch.testing.assert_close(merged(tokens).logits, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_that_a_model_does_not_have(folder, neox):
+    with pytest.raises(ValueError, match=r"'q_proj'; .* query_key_value.*; --lora.targets linear takes all"):
+        run(folder, "none", "pissa", "--init_from", str(neox))
 
 
 @pytest.mark.slow
