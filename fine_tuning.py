@@ -1,8 +1,10 @@
-"""Fine-tune a model on conversations: the loss is on the assistant's words and on the end of each of its turns.
+"""Fine-tune a model on conversations: the loss is on the assistant's words and on the end of each of its turns. Or on
+pairs of answers, one preferred to the other (--objective dpo, orpo).
 
 python fine_tuning.py --config configs/tiny.yaml
 python fine_tuning.py --init_from DIR --data my_conversations.jsonl --out out/mine
 python fine_tuning.py --init_from DIR --data poems,medical.jsonl --data.loss task_token    # two tasks
+python fine_tuning.py --init_from out/mine/best --objective dpo --data my_pairs.jsonl --out out/mine_dpo
 
 python dataset_sft.py --data my_conversations.jsonl --model DIR shows what of them is trained.
 """
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 
+import attention
 import config
 import lora
 import tasks
@@ -36,8 +39,10 @@ from foreign import ForeignModel
 from model import Transformer
 from optim import OptimArgs, build_optimizer
 from packing import Packing, SFTData
+from pairs import PairData, read_pairs
+from preference import PreferenceArgs, PreferenceModel, make_objective, reference
 from tokenizer import Tokenizer, load_tokenizer
-from trainer import TrainArgs, Trainer
+from trainer import TrainArgs, Trainer, prepare
 
 ANY_LENGTH = 2**31  # tokens: longer than any sample
 
@@ -58,7 +63,7 @@ class DataArgs:
     train_on: Literal["all", "last"] = "all"
     """the answers of a conversation that are trained; one with "loss": false in its record never is"""
     seq_len: int = 128
-    """tokens in a row of a batch"""
+    """tokens in a row of a batch; of pairs, in each of the two texts"""
     batch_size: int = 64
     """rows of an optimizer step, over all processes and micro-batches"""
     packing: Packing = "best_fit"
@@ -98,12 +103,28 @@ class Args:
     optim: OptimArgs = field(default_factory=lambda: OptimArgs(lr=1e-3, muon_lr=2e-3, schedule="linear"))
     lora: lora.LoraArgs = field(default_factory=lora.LoraArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
+    objective: Literal["sft", "dpo", "orpo"] = "sft"
+    """sft: to answer as in conversations; dpo, orpo: to prefer the chosen of two answers to the rejected one, which
+    --data gives as pairs"""
+    preference: PreferenceArgs = field(default_factory=PreferenceArgs)
     neftune_alpha: float = 0.0
     """noise on the embeddings in training (NEFTune, 5 is usual); 0: none"""
     init_from: Path = Path("out/tiny/pretrain/best")
     """the model directory to start from"""
     out: Path = Path("out/tiny/sft")
     """run directory: checkpoints, logs, the resolved config"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where settings of one objective meet another."""
+        if self.objective == "sft":
+            if self.preference != PreferenceArgs():
+                raise ValueError("--preference.* are settings of --objective dpo and orpo, not of sft")
+            return
+        make_objective(self.objective, self.preference)
+        if self.data.loss != "token" or len(tasks.split_paths(self.data.train)) > 1:
+            raise ValueError(f"--objective {self.objective} is of one task: one path of pairs, without --data.loss")
+        if self.data.packing not in ("best_fit", "none"):
+            raise ValueError(f"pairs of answers are packed best_fit or none, found --data.packing {self.data.packing}")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -116,14 +137,15 @@ def main(args: Args) -> dict[str, Any]:
     broken: dict[Path, list[BadRecord]] = {}
     paths = tasks.split_paths(args.data.train)
     names = tasks.task_names(paths)
-    trained, heldout = read_data(args.data, paths, template, broken)
-    data, eval_data = batches(args.data, args.train.seed, trained, heldout)
+    in_pairs = args.objective != "sft"
+    trained, heldout = read_data(args.data, paths, template, broken, in_pairs)
+    data, eval_data = (pair_batches if in_pairs else batches)(args.data, args.train.seed, trained, heldout)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
         save, load = adapt(model, args, tokenizer, template)
         coba = balance(args, data, eval_data, model, backend, names) if args.data.loss == "coba" else None
         trainer = Trainer(
-            model,
+            preferring(model, args, data, eval_data, backend) if in_pairs else model,
             build_optimizer(model, args.optim),
             data,
             backend,
@@ -134,7 +156,7 @@ def main(args: Args) -> dict[str, Any]:
             load=load,
             identity=identity(args, names, trained, template.jinja),
             eval_data=eval_data,
-            token_bytes=tokenizer.token_bytes(),
+            token_bytes=None if in_pairs else tokenizer.token_bytes(),
             group_names=names if len(names) > 1 else (),
             adaptive=coba,
         )
@@ -169,11 +191,12 @@ def adapt(
 
 
 def read_data(
-    data: DataArgs, paths: list[Path], template: ChatTemplate, broken: dict[Path, list[BadRecord]]
+    data: DataArgs, paths: list[Path], template: ChatTemplate, broken: dict[Path, list[BadRecord]], in_pairs: bool
 ) -> tuple[list[Samples], list[Samples] | None]:
     """What is trained and what is held out of each task, None if nothing is; the records that are none go to `broken`,
     by file."""
-    read = partial(read_samples, template=template, too_long=data.too_long, train_on=data.train_on)
+    read = partial(read_pairs if in_pairs else read_samples, template=template, too_long=data.too_long)
+    read = read if in_pairs else partial(read, train_on=data.train_on)
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
     given = tasks.split_paths(data.heldout)
     if given and len(given) != len(paths):
@@ -219,6 +242,31 @@ def batches(
     samples, groups = tasks.join(heldout)
     several = len(heldout) > 1  # then shuffled, so that the first batches hold something of each
     return source, SFTData(samples, *shape, 0, whole, shuffle=several, groups=groups if several else None)
+
+
+def pair_batches(
+    args: DataArgs, seed: int, trained: list[Samples], heldout: list[Samples] | None
+) -> tuple[PairData, PairData | None]:
+    """What the loop trains on and what it evaluates on, of pairs, which are numbered through."""
+    shape = (args.seq_len, args.batch_size)
+    data = PairData(*trained, *shape, seed, args.packing)
+    if heldout is None:
+        return data, None
+    return data, PairData(*heldout, *shape, 0, args.packing, shuffle=False, first=data.n_pairs)
+
+
+def preferring(
+    model: Transformer | ForeignModel, args: Args, data: PairData, heldout: PairData | None, backend: SingleProcess
+) -> PreferenceModel:
+    """The model that learns to prefer, beside its reference, if it has one: itself as it is now."""
+    tuned = PreferenceModel(model, make_objective(args.objective, args.preference))
+    if tuned.objective.has_reference and data.seq_len <= model.args.max_seq_len:  # else the loop refuses it
+        prepare(tuned, args.train, backend.device)  # in the dtype of the training
+        sources = [data] if heldout is None else [data, heldout]
+        with attention.use(args.train.attention):
+            cache, size = args.out / "reference.npz", args.train.micro_batch_size
+            tuned.reference = reference(tuned, sources, backend, cache, size)
+    return tuned
 
 
 def balance(
@@ -270,7 +318,8 @@ def describe(
     shared = f"{args.heldout_share:.0%} of {', '.join(map(str, paths))}, by the hash of their questions"
     source = ", ".join(map(str, args.heldout)) or shared
     counts = " + ".join(str(len(samples)) for samples in heldout)
-    return "\n".join([*lines, f"held out to evaluate on: {counts} samples ({source})"])
+    what = f"{len(heldout[0]) // 2} pairs" if isinstance(data, PairData) else f"{counts} samples"
+    return "\n".join([*lines, f"held out to evaluate on: {what} ({source})"])
 
 
 def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -> dict[str, Any]:
@@ -285,6 +334,7 @@ def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
         "template": hashlib.sha256(jinja.encode()).hexdigest(),
+        "objective": None if args.objective == "sft" else [args.objective, config.to_plain(args.preference)],
         "optimizer": args.optim.optimizer,
         "lora": None if args.lora.method == "none" else config.to_plain(args.lora),
         "neftune_alpha": args.neftune_alpha or None,

@@ -1,4 +1,4 @@
-"""DPO and ORPO against formulas written out pair by pair, and the model that learns by them against texts one by one."""
+"""DPO and ORPO against formulas written out pair by pair; the model that learns by them against texts one by one."""
 
 import math
 from decimal import Decimal, getcontext
