@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,6 @@ class Tokenizer:
     def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
         """The ids of `encode`, and of each the characters of `text` it stands for: (n, 2) int64 of starts and stops."""
         raise NotImplementedError
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`[encode(text) for text in texts]`, faster where the library has a way."""
-        return [self.encode(text) for text in texts]
 
     def save(self, directory: str | Path) -> None:
         """Write what `load_tokenizer` and transformers read the same ids from; ValueError as in `to_tokenizers`."""
@@ -237,12 +233,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _backend_for(self, follows_special: bool) -> tokenizers.Tokenizer:
         return self._following if follows_special else self._backend
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        try:
-            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:
-            return super().encode_batch(texts)  # which says what is wrong with which text
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         config = {key: value for key, value in self._config.items() if value is not None}
