@@ -1,0 +1,300 @@
+"""Full fine-tuning and adapters on the same data and budget: held-out loss, trained share, memory, step time, file.
+
+    python bench/finetune.py                                   # the default poet and its questions
+    python bench/finetune.py --texts my_texts --data my_chats.jsonl    # a model pretrained on a folder of texts first
+    python bench/finetune.py --learn false --widen 512         # costs alone, on a wider model of random weights
+
+Every run is `fine_tuning.main`. Losses: each learning rate of a method is tried with the first seed, the best one is
+taken by the others. Costs: a new process for each, one at a time, a few steps, nothing evaluated. Everything is AdamW,
+linear decay, uncompiled. Runs that are finished are not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import random
+import re
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data_process
+import fine_tuning
+import pretrain
+import train_tokenizer
+from checkpoint import save_model
+from corpora import BadRecord
+from corpora.files import records
+from lora import LoraArgs
+from model import ModelArgs, Transformer
+from optim import OptimArgs
+from runlog import read_metrics
+from tokenizer import load_tokenizer
+from trainer import TrainArgs
+
+METHODS = {
+    "full": LoraArgs(),
+    "LoRA r=8": LoraArgs("lora", r=8),
+    "LoRA r=64": LoraArgs("lora", r=64),
+    "rsLoRA r=64": LoraArgs("rslora", r=64),
+    "DoRA r=8": LoraArgs("dora", r=8),
+    "QLoRA r=8 (nf4)": LoraArgs("lora", r=8, base="nf4"),
+    "LoRA r=8 + embed, norm": LoraArgs("lora", r=8, train_embed_norm=True),
+}
+UNTRAINED = "the model before"
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare ways to fine-tune a model."""
+
+    model: Path = Path("out/tiny/pretrain/best")
+    """the model to start from"""
+    texts: Path | None = None
+    """a folder of texts to pretrain that model on first (once: it is kept below `out`)"""
+    pretrain_steps: int = 250
+    """steps of that"""
+    data: Path = Path("data/tiny/sft_train.jsonl")
+    """conversations to train on"""
+    heldout: Path | None = Path("data/tiny/sft_heldout.jsonl")
+    """conversations to measure on; None: a share of `data`"""
+    records: int = 4000
+    """conversations that are used, taken at random; a tenth as many are held out"""
+    steps: int = 60
+    """optimizer steps of a run"""
+    rows: int = 16
+    """rows of a step"""
+    seq_len: int = 128
+    """tokens in a row"""
+    seeds: int = 3
+    """runs at the best learning rate"""
+    full_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """learning rates to try where all parameters train"""
+    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    """learning rates to try for each kind of adapter"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """what to compare"""
+    learn: bool = True
+    """measure losses"""
+    cost: bool = True
+    """measure memory and time"""
+    cost_steps: int = 12
+    """steps of that"""
+    widen: int = 0
+    """measure the costs on a model this wide, 12 layers deep, of random weights, instead"""
+    jobs: int = 2
+    """runs at a time, one thread each, when losses are measured"""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """processor cores of a run when costs are"""
+    out: Path = Path("out/bench/finetune")
+    """where runs and results.json go"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    name: str
+    args: fine_tuning.Args
+    threads: int = 1
+
+
+# ---- one run
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Fine-tune; what came of it, and what it took. A run that diverges has an infinite loss."""
+    torch.set_num_threads(job.threads)
+    job.args.out.mkdir(parents=True, exist_ok=True)
+    before = psutil.Process().memory_info().rss
+    row: dict[str, Any] = {"name": job.name, "lr": job.args.optim.lr, "seed": job.args.train.seed}
+    with (job.args.out / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            row |= fine_tuning.main(job.args)
+        except ValueError as error:
+            return row | {"loss": math.inf, "error": str(error)}
+    row["memory_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    told = re.search(r"([\d,]+) parameters train, ([\d.]+)%", (job.args.out / "log.txt").read_text())
+    row |= {"trained": int(told[1].replace(",", "")), "share": float(told[2]) / 100}
+    rates = [line["tokens_per_second"] for line in read_metrics(job.args.out / "metrics.jsonl") if "mfu" in line]
+    row["step_seconds"] = job.args.data.batch_size * job.args.data.seq_len / statistics.median(rates[2:] or rates)
+    row["file_kib"] = sum(path.stat().st_size for path in Path(row["model"]).glob("*.safetensors")) / 2**10
+    return row
+
+
+def run_all(jobs: Sequence[Job], at_a_time: int = 1, apart: bool = False) -> list[dict[str, Any]]:
+    """The rows of all jobs; a line is printed as each ends. apart: each in a new process, whose memory is its own."""
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(at_a_time, maxtasksperchild=1 if apart else None) as pool:
+        for row in pool.imap_unordered(run, jobs, chunksize=1):
+            loss = f"loss {row['loss']:.4f}" if "loss" in row else f"{row['step_seconds']:.3f} s a step"
+            print(
+                f"{len(rows) + 1}/{len(jobs)} {row['name']}, lr {row['lr']:g}, seed {row['seed']}: {loss}", flush=True
+            )
+            rows.append(row)
+    return rows
+
+
+def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float, seed: int) -> Job:
+    """A run that is to learn."""
+    steps, warmup = (args.steps, args.steps // 10) if lr else (1, 0)
+    out = args.out / "runs" / f"{re.sub(r'[^a-zA-Z0-9]+', '_', method)}_lr{lr:g}_seed{seed}_steps{steps}"
+    return Job(
+        method,
+        fine_tuning.Args(
+            data=fine_tuning.DataArgs((data[0],), (data[1],), seq_len=args.seq_len, batch_size=args.rows),
+            optim=OptimArgs("adamw", lr=lr, schedule="linear", warmup_steps=warmup, weight_decay=0.0),
+            lora=METHODS.get(method, LoraArgs()),
+            train=TrainArgs(
+                max_steps=steps, compile="off", seed=seed, log_interval=2, eval_interval=0, save_interval=0, keep=1
+            ),
+            init_from=model,
+            out=out,
+        ),
+    )
+
+
+# ---- what they start from
+
+
+def sampled(path: Path, n: int, out: Path) -> Path:
+    """A file of n records of `path`, drawn at random, the same ones at every call."""
+    found = [record.value for record in records(path) if not isinstance(record, BadRecord)]
+    drawn = random.Random(0).sample(found, min(n, len(found)))
+    out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in drawn), encoding="utf8")
+    return out
+
+
+def conversations(data: Path, heldout: Path | None, n: int, out: Path) -> tuple[Path, Path]:
+    """Files of n conversations to train on and n / 10 to measure on, which are others; with fewer, all of them."""
+    train, test = out / f"{data.stem}.jsonl", out / "heldout" / f"{data.stem}.jsonl"
+    test.parent.mkdir(parents=True, exist_ok=True)
+    if heldout is not None:
+        return sampled(data, n, train), sampled(heldout, n // 10, test)
+    lines = sampled(data, n + n // 10, train).read_text(encoding="utf8").splitlines(keepends=True)
+    n_test = len(lines) // 11
+    test.write_text("".join(lines[:n_test]), encoding="utf8")
+    train.write_text("".join(lines[n_test:]), encoding="utf8")
+    return train, test
+
+
+def pretrained(texts: Path, steps: int, out: Path) -> Path:
+    """A model pretrained on a folder of texts, its tokenizer and bins made first: the product's own three scripts."""
+    if not (out / "model" / "result.json").is_file():
+        bins = out / "bins"
+        tokenizer = bins / "tokenizer"
+        train_tokenizer.main(train_tokenizer.Args(input=(texts,), corpus=(), out=tokenizer, vocab_size=6000))
+        data_process.main(data_process.Args(input=(texts,), corpus=(), tokenizer=tokenizer, out=bins, overwrite=True))
+        pretrain.main(
+            pretrain.Args(
+                model=ModelArgs(dim=128, n_layers=6, n_heads=4, max_seq_len=256),
+                data=pretrain.DataArgs(dir=bins, seq_len=128, batch_size=32),
+                optim=OptimArgs("muon", lr=4e-3, muon_lr=6e-3, schedule="wsd", decay_share=0.5),
+                train=TrainArgs(max_steps=steps, eval_interval=0),
+                out=out / "model",
+            )
+        )
+    return out / "model" / "best"
+
+
+def widened(model: Path, dim: int, out: Path) -> Path:
+    """A model of random weights with the tokenizer of another."""
+    tokenizer = load_tokenizer(model)
+    torch.manual_seed(0)
+    shape = ModelArgs(dim=dim, n_layers=12, n_heads=dim // 64, vocab_size=tokenizer.vocab_size, max_seq_len=512)
+    save_model(out, Transformer(shape), tokenizer)
+    return out
+
+
+# ---- the tables
+
+
+def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
+    """Held-out losses by method: of the untrained model, of every learning rate, of every seed at the best one."""
+    tries = [job(args, model, data, UNTRAINED, 0.0, 0)]
+    for method in args.methods:
+        tries += [job(args, model, data, method, lr, 0) for lr in (args.full_lrs if method == "full" else args.lrs)]
+    table: dict[str, dict[str, Any]] = {}
+    for row in run_all(tries, args.jobs):
+        table.setdefault(row["name"], {"by_lr": {}})["by_lr"][row["lr"]] = row["loss"]
+    more = []
+    for method, found in table.items():
+        found["lr"] = min(found["by_lr"], key=found["by_lr"].get)
+        found["losses"] = [found["by_lr"][found["lr"]]]
+        more += [job(args, model, data, method, found["lr"], seed) for seed in range(1, args.seeds) if found["lr"]]
+    for row in run_all(more, args.jobs):
+        table[row["name"]]["losses"].append(row["loss"])
+    return {name: table[name] for name in (UNTRAINED, *args.methods)}
+
+
+def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
+    """Of each method what trains, memory over that of a process that has only loaded Python, step time, file size."""
+    jobs = []
+    for method in args.methods:
+        each = job(args, model, data, method, 1e-3, 0).args
+        each = replace(
+            each,
+            data=replace(each.data, heldout=(Path("none"),)),
+            train=replace(each.train, max_steps=args.cost_steps, resume="never"),
+            out=args.out / "runs" / f"cost_{model.name}_{each.out.name}",
+        )
+        jobs.append(Job(method, each, args.threads))
+    names = ("trained", "share", "memory_mib", "step_seconds", "file_kib")
+    return {row["name"]: {name: row[name] for name in names} for row in run_all(jobs, apart=True)}
+
+
+def markdown(args: Args, losses: dict[str, dict[str, Any]], cost: dict[str, dict[str, Any]]) -> str:
+    """Both as one table."""
+    heads = ["held-out loss", "from", "to", "learning rate"] * bool(losses)
+    heads += ["trained", "share", "memory, MiB", "step, ms", "file, KiB"] * bool(cost)
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in losses or cost:
+        cells = []
+        if losses:
+            values, lr = losses[name]["losses"], losses[name]["lr"]
+            edge = "*" * (lr in (min(losses[name]["by_lr"]), max(losses[name]["by_lr"])))
+            spread = [f"{min(values):.4f}", f"{max(values):.4f}", f"{lr:g}{edge}"] if lr else ["", "", ""]
+            cells += [f"{statistics.mean(values):.4f}", *spread]
+        if name in cost:
+            c = cost[name]
+            cells += [f"{c['trained']:,}", f"{c['share']:.2%}", f"{c['memory_mib']:.0f}"]
+            cells += [f"{1000 * c['step_seconds']:.0f}", f"{c['file_kib']:,.0f}"]
+        lines.append(f"| {name} | " + " | ".join(cells + [""] * (len(heads) - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Measure, print a Markdown table, write results.json."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = args.model if args.texts is None else pretrained(args.texts, args.pretrain_steps, args.out / "base")
+    if not (model / "config.json").is_file():
+        advice = "`python pretrain.py --config configs/tiny.yaml` makes the default one"
+        raise FileNotFoundError(f"there is no model at {model}; {advice}, after `bash run.sh` has made its data")
+    data = conversations(args.data, args.heldout, args.records, args.out)
+    losses = learn(args, model, data) if args.learn else {}
+    cost = {}
+    if args.cost:
+        cost = costs(args, widened(model, args.widen, args.out / "wide") if args.widen else model, data)
+    print(
+        f"\n{args.steps} steps of {args.rows} x {args.seq_len} tokens, {args.seeds} seeds; * the rate is at an edge\n"
+    )
+    print(markdown(args, losses, cost))
+    results = {"losses": losses, "cost": cost}
+    (args.out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf8")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
