@@ -11,6 +11,7 @@ each weight being cast where it is used.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ class ModelArgs:
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps should be a finite number, 0 or more, found {self.norm_eps}")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim is None:

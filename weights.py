@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 MAX_SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+FLOATS = {"F64", "F32", "F16", "BF16"}  # what safetensors calls them
 ANGLES = "rotary_emb.inv_freq"  # what older files keep of the rotary encoding, which its base says already
 
 
@@ -30,14 +32,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a file, not a model directory" if Path(directory).is_file() else "is no model directory"
         raise FileNotFoundError(f"{directory} {what}: a Hugging Face directory with a config.json is wanted")
-    return read_mapping(path)
+    config = read_mapping(path)
+    if not isinstance(config.get("model_type", ""), str):
+        raise ValueError(f"{path}: model_type should be a name, found {config['model_type']!r}")
+    return config
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError when it does not."""
     try:
         content = json.loads(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or beyond what Python reads
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold an object, found {type(content).__name__}")
@@ -52,6 +57,9 @@ def weight_files(directory: Path) -> list[Path]:
         weight_map = read_mapping(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map from tensors to files")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} should name safetensors files beside it, found {name!r}")
         names = sorted(set(weight_map.values()))
         if missing := [name for name in names if not (directory / name).is_file()]:
             raise FileNotFoundError(f"{index} names {len(names)} files, and {', '.join(missing)} is not there")
@@ -68,35 +76,53 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(
-    directory: Path, shapes: Mapping[str, torch.Size], ignored: Collection[str] = ()
+    directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a model directory by name, mapped, on the CPU, in the file's dtype.
 
-    shapes: the tensors that there must be. Before the first is read, ValueError names all that are missing, unknown
-    (unless `ignored`) or of another shape; nothing is skipped silently.
+    shapes: the tensors that there must be. tied: second names, which may be there, too, with the same numbers as the
+    first -> these. Before the first tensor is given, ValueError names all that are missing, unknown, of another shape
+    or no floating-point numbers; nothing is skipped silently.
     """
     found: dict[str, Path] = {}
-    unknown, misshaped = [], []
+    unknown, misshaped, unusable = [], [], []
+    wanted = {**shapes, **{second: shapes[first] for second, first in tied.items()}}
     for path in weight_files(directory):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if name in ignored or name.endswith(ANGLES):
+                if name.endswith(ANGLES):
                     continue
                 found[name] = path
-                shape = tuple(file.get_slice(name).get_shape())
-                if name not in shapes:
+                stored = file.get_slice(name)
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                if name not in wanted:
                     unknown.append(name)
-                elif shape != tuple(shapes[name]):
-                    misshaped.append(f"{name} is {shape}, config.json makes it {tuple(shapes[name])}")
+                elif shape != tuple(wanted[name]):
+                    misshaped.append(f"{name} is {shape}, config.json makes it {tuple(wanted[name])}")
+                elif dtype not in FLOATS:
+                    unusable.append(f"{name} is {dtype}, which needs scales to be read")
     missing = [name for name in shapes if name not in found]
     kinds = {"lacks": missing, "holds, without a place for them in the model,": unknown, "has other shapes:": misshaped}
+    kinds["is quantized:"] = unusable
     if faults := [f"{what} {listed(names)}" for what, names in kinds.items() if names]:
         raise ValueError(f"{directory} does not fit its config.json: it {'; it '.join(faults)}")
+    for second, first in tied.items():
+        if second in found and not torch.equal(*(read_one(found[name], name).float() for name in (first, second))):
+            raise ValueError(
+                f"{directory} contradicts itself: config.json makes {second} the same as {first}, and the files hold "
+                "other numbers for it; set tie_word_embeddings to false there, or remove one of the two"
+            )
     for path in sorted(set(found.values())):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
-                if found.get(name) == path:
+                if found.get(name) == path and name not in tied:
                     yield name, file.get_tensor(name)
+
+
+def read_one(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file, mapped."""
+    with opened(path) as file:
+        return file.get_tensor(name)
 
 
 def load(
@@ -105,6 +131,7 @@ def load(
     """The model that `make` builds by a directory's `config.json`, with the directory's tensors: views of the mapped
     file where dtype and device are the file's. Raises ValueError naming what does not fit."""
     config = read_config(directory)
+    check_depth(config, directory)
     try:
         with torch.device("meta"):
             model = make(config).to(dtype)
@@ -119,6 +146,19 @@ def load(
     return model
 
 
+def check_depth(config: dict[str, Any], directory: Path) -> None:
+    """Raise ValueError for more layers than there are tensors, before as many modules are made."""
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1000:
+        return
+    tensors = 0
+    for path in weight_files(directory):
+        with opened(path) as file:
+            tensors += len(file.keys())
+    if layers > tensors:
+        raise ValueError(f"{directory} does not fit its config.json: {layers} layers, and {tensors} tensors in all")
+
+
 @torch.no_grad()
 def copy_into(model: nn.Module, directory: Path) -> None:
     """Copy a directory's tensors into the parameters that a model has; errors as `load`."""
@@ -130,7 +170,7 @@ def copy_into(model: nn.Module, directory: Path) -> None:
 def read_into(model: nn.Module, directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a directory holds for a model; errors as `read_tensors`."""
     shapes = {name: tensor.shape for name, tensor in state_of(model).items()}
-    return read_tensors(directory, shapes, ignored=second_names(model))
+    return read_tensors(directory, shapes, second_names(model))
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

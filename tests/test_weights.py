@@ -45,6 +45,12 @@ def rewrite(directory: Path, change) -> None:
             lambda s: [s.pop(name) for name in list(s) if "layers.1" in name],
             r"lacks model\.layers\.1.*, .*, .* and 6 more",
         ),
+        (lambda s: s.update({NORM: torch.ones(16, dtype=torch.int8)}), rf"it is quantized: {NORM} is I8, which needs"),
+        (lambda s: s.update({"lm_head.weight": torch.ones(5, 16)}), r"other shapes: lm_head\.weight is \(5, 16\)"),
+        (
+            lambda s: s.update({"lm_head.weight": 2 * s["model.embed_tokens.weight"]}),
+            r"contradicts itself: config\.json makes lm_head\.weight the same as model\.embed_tokens\.weight, and",
+        ),
         (lambda s: s.update(extra=s.pop(NORM)), rf"lacks {NORM}; it holds, without a place .*, extra$"),
     ],
 )
@@ -104,6 +110,11 @@ def test_truncated_weights(tmp_path, keep):
         ),
         ({}, "has no weight_map"),
         ([], "should hold an object, found list"),
+        ({"weight_map": {"a": "../other/model.safetensors"}}, "safetensors files beside it, found '../other/model"),
+        ({"weight_map": {"a": "/model.safetensors"}}, "safetensors files beside it, found '/model"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, r"safetensors files beside it, found 'pytorch_model\.bin'"),
+        ({"weight_map": {"a": "model.safetensors", "b": 3}}, "safetensors files beside it, found 3"),
+        ({"weight_map": {"a": ["model.safetensors"]}}, "safetensors files beside it, found "),
     ],
 )
 def test_an_index_that_leads_nowhere(tmp_path, index, message):
@@ -120,7 +131,12 @@ def test_folders_that_are_no_model(tmp_path):
     config.write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=rf"{tmp_path.name}: config\.json lacks the key 'num_attention_heads'"):
         load_model(tmp_path)
-    for content, message in (('{"half', "is not valid JSON"), ("3", "should hold an object, found int")):
+    for content, message in (
+        ('{"half', "is not valid JSON"),
+        ("[" * 100000, "is not valid JSON"),
+        ("3", "should hold an object, found int"),
+        ('{"model_type": ["llama"]}', r"model_type should be a name, found \['llama'\]"),
+    ):
         config.write_text(content)
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
@@ -137,6 +153,13 @@ def test_pickles_are_never_opened(tmp_path, name):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"is a file, not a model directory"):
         load_model(tmp_path / name)
+
+
+def test_a_config_of_more_layers_than_there_are_tensors_is_refused_before_they_are_made(tmp_path):
+    path = saved(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**12}))
+    with pytest.raises(ValueError, match="1000000000000 layers, and 20 tensors in all"):
+        load_model(path.parent)
 
 
 # ---- shards and memory
