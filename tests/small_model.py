@@ -16,6 +16,21 @@ def small_model(**changes) -> Transformer:
     return model
 
 
+def sensitive_model(**changes) -> Transformer:
+    """A smaller one yet, without gradients, in which every earlier token matters to every logit."""
+    torch.manual_seed(0)
+    shape = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 17, "max_seq_len": 12}
+    model = Transformer(ModelArgs(**shape | changes)).double().eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.05 if name.startswith("rope.") else 0.4)
+    return model.requires_grad_(False)
+
+
+def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Ids of a `sensitive_model`."""
+    return torch.randint(17, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def random_prompts(lengths: list[int], vocab_size: int = 61, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]

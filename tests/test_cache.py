@@ -6,39 +6,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_model import random_tokens, sensitive_model
 
 from attention import Mask
 from cache import KVCache
-from model import ModelArgs, Transformer
+from model import Transformer
 
 EXACT = {"atol": 1e-12, "rtol": 0}
 
 
-def small_model(**changes) -> Transformer:
-    torch.manual_seed(0)
-    shape = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 17, "max_seq_len": 12}
-    model = Transformer(ModelArgs(**shape | changes)).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)  # big enough for every earlier token to matter
-    return model
-
-
 MODELS = {
-    "gqa": small_model(),
-    "mha": small_model(n_kv_heads=4),
-    "mqa untied": small_model(n_kv_heads=1, tie_embeddings=False),
-    "window": small_model(sliding_window=3),
-    "qwen3": small_model(qk_norm=True, head_dim=10),
+    "gqa": sensitive_model(),
+    "mha": sensitive_model(n_kv_heads=4),
+    "mqa untied": sensitive_model(n_kv_heads=1, tie_embeddings=False),
+    "window": sensitive_model(sliding_window=3),
+    "qwen3": sensitive_model(qk_norm=True, head_dim=10),
 }
 
 
 @pytest.fixture(params=MODELS, scope="module")
 def model(request) -> Transformer:
-    return MODELS[request.param].requires_grad_(False)
-
-
-def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(17, shape, generator=torch.Generator().manual_seed(seed))
+    return MODELS[request.param]
 
 
 @pytest.mark.parametrize("n", range(1, 9))

@@ -5,28 +5,19 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_model import random_tokens, sensitive_model
 
 import rope
 from cache import Int8Cache, SinkCache
-from model import ModelArgs, Transformer
-
-
-def small_model(**changes) -> Transformer:
-    torch.manual_seed(0)
-    shape = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 17, "max_seq_len": 12}
-    model = Transformer(ModelArgs(**shape | changes)).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)  # big enough for every earlier token to matter
-    return model.requires_grad_(False)
-
+from model import Transformer
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 5}
-MODELS = {"plain": small_model(), "dynamic": small_model(rope_scaling=DYNAMIC), "qwen3": small_model(qk_norm=True)}
-SHALLOW = small_model(n_layers=1)
-
-
-def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(17, shape, generator=torch.Generator().manual_seed(seed))
+MODELS = {
+    "plain": sensitive_model(),
+    "dynamic": sensitive_model(rope_scaling=DYNAMIC),
+    "qwen3": sensitive_model(qk_norm=True),
+}
+SHALLOW = sensitive_model(n_layers=1)
 
 
 def kept(n: int, size: int, sinks: int) -> list[int]:
@@ -188,7 +179,7 @@ def test_a_cache_without_recent_tokens_is_refused(size, sinks):
 
 def test_what_sinks_cannot_do_is_refused():
     with pytest.raises(ValueError, match="looks back a fixed window never sees sinks"):
-        small_model(sliding_window=4).make_cache(1, kind="sinks")
+        sensitive_model(sliding_window=4).make_cache(1, kind="sinks")
     cache = SinkCache(1, 1, 1, 2, 6, sinks=2)
     with pytest.raises(ValueError, match="a pass of 5 tokens overruns the 4 recent ones"):
         cache.extend(torch.arange(3, 8)[None])

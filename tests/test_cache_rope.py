@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_model import random_tokens, sensitive_model
 
 import model as model_room
 import rope
 from attention import attend
 from cache import KVCache
-from model import ModelArgs, Transformer
+from model import Transformer
 
 WINDOW = 6  # what the models were made for before they were stretched
 ORIGINAL = {"original_max_position_embeddings": WINDOW}
@@ -31,21 +32,7 @@ SCALINGS = {
 GROWING = ["dynamic", "longrope", "clex"]
 
 
-def stretched_model(scaling: dict | None) -> Transformer:
-    torch.manual_seed(0)
-    shape = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 17, "max_seq_len": 24}
-    model = Transformer(ModelArgs(**shape, rope_scaling=scaling)).double().eval()
-    for name, parameter in model.named_parameters():
-        # big enough for every earlier token to matter
-        torch.nn.init.normal_(parameter, std=0.05 if name.startswith("rope.") else 0.4)
-    return model.requires_grad_(False)
-
-
-MODELS = {name: stretched_model(scaling) for name, scaling in SCALINGS.items()}
-
-
-def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(17, shape, generator=torch.Generator().manual_seed(seed))
+MODELS = {name: sensitive_model(max_seq_len=24, rope_scaling=scaling) for name, scaling in SCALINGS.items()}
 
 
 def decoding_error(model: Transformer, batch: int, cuts: list[int], cache: KVCache | None = None) -> float:
