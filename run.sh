@@ -255,10 +255,14 @@ print_times() {
   printf '%-12s %8d   (calls are listed in %s)\n\n' total "$total" "$times"
 }
 
+writes() { # does what is asked for write where another run would?
+  ! contains "$stage" setup eval chat
+}
+
 check_lock() { # two runs that write to the same folders would spoil each other's work
   local holder
   holder=$(cat "$lock" 2>/dev/null || true)
-  if [ -n "$holder" ] && kill -0 "$holder" 2>/dev/null; then
+  if [ -n "$holder" ] && [ "$holder" != $$ ] && kill -0 "$holder" 2>/dev/null; then
     fail "process $holder is at work on preset $preset: wait for it or stop it (kill $holder);" \
       "if that is another program's number by now, remove $lock"
   fi
@@ -283,6 +287,7 @@ go_background() {
   fi
   check_lock
   "${command[@]}" >>"$log" 2>&1 </dev/null &
+  if writes; then echo $! >"$lock"; fi # nohup keeps its number; a second call must not have to wait for bash to start
   echo "at work as process $!"
   echo "  follow it:  tail -f $(show "$log")"
   echo "  stop it:    kill $!   (the same command goes on from there)"
@@ -309,7 +314,7 @@ main() {
   # a thread which cannot run because of the other's spinning, and training was seen seven times slower.
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
-  if [ -z "$dry_run" ] && ! contains "$stage" setup eval chat; then take_lock; fi
+  if [ -z "$dry_run" ] && writes; then take_lock; fi
   work_on setup "$(key_of setup)"
   if [ "$use" = deepspeed ]; then check_deepspeed; fi
   for name in "${stages[@]:1:5}"; do

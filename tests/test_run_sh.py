@@ -251,6 +251,17 @@ def test_two_runs_do_not_write_to_the_same_folders(house: House) -> None:
     assert house.bash("run.sh").returncode == 0
 
 
+def test_a_second_background_run_is_refused_at_once(house: House) -> None:
+    house.behave(pretrain="wait")
+    first = house.bash("run.sh", "--background", "--stage", "pretrain")
+    pid = first.stdout.split()[4]
+    second = house.bash("run.sh", "--background", "--stage", "pretrain")
+    assert second.returncode == 1 and f"process {pid} is at work" in second.stderr
+    house.wait_for(lambda: house.calls())
+    os.kill(int(pid), signal.SIGTERM)
+    house.wait_for(lambda: not (house.root / "out/tiny/.lock").exists())
+
+
 def test_background_run_logs_and_says_how_to_follow_it(house: House) -> None:
     told = house.bash("run.sh", "--background", "--stage", "sft", "--", "--note", "a b")
     assert told.returncode == 0 and "tail -f out/tiny/run.log" in told.stdout and "kill " in told.stdout
