@@ -6,6 +6,7 @@ What a checkpoint is stays as it is unless it is asked to change, and what contr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ class RopeArgs:
     """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as the checkpoint's were, else yarn"""
     factor: float | None = None
     """how much longer than the checkpoint's first context; None: as --model.max_seq_len asks"""
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and not 1 <= self.factor < math.inf:
+            raise ValueError(f"--rope.factor should be a finite number, 1 or more, found {self.factor:g}")
 
 
 # ---- the shape
@@ -176,6 +181,8 @@ def resize(model: Transformer, first: int, spelled: Sequence[Sequence[int]], mul
     Its vocabulary grows to hold them, up to a multiple of `multiple_of`; rows that no id has are the mean of all.
     The parameters are new ones: an optimizer is to be built afterwards.
     """
+    if multiple_of < 1:
+        raise ValueError(f"--vocab_multiple_of should be at least 1, found {multiple_of}")
     size = max(first + len(spelled), model.args.vocab_size)
     size = multiple_of * -(-size // multiple_of)
     for module in [model.lm_head] if model.args.tie_embeddings else [model.lm_head, model.model.embed_tokens]:

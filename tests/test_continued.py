@@ -1,5 +1,7 @@
 """What changes when training goes on from a checkpoint: how far it reaches, its tokens; and what is refused."""
 
+import math
+
 import pytest
 import torch
 from tiny_chat import chat_tokenizer
@@ -101,6 +103,12 @@ def test_positions_that_make_no_sense(asked, max_seq_len, message):
         stretch(small(), asked, max_seq_len)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, -2.0, math.nan, math.inf])
+def test_a_factor_that_stretches_nothing(factor):
+    with pytest.raises(ValueError, match=r"rope\.factor should be a finite number, 1 or more, found"):
+        RopeArgs("yarn", factor)
+
+
 # ---- tokens
 
 
@@ -177,6 +185,11 @@ def test_spelling_is_what_the_old_tokenizer_makes_of_it(tmp_path):
     old = chat_tokenizer(tmp_path)
     new = add_tokens(old, ["moonriver"], ["<|tool|>"])
     assert spellings(old, new) == [old.encode("<|tool|>"), old.encode("moonriver")]
+
+
+def test_a_vocabulary_is_rounded_to_a_multiple_of_something():
+    with pytest.raises(ValueError, match="vocab_multiple_of should be at least 1, found 0"):
+        resize(small(), 37, [[1]], 0)
 
 
 def test_a_larger_vocabulary_needs_the_models_own_tokenizer(tmp_path):
