@@ -81,11 +81,9 @@ class ModelArgs:
             raise ValueError(f"norm_eps should be a finite number, 0 or more, found {self.norm_eps}")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim")
         if self.head_dim is None:
-            if self.dim % self.n_heads:
-                raise ValueError(
-                    f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim"
-                )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
