@@ -158,7 +158,9 @@ def test_presets_are_named(name: str) -> None:
 @pytest.fixture(scope="module")
 def after_run_sh(miniature: Miniature) -> Miniature:
     """The miniature in the place of the default run, beside the presets."""
-    for link, target in (("data/tiny", "mine"), ("out/tiny", "mine"), ("configs", REPOSITORY / "configs")):
+    (miniature.folder / "path/to").mkdir(parents=True)
+    links = {"data/tiny": "mine", "out/tiny": "mine", "configs": REPOSITORY / "configs"}
+    for link, target in (links | {"path/to/model": "../../out/mine/pretrain/best"}).items():
         (miniature.folder / link).symlink_to(target)
     return miniature
 
@@ -172,4 +174,7 @@ def test_the_other_commands_work_after_it(
     command: str, after_run_sh: Miniature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(next(iter(EXCHANGES))))  # for the chat
-    assert after_run_sh.run(command, "--train.max_steps 2" if "pretrain.py" in command else "")
+    more = "--train.max_steps 2" if "pretrain.py" in command else ""
+    if "--rope.type" in command:  # stretched beyond the miniature's context
+        more += " --model.max_seq_len 192 --data.seq_len 192"
+    assert after_run_sh.run(command, more)
