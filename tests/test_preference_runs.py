@@ -1,4 +1,4 @@
-"""fine_tuning.py on pairs of answers: what it learns and logs, how it goes on, on two processes, and what it refuses."""
+"""fine_tuning.py on pairs of answers: what it learns and logs, how it goes on, on two processes, what it refuses."""
 
 import json
 import math
@@ -124,12 +124,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, folder, whole, monkeypatch):
 def test_another_objective_is_another_run(folder, whole):
     assert whole["dpo"]
     for more in (["--preference.beta", "0.2"], ["--objective", "orpo"]):
-        with pytest.raises(ValueError, match="holds a run with objective .* it cannot be continued"):
+        with pytest.raises(ValueError, match=r"holds a run with objective .* it cannot be continued"):
             run(folder, "whole dpo", "dpo", *more)
 
 
-@pytest.mark.parametrize("kind", ["dpo on an adapter", "orpo"])
-def test_two_processes_are_one(kind, folder, environment):
+def test_two_processes_are_one(folder, environment):
+    kind = "dpo on an adapter"
     same = ["--train.max_steps", "6", "--lora.dropout", "0", "--neftune_alpha", "0", "--optim.eps", "0.01"]
     run(folder, f"one {kind}", kind, *same)
     script = str(Path(fine_tuning.__file__))
@@ -162,3 +162,20 @@ def test_refused_before_anything_is_written(folder, more, message, monkeypatch, 
     with pytest.raises((ValueError, SystemExit), match=message) as refused:
         run(folder, "refused", "dpo", *more)
     assert not (folder / "refused").exists(), refused
+
+
+@pytest.mark.slow
+def test_compiled(folder):
+    same = ["--train.max_steps", "4", "--lora.dropout", "0", "--neftune_alpha", "0"]
+    for how in ("off", "on"):
+        run(folder, f"compile {how}", "dpo on an adapter", *same, "--train.compile", how)
+    eager, compiled = (rows(folder, f"compile {how}") for how in ("off", "on"))
+    for a, b in zip(eager, compiled, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)  # float32, fused in another order
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_presets(objective):
+    preset = Path(fine_tuning.__file__).parent / f"configs/fine_tuning/{objective}.yaml"
+    args = config.parse(fine_tuning.Args, "fine_tuning", ["--config", str(preset), "--data", "pairs.jsonl"])
+    assert args.objective == objective and args.data.train == (Path("pairs.jsonl"),)
