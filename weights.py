@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(
-    directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str] = MappingProxyType({})
+    directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a model directory by name, mapped, on the CPU, in the file's dtype.
 
