@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,10 @@ def main(args: Args) -> dict[str, Any]:
     in_pairs = args.objective != "sft"
     trained, heldout = read_data(args.data, paths, template, broken, in_pairs)
     data, eval_data = (pair_batches if in_pairs else batches)(args.data, args.train.seed, trained, heldout)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with (
+        make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend,
+        config.alone_in(args.out) if backend.main else nullcontext(),
+    ):
         model.to(backend.device)
         save, load = adapt(model, args, tokenizer, template)
         coba = balance(args, data, eval_data, model, backend, names) if args.data.loss == "coba" else None
@@ -312,6 +316,7 @@ def describe(
     share = rows.samples.mask.sum() / (np.diff(rows.samples.offsets.astype(np.int64)) - 1).sum()
     filled = rows.packing_efficiency
     lines[-1] += f"; {filled:.1%} of the positions hold samples, {filled * share:.1%} have a target"
+    lines += [told for path, samples in zip(paths, trained) if (told := too_long(path, samples.stats, args.seq_len))]
     if heldout is None:
         why = f"there is no {', '.join(map(str, args.heldout))}" if args.heldout else "no conversation is held out"
         return "\n".join([*lines, f"{why}: nothing is evaluated on the way"])
@@ -320,6 +325,18 @@ def describe(
     counts = " + ".join(str(len(samples)) for samples in heldout)
     what = f"{len(heldout[0]) // 2} pairs" if isinstance(data, PairData) else f"{counts} samples"
     return "\n".join([*lines, f"held out to evaluate on: {what} ({source})"])
+
+
+def too_long(path: Path, stats: dict[str, int], seq_len: int) -> str:
+    """What rows of seq_len tokens leave out of a file, and what to do about it; nothing if they hold all of it."""
+    left_out = stats["dropped"] + stats["without_target"]
+    if not stats["cut"] and not stats["dropped"]:
+        return ""
+    share = (stats["cut"] + left_out) / (stats.get("pairs") or stats["conversations"])
+    return (
+        f"{path}: of {share:.0%} of the records something is not trained, since rows are {seq_len} tokens long: "
+        f"{stats['cut']} lose their end, {left_out} are left out; --data.seq_len takes longer ones"
+    )
 
 
 def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -> dict[str, Any]:

@@ -53,6 +53,19 @@ def test_a_share_is_held_out_by_hash_when_no_file_is_given(folder, capsys):
     assert "no conversation is held out: nothing is evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how, told", [("cut", "2 lose their end, 0 are"), ("drop", "0 lose their end, 2 are")])
+def test_what_rows_are_too_short_for_is_told(folder, capsys, how, told):
+    path = folder / "long.jsonl"
+    records = [{"question": f"{n}?", "answer": "the moon " * (30 if n < 2 else 1)} for n in range(8)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--data.train", str(path), "--data.too_long", how, "--data.heldout_share", "0"]
+    run(folder, *flags)
+    said = capsys.readouterr().out
+    assert f"{path}: of 25% of the records something is not trained, since rows are 64 tokens long: {told}" in said
+    run(folder, *flags, "--data.seq_len", "128", "--train.resume", "never")
+    assert "is not trained" not in capsys.readouterr().out
+
+
 def test_what_it_is_trained_with_is_what_it_is_saved_with(folder):
     run(folder, "--data.template", "plain")
     tokenizer = load_tokenizer(folder / "run" / "last")
