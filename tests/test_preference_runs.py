@@ -58,6 +58,11 @@ def rows(folder: Path, out: str) -> list[dict]:
     return [row for row in read_metrics(folder / out / "metrics.jsonl") if "mfu" not in row]
 
 
+def rows_without_accuracy(folder: Path, out: str) -> list[dict]:
+    """Which side of 0 a margin is on is a matter of rounding at the start, where the model is its reference."""
+    return [{name: row[name] for name in row if "accuracy" not in name} for row in rows(folder, out)]
+
+
 def outcome(folder: Path, out: str) -> tuple[str, list[dict]]:
     """The last weights, and all that was computed on the way."""
     (weights,) = (folder / out / "last").glob("*model.safetensors")
@@ -136,9 +141,8 @@ def test_two_processes_are_one(folder, environment):
     words = flags(folder, f"two {kind}", kind, *same, "--train.backend", "ddp")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     subprocess.run([*launch, *words], env=environment, check=True, capture_output=True, timeout=240)
-    one, two = (rows(folder, f"{n} {kind}") for n in ("one", "two"))
-    assert [row.keys() for row in one] == [row.keys() for row in two]
-    for a, b in zip(one, two):
+    one, two = (rows_without_accuracy(folder, f"{n} {kind}") for n in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)  # float32, summed in another order
 
 
@@ -169,7 +173,7 @@ def test_compiled(folder):
     same = ["--train.max_steps", "4", "--lora.dropout", "0", "--neftune_alpha", "0"]
     for how in ("off", "on"):
         run(folder, f"compile {how}", "dpo on an adapter", *same, "--train.compile", how)
-    eager, compiled = (rows(folder, f"compile {how}") for how in ("off", "on"))
+    eager, compiled = (rows_without_accuracy(folder, f"compile {how}") for how in ("off", "on"))
     for a, b in zip(eager, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)  # float32, fused in another order
 
