@@ -141,10 +141,7 @@ def main(args: Args) -> dict[str, Any]:
     in_pairs = args.objective != "sft"
     trained, heldout = read_data(args.data, paths, template, broken, in_pairs)
     data, eval_data = (pair_batches if in_pairs else batches)(args.data, args.train.seed, trained, heldout)
-    with (
-        make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend,
-        config.alone_in(args.out) if backend.main else nullcontext(),
-    ):
+    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
         save, load = adapt(model, args, tokenizer, template)
         coba = balance(args, data, eval_data, model, backend, names) if args.data.loss == "coba" else None
@@ -164,13 +161,14 @@ def main(args: Args) -> dict[str, Any]:
             group_names=names if len(names) > 1 else (),
             adaptive=coba,
         )
-        if backend.main:
-            config.record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
-            print(describe(args.data, paths, trained, heldout, data), flush=True)
-            print(lora.describe(model), flush=True)
-            for path, name in zip(broken, tasks.task_names(list(broken))):
-                keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
-        return trainer.fit()
+        with config.alone_in(args.out) if backend.main else nullcontext():
+            if backend.main:
+                config.record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
+                print(describe(args.data, paths, trained, heldout, data), flush=True)
+                print(lora.describe(model), flush=True)
+                for path, name in zip(broken, tasks.task_names(list(broken))):
+                    keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
+            return trainer.fit()
 
 
 def adapt(

@@ -98,12 +98,13 @@ def main(args: Args) -> dict[str, Any]:
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
         )
-        if backend.main:
-            described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
-            config.record_run(args.out, "pretrain", args, inputs=described)
-            for change in changes:
-                print(change, flush=True)
-        return trainer.fit()
+        with config.alone_in(args.out) if backend.main else contextlib.nullcontext():
+            if backend.main:
+                described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
+                config.record_run(args.out, "pretrain", args, inputs=described)
+                for change in changes:
+                    print(change, flush=True)
+            return trainer.fit()
 
 
 def tokenizer_directory(args: Args) -> Path:

@@ -240,3 +240,12 @@ def test_a_run_copied_with_its_links_followed_says_what_to_do(folder):
     copy = copied(folder, follow_links=True)
     with pytest.raises(ValueError, match=r"last should be a link .*; remove .*last and .*best, and it goes on"):
         run(folder, "--train.save_interval", "1", "--train.max_steps", "4", "--out", str(copy))
+
+
+def test_a_second_process_in_the_same_run_is_refused(folder):
+    with (
+        config.alone_in(folder / "run"),  # a lock is of who opened the folder, so one process will do
+        pytest.raises(ValueError, match="another process is at work in"),
+    ):
+        run(folder)
+    assert not (folder / "run" / "last").exists()
