@@ -2,7 +2,7 @@
 
     python bench/finetune.py                                   # the default poet and its questions
     python bench/finetune.py --texts my_texts --data my_chats.jsonl    # a model pretrained on a folder of texts first
-    python bench/finetune.py --learn false --widen 512         # costs alone, on a wider model of random weights
+    python bench/finetune.py --learn False --widen 512         # costs alone, on a wider model of random weights
 
 Every run is `fine_tuning.main`. Losses: each learning rate of a method is tried with the first seed, the best one is
 taken by the others. Costs: a new process for each, one at a time, a few steps, nothing evaluated. Everything is AdamW,
@@ -72,17 +72,17 @@ class Args:
     """conversations to measure on; None: a share of `data`"""
     records: int = 4000
     """conversations that are used, taken at random; a tenth as many are held out"""
-    steps: int = 60
+    steps: int = 100
     """optimizer steps of a run"""
-    rows: int = 16
+    rows: int = 8
     """rows of a step"""
     seq_len: int = 128
     """tokens in a row"""
     seeds: int = 3
     """runs at the best learning rate"""
-    full_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    full_lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """learning rates to try where all parameters train"""
-    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """learning rates to try for each kind of adapter"""
     methods: tuple[str, ...] = tuple(METHODS)
     """what to compare"""
@@ -140,10 +140,10 @@ def run_all(jobs: Sequence[Job], at_a_time: int = 1, apart: bool = False) -> lis
     with multiprocessing.get_context("spawn").Pool(at_a_time, maxtasksperchild=1 if apart else None) as pool:
         for row in pool.imap_unordered(run, jobs, chunksize=1):
             loss = f"loss {row['loss']:.4f}" if "loss" in row else f"{row['step_seconds']:.3f} s a step"
-            print(
-                f"{len(rows) + 1}/{len(jobs)} {row['name']}, lr {row['lr']:g}, seed {row['seed']}: {loss}", flush=True
-            )
             rows.append(row)
+            print(f"{len(rows)}/{len(jobs)} {row['name']}, lr {row['lr']:g}, seed {row['seed']}: {loss}", flush=True)
+        pool.close()
+        pool.join()
     return rows
 
 
