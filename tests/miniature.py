@@ -56,9 +56,10 @@ class Miniature:
         _, script, *words = shlex.split(command)
         name = script.removesuffix(".py")
         module = importlib.import_module(name)
+        main, cls = module.COMMANDS[words.pop(0)] if name == "convert" else (module.main, module.Args)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
-            return module.main(config.parse(module.Args, name, words + shlex.split(f"{SMALL[name]} {more}")))
+            return main(config.parse(cls, name, words + shlex.split(f"{SMALL.get(name, '')} {more}")))
 
 
 def build(folder: Path) -> Miniature:

@@ -40,7 +40,8 @@ COMMANDS = commands(TEXTS["README.md"])
 RUN_SH = [command for command in COMMANDS if command.startswith("bash run.sh")]
 PYTHON = [command for command in COMMANDS if command.startswith(("python ", "torchrun "))]
 TAKEN = [shlex.join(shlex.split(command)) for command in JOURNEY]
-OTHERS = [each for each in PYTHON if each.startswith(tuple(f"python {s}" for s in SCRIPTS)) and each not in TAKEN]
+RUN_HERE = tuple(f"python {script}" for script in (*SCRIPTS, "convert.py"))
+OTHERS = [each for each in PYTHON if each.startswith(RUN_HERE) and each not in TAKEN]
 
 
 # ---- both languages
@@ -82,7 +83,9 @@ def understood(words: list[str]) -> str:
         launcher = words[:at] if words[0] == "torchrun" else words[words.index("torch.distributed.run") : at]
         assert get_args_parser().parse_args([*launcher[1:], *words[at:]]).training_script == program
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    if program in SCRIPTS:
+    if program == "convert.py":
+        config.parse(module.COMMANDS[arguments[0]][1], "convert", arguments[1:])
+    elif program in SCRIPTS:
         config.parse(module.Args, module.__name__, arguments)
     else:  # in bench/
         assert {word for word in arguments if word.startswith("--")} <= flags(module.Args)
@@ -174,7 +177,7 @@ def test_the_other_commands_work_after_it(
     command: str, after_run_sh: Miniature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(next(iter(EXCHANGES))))  # for the chat
-    more = "--train.max_steps 2" if "pretrain.py" in command else ""
+    more = "--train.max_steps 2" if "pretrain.py" in command or "configs/fine_tuning" in command else ""
     if "--rope.type" in command:  # stretched beyond the miniature's context
         more += " --model.max_seq_len 192 --data.seq_len 192"
     assert after_run_sh.run(command, more)
