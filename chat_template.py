@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -226,7 +227,7 @@ class ChatTemplate:
         if missing := [word for word in self._needed() if word not in self.tokenizer.special]:
             raise ValueError(
                 f"template {self.name} needs the special tokens {', '.join(missing)}, and this vocabulary lacks them; "
-                f"add them with --add_tokens {' '.join(missing)}"
+                f"add them with --add_special_tokens {' '.join(map(shlex.quote, missing))}"
             )
         asked, answered = {"role": "user", "content": "\ufdd3"}, {"role": "assistant", "content": "\ufdd4"}
         ids, mask = self.encode([asked, answered])

@@ -120,6 +120,8 @@ def read_tokens(given: Sequence[str]) -> list[str]:
     """Tokens as a flag names them: one by one, or as a file of one a line."""
     if len(given) == 1 and Path(given[0]).is_file():
         return [line for line in Path(given[0]).read_text(encoding="utf8").splitlines() if line]
+    if missing := [each for each in given if "/" in each and each.endswith(".txt")]:
+        raise FileNotFoundError(f"there is no file of tokens {missing[0]}")
     return list(given)
 
 
@@ -216,3 +218,19 @@ def fit_vocabulary(
             "make the data with the model's own tokenizer"
         )
     return ""
+
+
+def grow(
+    model: Transformer | ForeignModel,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    special: Sequence[str],
+    where: Path,
+    multiple_of: int = 1,
+) -> tuple[Tokenizer, str]:
+    """`tokenizer` of the model in `where` with the tokens that flags name (see `read_tokens`, `add_tokens`) behind its
+    own, for which `model` gets rows, and what was done; without such tokens all stays as it is."""
+    if not texts and not special:
+        return tokenizer, ""
+    grown = add_tokens(tokenizer, read_tokens(texts), read_tokens(special))
+    return grown, fit_vocabulary(model, tokenizer, grown, where, multiple_of)

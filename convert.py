@@ -1,6 +1,7 @@
 """Make one kind of model directory out of others.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
+python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import config
 import lora
 from checkpoint import load_model, save_model, written_aside
+from continued import grow
 from lora.peft_files import read_config as read_adapter_config
 from tokenizer import Tokenizer, load_tokenizer
 from trainer import DTYPES
@@ -43,8 +45,7 @@ class Merge:
 def merge(args: Merge) -> dict[str, Any]:
     """Write the merged model; returns where it lies."""
     read_adapter_config(args.adapter)  # says what is wrong with it before a model is read
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists already; choose another --out, or remove it")
+    check_free(args.out)
     model = load_model(args.model)
     tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
     if args.base != "full":
@@ -52,13 +53,56 @@ def merge(args: Merge) -> dict[str, Any]:
     lora.load(tree, args.adapter)
     lora.merge_for_good(tree)
     check_ties(model, args)
-    kept = read_config(args.model)
-    dtype = DTYPES.get(args.dtype) or getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
+    dtype = DTYPES.get(args.dtype) or kept_dtype(args.model)
     tokenizer, stop_ids = find_tokenizer(args.adapter, args.model)
     with written_aside(args.out) as aside:
         save_model(aside, model.to(dtype), tokenizer, stop_ids)
     print(f"{args.adapter} is merged into {args.model}: {args.out}", flush=True)
     return {"model": str(args.out)}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Give a model more tokens, each of which starts as the mean of what spelled it so far."""
+
+    model: Path
+    """directory of the model"""
+    out: Path
+    """directory to write"""
+    add_tokens: tuple[str, ...] = ()
+    """pieces of text (or a file of one a line) that become tokens"""
+    add_special_tokens: tuple[str, ...] = ()
+    """likewise, tokens that no text gives, such as the markers of a chat template"""
+    vocab_multiple_of: int = 1
+    """round the vocabulary up to a multiple of this"""
+
+
+def tokens(args: Tokens) -> dict[str, Any]:
+    """Write the larger model; returns where it lies."""
+    if not args.add_tokens and not args.add_special_tokens:
+        raise ValueError("there are no tokens to add: name them with --add_tokens or --add_special_tokens")
+    check_free(args.out)
+    model, (tokenizer, stop_ids) = load_model(args.model), find_tokenizer(args.model)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{args.model} has no tokenizer to add tokens to")
+    added = (args.add_tokens, args.add_special_tokens)
+    tokenizer, told = grow(model, tokenizer, *added, args.model, args.vocab_multiple_of)
+    with written_aside(args.out) as aside:
+        save_model(aside, model.to(kept_dtype(args.model)), tokenizer, stop_ids)
+    print(f"{args.out}: {told}", flush=True)
+    return {"model": str(args.out)}
+
+
+def check_free(out: Path) -> None:
+    """Raise ValueError where something is in the way."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another --out, or remove it")
+
+
+def kept_dtype(directory: Path) -> torch.dtype:
+    """The dtype in which the model in a directory is kept."""
+    kept = read_config(directory)
+    return getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
 
 
 def check_ties(model: torch.nn.Module, args: Merge) -> None:
@@ -82,7 +126,7 @@ def find_tokenizer(*directories: Path) -> tuple[Tokenizer | None, list[int] | No
     return None, None
 
 
-COMMANDS = {"merge": (merge, Merge)}
+COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import lora
 import tasks
 from chat_template import ChatTemplate, load_template
 from checkpoint import load_model, load_weights, save_model, weight_files
+from continued import grow
 from corpora import BadRecord
 from dataset_sft import Samples
 from distributed import SingleProcess, make_backend
@@ -60,11 +61,20 @@ class Args:
     """noise on the embeddings in training (NEFTune, 5 is usual); 0: none"""
     init_from: Path = Path("out/tiny/pretrain/best")
     """the model directory to start from"""
+    add_tokens: tuple[str, ...] = ()
+    """pieces of text (or a file of one a line) that become tokens of the model"""
+    add_special_tokens: tuple[str, ...] = ()
+    """likewise, tokens that no text gives, such as the markers of a chat template"""
     out: Path = Path("out/tiny/sft")
     """run directory: checkpoints, logs, the resolved config"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where settings of one objective meet another."""
+        """Raises ValueError where settings of one objective meet another, or new tokens an adapter."""
+        if self.lora.method != "none" and (self.add_tokens or self.add_special_tokens):
+            raise ValueError(
+                "new tokens change the model that an adapter belongs to: make that one first, with "
+                f"python convert.py tokens --model {self.init_from} --out DIR, and adapt it by --init_from DIR"
+            )
         if self.objective == "sft":
             if self.preference != PreferenceArgs():
                 raise ValueError("--preference.* are settings of --objective dpo and orpo, not of sft")
@@ -80,7 +90,9 @@ def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; returns the final measures and where the model lies."""
     torch.manual_seed(args.train.seed)
     model = load_model(args.init_from)
-    tokenizer = load_tokenizer(args.init_from)
+    tokenizer, grown = grow(
+        model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
+    )
     template = load_template(tokenizer, args.data.template)
     tokenizer.chat_template = template.jinja  # what it is trained on is what it is saved with
     broken: dict[Path, list[BadRecord]] = {}
@@ -113,7 +125,7 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 config.record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
                 print(describe(args.data, paths, trained, heldout, data), flush=True)
-                print(lora.describe(model), flush=True)
+                print(*filter(None, [grown, lora.describe(model)]), sep="\n", flush=True)
                 for path, name in zip(broken, tasks.task_names(list(broken))):
                     keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
             return trainer.fit()
@@ -194,6 +206,7 @@ def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -
         "optimizer": args.optim.optimizer,
         "lora": None if args.lora.method == "none" else config.to_plain(args.lora),
         "neftune_alpha": args.neftune_alpha or None,
+        "add_tokens": [*args.add_tokens, *args.add_special_tokens] or None,
         "init_from": [config.file_sha256(path) for path in weight_files(args.init_from)],  # not only where it lies
     }
 

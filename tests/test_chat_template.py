@@ -199,7 +199,8 @@ def test_templates_by_name(ours, byte_level, tmp_path):
     with pytest.raises(ValueError, match=r"unknown chat template 'chatlm'; did you mean 'chatml'\?"):
         load_template(ours, "chatlm")
     with pytest.raises(
-        ValueError, match=r"chatml needs the special tokens <\|im_start\|>, <\|im_end\|>.*--add_tokens <\|im_st"
+        ValueError,
+        match=r"chatml needs the special tokens <\|im_start\|>, <\|im_end\|>.*--add_special_tokens '<\|im_st",
     ):
         load_template(ours, "chatml")
     with pytest.raises(ValueError, match="brings no chat template of its own"):

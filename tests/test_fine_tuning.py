@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_chat import save_chat_model
 
 import config
+import convert
 import fine_tuning
 from chat_template import load_template
+from speaker import load_speaker
 from tokenizer import load_tokenizer
 
 SMALL = "--data.seq_len 64 --data.batch_size 2 --train.max_steps 2 --train.compile off --train.device cpu"
@@ -76,6 +79,27 @@ def test_what_it_is_trained_with_is_what_it_is_saved_with(folder):
     )
 
 
+def test_new_tokens_make_a_template_fit(folder, capsys):
+    markers = ["--add_special_tokens", "<|im_start|>", "<|im_end|>"]
+    before = load_tokenizer(folder / "model").vocab_size
+    with pytest.raises(SystemExit, match=r"convert\.py tokens --model"):  # an adapter's base has them already
+        run(folder, *markers, "--lora.method", "lora")
+    run(folder, "--data.template", "chatml", *markers)
+    assert (
+        f"2 new tokens start as the mean of their spelling; rows: {before} -> {before + 2}" in capsys.readouterr().out
+    )
+    tokenizer = load_tokenizer(folder / "run" / "last")
+    assert tokenizer.special["<|im_end|>"] == before + 1
+    assert load_template(tokenizer).stop_ids[-1] == before + 1
+    with pytest.raises(ValueError, match="holds a run with add_tokens"):
+        run(folder, "--data.template", "chatml", *markers, "<|tool|>")
+    where = ["--model", str(folder / "model"), "--out", str(folder / "more")]
+    convert.tokens(config.parse(convert.Tokens, "convert", [*where, *markers]))
+    adapted = ["--init_from", str(folder / "more"), "--out", str(folder / "adapter"), "--lora.method", "lora"]
+    assert run(folder, "--data.template", "chatml", *adapted)["steps"] == 2
+    assert load_speaker(folder / "adapter" / "last", torch.device("cpu"), torch.float32).stop_ids[-1] == before + 1
+
+
 def test_the_same_conversations_from_another_model_are_another_run(folder):
     run(folder)
     (folder / "model").rename(folder / "moved")
@@ -92,7 +116,7 @@ def test_the_same_conversations_from_another_model_are_another_run(folder):
     [
         (["--init_from", "nowhere"], r"nowhere is no model directory"),
         (["--data.template", "our"], r"unknown chat template 'our'; did you mean 'ours'\?"),
-        (["--data.template", "chatml"], r"chatml needs the special tokens <\|im_start\|>, .*--add_tokens"),
+        (["--data.template", "chatml"], r"chatml needs the special tokens <\|im_start\|>, .*--add_special_tokens"),
         (["--data.heldout_share", "1"], r"heldout_share should be from 0 to below 1, found 1"),
         (["--data.train", "nowhere"], r"there is no file or folder nowhere"),
         (["--data.seq_len", "4"], r"no conversation has an answer within 4 tokens; raise --data\.seq_len"),
