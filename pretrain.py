@@ -142,6 +142,8 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | ForeignM
         changes = []
     else:
         check_shape(model.args, asked, args.init_from)
+        if args.data.seq_len > model.args.max_seq_len:  # then the length is asked for, be it ModelArgs' default
+            asked["max_seq_len"] = args.model.max_seq_len
         changes = [stretch(model, args.rope, asked.get("max_seq_len"))]
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
     return model, [change for change in changes if change]

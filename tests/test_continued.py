@@ -159,6 +159,8 @@ def test_tokens_from_a_file(tmp_path):
     (tmp_path / "tokens.txt").write_text("a b\n\n月\n", "utf8")
     assert continued.read_tokens([str(tmp_path / "tokens.txt")]) == ["a b", "月"]
     assert continued.read_tokens(["a", "b"]) == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match="no file of tokens"):
+        continued.read_tokens([str(tmp_path / "mistyped.txt")])
 
 
 @pytest.mark.parametrize("tie", [True, False])

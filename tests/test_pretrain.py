@@ -129,6 +129,11 @@ def test_a_longer_context_alone_picks_type_and_factor(folder, trained, capsys):
     assert load_model(result["model"]).args.rope_scaling["rope_type"] == "yarn"
 
 
+def test_the_length_that_a_new_model_has_by_default_can_be_asked_for(folder, trained):
+    result = go_on(folder, trained, "--model.max_seq_len", "256", "--data.seq_len", "100")
+    assert load_model(result["model"]).args.max_seq_len == 256
+
+
 def test_new_tokens_get_rows_and_are_saved(folder, trained, capsys):
     (folder / "tokens.txt").write_text("moonriver\nstarlight\n", "utf8")
     flags = ["--add_tokens", str(folder / "tokens.txt"), "--add_special_tokens", "<|tool|>", "<|call|>"]
