@@ -37,6 +37,7 @@ import train_tokenizer
 from checkpoint import save_model
 from corpora import BadRecord
 from corpora.files import records
+from fine_tuning_data import DataArgs
 from lora import LoraArgs
 from model import ModelArgs, Transformer
 from optim import OptimArgs
@@ -154,7 +155,7 @@ def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float
     return Job(
         method,
         fine_tuning.Args(
-            data=fine_tuning.DataArgs((data[0],), (data[1],), seq_len=args.seq_len, batch_size=args.rows),
+            data=DataArgs((data[0],), (data[1],), seq_len=args.seq_len, batch_size=args.rows),
             optim=OptimArgs("adamw", lr=lr, schedule="linear", warmup_steps=warmup, weight_decay=0.0),
             lora=METHODS.get(method, LoraArgs()),
             train=TrainArgs(

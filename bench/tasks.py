@@ -21,6 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fine_tuning
 from bench.finetune import UNTRAINED, Job, conversations, run_all
+from fine_tuning_data import DataArgs
 from lora import LoraArgs
 from optim import OptimArgs
 from tasks import task_names
@@ -60,7 +61,7 @@ class Args:
 def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job:
     """One run; the untrained model is one of a single step at a learning rate of 0."""
     lr, steps = (args.lr, args.steps) if loss != UNTRAINED else (0.0, 1)
-    data = fine_tuning.DataArgs(*map(tuple, zip(*files)), seq_len=args.seq_len, batch_size=args.rows)
+    data = DataArgs(*map(tuple, zip(*files)), seq_len=args.seq_len, batch_size=args.rows)
     return Job(
         loss,
         fine_tuning.Args(
