@@ -88,19 +88,19 @@ def load(model: nn.Module, directory: Path, name: str = "default", trainable: bo
     Raises ValueError naming what is not LoRA, is of another model, or has another shape.
     """
     config, tensors = read_config(directory), read_tensors(directory)
-    names = {path for path, _ in model.named_modules()}
+    names = dict.fromkeys(path for path, _ in model.named_modules())  # in the order of the tree
     paths, train = set(), set()
     for key in tensors:
         path, found, _ = key.removeprefix(PREFIX).partition(".lora_")
         (paths if found else train).add(path if found else path.rpartition(".")[0])
-    if strangers := sorted((paths | train) - names):
+    if strangers := sorted((paths | train) - names.keys()):
         raise ValueError(f"{directory} is an adapter of another model: this one has no {listed(strangers)}")
     if not paths:
         raise ValueError(f"{directory}/{WEIGHTS} holds no LoRA tensors")
     spec = LoraSpec(
         r=config["r"],
-        alpha=config.get("lora_alpha", 8),
-        dropout=config.get("lora_dropout", 0.0),
+        alpha=config["lora_alpha"],
+        dropout=config["lora_dropout"],
         targets=tuple(path for path in names if path in paths),
         train=tuple(path for path in names if path in train),
         rslora=config.get("use_rslora", False),
@@ -196,16 +196,21 @@ def compare_tied(model: nn.Module, train: Iterable[str], tensors: dict[str, torc
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of `adapter_config.json`; ValueError names what is not plain LoRA or DoRA."""
+    """The contents of `adapter_config.json`, with PEFT's defaults; ValueError names what is not plain LoRA or DoRA."""
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no adapter directory: it has no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} describes a {config.get('peft_type')} adapter; only LORA is read here")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else f"{config!r:.100}"
+        raise ValueError(f"{path} should describe an adapter of peft_type LORA, found {found}")
+    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0} | config
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if not isinstance(config[key], (int, float)):
+            raise ValueError(f"{path} should set {key} to a number, found {config[key]!r}")
     for key, allowed in PLAIN.items():
         if key in config and config[key] not in allowed:
             raise ValueError(f"{path} sets {key} to {config[key]!r}, which is not read here")
