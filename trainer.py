@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -131,10 +130,14 @@ class Trainer:
             if self.backend.main:
                 print(f"{self.run} is finished ({self.progress.step} steps): nothing to do", flush=True)
             return json.loads(result.read_text())
-        if self.backend.main:
-            result.unlink(missing_ok=True)  # of a shorter run, or of one that is replaced
         dtype = prepare(self.model, self.args, self.backend.device)
         self.forward = self.backend.wrap(self.model, self.optimizer)
+        if self.backend.main:  # only now: nothing is lost to a run that is refused
+            result.unlink(missing_ok=True)  # of a shorter run, or of one that is replaced
+            if self.args.resume == "never":
+                for name in ("last", "best"):
+                    (self.run / name).unlink(missing_ok=True)
+                checkpoint.prune(self.run, keep=0)
         peak, peak_source = peak_flops(self.backend.device, dtype)
         self.log = RunLog(self.run, self.progress.step, self.total_steps, active=self.backend.main)
         self.log.say(
@@ -309,14 +312,7 @@ class Trainer:
         self.saved_step = p.step
 
     def _resume(self) -> None:
-        if self.args.resume == "never":
-            if self.backend.main:
-                for name in ("last", "best"):
-                    (self.run / name).unlink(missing_ok=True)
-                for path in checkpoint.checkpoints(self.run):
-                    shutil.rmtree(path)
-            return
-        if (last := checkpoint.newest(self.run)) is None:
+        if self.args.resume == "never" or (last := checkpoint.newest(self.run)) is None:
             return
         if self.backend.main and last.name != "last":
             print(f"{self.run} has no link `last`: going on from its newest checkpoint, {last.name}", flush=True)

@@ -95,13 +95,19 @@ def test_processes_that_find_different_checkpoints_are_refused(tmp_path):
         )
 
 
-def test_starting_anew_on_request(tmp_path):
+def test_starting_anew_on_request(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no such attention")
+
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=6, save_interval=2, identity={"seed": 5}).fit()
     torch.manual_seed(0)
-    ours = toy_trainer(tmp_path / "run", data, max_steps=3, resume="never")
-    assert checkpoints(tmp_path / "run") == []
-    ours.fit()
+    monkeypatch.setattr(trainer, "prepare", refuse)
+    with pytest.raises(ValueError, match="no such attention"):
+        toy_trainer(tmp_path / "run", data, max_steps=3, resume="never").fit()
+    assert (tmp_path / "run" / "result.json").is_file() and len(checkpoints(tmp_path / "run")) == 3
+    monkeypatch.undo()
+    toy_trainer(tmp_path / "run", data, max_steps=3, resume="never").fit()
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000003"]
 
