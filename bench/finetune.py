@@ -85,6 +85,8 @@ class Args:
     """learning rates to try where all parameters train"""
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """learning rates to try for each kind of adapter"""
+    rates: Path | None = None
+    """results.json of another run, whose best learning rates are taken as they are"""
     methods: tuple[str, ...] = tuple(METHODS)
     """what to compare"""
     learn: bool = True
@@ -224,9 +226,11 @@ def widened(model: Path, dim: int, out: Path) -> Path:
 
 def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     """Held-out losses by method: of the untrained model, of every learning rate, of every seed at the best one."""
+    lrs = {method: args.full_lrs if method == "full" else args.lrs for method in args.methods}
+    if args.rates is not None:
+        lrs = {name: [row["lr"]] for name, row in json.loads(args.rates.read_text())["losses"].items() if name in lrs}
     tries = [job(args, model, data, UNTRAINED, 0.0, 0)]
-    for method in args.methods:
-        tries += [job(args, model, data, method, lr, 0) for lr in (args.full_lrs if method == "full" else args.lrs)]
+    tries += [job(args, model, data, method, lr, 0) for method in args.methods for lr in lrs[method]]
     table: dict[str, dict[str, Any]] = {}
     for row in run_all(tries, args.jobs):
         table.setdefault(row["name"], {"by_lr": {}})["by_lr"][row["lr"]] = row["loss"]
@@ -265,7 +269,8 @@ def markdown(args: Args, losses: dict[str, dict[str, Any]], cost: dict[str, dict
         cells = []
         if losses:
             values, lr = losses[name]["losses"], losses[name]["lr"]
-            edge = "*" * (lr in (min(losses[name]["by_lr"]), max(losses[name]["by_lr"])))
+            tried = losses[name]["by_lr"]
+            edge = "*" * (len(tried) > 1 and lr in (min(tried), max(tried)))
             spread = [f"{min(values):.4f}", f"{max(values):.4f}", f"{lr:g}{edge}"] if lr else ["", "", ""]
             cells += [f"{statistics.mean(values):.4f}", *spread]
         if name in cost:
