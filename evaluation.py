@@ -17,7 +17,8 @@ from progress import track
 
 def shown(measures: dict[str, float]) -> str:
     """Measures in one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())
+    names = [name if "/" in name else name.replace("_", " ") for name in measures]  # of a task, as it is called
+    return ", ".join(f"{name} {value:.4f}" for name, value in zip(names, measures.values()))
 
 
 @torch.no_grad()

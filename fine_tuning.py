@@ -84,6 +84,8 @@ class Args:
             raise ValueError(f"--objective {self.objective} is of one task: one path of pairs, without --data.loss")
         if self.data.packing not in ("best_fit", "none"):
             raise ValueError(f"pairs of answers are packed best_fit or none, found --data.packing {self.data.packing}")
+        if self.train.metric != "loss":  # told before the reference is asked
+            raise ValueError(f"the best at pairs is that with the least loss, found --train.metric {self.train.metric}")
 
 
 def main(args: Args) -> dict[str, Any]:

@@ -28,6 +28,11 @@ ANGLES = "rotary_emb.inv_freq"  # what older files keep of the rotary encoding, 
 def read_config(directory: Path) -> dict[str, Any]:
     """The contents of a model directory's `config.json`."""
     path = Path(directory) / "config.json"
+    if path.with_name("adapter_config.json").is_file() and not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds an adapter, not a model: put it into its model with "
+            f"python convert.py merge --model DIR --adapter {directory} --out DIR"
+        )
     if not path.is_file():
         what = "is a file, not a model directory" if Path(directory).is_file() else "is no model directory"
         raise FileNotFoundError(f"{directory} {what}: a Hugging Face directory with a config.json is wanted")

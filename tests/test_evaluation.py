@@ -7,8 +7,12 @@ import torch
 from toy import EOS, SHAPE, VOCAB, quick, toy_bin, toy_data  # noqa: F401
 
 from dataset import IGNORE, PretrainData
-from evaluation import evaluate
+from evaluation import evaluate, shown
 from model import ModelArgs, Transformer
+
+
+def test_names_of_tasks_are_shown_as_they_are():
+    assert shown({"bits_per_byte": 1, "loss/med_zh": 2}) == "bits per byte 1.0000, loss/med_zh 2.0000"
 
 
 def test_bits_per_byte_by_hand(tmp_path):

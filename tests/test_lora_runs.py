@@ -193,6 +193,12 @@ def test_an_adapter_of_a_model_that_is_transformers_own(base, folder, neox):
     torch.testing.assert_close(merged(tokens).logits, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_is_no_model_to_start_from(folder, whole):
+    assert whole["pissa"]
+    with pytest.raises(FileNotFoundError, match=r"holds an adapter, not a model: .* python convert\.py merge"):
+        run(folder, "none", "lora", "--init_from", str(folder / "whole pissa" / "last"))
+
+
 def test_targets_that_a_model_does_not_have(folder, neox):
     with pytest.raises(ValueError, match=r"'q_proj'; .* query_key_value.*; --lora.targets linear takes all"):
         run(folder, "none", "pissa", "--init_from", str(neox))

@@ -159,6 +159,7 @@ def test_two_processes_are_one(folder, environment):
         (["--data.packing", "concat"], "packed best_fit or none, found --data.packing concat"),
         (["--data.loss", "sample"], r"--objective dpo is of one task: one path of pairs, without --data\.loss"),
         (["--data", "a,b"], "--objective dpo is of one task"),
+        (["--train.metric", "accuracy"], r"with the least loss, found --train\.metric accuracy"),
     ],
 )
 def test_refused_before_anything_is_written(folder, more, message, monkeypatch, capsys):
