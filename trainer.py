@@ -132,12 +132,8 @@ class Trainer:
             return json.loads(result.read_text())
         dtype = prepare(self.model, self.args, self.backend.device)
         self.forward = self.backend.wrap(self.model, self.optimizer)
-        if self.backend.main:  # only now: nothing is lost to a run that is refused
-            result.unlink(missing_ok=True)  # of a shorter run, or of one that is replaced
-            if self.args.resume == "never":
-                for name in ("last", "best"):
-                    (self.run / name).unlink(missing_ok=True)
-                checkpoint.prune(self.run, keep=0)
+        if self.backend.main:
+            self._clear()  # only now: nothing is lost to a run that is refused
         peak, peak_source = peak_flops(self.backend.device, dtype)
         self.log = RunLog(self.run, self.progress.step, self.total_steps, active=self.backend.main)
         self.log.say(
@@ -310,6 +306,14 @@ class Trainer:
             checkpoint.point(self.run / "last", directory)
             checkpoint.prune(self.run, self.args.keep)
         self.saved_step = p.step
+
+    def _clear(self) -> None:
+        """Remove the result of a shorter run, and all checkpoints of one that is replaced."""
+        (self.run / "result.json").unlink(missing_ok=True)
+        if self.args.resume == "never":
+            for name in ("last", "best"):
+                (self.run / name).unlink(missing_ok=True)
+            checkpoint.prune(self.run, keep=0)
 
     def _resume(self) -> None:
         if self.args.resume == "never" or (last := checkpoint.newest(self.run)) is None:

@@ -125,7 +125,7 @@ def test_nothing_is_replaced(trained, tmp_path):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "convert.py takes a command, merge, and its flags"),
+        ([], "convert.py takes a command, merge, tokens, and its flags"),
         (["shrink"], "convert.py takes a command"),
         (["merge", "--model", "m", "--adapter", "nowhere", "--out", "o"], "nowhere is no adapter directory"),
     ],
@@ -135,3 +135,21 @@ def test_from_the_command_line(words, sentence, environment):
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_more_tokens(tmp_path, capsys):
+    """What is written and what is refused; tests/test_continued.py has how the rows are made."""
+    base = save_chat_model(tmp_path / "base")
+    before, size = load_model(base), load_tokenizer(base).vocab_size
+    args = convert.Tokens(base, tmp_path / "more", add_special_tokens=("<|tool|>",), vocab_multiple_of=8)
+    convert.tokens(args)
+    assert f"rows: {size} -> {-(-(size + 1) // 8) * 8}" in capsys.readouterr().out
+    after, tokens = load_model(tmp_path / "more"), torch.arange(9)[None]
+    assert load_tokenizer(tmp_path / "more").special["<|tool|>"] == size
+    torch.testing.assert_close(after(tokens)[..., :size], before(tokens), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="exists already"):
+        convert.tokens(args)
+    with pytest.raises(ValueError, match="there are no tokens to add"):
+        convert.tokens(convert.Tokens(base, tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        convert.tokens(convert.Tokens(save_as_hf(our_model(), tmp_path / "bare"), tmp_path / "none", ("a",)))
