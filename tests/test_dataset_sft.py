@@ -116,7 +116,8 @@ def test_mask_and_end_where_question_and_answer_fill_the_row(n_question, n_answe
     targets = batch.targets[0].tolist()
     whole = [ord("答") % 1000 + ANSWER] * n_answer + [END]
     before = 3 + n_question  # <s>, <|user|>, the question, <|end|>, and <|assistant|> is the input to the first target
-    assert targets == ([IGNORE] * before + whole + [IGNORE] * seq_len)[:seq_len]
+    assert targets == ([IGNORE] * before + whole + [IGNORE] * seq_len)[: len(targets)]
+    assert len(targets) == min(seq_len, -(-(before + len(whole)) // 16) * 16)  # as long as is needed, rounded up
 
 
 def test_the_sides_of_a_split_share_no_question_and_miss_none(tmp_path, chat_template):
