@@ -62,7 +62,7 @@ def parts(mask: Mask, T: int) -> tuple[list[Part], list[Part]]:
 def cut(mask: Mask, T: int, G: int, shift: int) -> list[Part]:
     """Up to three parts: the `shift` first tokens, whole groups, and what is left of the row."""
     head = min(shift, T)
-    n, tail = divmod(T - head, G)
+    n, tail = (T - head) // G, (T - head) % G  # no divmod: torch.compile has none where T is not fixed
     made = []
     for start, count, length in ((0, 1, head), (head, n, G), (T - tail, 1, tail)):
         if count and length:

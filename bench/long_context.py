@@ -1,6 +1,6 @@
 """The rope lab: a model trained on short rows meets texts eight times as long, under every position encoding.
 
-    python bench/long_context.py                       # about half an hour on two cores
+    python bench/long_context.py                       # the better part of an hour on two cores
     python bench/long_context.py --encodings yarn linear --seeds 1
 
 One model is pretrained on a novel (三国演义, from a pip package) in rows of `window` tokens, with small passkey texts
