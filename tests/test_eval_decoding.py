@@ -13,7 +13,7 @@ from tiny_chat import save_chat_model
 import config
 from beam import BeamParams, beam_search
 from chat_template import load_template
-from checkpoint import load_model
+from checkpoint import load_model, save_model
 from eval import Args, main, token_table
 from generate import Token, generate
 from sampling import SamplingParams
@@ -45,6 +45,7 @@ def prompt_of(directory: Path, text: str = "江上") -> list[int]:
         {},
         {"cache": "sinks"},
         {"attention": "reference"},
+        {"attention": "sdpa"},
         {"attention": "flex"},
         {"draft": "lookup"},
         {"draft": "itself"},
@@ -63,6 +64,18 @@ def test_greedy_text_of_a_trained_model_in_every_way(shared, capsys, changes):
         told = capsys.readouterr()
         assert told.out == result["answer"] + "\n"
         assert ("drafted tokens accepted" in told.err) == ("draft" in changes)
+
+
+def test_greedy_text_after_a_journey_through_transformers(shared, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = shared / "models" / "stories260K_hf"
+    save_model(tmp_path / "ours", load_model(model), load_tokenizer(model))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    load_tokenizer(tmp_path / "ours").save(tmp_path / "theirs")
+    entry = json.loads((shared / "models" / "stories260K_expected.json").read_text())["greedy"][1]
+    params = SamplingParams(temperature=0, max_new_tokens=200)
+    answer = main(Args(model=tmp_path / "theirs", prompt=entry["prompt"], sampling=params, device="cpu"))["answer"]
+    assert entry["prompt"] + answer == entry["text"]
 
 
 def test_eight_bits_say_the_same_for_a_while(shared):
