@@ -141,9 +141,10 @@ class Trainer:
             f"{self.backend.device} x {self.backend.world}; MFU against {peak / 1e9:.0f} GFLOP/s ({peak_source})"
         )
         if self.total_steps <= self.optim.warmup_steps:
+            more = "--train.max_steps" if self.args.max_steps else "--train.epochs, or lower --data.batch_size"
             self.log.say(
                 f"only {self.total_steps} steps, and {self.optim.warmup_steps} are for warming up: it will learn "
-                "little; raise --train.epochs, or lower --data.batch_size and --optim.warmup_steps"
+                f"little; raise {more}, or lower --optim.warmup_steps"
             )
         clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
         with caught_signals(self), attention.use(self.args.attention):
