@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 
 import generate
 from chat_template import ChatTemplate
@@ -68,8 +67,7 @@ class ChatSession:
         return self._answer(messages, prompt, params)
 
     def _answer(self, messages: list[dict], prompt: list[int], params: SamplingParams) -> Iterator[int]:
-        both = zip(self._fed[: self.cache.length], prompt[:-1])  # one id at least is fed: its logits are wanted
-        self.cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)))
+        self.cache.keep_prefix_of(prompt, self._fed)
         self._fed = list(prompt)
         try:
             for token in self._stream(prompt, params, self.template.stop_ids, self.cache):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import lora
 from checkpoint import load_model, save_model, written_aside
 from continued import grow
 from lora.peft_files import read_config as read_adapter_config
+from speaker import find_model
 from tokenizer import Tokenizer, load_tokenizer
 from trainer import DTYPES
 from weights import read_config
@@ -44,7 +45,9 @@ class Merge:
 
 def merge(args: Merge) -> dict[str, Any]:
     """Write the merged model; returns where it lies."""
-    read_adapter_config(args.adapter)  # says what is wrong with it before a model is read
+    adapter = find_model(args.adapter, "give --adapter the directory that holds the adapter")
+    read_adapter_config(adapter)  # says what is wrong with it before a model is read
+    args = replace(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
     model = load_model(args.model)
     tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
@@ -81,6 +84,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
     """Write the larger model; returns where it lies."""
     if not args.add_tokens and not args.add_special_tokens:
         raise ValueError("there are no tokens to add: name them with --add_tokens or --add_special_tokens")
+    args = replace(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
     model, (tokenizer, stop_ids) = load_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:

@@ -1,6 +1,6 @@
-// One decoding step of a LLaMA on a CPU: B tokens in, B rows of logits out. engine.py compiles it and calls it.
+// One decoding step of a LLaMA on a CPU: a few tokens in for each of B rows, logits out. engine.py compiles and calls it.
 //
-// At one token a step every weight is read once and used B times, so the step is as fast as the weights can be read.
+// Every weight is read once and used for all tokens of the step: while they are few, it takes as long as that reading.
 // All of a step is one parallel region: a thread owns rows of every matrix, and waits for the others only where it
 // reads what they wrote. W is the type in which weights, keys and values are kept; everything else is computed in A.
 
@@ -212,14 +212,21 @@ void attend(const A *q, const W *keys, const W *values, int64_t count, int64_t D
     }
 }
 
+// What a step feeds: to row b the tokens starts[b]..starts[b+1]-1, the first of them at position past[b].
+struct Input {
+    int64_t batch;
+    const int64_t *starts, *past, *tokens;
+    int64_t last;  // of each row, the tokens whose logits are wanted
+};
+
 template <class W, class A>
-void step(const Model &m, int64_t B, const int64_t *tokens, const int64_t *positions, W *keys, W *values, A *logits,
-          int threads) {
+void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int threads) {
     const int64_t dim = m.dim, D = m.head_dim, H = m.n_heads, K = m.n_kv_heads, F = m.hidden_dim, L = m.max_len;
+    const int64_t B = in.batch, T = in.starts[B];
     const A eps = m.norm_eps;
     // The residual stream, and what the threads make for each other.
-    Buffer<A> x(B * dim), q(B * H * D), k(B * K * D), v(B * K * D), attention(B * H * D), gate(B * F), up(B * F);
-    Buffer<A> change(B * dim);
+    Buffer<A> x(T * dim), q(T * H * D), k(T * K * D), v(T * K * D), attention(T * H * D), gate(T * F), up(T * F);
+    Buffer<A> change(T * dim);
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -227,25 +234,25 @@ void step(const Model &m, int64_t B, const int64_t *tokens, const int64_t *posit
 #else
         const int me = 0, n = 1;
 #endif
-        Buffer<A> normed(B * dim), head(D), scores(L);  // each thread makes the norms for itself: cheaper than waiting
+        Buffer<A> normed(T * dim), head(D), scores(L);  // each thread makes the norms for itself: cheaper than waiting
         auto norm = [&](const void *weight) {
-            for (int64_t b = 0; b < B; b++)
-                rms_norm(&x[b * dim], (const W *)weight, dim, eps, &normed[b * dim]);
+            for (int64_t t = 0; t < T; t++)
+                rms_norm(&x[t * dim], (const W *)weight, dim, eps, &normed[t * dim]);
         };
         auto project = [&](const void *w, const void *bias, int64_t rows, A *out) {
             Share mine(rows, me, n);
-            matmul((const W *)w, normed.data(), rows, dim, B, mine, out);
-            for (int64_t b = 0; bias && b < B; b++)
-                for (int64_t r = mine.first; r < mine.last; r++) out[b * rows + r] += value(((const W *)bias)[r]);
+            matmul((const W *)w, normed.data(), rows, dim, T, mine, out);
+            for (int64_t t = 0; bias && t < T; t++)
+                for (int64_t r = mine.first; r < mine.last; r++) out[t * rows + r] += value(((const W *)bias)[r]);
         };
         auto add = [&](const void *w, const A *in, int64_t columns) {
             Share mine(dim, me, n);
-            matmul((const W *)w, in, dim, columns, B, mine, change.data());
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t r = mine.first; r < mine.last; r++) x[b * dim + r] += change[b * dim + r];
+            matmul((const W *)w, in, dim, columns, T, mine, change.data());
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t r = mine.first; r < mine.last; r++) x[t * dim + r] += change[t * dim + r];
         };
-        for (int64_t i = me; i < B * dim; i += n)
-            x[i] = value(((const W *)m.embedding)[tokens[i / dim] * dim + i % dim]);
+        for (int64_t i = me; i < T * dim; i += n)
+            x[i] = value(((const W *)m.embedding)[in.tokens[i / dim] * dim + i % dim]);
 #pragma omp barrier
         for (int64_t i = 0; i < m.n_layers; i++) {
             const Layer &layer = m.layers[i];
@@ -255,17 +262,21 @@ void step(const Model &m, int64_t B, const int64_t *tokens, const int64_t *posit
             project(layer.v, layer.v_bias, K * D, v.data());
 #pragma omp barrier
             for (int64_t item = me; item < B * K; item += n) {  // a key head and the query heads that read it
-                int64_t b = item / K, position = positions[b], first = std::max<int64_t>(0, position + 1 - m.window);
+                const int64_t b = item / K, kv = item % K;
                 W *row = keys + (i * B * K + item) * L * D, *value_row = values + (i * B * K + item) * L * D;
-                place<W>(m, &k[item * D], layer.k_norm, position, head.data());
-                for (int64_t d = 0; d < D; d++) {
-                    round_to(row[position * D + d], head[d]);
-                    round_to(value_row[position * D + d], v[item * D + d]);
-                }
-                for (int64_t h = item * (H / K); h < (item + 1) * (H / K); h++) {
-                    place<W>(m, &q[h * D], layer.q_norm, position, head.data());
-                    attend(head.data(), row + first * D, value_row + first * D, position + 1 - first, D, scores.data(),
-                           &attention[h * D]);
+                for (int64_t t = in.starts[b]; t < in.starts[b + 1]; t++) {
+                    const int64_t position = in.past[b] + t - in.starts[b];
+                    const int64_t first = std::max<int64_t>(0, position + 1 - m.window);
+                    place<W>(m, &k[(t * K + kv) * D], layer.k_norm, position, head.data());
+                    for (int64_t d = 0; d < D; d++) {
+                        round_to(row[position * D + d], head[d]);
+                        round_to(value_row[position * D + d], v[(t * K + kv) * D + d]);
+                    }
+                    for (int64_t h = t * H + kv * (H / K); h < t * H + (kv + 1) * (H / K); h++) {
+                        place<W>(m, &q[h * D], layer.q_norm, position, head.data());
+                        attend(head.data(), row + first * D, value_row + first * D, position + 1 - first, D,
+                               scores.data(), &attention[h * D]);
+                    }
                 }
             }
 #pragma omp barrier
@@ -275,26 +286,31 @@ void step(const Model &m, int64_t B, const int64_t *tokens, const int64_t *posit
             project(layer.gate, nullptr, F, gate.data());
             project(layer.up, nullptr, F, up.data());
             Share mine(F, me, n);
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t f = b * F + mine.first; f < b * F + mine.last; f++)
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t f = t * F + mine.first; f < t * F + mine.last; f++)
                     up[f] *= gate[f] / (1 + std::exp(-gate[f]));
 #pragma omp barrier
             add(layer.down, up.data(), F);
 #pragma omp barrier
         }
-        norm(m.norm);
-        project(m.head, nullptr, m.vocab_size, logits);
+        for (int64_t r = 0; r < B * in.last; r++) {
+            int64_t t = in.starts[r / in.last + 1] - in.last + r % in.last;
+            rms_norm(&x[t * dim], (const W *)m.norm, dim, eps, &normed[r * dim]);
+        }
+        matmul((const W *)m.head, normed.data(), m.vocab_size, dim, B * in.last, Share(m.vocab_size, me, n), logits);
     }
 }
 
-// tokens, positions (batch); keys, values (n_layers, batch, n_kv_heads, max_len, head_dim), of which the slots
-// `positions` are written; logits (batch, vocab_size), float or, for a model in double, double.
-extern "C" void decode_step(const Model *m, int64_t batch, const int64_t *tokens, const int64_t *positions, void *keys,
-                            void *values, void *logits, int threads) {
+// starts (batch + 1) begins with 0, past (batch), tokens (starts[batch]); keys, values (n_layers, batch, n_kv_heads,
+// max_len, head_dim), where the slots of the tokens are written; logits (batch, last, vocab_size), float or, for a model
+// in double, double; last is at most the number of tokens of any row.
+extern "C" void decode_step(const Model *m, int64_t batch, const int64_t *starts, const int64_t *past,
+                            const int64_t *tokens, int64_t last, void *keys, void *values, void *logits, int threads) {
+    const Input in = {batch, starts, past, tokens, last};
     if (m->dtype == 0)
-        step(*m, batch, tokens, positions, (float *)keys, (float *)values, (float *)logits, threads);
+        step(*m, in, (float *)keys, (float *)values, (float *)logits, threads);
     else if (m->dtype == 1)
-        step(*m, batch, tokens, positions, (bf16 *)keys, (bf16 *)values, (float *)logits, threads);
+        step(*m, in, (bf16 *)keys, (bf16 *)values, (float *)logits, threads);
     else
-        step(*m, batch, tokens, positions, (double *)keys, (double *)values, (double *)logits, threads);
+        step(*m, in, (double *)keys, (double *)values, (double *)logits, threads);
 }

@@ -1,4 +1,4 @@
-"""Fast single-token decoding on a CPU: a whole step of the model in one call of compiled code (engine.cpp).
+"""Fast decoding on a CPU: a few tokens through the whole model in one call of compiled code (engine.cpp).
 
 A step of a small model is short: PyTorch spends more time between its operations than in them, and its product of a
 matrix and one vector reads weights at half the speed the memory has. The compiled step reads the model's own weights
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -50,8 +51,9 @@ KNOWN = {  # what engine.cpp knows of an architecture; in all else it has to be 
     "qk_norm",
     "sliding_window",
 }
-MOST_ROWS = 32  # with more a step is bound by arithmetic, which PyTorch's matrix products do faster
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+# With more a step is bound by arithmetic, and PyTorch has the processor's own products of bfloat16.
+MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("engine.cpp")
 LAYER = (  # the fields of `Layer` in engine.cpp
@@ -85,7 +87,7 @@ INTEGERS = (  # of `Model` in engine.cpp
 )
 POINTERS = ("layers", "embedding", "norm", "head", "cos", "sin")
 
-Step = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+Step = Callable[[Sequence[Sequence[int]], Sequence[int], int], torch.Tensor]
 
 
 class _Model(ctypes.Structure):
@@ -99,10 +101,10 @@ class _Model(ctypes.Structure):
 
 
 def stepper(model: Transformer, cache: KVCache) -> Step | None:
-    """A function `step(ids, positions) -> logits (B, V)` that feeds one id to each of the cache's B rows, stores it at
-    its position and gives what `model` would; None where the compiled step does not apply (see `supports`) or cannot
-    be compiled. It sees changes made in the parameters, but not that others have taken their place; the cache's
-    tensors may be replaced.
+    """A function `step(runs, past, n) -> logits (B, n, V)` that feeds a run of ids to each of the cache's B rows, that
+    of row i from position past[i] on, and gives what `model` would after the last n ids of each; None where the
+    compiled step does not apply (see `supports`) or cannot be compiled. It sees changes made in the parameters, but not
+    that others have taken their place; the cache's tensors may be replaced.
     """
     if not supports(model, cache):
         return None
@@ -123,20 +125,24 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     kept = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])  # as long as the step is
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    def step(ids: Sequence[int], positions: Sequence[int], _kept: tuple = kept) -> torch.Tensor:
-        batch, length = len(ids), max(positions) + 1
-        if min(positions) < 0 or length > cache.max_len or cache.keys.shape[1] != batch:
+    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _kept: tuple = kept) -> torch.Tensor:
+        batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
+        if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
             raise ValueError(
                 f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens; asked to store {batch} rows "
-                f"at positions {min(positions)}..{length - 1}"
+                f"at positions {min(past)}..{max(lengths) - 1}"
             )
+        ids = [id for run in runs for id in run]
         if min(ids) < 0 or max(ids) >= a.vocab_size:
             raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, asked for {min(ids)}..{max(ids)}")
-        logits = torch.empty(batch, a.vocab_size, dtype=out_dtype)
-        array = ctypes.c_int64 * batch
+        if n > min(map(len, runs)):
+            raise ValueError(f"asked for the logits after the last {n} of {min(map(len, runs))} ids")
+        logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
+        starts = list(itertools.accumulate(map(len, runs), initial=0))
+        arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (starts, past, ids)]
         pointers = (cache.keys.data_ptr(), cache.values.data_ptr(), logits.data_ptr())
-        function(ctypes.byref(struct), batch, array(*ids), array(*positions), *pointers, torch.get_num_threads())
-        cache.length = max(cache.length, length)
+        function(ctypes.byref(struct), batch, *arrays, n, *pointers, torch.get_num_threads())
+        cache.length = max(cache.length, *lengths)
         return logits
 
     return step
@@ -180,7 +186,8 @@ def compiled_step() -> Callable[..., None] | None:
         print(f"decoding goes without its compiled step: {str(why).strip()[:500]}", file=sys.stderr)
         return None
     pointer = ctypes.c_void_p
-    function.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer, pointer, pointer, ctypes.c_int]
+    number = ctypes.c_int64
+    function.argtypes = [*(pointer, number, pointer, pointer, pointer, number), *[pointer] * 3, ctypes.c_int]
     function.restype = None
     return function
 

@@ -40,6 +40,7 @@ class Feeder:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.device = model.model.embed_tokens.weight.device
+        self.few = engine.MOST_TOKENS.get(model.model.embed_tokens.weight.dtype, 0)
 
     @torch.inference_mode()
     def __call__(self, runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:
@@ -49,8 +50,8 @@ class Feeder:
         An interrupted pass (Ctrl-C) leaves the cache's length as it was, since some layers have stored and others not.
         """
         width, length = max(map(len, runs)), self.cache.length
-        if width == 1 and len(runs) <= engine.MOST_ROWS and self.step is not None:
-            return self.step([ids[0] for ids in runs], past)[:, None]
+        if sum(map(len, runs)) <= self.few and self.step is not None:
+            return self.step(runs, past, n)
         lengths = [n + len(ids) for n, ids in zip(past, runs)]
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in runs], device=self.device)  # (B, T)
         positions = torch.tensor(past, device=self.device)[:, None] + torch.arange(width, device=self.device)  # (B, T)
@@ -65,7 +66,7 @@ class Feeder:
 
     @cached_property
     def step(self) -> engine.Step | None:
-        """The faster way to feed one id to every row, where there is one."""
+        """The faster way to feed a few ids, where there is one."""
         return engine.stepper(self.model, self.cache)
 
 

@@ -135,15 +135,16 @@ def fastest_dtype(device: torch.device, decodes: bool) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) and not (decodes and device.type == "cpu") else torch.float32
 
 
-def find_model(path: Path) -> Path:
+def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or give --model DIR") -> Path:
     """`path`, or the best in it; if `path` is the default and missing, the newest model directory below out/. A
-    directory that holds an adapter counts, too."""
+    directory that holds an adapter counts, too. `advice` is what the FileNotFoundError ends in."""
     for directory in (path, path / "best", path / "last"):
         if is_model(directory):
             return directory
-    if path.name == "best" and is_model(path.with_name("last")):
-        return path.with_name("last")  # of a run that was not evaluated
-    advice = "run `bash run.sh` to train one, or give --model DIR"
+    last = path.with_name("last")
+    if path.name == "best" and is_model(last):
+        tell(f"there is no {path}, since its run was not evaluated; using {last}")
+        return last
     if path != DEFAULT_MODEL:
         what = "is no model directory (it has no config.json)" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; {advice}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice, takewhile
+from itertools import cycle, islice
 from typing import Protocol
 
 import torch
@@ -48,8 +48,7 @@ class DraftModel:
     ) -> tuple[list[int], torch.Tensor]:
         n = min(n, self.model.args.max_seq_len + 1 - len(ids))  # its context may be the shorter one
         cache, drafted, q = self._feed.cache, list(ids), []
-        both = zip(self._fed[: cache.length], ids[:-1])
-        cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)))
+        cache.keep_prefix_of(ids, self._fed)
         with evaluating(self.model):
             for _ in range(n):
                 self._fed = list(drafted)

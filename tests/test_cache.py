@@ -91,6 +91,17 @@ def test_truncate_and_redo(model):
     assert cache.length == 6
 
 
+@pytest.mark.parametrize(
+    "held, wanted, kept",
+    [("abcdXX", "abcde", 4), ("abXdXX", "abcde", 2), ("abcd", "abcd", 3), ("abcd", "ab", 1), ("xbcd", "abcd", 0)],
+)
+def test_what_another_text_begins_with_stays(model, held, wanted, kept):
+    cache = model.make_cache(1)
+    cache.length = 4
+    cache.keep_prefix_of([ord(c) for c in wanted], [ord(c) for c in held])
+    assert cache.length == kept
+
+
 def test_reorder_repeats_and_drops_rows(model):
     tokens = random_tokens(3, 6)
     cache = model.make_cache(3)

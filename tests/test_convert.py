@@ -127,7 +127,7 @@ def test_nothing_is_replaced(trained, tmp_path):
     [
         ([], "convert.py takes a command, merge, tokens, and its flags"),
         (["shrink"], "convert.py takes a command"),
-        (["merge", "--model", "m", "--adapter", "nowhere", "--out", "o"], "nowhere is no adapter directory"),
+        (["merge", "--model", "m", "--adapter", "nowhere", "--out", "o"], "nowhere does not exist; give --adapter"),
     ],
 )
 def test_from_the_command_line(words, sentence, environment):

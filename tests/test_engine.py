@@ -1,5 +1,6 @@
 """The compiled decoding step against the model's own forward pass."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import attention
 import engine
+from generate import Feeder
 from model import ModelArgs, Transformer
 
 SHAPES = {
@@ -52,20 +54,23 @@ def plain_step(model: Transformer, cache, ids: list[int], positions: list[int]) 
     return model(torch.tensor(ids)[:, None], positions=torch.tensor(positions)[:, None], cache=cache)[:, 0]
 
 
-def walk(model: Transformer, lengths: list[int], steps: int) -> float:
-    """Largest difference between both ways over some steps from prompts of these lengths, as a share of the logits."""
+def walk(model: Transformer, lengths: list[int], steps: int, most: int = 1) -> float:
+    """Largest difference between both ways over some steps, each of up to `most` tokens a row, from prompts of these
+    lengths, as a share of the logits."""
+    torch.manual_seed(1)
+    feed = Feeder(model, prefilled(model, lengths))
+    feed.step = None
     torch.manual_seed(1)
     cache = prefilled(model, lengths)
-    torch.manual_seed(1)
-    other = prefilled(model, lengths)
-    step, positions, error = stepper(model, other), list(lengths), 0.0
+    step, past, error, draw = stepper(model, cache), list(lengths), 0.0, random.Random(0)
     for _ in range(steps):
-        ids = torch.randint(0, model.args.vocab_size, (len(lengths),)).tolist()
-        expected, found = plain_step(model, cache, ids, positions), step(ids, positions)
+        runs = [draw.choices(range(model.args.vocab_size), k=draw.randint(1, most)) for _ in lengths]
+        n = draw.randint(1, min(map(len, runs)))
+        expected, found = feed(runs, past, n), step(runs, past, n)
         assert found.dtype == expected.dtype and found.shape == expected.shape
         error = max(error, float((expected - found).abs().max() / expected.abs().max()))
-        positions = [p + 1 for p in positions]
-    assert other.length == cache.length
+        past = [position + len(run) for position, run in zip(past, runs)]
+    assert cache.length == max(past)
     return error
 
 
@@ -73,6 +78,7 @@ def walk(model: Transformer, lengths: list[int], steps: int) -> float:
 @pytest.mark.parametrize("lengths", [[3], [3, 1, 2], [1] * 8, [2, 9, 4, 4, 1, 7, 5, 5, 6, 3, 1]], ids=len)
 def test_a_step_is_the_forward_pass_of_the_model(shape, lengths):
     assert walk(make(**shape), lengths, steps=12) < 1e-12  # float64: 1e-15 times a few hundred additions
+    assert walk(make(**shape), lengths, steps=5, most=6) < 1e-12
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 8, 14, 16, 34]), st.integers(1, 20))
@@ -80,7 +86,7 @@ def test_a_step_is_the_forward_pass_of_the_model(shape, lengths):
 def test_any_shape(batch, kv_heads, group, head_dim, window):
     shape = {"n_heads": kv_heads * group, "n_kv_heads": kv_heads, "head_dim": head_dim, "sliding_window": window}
     model = make(dim=19 + head_dim, hidden_dim=23 * kv_heads, vocab_size=5 * head_dim + 1, n_layers=2, **shape)
-    assert walk(model, [1 + i % 4 for i in range(batch)], steps=4) < 1e-12
+    assert walk(model, [1 + i % 4 for i in range(batch)], steps=4, most=1 + head_dim % 5) < 1e-12
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1.5), (torch.bfloat16, 1.0)])
@@ -94,7 +100,7 @@ def test_it_rounds_no_more_than_the_model_does(dtype, most):
     for position in range(20):
         ids, positions = [position, 5, 7, 90 - position], [position] * 4
         truth = plain_step(exact, caches[2], ids, positions)
-        found = plain_step(model, caches[0], ids, positions), step(ids, positions)
+        found = plain_step(model, caches[0], ids, positions), step([[i] for i in ids], positions)[:, 0]
         errors += torch.tensor([float((logits - truth).square().mean()) for logits in found])
     assert 0 < errors[1] < most * errors[0]
 
@@ -107,7 +113,7 @@ def test_the_number_of_threads_changes_nothing():
             torch.set_num_threads(threads)
             cache = model.make_cache(3)
             step = stepper(model, cache)
-            found.append(torch.stack([step([1, 2, position], [position] * 3) for position in range(5)]))
+            found.append(torch.stack([step([[1, 2], [3], [4, 5, i]], [2 * i, i, 3 * i]) for i in range(5)]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -117,21 +123,30 @@ def test_rows_may_leave_and_weights_may_change_on_the_way():
     model = make()
     caches = [model.make_cache(3) for _ in range(2)]
     step = stepper(model, caches[1])
-    for cache, feed in zip(caches, (lambda *a: plain_step(model, caches[0], *a), step)):
-        feed([1, 2, 3], [0, 0, 0])
+    plain_step(model, caches[0], [1, 2, 3], [0, 0, 0])
+    step([[1], [2], [3]], [0, 0, 0])
+    for cache in caches:
         cache.reorder(torch.tensor([2, 0]))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     expected = plain_step(model, caches[0], [4, 5], [1, 1])
-    torch.testing.assert_close(step([4, 5], [1, 1]), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(step([[4], [5]], [1, 1])[:, 0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_what_does_not_fit_the_cache_is_refused():
     model = make()
     step = stepper(model, model.make_cache(2, 10))
-    for ids, positions in (([1, 2], [10, 0]), ([1, 2], [0, -1]), ([1], [0]), ([1, 101], [0, 0])):
-        with pytest.raises(ValueError, match=r"2 rows of 10 tokens|ids 0\.\.100"):
-            step(ids, positions)
+    ten = r"2 rows of 10 tokens"
+    for runs, past, n, match in [
+        ([[1], [2]], [10, 0], 1, ten),
+        ([[1], [2, 3]], [0, 9], 1, ten),
+        ([[1], [2]], [0, -1], 1, ten),
+        ([[1]], [0], 1, ten),
+        ([[1], [2, 101]], [0, 0], 1, r"ids 0\.\.100"),
+        ([[1], [2, 3]], [0, 0], 2, "the last 2 of 1 ids"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            step(runs, past, n)
 
 
 def test_only_what_it_computes_right_is_taken():

@@ -37,6 +37,7 @@ def test_finds_a_model_a_run_and_the_newest(directory, tmp_path, monkeypatch, ca
     assert "using the newest, out/tiny/sft/step_00000002" in capsys.readouterr().err
     Path("out/tiny/sft/last").symlink_to("step_00000002")
     assert find_model(DEFAULT_MODEL) == find_model(Path("out/tiny/sft")) == Path("out/tiny/sft/last")
+    assert "there is no out/tiny/sft/best, since its run was not evaluated" in capsys.readouterr().err
     Path("out/tiny/sft/best").symlink_to("step_00000002")
     assert find_model(DEFAULT_MODEL) == find_model(Path("out/tiny/sft")) == DEFAULT_MODEL
     assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import chi_square, random_prompts, small_model, uncached
 
+from cache import KVCache
 from checkpoint import load_model
 from generate import Feeder, stream
 from sampling import SamplingParams, probabilities, process_logits
@@ -107,7 +109,8 @@ class Chain:
 
     def make_cache(self, batch: int, max_len: int = 100, kind: str = "static") -> SimpleNamespace:
         cache = SimpleNamespace(length=0, max_len=max_len)
-        cache.truncate = lambda length: setattr(cache, "length", min(cache.length, length))
+        cache.truncate = partial(KVCache.truncate, cache)
+        cache.keep_prefix_of = partial(KVCache.keep_prefix_of, cache)
         return cache
 
     def hidden(self, tokens, positions, cache, lengths):
