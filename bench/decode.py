@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class Args:
     """length of an answer"""
     repeats: int = 5
     """measured answers of each variant, after one that is not"""
-    threads: int = 1
+    threads: int = field(default_factory=torch.get_num_threads)
     """processor cores"""
     out: Path | None = None
     """also write the rows as JSON"""
