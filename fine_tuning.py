@@ -42,7 +42,7 @@ from packing import SFTData
 from pairs import PairData
 from preference import PreferenceArgs, PreferenceModel, make_objective, reference
 from tokenizer import Tokenizer, load_tokenizer
-from trainer import TrainArgs, Trainer, prepare
+from trainer import TrainArgs, Trainer, prepare, training_dtype
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Args:
         make_objective(self.objective, self.preference)
         if self.data.loss != "token" or len(tasks.split_paths(self.data.train)) > 1:
             raise ValueError(f"--objective {self.objective} is of one task: one path of pairs, without --data.loss")
+        if self.data.train_on != "all":
+            raise ValueError("of pairs the last answers are trained: leave out --data.train_on")
         if self.data.packing not in ("best_fit", "none"):
             raise ValueError(f"pairs of answers are packed best_fit or none, found --data.packing {self.data.packing}")
         if self.train.metric != "loss":  # told before the reference is asked
@@ -104,8 +106,8 @@ def main(args: Args) -> dict[str, Any]:
     trained, heldout = read_data(args.data, paths, template, broken, in_pairs)
     data, eval_data = (pair_batches if in_pairs else batches)(args.data, args.train.seed, trained, heldout)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
-        model.to(backend.device)
-        save, load = adapt(model, args, tokenizer, template)
+        save, load = adapt(model, args, tokenizer, template, training_dtype(args.train, backend.device))
+        model.to(backend.device)  # what is frozen is small by now
         coba = balance(args, data, eval_data, model, backend, names) if args.data.loss == "coba" else None
         trainer = Trainer(
             preferring(model, args, data, eval_data, backend) if in_pairs else model,
@@ -134,17 +136,17 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def adapt(
-    model: Transformer | ForeignModel, args: Args, tokenizer: Tokenizer, template: ChatTemplate
+    model: Transformer | ForeignModel, args: Args, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype
 ) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
-    """Make the model train as `args` say; returns what puts its trained weights into a checkpoint and takes them
-    back: the whole model, or the adapter alone as a PEFT directory."""
+    """Make the model train as `args` say, with products in `dtype`; returns what puts its trained weights into a
+    checkpoint and takes them back: the whole model, or the adapter alone as a PEFT directory."""
     if args.neftune_alpha:
         lora.neftune(model.model.embed_tokens, args.neftune_alpha)
     if args.lora.method == "none":
         save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=template.stop_ids)
         return save, partial(load_weights, model)
     tree = getattr(model, "inner", model)  # the names in an adapter's file are those that transformers gives
-    lora.apply(tree, args.lora)
+    lora.apply(tree, args.lora, dtype)
 
     def save_adapter(directory: Path) -> None:
         lora.save(directory, tree, base=str(args.init_from))

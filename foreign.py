@@ -157,15 +157,13 @@ class ForeignModel(nn.Module):
 
     @torch.no_grad()
     def _isolates_in_fact(self) -> bool:
-        was_training, dtype = self.training, self.compute_dtype
+        was_training = self.training
         self.eval()
-        self.compute_dtype = None
         device = self.inner.get_input_embeddings().weight.device
         tokens = torch.arange(8, device=device)[None] % self.args.vocab_size  # (1, 8): two documents of four
         places = torch.arange(4, device=device)[None]
         together = self._run(tokens, places.repeat(1, 2), torch.arange(8, device=device)[None] // 4)[:, 4:]
         alone = self._run(tokens[:, 4:], places, None)
-        self.compute_dtype = dtype
         self.train(was_training)
         return bool((together - alone).abs().max() <= 0.02 * alone.abs().max())  # bfloat16 rounds to 0.004
 

@@ -82,7 +82,7 @@ def draw_losses(runs: dict[str, Path], picture: Path) -> None:
         rows = read_metrics(path)
         (line,) = axes.plot(*_series(rows, "loss"), lw=1, alpha=0.5, label=f"{label} training".strip())
         axes.plot(*_series(rows, "eval_loss"), "o-", ms=3, color=line.get_color(), label=f"{label} held out".strip())
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)

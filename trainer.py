@@ -381,11 +381,16 @@ class Clock:
         return rate, seconds / steps * (self.total_steps - progress.step), rate * flops_per_token / self.peak
 
 
+def training_dtype(args: TrainArgs, device: torch.device) -> torch.dtype:
+    """The dtype of activations and matrix products."""
+    return DTYPES.get(args.dtype) or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
+
+
 def prepare(model: Transformer, args: TrainArgs, device: torch.device) -> torch.dtype:
     """Set precision, attention, checkpointing and compilation of a model on its device; returns the dtype of its
     activations. Raises ValueError where the attention that is asked for cannot be had."""
     torch.set_float32_matmul_precision(args.float32_matmul)
-    dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
+    dtype = training_dtype(args, device)
     attention.check(args.attention, dtype, device, training=True)
     if args.s2_group:
         if not isinstance(model, Transformer) or model.args.n_heads < 2:

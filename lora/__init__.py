@@ -10,12 +10,13 @@ lora.merge(model), lora.unmerge(model)          one plain weight a layer, and ba
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lora.inject import active, describe, disabled, inject, merge, merge_for_good, set_active, unmerge
 from lora.neftune import neftune
 from lora.peft_files import load, restore, save
-from lora.quantized import quantize_base
+from lora.quantized import keep_base_in, quantize_base
 from lora.spec import METHODS, LoraArgs, LoraSpec
 from lora.targets import embeddings_and_norms, parse_targets
 
@@ -28,6 +29,7 @@ __all__ = [
     "describe",
     "disabled",
     "inject",
+    "keep_base_in",
     "load",
     "merge",
     "merge_for_good",
@@ -40,8 +42,12 @@ __all__ = [
 ]
 
 
-def apply(model: nn.Module, args: LoraArgs) -> None:
-    """Make `model` train as `args` say: its base quantized and frozen, an adapter "default" added; or all of it."""
+def apply(model: nn.Module, args: LoraArgs, dtype: torch.dtype | None = None) -> None:
+    """Make `model` train as `args` say: its base quantized and frozen, an adapter "default" added; or all of it.
+
+    `dtype`: of the products in training, if it is known. Frozen weights that are not quantized are kept in it (but for
+    PiSSA, which changes them): the products are the same, at half the memory.
+    """
     if args.method == "none":
         return
     spec = LoraSpec(
@@ -54,4 +60,6 @@ def apply(model: nn.Module, args: LoraArgs) -> None:
     )
     if args.base != "full":
         quantize_base(model, args.base, args.double_quant)
+    elif dtype is not None and not spec.pissa:
+        keep_base_in(model, dtype)
     inject(model, spec)

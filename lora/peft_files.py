@@ -226,6 +226,8 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors (truncated or damaged): {error}") from None
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} holds numbers that are not finite, in {listed(broken)}: its training has diverged")
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
 
 

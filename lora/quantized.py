@@ -132,11 +132,22 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "fp4", "int8"], double_
         raise ValueError(f"unknown quantization {kind!r} of the base; there are nf4, fp4, int8")
     if any(hasattr(module, "lora") for module in model.modules()):
         raise ValueError("the model has adapters already: quantize its base before they are added")
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not is_head(path):
-            module.requires_grad_(False)
-            layer = Int8Linear(module) if kind == "int8" else FourBitLinear(module, kind, double_quant)
-            replace(model, path, layer)
+    for path, module in base_layers(model):
+        module.requires_grad_(False)
+        layer = Int8Linear(module) if kind == "int8" else FourBitLinear(module, kind, double_quant)
+        replace(model, path, layer)
+
+
+def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of the layers that `quantize_base` would quantize in `dtype`, frozen, where that is smaller."""
+    for _, module in base_layers(model):
+        if dtype.itemsize < module.weight.dtype.itemsize:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+
+
+def base_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Every linear layer of a model but the head, by name."""
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and not is_head(path)]
 
 
 def is_head(path: str) -> bool:

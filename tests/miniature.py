@@ -71,6 +71,9 @@ def build(folder: Path) -> Miniature:
     lines = [json.dumps({"text": text}) for text in notes]
     write(folder / "my_texts/notes.jsonl", "\n".join([*lines, BROKEN]))
     write(folder / "my_chats.jsonl", "".join(json.dumps(record) + "\n" for record in conversations()))
+    write(folder / "more_chats/english.jsonl", "".join(json.dumps({"q": n, "a": n[:20]}) + "\n" for n in notes[:40]))
+    pairs = [{"prompt": q, "chosen": a, "rejected": q} for q, a in EXCHANGES.items()] * 3
+    write(folder / "my_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     write(folder / "questions.jsonl", "".join(json.dumps({"prompt": question}) + "\n" for question in EXCHANGES))
     miniature = Miniature(folder, verses + notes, {})
     for command in JOURNEY:

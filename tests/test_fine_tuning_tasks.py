@@ -43,6 +43,12 @@ def run(folder: Path, out: str, *flags: str) -> dict:
     return fine_tuning.main(config.parse(fine_tuning.Args, "fine_tuning", [*where.split(), *SMALL.split(), *flags]))
 
 
+def test_preset(folder):
+    preset = Path(fine_tuning.__file__).parent / "configs/fine_tuning/tasks.yaml"
+    result = run(folder, "run", "--config", str(preset))
+    assert {"loss/moon", "loss/sun"} < result.keys()
+
+
 def rows(out: Path) -> list[dict]:
     return [row for row in read_metrics(out / "metrics.jsonl") if "mfu" not in row]
 

@@ -29,6 +29,36 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+# ---- the frozen base
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_base_in_the_dtype_of_the_products_changes_no_bit(method, tied):
+    base, tokens, found = our_model(tied).float(), some_tokens(), []
+    for layer in (m for m in base.modules() if isinstance(m, nn.Linear)):
+        layer.weight.data = layer.weight.bfloat16().float()  # DoRA's lengths are of what is kept
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(base)
+        torch.manual_seed(1)
+        lora.apply(model, LoraArgs(method, r=3, train_embed_norm=True), dtype)
+        shake(model)
+        model.compute_dtype = torch.bfloat16
+        loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+        kept = {m.weight.dtype for path, m in model.named_modules() if isinstance(m, nn.Linear) and path != "lm_head"}
+        assert kept == {dtype} and model.lm_head.weight.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_base_is_never_kept_wider_nor_that_of_pissa_narrower():
+    for method, kept, dtype in [("lora", torch.bfloat16, torch.float32), ("pissa", torch.float32, torch.bfloat16)]:
+        model = our_model().to(kept)
+        lora.apply(model, LoraArgs(method, r=3), dtype)
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == kept
+
+
 # ---- formulas
 
 

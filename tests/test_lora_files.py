@@ -85,6 +85,7 @@ def test_what_peft_leaves_out_is_its_default(adapter):
         ),
         (lambda tensors: tensors.update({f"{QUERY}.lora_A.weight": torch.ones(2, 5)}), r"\(2, 5\) there and \(2, 24\)"),
         (lambda tensors: tensors.clear(), "holds no LoRA tensors"),
+        (lambda tensors: tensors[f"{QUERY}.lora_A.weight"].fill_(torch.nan), r"not finite, in .*q_proj.lora_A.weight"),
     ],
 )
 def test_tensors(adapter, change, message):

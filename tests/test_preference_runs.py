@@ -157,6 +157,7 @@ def test_two_processes_are_one(folder, environment):
         (["--objective", "sft", "--preference.beta", "1"], "settings of --objective dpo and orpo, not of sft"),
         (["--objective", "orpo", "--preference.sft_weight", "1"], "settings of dpo; orpo has beta only"),
         (["--data.packing", "concat"], "packed best_fit or none, found --data.packing concat"),
+        (["--data.train_on", "last"], r"of pairs the last answers are trained: leave out --data\.train_on"),
         (["--data.loss", "sample"], r"--objective dpo is of one task: one path of pairs, without --data\.loss"),
         (["--data", "a,b"], "--objective dpo is of one task"),
         (["--train.metric", "accuracy"], r"with the least loss, found --train\.metric accuracy"),
