@@ -95,6 +95,8 @@ class Args:
     """measure memory and time"""
     cost_steps: int = 12
     """steps of that"""
+    cost_repeats: int = 3
+    """rounds of that, in which the methods take turns; the median is told"""
     widen: int = 0
     """measure the costs on a model this wide, 12 layers deep, of random weights, instead"""
     jobs: int = 2
@@ -245,7 +247,8 @@ def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
 
 
 def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
-    """Of each method what trains, memory over that of a process that has only loaded Python, step time, file size."""
+    """Of each method what trains, memory over that of a process that has only loaded Python, step time, file size;
+    medians of all rounds."""
     jobs = []
     for method in args.methods:
         each = job(args, model, data, method, 1e-3, 0).args
@@ -257,7 +260,9 @@ def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
         )
         jobs.append(Job(method, each, args.threads))
     names = ("trained", "share", "memory_mib", "step_seconds", "file_kib")
-    return {row["name"]: {name: row[name] for name in names} for row in run_all(jobs, apart=True)}
+    rows = run_all(jobs * args.cost_repeats, apart=True)
+    found = {method: [row for row in rows if row["name"] == method] for method in args.methods}
+    return {method: {name: statistics.median(row[name] for row in of) for name in names} for method, of in found.items()}
 
 
 def markdown(args: Args, losses: dict[str, dict[str, Any]], cost: dict[str, dict[str, Any]]) -> str:
@@ -275,7 +280,7 @@ def markdown(args: Args, losses: dict[str, dict[str, Any]], cost: dict[str, dict
             cells += [f"{statistics.mean(values):.4f}", *spread]
         if name in cost:
             c = cost[name]
-            cells += [f"{c['trained']:,}", f"{c['share']:.2%}", f"{c['memory_mib']:.0f}"]
+            cells += [f"{c['trained']:,.0f}", f"{c['share']:.2%}", f"{c['memory_mib']:.0f}"]
             cells += [f"{1000 * c['step_seconds']:.0f}", f"{c['file_kib']:,.0f}"]
         lines.append(f"| {name} | " + " | ".join(cells + [""] * (len(heads) - len(cells))) + " |")
     return "\n".join(lines)

@@ -28,9 +28,10 @@ class Dora(LowRank):
 
     def forward(self, base: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The adapted output, from the layer, its input and its own output."""
-        scale = (self.lora_magnitude_vector / self._norm(dense_weight(base))).to(out.dtype)
-        plain = out if base.bias is None else out - base.bias.to(out.dtype)
-        return out + (scale - 1) * plain + scale * self.update(x)  # exactly `out` as long as scale is 1 and B is 0
+        # How far the lengths are from those of V: 0 at first, and small, which a scale near 1 in bfloat16 would not show.
+        change = (self.lora_magnitude_vector / self._norm(dense_weight(base)) - 1).to(out.dtype)
+        sum_ = out + self.update(x)
+        return torch.addcmul(sum_, sum_ if base.bias is None else sum_ - base.bias.to(out.dtype), change)
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """The one weight that does the same, from the base's (out, in); float32 or wider."""

@@ -36,8 +36,8 @@ class LowRank(nn.Module):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the layer's output (..., out) for its input (..., in)."""
-        x = self.dropout(x)
-        return self.scaling * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        low = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        return F.linear(low, self.lora_B.to(x.dtype))
 
     def delta(self) -> torch.Tensor:
         """The change of the weight, (out, in)."""

@@ -61,7 +61,8 @@ class LoraArgs:
     train_embed_norm: bool = False
     """train embeddings and norms in full besides (LongLoRA); where the head is tied to the embedding, it too"""
     base: Literal["full", "nf4", "fp4", "int8"] = "full"
-    """how the frozen weights of the linear layers are kept; nf4 is QLoRA (nf4 and fp4 take bitsandbytes)"""
+    """how the frozen weights of the linear layers are kept; full: in the dtype of the training; nf4 is QLoRA (nf4 and
+    fp4 take bitsandbytes)"""
     double_quant: bool = True
     """nf4, fp4: quantize the scales too, 0.127 instead of 0.5 bits a weight"""
 
