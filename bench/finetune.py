@@ -261,8 +261,11 @@ def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
         jobs.append(Job(method, each, args.threads))
     names = ("trained", "share", "memory_mib", "step_seconds", "file_kib")
     rows = run_all(jobs * args.cost_repeats, apart=True)
-    found = {method: [row for row in rows if row["name"] == method] for method in args.methods}
-    return {method: {name: statistics.median(row[name] for row in of) for name in names} for method, of in found.items()}
+    table = {}
+    for method in args.methods:
+        rounds = [row for row in rows if row["name"] == method]
+        table[method] = {name: statistics.median(row[name] for row in rounds) for name in names}
+    return table
 
 
 def markdown(args: Args, losses: dict[str, dict[str, Any]], cost: dict[str, dict[str, Any]]) -> str:

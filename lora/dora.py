@@ -28,7 +28,7 @@ class Dora(LowRank):
 
     def forward(self, base: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The adapted output, from the layer, its input and its own output."""
-        # How far the lengths are from those of V: 0 at first, and small, which a scale near 1 in bfloat16 would not show.
+        # How far lengths are from those of V is small, 0 at first: a scale near 1 in bfloat16 would hardly show it.
         change = (self.lora_magnitude_vector / self._norm(dense_weight(base)) - 1).to(out.dtype)
         sum_ = out + self.update(x)
         return torch.addcmul(sum_, sum_ if base.bias is None else sum_ - base.bias.to(out.dtype), change)
