@@ -25,6 +25,7 @@ QUESTIONS = ("prompt", "question", "query", "q", "input")
 ANSWERS = ("answer", "response", "completion", "a", "output")
 PAIRS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
 LISTS = ("messages", "conversations", "conversation", "chat_rounds")
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # parts the turns in a text of HH-RLHF
 KINDS = "json, jsonl, csv, tsv or parquet"
 
 
@@ -34,7 +35,7 @@ KINDS = "json, jsonl, csv, tsv or parquet"
 def chat(record: dict) -> Messages | None:
     """A list of turns: OpenAI's `messages`, ShareGPT's `conversations`, MFTCoder's `chat_rounds`."""
     turns = next((record[key] for key in LISTS if isinstance(record.get(key), list)), None)
-    return None if turns is None else _system(record) + [_turn(turn) for turn in turns]
+    return None if turns is None else _system(record) + _turns(turns)
 
 
 def alpaca(record: dict) -> Messages | None:
@@ -71,7 +72,7 @@ def _said(role: str, content: Any) -> dict[str, Any]:
 
 
 def _system(record: dict) -> Messages:
-    return [_said("system", record["system"])] if record.get("system") else []
+    return _turns([_said("system", record.get("system"))])
 
 
 def _before(record: dict) -> Messages:
@@ -87,6 +88,13 @@ def _before(record: dict) -> Messages:
 def _instruction(record: dict) -> str:
     parts = (record["instruction"], record.get("input"), record.get("context"))
     return "\n".join(part for part in parts if isinstance(part, str) and part.strip())
+
+
+def _turns(turns: list) -> Messages:
+    """The messages of a list of turns, without a system message in front that says nothing."""
+    messages = [_turn(turn) for turn in turns]
+    is_silent = messages and messages[0]["role"] == "system" and not str(messages[0]["content"] or "").strip()
+    return messages[1:] if is_silent else messages
 
 
 def _turn(turn: Any) -> dict[str, Any]:
@@ -166,21 +174,26 @@ class PreferencePair:
 def to_pair(record: Any) -> PreferencePair:
     """The pair in a record with `chosen` and `rejected` (or `response_chosen`, `response_rejected`).
 
-    Each is a text, a turn, or a whole list of turns; the prompt comes in any of the forms of a conversation, its last
-    answer left out, or, when both answers are whole lists, from what they share. Raises ValueError with the reason.
+    Each is a text, a turn, a whole list of turns, or HH-RLHF's transcript of them. The prompt comes in any of the forms
+    of a conversation, the last answer of a list of turns left out; where the answers are whole lists, it is at least
+    what they share. Raises ValueError with the reason.
     """
     if not isinstance(record, dict):
         raise ValueError(f"the record is {type(record).__name__}, expected an object with named fields")
     names = next((names for names in PAIRS if names[0] in record and names[1] in record), None)
+    keys = ", ".join(map(str, record)) or "(none)"
     if names is None:
-        keys = ", ".join(map(str, record)) or "(none)"
         raise ValueError(f"no chosen and rejected under the keys {keys}; conversations are for --objective sft")
     chosen, rejected = (_answer(record[name]) for name in names)
     prompt = _prompt(record)
-    if not prompt:
-        if chosen[:-1] != rejected[:-1]:
+    if shared := chosen[:-1] or rejected[:-1]:
+        if rejected[:-1] not in ([], shared):
             raise ValueError("the chosen and the rejected conversation differ before their last answer")
-        prompt = chosen[:-1]
+        if prompt[-len(shared) :] != shared:  # else it may say more
+            apart = [turn for turn in prompt[:1] if turn["role"] == "system" and shared[0]["role"] != "system"]
+            prompt = apart + shared
+    if not prompt:
+        raise ValueError(f"no prompt under the keys {keys}, nor before the last answer of chosen and rejected")
     check_messages(prompt, add_generation_prompt=True)
     _check_texts([*prompt, chosen[-1], rejected[-1]])
     if chosen[-1]["content"] == rejected[-1]["content"]:
@@ -190,26 +203,27 @@ def to_pair(record: Any) -> PreferencePair:
 
 def _answer(value: Any) -> Messages:
     """What was answered, with what was said before it if that is there."""
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        said = TRANSCRIPT.split(value)[1:]  # who, what, who, what, ...
+        value = [_said(who, text.strip()) for who, text in zip(said[0::2], said[1::2])]
     if isinstance(value, str):
         return [_said("assistant", value)]
-    turns = [_turn(turn) for turn in (value if isinstance(value, list) else [value])]
+    turns = _turns(value if isinstance(value, list) else [value])
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError(f"an answer should be a text or end with the assistant's turn, found {value!r:.100}")
     return turns
 
 
 def _prompt(record: dict) -> Messages:
-    """What both answers answer, empty if the record does not say it apart."""
+    """What both answers answer as far as the record says it apart."""
     if turns := chat(record):
-        return turns
+        return turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if "instruction" in record:
         return [*_before(record), _said("user", _instruction(record))]
     question = next((record[key] for key in QUESTIONS if record.get(key)), None)
     if isinstance(question, list):
-        return _system(record) + [_turn(turn) for turn in question]
-    # A text beside two whole conversations repeats their first question.
-    is_whole = isinstance(record.get("chosen"), list) and len(record["chosen"]) > 1
-    return [] if question is None or is_whole else [*_before(record), _said("user", question)]
+        return _system(record) + _turns(question)
+    return _before(record) + ([] if question is None else [_said("user", question)])
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -43,6 +43,15 @@ from conversations import PreferencePair, file_conversations, preference_pairs, 
             ]
         },
         {"conversations": [{"role": "Human", "text": "q"}, {"role": "ChatGPT", "text": "a"}]},
+        {"messages": [{"role": "system", "content": ""}, *exchange("q", "a")]},
+        {
+            "conversations": [
+                {"from": "system", "value": None},
+                {"from": "human", "value": "q"},
+                *exchange("q", "a")[1:],
+            ]
+        },
+        {"system": "\n", "prompt": "q", "answer": "a"},
     ],
 )
 def test_the_usual_records_are_one_conversation(record):
@@ -85,6 +94,7 @@ def test_turns_that_are_no_targets(key, off):
 # --- preference pairs
 
 QUESTION = {"role": "user", "content": "q"}
+EMPTY = {"role": "system", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,11 @@ QUESTION = {"role": "user", "content": "q"}
             "chosen": {"from": "gpt", "value": "a"},
             "rejected": {"from": "gpt", "value": "b"},
         },
+        {"prompt": "q", "messages": exchange("q", "a"), "chosen": exchange("q", "a"), "rejected": exchange("q", "b")},
+        {"conversations": exchange("q", "c"), "chosen": "a", "rejected": "b"},
+        {"chosen": [EMPTY, *exchange("q", "a")], "rejected": exchange("q", "b")},
+        {"prompt": [EMPTY, QUESTION], "chosen": "a", "rejected": "b"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     ],
 )
 def test_every_form_of_a_pair_is_one_prompt_and_two_answers(record):
@@ -116,14 +131,31 @@ def test_every_form_of_a_pair_is_one_prompt_and_two_answers(record):
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "the same"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, r"message 2 \(assistant\) has no text"),
         ({"chosen": exchange("q", "a"), "rejected": exchange("p", "b")}, "differ before their last answer"),
-        ({"chosen": "a", "rejected": "b"}, "at least one message"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt under the keys chosen, rejected, nor before the last answer"),
         ({"prompt": "q", "chosen": exchange("q"), "rejected": "b"}, "end with the assistant's turn"),
-        ({"conversations": exchange("q", "a"), "chosen": "a", "rejected": "b"}, "the last is of role 'assistant'"),
+        ({"prompt": exchange("q", "a"), "chosen": "a", "rejected": "b"}, "the last is of role 'assistant'"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: p", "rejected": "b"}, "end with the assistant's turn"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"}, "has no text"),
     ],
 )
 def test_broken_pairs_say_why(record, reason):
     with pytest.raises(ValueError, match=reason):
         to_pair(record)
+
+
+def test_what_stands_before_whole_answers_belongs_to_their_prompt():
+    system, answers = {"role": "system", "content": "s"}, {"chosen": exchange("q", "a"), "rejected": exchange("q", "b")}
+    for told in ({"system": "s"}, {"system": "s", "prompt": "q"}, {"prompt": [system, QUESTION]}):
+        assert to_pair(told | answers).prompt == [system, QUESTION]
+    assert to_pair({"prompt": exchange("p", "c", "q")} | answers).prompt == exchange("p", "c", "q")
+    longer = {name: exchange("p", "c", "q", last) for name, last in (("chosen", "a"), ("rejected", "b"))}
+    assert to_pair({"prompt": "p"} | longer).prompt == exchange("p", "c", "q")
+
+
+def test_the_turns_of_a_transcript_are_the_prompt_up_to_its_last_answer():
+    before = "\n\nHuman: q1\nmore\n\nAssistant: a1\n\nHuman: q2\n\nAssistant: "
+    pair = to_pair({"chosen": before + "a", "rejected": before + "b"})
+    assert pair == PreferencePair(exchange("q1\nmore", "a1", "q2"), "a", "b")
 
 
 @pytest.mark.parametrize("name, n", [("dpo_en_demo.json", 299), ("dpo_zh_demo.json", 300)])
