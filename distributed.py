@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +119,9 @@ class DataParallel(SingleProcess):
         self.optimizer = optimizer
         ids = [self.device.index] if self.device.type == "cuda" else None
         self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # No forward pass changes a buffer, and a quantized model is nothing but buffers. Set afterwards: the argument
+        # for it has another name from torch 2.13 on.
+        self.wrapped.broadcast_buffers = False
         return self.wrapped
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -143,3 +148,24 @@ class DataParallel(SingleProcess):
             dist.barrier()
             time.sleep(0.5)
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def caught_signals(backend: SingleProcess, ask: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `ask` with their number; a second one acts as usual, except with several processes, since
+    torchrun passes on what a terminal or a scheduler has sent to every process already."""
+
+    def caught(number: int, frame: Any) -> None:
+        ask(number)
+        if backend.world == 1:
+            signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+    for number in before if in_main else ():
+        signal.signal(number, caught)
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if in_main else ():
+            signal.signal(number, handler)

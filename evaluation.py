@@ -34,7 +34,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss over one epoch of `source` (or `max_batches`, from batch `first` on): `loss` in nats per target and, with
     `token_bytes` (UTF-8 bytes of each id), `bits_per_byte`, which no choice of tokenizer can flatter; with
-    `group_names`, also loss/NAME of every group that has a target. A model may tell more, see `take_measures`.
+    `group_names`, also loss/NAME of every group that has a target, and `task_mean`, the mean of these, in which a group
+    of few targets counts as much as one of many. A model may tell more, see `take_measures`.
 
     Every rank takes its rows, `micro_batch_size` at once (0: all), and the sums are over all ranks.
     """
@@ -65,7 +66,9 @@ def evaluate(
     if n_bytes:
         measures["bits_per_byte"] = nats / math.log(2) / n_bytes
     parts = zip(group_names, sums, sums[n_groups:])
-    return measures | {f"loss/{name}": group_nats / n for name, group_nats, n in parts if n}
+    of_groups = {f"loss/{name}": group_nats / n for name, group_nats, n in parts if n}
+    mean = {"task_mean": sum(of_groups.values()) / len(of_groups)} if of_groups else {}
+    return measures | mean | of_groups
 
 
 def take_measures(model: nn.Module) -> dict[str, float]:

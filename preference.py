@@ -30,8 +30,6 @@ from model import ModelArgs, Transformer
 from pairs import PairData
 from progress import track
 
-OBJECTIVES = ("dpo", "orpo")
-
 
 @dataclass(frozen=True)
 class PreferenceArgs:

@@ -46,7 +46,8 @@ class TrainArgs:
     eval_interval: float = 250
     """steps between evaluations on held-out data; below 1: a share of an epoch; 0: only at the end"""
     eval_batches: int = 20
-    """batches of an evaluation on the way; the last one takes all; 0: always all"""
+    """batches of an evaluation on the way; the last one takes all, and so does each where the metric is of tasks; 0:
+    always all"""
     save_interval: float = 500
     """steps between checkpoints, or a share of an epoch; the best and the last are saved besides"""
     keep: int = 3
@@ -54,7 +55,8 @@ class TrainArgs:
     patience: int = 0
     """stop after this many evaluations without a new best; 0: never"""
     metric: str = "loss"
-    """the held-out measure that makes the best: loss, bits_per_byte, or loss/NAME of one of several tasks"""
+    """the held-out measure that makes the best: loss (each token counts alike), bits_per_byte; of several tasks also
+    task_mean (the mean of their losses: each task counts alike), or loss/NAME of one"""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint in the run directory; never: start anew, replacing it"""
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +22,7 @@ import torch
 import attention
 import checkpoint
 from dataset import BatchSource
-from distributed import SingleProcess
+from distributed import SingleProcess, caught_signals
 from evaluation import evaluate, shown, sums_by_group, take_measures
 from flops import train_flops_per_token
 from hardware import can_compile, has_bfloat16, peak_flops
@@ -70,7 +68,8 @@ class Trainer:
 
     save(directory) and load(directory) put the trained weights into a checkpoint and take them back. `identity` names
     what determines the order of the losses (data, seed, batch size): a checkpoint of another identity is not resumed.
-    `group_names`: what the groups of the batches are called, whose losses are logged one by one as loss/NAME.
+    `group_names`: what the groups of the batches are called, whose losses are logged one by one as loss/NAME. Where the
+    metric is of groups, whose targets the first batches may lack, every evaluation takes all held-out batches.
     """
 
     def __init__(
@@ -96,20 +95,18 @@ class Trainer:
         self.save_weights, self.load_weights, self.identity = save, load, identity
         self.eval_data, self.token_bytes = eval_data, token_bytes
         self.group_names, self.adaptive = list(group_names), adaptive
-        measures = ["loss", *["bits_per_byte"] * (token_bytes is not None), *(f"loss/{name}" for name in group_names)]
+        of_groups = ["task_mean", *(f"loss/{name}" for name in group_names)] if group_names else []
+        measures = ["loss", *["bits_per_byte"] * (token_bytes is not None), *of_groups]
         if eval_data is not None and args.metric not in measures:
             raise ValueError(f"--train.metric should be one of {', '.join(measures)}, found {args.metric!r}")
+        self.eval_batches = None if args.metric in of_groups else args.eval_batches or None
         self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
         self.progress = Progress(metric=args.metric)
         self._forget_groups()
         self.saved_step = -1  # the step that `last` leads to
         self.stop_signal = 0  # what this process was asked to stop by
         self.stopping = False  # whether any rank was, which all of them know at the end of a step
-        if data.seq_len > model.args.max_seq_len:
-            raise ValueError(
-                f"seq_len {data.seq_len} is longer than the model's max_seq_len {model.args.max_seq_len}; "
-                "shorten the rows, or make a new model for longer ones with --model.max_seq_len"
-            )
+        check_length(data.seq_len, model)
         self._resume()
         if len(steps := set(backend.gather(self.progress.step))) > 1:
             raise ValueError(
@@ -147,7 +144,7 @@ class Trainer:
                 f"little; raise {more}, or lower --optim.warmup_steps"
             )
         clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
-        with caught_signals(self), attention.use(self.args.attention):
+        with caught_signals(self.backend, self._ask), attention.use(self.args.attention):
             try:
                 while not self.finished and not self.stopping:
                     norm = self._step()
@@ -221,6 +218,9 @@ class Trainer:
         p.tokens += backend.world * batch.tokens.numel()
         return norm
 
+    def _ask(self, number: int) -> None:
+        self.stop_signal = number
+
     def _due(self, interval: float) -> bool:
         """Whether the step that was done ends an interval, in steps or, below 1, as a share of an epoch."""
         steps = interval if interval >= 1 else max(1, round(interval * self.data.steps_per_epoch))
@@ -253,7 +253,7 @@ class Trainer:
     def _evaluate_and_save(self) -> None:
         """Evaluate on the first `eval_batches` batches, log it and save; it is the `best` if none was better."""
         p = self.progress
-        measures = self._evaluate(self.args.eval_batches or None)
+        measures = self._evaluate(self.eval_batches)
         self.log.write(p.step, {f"eval_{name}": value for name, value in measures.items()})
         value = measures[self.args.metric]
         is_best, p.evaluated = value < p.best, p.step
@@ -344,27 +344,6 @@ class Trainer:
             self.progress.metric = self.args.metric
 
 
-@contextmanager
-def caught_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the loop to stop after the step it is in; a second one acts as usual, except under
-    torchrun, which passes on what a terminal or a scheduler has sent to every process already."""
-
-    def ask(number: int, frame: Any) -> None:
-        trainer.stop_signal = number
-        if trainer.backend.world == 1:
-            signal.signal(number, before[number])
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
-    for number in before if in_main else ():
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items() if in_main else ():
-            signal.signal(number, handler)
-
-
 class Clock:
     """Rate since the last reading, and time left."""
 
@@ -379,6 +358,15 @@ class Clock:
         self.step, self.tokens, self.time = progress.step, progress.tokens, now
         rate = tokens / seconds
         return rate, seconds / steps * (self.total_steps - progress.step), rate * flops_per_token / self.peak
+
+
+def check_length(seq_len: int, model: Transformer) -> None:
+    """Raise ValueError for rows that are longer than what `model` has positions for."""
+    if seq_len > model.args.max_seq_len:
+        raise ValueError(
+            f"seq_len {seq_len} is longer than the model's max_seq_len {model.args.max_seq_len}; "
+            "shorten the rows, or make a new model for longer ones with --model.max_seq_len"
+        )
 
 
 def training_dtype(args: TrainArgs, device: torch.device) -> torch.dtype:

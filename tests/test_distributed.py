@@ -65,6 +65,9 @@ def test_two_processes_equal_one(tmp_path, environment):
     )
     # 6 rows of each process make 3 micro-batches, and gradients are exchanged after the last of them
     assert int((tmp_path / "exchanges").read_text()) == RUN["max_steps"]
+    # and no forward pass sends buffers, which a quantized model consists of
+    assert [float((tmp_path / f"mark{rank}").read_text()) for rank in range(2)] == [0, 1]
+    assert "FutureWarning" not in err
 
 
 def test_all_stop_when_one_is_asked_and_one_alone_goes_on(tmp_path, environment):

@@ -1,10 +1,11 @@
 """What is measured on held-out data, against the same by hand."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from toy import EOS, SHAPE, VOCAB, quick, toy_bin, toy_data  # noqa: F401
+from toy import EOS, SHAPE, VOCAB, Changed, quick, toy_bin, toy_data  # noqa: F401
 
 from dataset import IGNORE, PretrainData
 from evaluation import evaluate, shown
@@ -40,6 +41,28 @@ def test_bits_per_byte_by_hand(tmp_path):
     batch = data.batch(0)
     loss, count = model(batch.tokens, batch.targets)
     assert first == pytest.approx((loss / count).item(), rel=1e-6)
+
+
+def test_losses_of_groups_and_their_mean_by_hand(tmp_path):
+    """Most targets are of group 0 and none is of group 2: the mean over targets is next to the loss of group 0."""
+
+    def change(step, batch):
+        return dataclasses.replace(batch, groups=(batch.targets % 10 == 0).long())
+
+    data = Changed(toy_data(tmp_path), change)
+    model = Transformer(ModelArgs(**SHAPE))
+    torch.nn.init.normal_(model.lm_head.weight)
+    losses = [[], []]
+    for step in range(data.steps_per_epoch):
+        batch = data.batch(step)
+        log_p = model(batch.tokens).double().log_softmax(-1)
+        for row, t in (batch.targets != IGNORE).nonzero().tolist():
+            losses[batch.groups[row, t]].append(-log_p[row, t, batch.targets[row, t]].item())
+    a, b = (sum(each) / len(each) for each in losses)
+    measures = evaluate(model, data, group_names=["a", "b", "none"])
+    expected = {"loss": sum(map(sum, losses)) / sum(map(len, losses)), "loss/a": a, "loss/b": b}
+    assert measures == pytest.approx(expected | {"task_mean": (a + b) / 2}, rel=1e-6)  # float32
+    assert abs(measures["task_mean"] - measures["loss"]) > 0.01  # the test is about something
 
 
 @pytest.mark.parametrize("training", [True, False])

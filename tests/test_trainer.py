@@ -291,7 +291,9 @@ def test_the_best_is_by_the_metric_that_is_asked_for(tmp_path):
     fit("a", "loss/a")
     fit("b", "loss/b")
     logged = [row for row in rows(tmp_path / "a") if "eval_loss" in row]
-    for name, best_of in (("a", "eval_loss/a"), ("b", "eval_loss/b")):
+    fit("mean", "task_mean")
+    assert logged == [row for row in rows(tmp_path / "mean") if "eval_loss" in row]
+    for name, best_of in (("a", "eval_loss/a"), ("b", "eval_loss/b"), ("mean", "eval_task_mean")):
         best = min(logged, key=lambda row: row[best_of])["step"]
         assert (tmp_path / name / "best").resolve().name == f"step_{best:08d}"
     assert (tmp_path / "a" / "best").resolve().name != (tmp_path / "b" / "best").resolve().name
@@ -301,8 +303,24 @@ def test_the_best_is_by_the_metric_that_is_asked_for(tmp_path):
     assert fit("a", "loss/b", 14)["steps"] == 14  # the best so far was by another measure
     best = (tmp_path / "a" / "best").resolve().name
     assert best == "step_00000014"
-    with pytest.raises(ValueError, match=r"--train\.metric should be one of loss, loss/a, loss/b, found 'loss/c'"):
+    with pytest.raises(
+        ValueError, match=r"--train\.metric should be one of loss, task_mean, loss/a, loss/b, found 'loss/c'"
+    ):
         fit("c", "loss/c")
+
+
+@pytest.mark.parametrize("metric, all_of_them", [("loss", False), ("loss/late", True), ("task_mean", True)])
+def test_a_metric_of_groups_takes_all_batches_since_the_first_ones_may_lack_a_group(tmp_path, metric, all_of_them):
+    def change(step, batch):
+        return dataclasses.replace(batch, groups=torch.full_like(batch.tokens, int(step > 1)))
+
+    data = Changed(toy_data(tmp_path), change)
+    changes = {"max_steps": 4, "eval_interval": 2, "eval_batches": 1, "eval_data": data, "metric": metric}
+    toy_trainer(tmp_path / "run", data, **changes, group_names=["early", "late"]).fit()
+    first = next(row for row in rows(tmp_path / "run") if "eval_loss" in row)
+    assert ("eval_loss/late" in first) == all_of_them
+    if not all_of_them:
+        assert first["eval_loss/early"] == pytest.approx(first["eval_loss"], rel=1e-6)  # float32
 
 
 def test_intervals_as_a_share_of_an_epoch(tmp_path):

@@ -1,6 +1,7 @@
 """What test_distributed.py starts under torchrun: `two_processes.py FOLDER MODE`, a toy run in FOLDER/MODE.
 
-plain: nothing happens; the number of gradient exchanges goes to FOLDER/exchanges
+plain: nothing happens; the number of gradient exchanges goes to FOLDER/exchanges, what is left of a buffer that each
+       process has set to its rank to FOLDER/mark0 and mark1
 ask:   rank 1 alone gets a SIGTERM in step 6, and again for each of its micro-batches
 fail:  rank 0 alone cannot write its second checkpoint
 """
@@ -31,13 +32,16 @@ def main(folder: Path, mode: str) -> None:
             exchanges = []
             wrap = backend.wrap
 
-            def counted(*args):
-                wrapped = wrap(*args)
+            def counted(model, optimizer):
+                model.register_buffer("mark", torch.zeros(()), persistent=False)
+                wrapped = wrap(model, optimizer)
+                model.mark.fill_(backend.rank)
                 wrapped.register_comm_hook(None, lambda _, bucket: exchanges.append(1) or allreduce_hook(None, bucket))
                 return wrapped
 
             backend.wrap = counted
             ours.fit()
+            (folder / f"mark{backend.rank}").write_text(str(ours.model.mark.item()))
             if backend.main:
                 (folder / "exchanges").write_text(str(len(exchanges)))
         elif mode == "ask":
