@@ -37,8 +37,9 @@ class Samples:
     offsets: np.ndarray
     """(samples + 1,) uint64."""
     stats: dict[str, int]
-    """conversations = samples + dropped + without_target; tokens, targets; cut: samples that lost their tail; turns:
-    answers in all conversations."""
+    """conversations = samples + dropped + beyond + without_target, see `encode_samples`; tokens, targets; cut: samples
+    that lost their tail; turns: answers in all conversations. Of pairs: those of `encode_pairs`, where cut counts pairs
+    that lost the tail of a text."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,7 +55,8 @@ def encode_samples(
     """Encode conversations for rows of `seq_len` positions, which hold samples of up to seq_len + 1 ids.
 
     `too_long` says what happens to longer ones: "cut" keeps the beginning, without an end token, which would teach
-    to stop there; "drop" leaves them out. What has no target (left) is left out, too. `.stats` counts all of it.
+    to stop there; "drop" leaves them out. What has no target is left out, too, and so is what has none left, since all
+    of them lie beyond the cut. `.stats` counts them apart: dropped, without_target, beyond.
     `train_on`: "all" answers of a conversation, or the "last" one.
     """
     if too_long not in ("cut", "drop"):
@@ -62,26 +64,27 @@ def encode_samples(
     if train_on not in ("all", "last"):
         raise ValueError(f"train_on is 'all' or 'last', found {train_on!r}")
     ids, mask, offsets = array("i"), bytearray(), array("Q", [0])
-    names = ("conversations", "samples", "tokens", "targets", "cut", "dropped", "without_target", "turns")
+    names = ("conversations", "samples", "tokens", "targets", "cut", "dropped", "beyond", "without_target", "turns")
     stats = dict.fromkeys(names, 0)
     for messages in conversations:
         sample, trained = encode(messages if train_on == "all" else only_last(messages), template)
         stats["conversations"] += 1
         stats["turns"] += sum(message["role"] == "assistant" for message in messages)
         is_long = len(sample) > seq_len + 1
-        if is_long and too_long == "drop":
-            stats["dropped"] += 1
-            continue
         n_targets = sum(trained[1 : seq_len + 1])  # nothing precedes the first id: it cannot be predicted
-        if not n_targets:
+        if not any(trained[1:]):
             stats["without_target"] += 1
-            continue
-        ids.extend(sample[: seq_len + 1])
-        mask.extend(trained[: seq_len + 1])
-        offsets.append(len(ids))
-        stats["samples"] += 1
-        stats["targets"] += n_targets
-        stats["cut"] += is_long
+        elif is_long and too_long == "drop":
+            stats["dropped"] += 1
+        elif not n_targets:
+            stats["beyond"] += 1
+        else:
+            ids.extend(sample[: seq_len + 1])
+            mask.extend(trained[: seq_len + 1])
+            offsets.append(len(ids))
+            stats["samples"] += 1
+            stats["targets"] += n_targets
+            stats["cut"] += is_long
     stats["tokens"] = len(ids)
     return Samples(np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64), stats)
 
@@ -116,7 +119,7 @@ def read_samples(
     """The conversations at `path`, encoded; the records that are none go to `broken`, with their places.
 
     `held_out` takes one side of a split: True the `share` of the conversations that the hash of their first question
-    sets apart, the same on every machine, False the others. Raises ValueError when no answer fits into seq_len.
+    sets apart, the same on every machine, False the others. Raises ValueError when nothing is left to train.
     """
     broken = [] if broken is None else broken
     conversations: Iterator[Messages] = file_conversations(path, broken, template.check)
@@ -126,8 +129,17 @@ def read_samples(
     conversations = track(conversations, f"encoding {path.name}", "conversations", active=first)
     samples = encode_samples(conversations, template, seq_len, too_long, train_on)
     if not len(samples) and not held_out:
-        raise ValueError(f"{path}: no conversation has an answer within {seq_len} tokens; raise --data.seq_len")
+        if samples.stats["without_target"] < samples.stats["conversations"]:
+            raise ValueError(f"{path}: no conversation has an answer within {seq_len} tokens; raise --data.seq_len")
+        if samples.stats["conversations"]:
+            raise ValueError(f'{path}: no conversation has an answer that is trained: they are marked "loss": false')
+        raise ValueError(all_held_out(path, share))
     return samples
+
+
+def all_held_out(path: Path, share: float) -> str:
+    """Why a split leaves nothing to train."""
+    return f"{path}: a share of {share} holds out all there is; lower --data.heldout_share, or 0 for no evaluation"
 
 
 def _question(messages: Messages) -> str:

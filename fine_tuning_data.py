@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +32,8 @@ class DataArgs:
     """conversations in any of the usual forms (json, jsonl, csv, tsv, parquet, a folder of them, a loader in Python);
     several paths, or one with commas, are several tasks"""
     heldout: tuple[Path, ...] = ()
-    """conversations to evaluate on, for each task; none: heldout_share of train; a missing file: no evaluation"""
+    """conversations to evaluate on, for each task; none: heldout_share of train; of one task a missing file: no
+    evaluation"""
     heldout_share: float = 0.02
     """the share of train to evaluate on and not to train, by the hash of the question; 0: no evaluation"""
     template: str = "auto"
@@ -65,11 +66,36 @@ class DataArgs:
     """how sharply CoBa turns to tasks that diverge"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where weights have nothing to weigh."""
+        """Raises ValueError on numbers out of range, on what a task lacks, and on what would do nothing."""
+        n_tasks = len(tasks.split_paths(self.train))
+        self._check_heldout(n_tasks)
+        if not self.temperature >= 1:
+            raise ValueError(f"--data.temperature should be 1 (no upsampling) or more, found {self.temperature}")
+        if self.temperature != 1 and n_tasks == 1:
+            raise ValueError("--data.temperature would do nothing: it is of several tasks, and --data names one")
         if self.weights and self.loss not in ("task_token", "task_sample"):
             raise ValueError(
                 f"--data.weights are of tasks: they go with --data.loss task_token or task_sample, not {self.loss}"
             )
+        if (w := self.weights) and not (len(w) == n_tasks and min(w) >= 0 and 0 < sum(w) < math.inf):
+            found = " ".join(map(str, w))
+            raise ValueError(
+                f"--data.weights should be {n_tasks} numbers of 0 or more, not all of them 0, found {found}"
+            )
+        of_coba = [field for field in fields(self) if field.name.startswith("coba_")]
+        idle = [f"--data.{field.name}" for field in of_coba if getattr(self, field.name) != field.default]
+        if idle and self.loss != "coba":
+            raise ValueError(f"{', '.join(idle)} would do nothing: --data.loss is {self.loss}, not coba")
+
+    def _check_heldout(self, n_tasks: int) -> None:
+        heldout = tasks.split_paths(self.heldout)
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"--data.heldout_share should be from 0 to below 1, found {self.heldout_share}")
+        if heldout and len(heldout) != n_tasks:
+            raise ValueError(f"--data.heldout should name one path for each of {n_tasks} tasks, found {len(heldout)}")
+        missing = ", ".join(str(path) for path in heldout if not path.exists())
+        if missing and n_tasks > 1:
+            raise ValueError(f"--data.heldout names one path for each of {n_tasks} tasks, and there is no {missing}")
 
 
 def read_data(
@@ -80,12 +106,7 @@ def read_data(
     read = partial(read_pairs if in_pairs else read_samples, template=template, too_long=data.too_long)
     read = read if in_pairs else partial(read, train_on=data.train_on)
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
-    given = tasks.split_paths(data.heldout)
-    if given and len(given) != len(paths):
-        raise ValueError(f"--data.heldout should name one path for each of {len(paths)} tasks, found {len(given)}")
-    if not 0 <= data.heldout_share < 1:
-        raise ValueError(f"--data.heldout_share should be from 0 to below 1, found {data.heldout_share}")
-    if given:
+    if given := tasks.split_paths(data.heldout):
         trained = [read(path, seq_len=seq_len, broken=broken.setdefault(path, [])) for path in paths]
         if not all(path.exists() for path in given):
             return trained, None
@@ -103,11 +124,6 @@ def batches(
     args: DataArgs, seed: int, trained: list[Samples], heldout: list[Samples] | None
 ) -> tuple[BatchSource, SFTData | None]:
     """What the loop trains on, weighed as asked, and what it evaluates on."""
-    if (w := args.weights) and not (len(w) == len(trained) and min(w) >= 0 and 0 < sum(w) < math.inf):
-        found = " ".join(map(str, w))
-        raise ValueError(
-            f"--data.weights should be {len(trained)} numbers of 0 or more, not all of them 0, found {found}"
-        )
     samples, groups = tasks.join(trained, args.temperature, seed)
     per_sample = args.loss in ("sample", "task_sample")
     shape = (args.seq_len, args.batch_size)
@@ -169,11 +185,12 @@ def describe(
 
 def too_long(path: Path, stats: dict[str, int], seq_len: int) -> str:
     """What rows of seq_len tokens leave out of a file, and what to do about it; nothing if they hold all of it."""
-    left_out = stats["dropped"] + stats["without_target"]
-    if not stats["cut"] and not stats["dropped"]:
+    cut, dropped, beyond = (stats[name] for name in ("cut", "dropped", "beyond"))
+    if not cut + dropped + beyond:
         return ""
-    share = (stats["cut"] + left_out) / (stats.get("pairs") or stats["conversations"])
+    share = (cut + dropped + beyond) / (stats.get("pairs") or stats["conversations"])
     return (
         f"{path}: of {share:.0%} of the records something is not trained, since rows are {seq_len} tokens long: "
-        f"{stats['cut']} lose their end, {left_out} are left out; --data.seq_len takes longer ones"
+        f"{cut} lose their end, {dropped} are dropped, {beyond} have all that is to be trained beyond it; "
+        "--data.seq_len takes longer ones"
     )

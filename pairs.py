@@ -14,7 +14,7 @@ from chat_template import ChatTemplate
 from conversations import PreferencePair, preference_pairs
 from corpora.registry import BadRecord, stable_share
 from dataset import IGNORE, Batch, rows_of_rank
-from dataset_sft import Samples, encode, only_last
+from dataset_sft import Samples, all_held_out, encode, only_last
 from packing import best_fit
 from progress import track
 
@@ -31,7 +31,7 @@ def read_pairs(
     """The pairs at `path`, encoded by `encode_pairs`; the records that are none go to `broken`, with their places.
 
     `held_out` takes one side of a split: True the `share` of the pairs that the hash of their first question sets
-    apart, the same on every machine, False the others. Raises ValueError when no pair fits into seq_len.
+    apart, the same on every machine, False the others. Raises ValueError when nothing is left to train.
     """
     pairs = preference_pairs(path, [] if broken is None else broken, template.check)
     if held_out is not None:
@@ -39,7 +39,11 @@ def read_pairs(
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows the progress
     samples = encode_pairs(track(pairs, f"encoding {path.name}", "pairs", active=first), template, seq_len, too_long)
     if not len(samples) and not held_out:
-        raise ValueError(f"{path}: no pair has two different answers within {seq_len} tokens; raise --data.seq_len")
+        if samples.stats["alike"] < samples.stats["pairs"]:
+            raise ValueError(f"{path}: no pair has two different answers within {seq_len} tokens; raise --data.seq_len")
+        if samples.stats["pairs"]:
+            raise ValueError(f"{path}: the template makes the two answers of every pair the same")
+        raise ValueError(all_held_out(path, share))
     return samples
 
 
@@ -53,26 +57,26 @@ def encode_pairs(
     """Samples 2i and 2i + 1 are the conversations with the chosen and with the rejected answer of pair i, up to
     seq_len + 1 ids each; the last answer of each is trained.
 
-    `too_long`: "cut" keeps the beginning of a text, "drop" leaves out pairs with one that is too long. A pair of which
-    an answer has no target left, or whose answers are alike as far as they are kept, is left out. `.stats` counts all
-    of it: pairs = kept + dropped + without_target + alike.
+    `too_long`: "cut" keeps the beginning of a text, "drop" leaves out pairs with one that is too long. A pair is left
+    out, too, if an answer, or all that tells the two apart, lies beyond the cut, or if the template makes the answers
+    alike. `.stats` counts them: pairs = kept + dropped + beyond + alike.
     """
     if too_long not in ("cut", "drop"):
         raise ValueError(f"too_long is 'cut' or 'drop', found {too_long!r}")
     ids, mask, offsets = array("i"), bytearray(), array("Q", [0])
-    stats = dict.fromkeys(("pairs", "kept", "tokens", "targets", "cut", "dropped", "without_target", "alike"), 0)
+    stats = dict.fromkeys(("pairs", "kept", "tokens", "targets", "cut", "dropped", "beyond", "alike"), 0)
     for pair in pairs:
         whole = [encode(only_last(messages), template) for messages in pair.conversations()]
         kept = [(sample[: seq_len + 1], trained[: seq_len + 1]) for sample, trained in whole]
         is_long = any(len(sample) > seq_len + 1 for sample, _ in whole)
         targets = [sum(trained[1:]) for _, trained in kept]  # nothing precedes the first id: it cannot be predicted
         stats["pairs"] += 1
-        if is_long and too_long == "drop":
-            stats["dropped"] += 1
-        elif not all(targets):
-            stats["without_target"] += 1
-        elif kept[0][0] == kept[1][0]:
+        if whole[0][0] == whole[1][0]:
             stats["alike"] += 1
+        elif is_long and too_long == "drop":
+            stats["dropped"] += 1
+        elif not all(targets) or kept[0][0] == kept[1][0]:
+            stats["beyond"] += 1
         else:
             for sample, trained in kept:
                 ids.extend(sample)

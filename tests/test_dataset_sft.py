@@ -53,17 +53,21 @@ def test_samples_train_the_answers_and_their_end_alone(conversations, seq_len, t
     stats = samples.stats
     assert stats["samples"] == len(samples) == len(expected)
     assert stats["tokens"] == len(samples.ids) and stats["targets"] == samples.mask.sum()
-    assert stats["conversations"] == stats["samples"] + stats["dropped"] + stats["without_target"]
+    left_out = stats["dropped"] + stats["beyond"] + stats["without_target"]
+    assert stats["conversations"] == stats["samples"] + left_out
 
 
 def test_what_is_cut_dropped_and_left_without_target_is_counted():
     short, long, question = exchange("问", "答"), exchange("问", "答" * 20), exchange("问" * 20, "答")
-    cut = encode_samples([short, long, question], CharTemplate(), 10)
-    expected = {"conversations": 3, "samples": 2, "tokens": 7 + 11, "targets": 2 + 6}
-    assert cut.stats == expected | {"cut": 1, "dropped": 0, "without_target": 1, "turns": 3}
+    untrained = [[asked, answered | {"loss": False}] for asked, answered in (short, long)]
+    given_ = [short, long, question, *untrained]
+    cut = encode_samples(given_, CharTemplate(), 10)
+    expected = {"conversations": 5, "samples": 2, "tokens": 7 + 11, "targets": 2 + 6}
+    assert cut.stats == expected | {"cut": 1, "dropped": 0, "beyond": 1, "without_target": 2, "turns": 5}
     assert cut.ids[-1] >= ANSWER  # no end token where the answer does not end
-    dropped = encode_samples([short, long, question], CharTemplate(), 10, "drop").stats
-    assert (dropped["samples"], dropped["dropped"], dropped["cut"], dropped["without_target"]) == (1, 2, 0, 0)
+    dropped = encode_samples(given_, CharTemplate(), 10, "drop").stats
+    expected = {"samples": 1, "dropped": 2, "cut": 0, "beyond": 0, "without_target": 2}  # no length would give them one
+    assert expected.items() <= dropped.items()
 
 
 @pytest.mark.parametrize(("seq_len", "cut"), [(5, 1), (6, 0), (7, 0)])
@@ -137,13 +141,20 @@ def test_what_the_template_refuses_is_kept_aside_with_its_place(tmp_path, chat_t
     assert len(samples) == 1 and broken[0].where == f"{path}:2" and "'[/INST]'" in broken[0].reason
 
 
-def test_all_truncated_away_is_one_sentence(tmp_path, chat_template):
+def test_why_nothing_is_left_to_train_is_one_sentence(tmp_path, chat_template):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a long question", "answer": "a"}\n')
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl: no conversation has an answer within 4 tokens; raise --data\.seq_len"
-    ):
-        read_samples(path, chat_template, 4)
+    for too_long in ("cut", "drop"):
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl: no conversation has an answer within 4 tokens; raise --data\.seq_len"
+        ):
+            read_samples(path, chat_template, 4, too_long)
+    with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
+        read_samples(path, chat_template, 4, held_out=False, share=0.9999)
+    path.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a", "loss": false}]}')
+    for seq_len in (2, 40):
+        with pytest.raises(ValueError, match=r'no conversation has an answer that is trained: .* "loss": false'):
+            read_samples(path, chat_template, seq_len)
 
 
 # --- to look at samples
@@ -158,6 +169,7 @@ def test_the_viewer_marks_what_is_trained(tmp_path, chat_template, capsys, monke
     said = capsys.readouterr().out
     assert "<s><|user|>明月<|end|><|assistant|>⟦江</s><|end|>⟧" in said and "\x1b" not in said
     assert (found["samples"], found["turns"], found["broken"]) == (1, 1, 1) and f"broken: {path}:2" in said
+    assert "beyond: 0" in said
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     dataset_sft.main(config.parse(dataset_sft.Args, "dataset_sft", args))

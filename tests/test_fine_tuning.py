@@ -1,6 +1,7 @@
 """What fine_tuning.py makes of its inputs before it hands them to the loop, and what it refuses."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import config
 import convert
 import fine_tuning
 from chat_template import load_template
+from fine_tuning_data import DataArgs
 from speaker import load_speaker
 from tokenizer import load_tokenizer
 
@@ -56,7 +58,10 @@ def test_a_share_is_held_out_by_hash_when_no_file_is_given(folder, capsys):
     assert "no conversation is held out: nothing is evaluated" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how, told", [("cut", "2 lose their end, 0 are"), ("drop", "0 lose their end, 2 are")])
+@pytest.mark.parametrize(
+    "how, told",
+    [("cut", "2 lose their end, 0 are dropped, 0 have"), ("drop", "0 lose their end, 2 are dropped, 0 have")],
+)
 def test_what_rows_are_too_short_for_is_told(folder, capsys, how, told):
     path = folder / "long.jsonl"
     records = [{"question": f"{n}?", "answer": "the moon " * (30 if n < 2 else 1)} for n in range(8)]
@@ -66,6 +71,21 @@ def test_what_rows_are_too_short_for_is_told(folder, capsys, how, told):
     said = capsys.readouterr().out
     assert f"{path}: of 25% of the records something is not trained, since rows are 64 tokens long: {told}" in said
     run(folder, *flags, "--data.seq_len", "128", "--train.resume", "never")
+    assert "is not trained" not in capsys.readouterr().out
+
+
+def test_answers_beyond_the_rows_are_told_and_untrained_ones_are_not(folder, capsys):
+    path = folder / "long.jsonl"
+    untrained = {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"loss": False}]}
+    beyond = {"question": "moon? " * 30, "answer": "the moon"}
+    flags = ["--data.train", str(path), "--data.heldout_share", "0"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [GOOD] * 2 + [untrained, beyond]))
+    run(folder, *flags)
+    said = capsys.readouterr().out
+    assert "of 25% of the records" in said and "0 lose their end, 0 are dropped, 1 have all" in said
+    assert "beyond 1, without_target 1" in said
+    path.write_text("".join(json.dumps(record) + "\n" for record in [GOOD] * 2 + [untrained] * 2))
+    run(folder, *flags, "--train.resume", "never")
     assert "is not trained" not in capsys.readouterr().out
 
 
@@ -119,11 +139,40 @@ def test_the_same_conversations_from_another_model_are_another_run(folder):
         (["--data.template", "chatml"], r"chatml needs the special tokens <\|im_start\|>, .*--add_special_tokens"),
         (["--data.heldout_share", "1"], r"heldout_share should be from 0 to below 1, found 1"),
         (["--data.train", "nowhere"], r"there is no file or folder nowhere"),
+        (["--data.temperature", "2"], r"temperature would do nothing: it is of several tasks, and --data names one"),
+        (["--data.coba_tau", "2", "--data.coba_warmup", "3"], r"coba_warmup, --data\.coba_tau would do nothing"),
+        (["--data.coba_tau", "2", "--data.loss", "sample"], r"would do nothing: --data\.loss is sample, not coba"),
+        (["--data.heldout_share", "0.9999"], r"a share of 0\.9999 holds out all there is; lower --data\.heldout_sh"),
         (["--data.seq_len", "4"], r"no conversation has an answer within 4 tokens; raise --data\.seq_len"),
         (["--data.seq_len", "201"], r"seq_len 201 is longer than the model's max_seq_len 200"),
     ],
 )
 def test_refused_before_anything_is_written(folder, flags, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit), match=message):
         run(folder, *flags)
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"heldout_share": 1.0},
+        {"temperature": math.nan},
+        {"temperature": 2.0},
+        {"loss": "task_token", "weights": (-1.0,)},
+        {"loss": "task_token", "weights": (math.inf,)},
+        {"heldout": (Path("a"), Path("b"))},
+    ],
+)
+def test_numbers_are_checked_before_anything_is_loaded(wrong):
+    with pytest.raises(ValueError, match=f"--data.{list(wrong)[-1]} "):
+        DataArgs(**wrong)
+
+
+def test_of_several_tasks_those_without_their_held_out_file_are_named(folder):
+    there = folder / "train.jsonl"
+    train = (there, folder / "model")
+    with pytest.raises(ValueError, match=r"for each of 2 tasks, and there is no nowhere$"):
+        DataArgs(train, heldout=(there, Path("nowhere")))
+    DataArgs(train, heldout=(there, there), loss="coba", coba_tau=1.0, temperature=2.0)
+    DataArgs(train[:1], heldout=(Path("nowhere"),))

@@ -57,14 +57,29 @@ def test_what_does_not_fit_is_counted(template):
         pair("c?", long + "one", long + "two"),  # alike as far as they are kept
     ]
     cut = encode_pairs(given_, template, 30)
-    counts = {"pairs": 4, "kept": 2, "cut": 1, "dropped": 0, "without_target": 1, "alike": 1}
+    counts = {"pairs": 4, "kept": 2, "cut": 1, "dropped": 0, "beyond": 2, "alike": 0}
     assert counts.items() <= cut.stats.items() and len(cut) == 4
     assert max(np.diff(cut.offsets.astype(int))) == 31
     assert cut.stats["targets"] == cut.mask.sum() and cut.stats["tokens"] == len(cut.ids)
     dropped = encode_pairs(given_, template, 30, "drop").stats
-    assert {"pairs": 4, "kept": 1, "cut": 0, "dropped": 3}.items() <= dropped.items()
+    assert {"pairs": 4, "kept": 1, "cut": 0, "dropped": 3, "beyond": 0}.items() <= dropped.items()
     with pytest.raises(ValueError, match="'cut' or 'drop', found 'keep'"):
         encode_pairs(given_, template, 30, "keep")
+
+
+def test_answers_that_the_template_makes_alike_are_not_blamed_on_the_length(template, tmp_path):
+    jinja = template.jinja.replace("message['content']", "message['content'] | trim")
+    (tmp_path / "trim.jinja").write_text(jinja)
+    trimming = load_template(template.tokenizer, str(tmp_path / "trim.jinja"))
+    path = tmp_path / "pairs.jsonl"
+    record = {"prompt": "q", "chosen": "the moon", "rejected": "the moon "}
+    path.write_text(json.dumps(record))
+    for seq_len in (4, 40):
+        with pytest.raises(ValueError, match=r"pairs\.jsonl: the template makes the two answers of every pair"):
+            read_pairs(path, trimming, seq_len, "drop")
+    assert read_pairs(path, template, 40).stats["kept"] == 1
+    path.write_text(path.read_text() + "\n" + json.dumps(record | {"rejected": "no"}))
+    assert {"alike": 1, "kept": 1}.items() <= read_pairs(path, trimming, 40).stats.items()
 
 
 def test_files_are_split_by_the_hash_of_the_question(template, tmp_path):
@@ -80,6 +95,8 @@ def test_files_are_split_by_the_hash_of_the_question(template, tmp_path):
     assert [bad.where for bad in broken] == [f"{path}:61"] and "the same" in broken[0].reason
     with pytest.raises(ValueError, match=r"no pair has two different answers within 3 tokens; raise --data\.seq_len"):
         read_pairs(path, template, 3)
+    with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
+        read_pairs(path, template, 3, held_out=False, share=0.9999)
 
 
 @settings(max_examples=60, deadline=None)
