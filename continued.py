@@ -177,7 +177,9 @@ def spellings(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
 
 
 @torch.no_grad()
-def resize(model: Transformer, first: int, spelled: Sequence[Sequence[int]], multiple_of: int = 1) -> None:
+def resize(
+    model: Transformer | ForeignModel, first: int, spelled: Sequence[Sequence[int]], multiple_of: int = 1
+) -> None:
     """Give `model` rows for ids `first`, `first` + 1, ..: the mean of the rows of the ids that spelled each so far.
 
     Its vocabulary grows to hold them, up to a multiple of `multiple_of`; rows that no id has are the mean of all.
@@ -187,13 +189,19 @@ def resize(model: Transformer, first: int, spelled: Sequence[Sequence[int]], mul
         raise ValueError(f"--vocab_multiple_of should be at least 1, found {multiple_of}")
     size = max(first + len(spelled), model.args.vocab_size)
     size = multiple_of * -(-size // multiple_of)
-    for module in [model.lm_head] if model.args.tie_embeddings else [model.lm_head, model.model.embed_tokens]:
-        old = module.weight  # (V, dim)
-        rows = torch.cat([old, old[:first].mean(0).expand(size - len(old), -1)])
+
+    def rows(old: torch.Tensor) -> torch.Tensor:  # (V, dim), or a bias (V,)
+        new = torch.cat([old, old[:first].mean(0).expand(size - len(old), *old.shape[1:])])
         for i, ids in enumerate(spelled, start=first):
             if ids:
-                rows[i] = old[list(ids)].mean(0)
-        module.weight = nn.Parameter(rows)
+                new[i] = old[list(ids)].mean(0)
+        return new
+
+    if isinstance(model, ForeignModel):
+        model.resize(size, rows)
+        return
+    for module in [model.lm_head] if model.args.tie_embeddings else [model.lm_head, model.model.embed_tokens]:
+        module.weight = nn.Parameter(rows(module.weight))
     if model.args.tie_embeddings:
         model.model.embed_tokens.weight = model.lm_head.weight
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = size
@@ -207,7 +215,7 @@ def fit_vocabulary(
 
     Raises ValueError for a model that has no room, and cannot grow.
     """
-    if own is not None and tokenizer.vocab_size > own.vocab_size and not isinstance(model, ForeignModel):
+    if own is not None and tokenizer.vocab_size > own.vocab_size:
         before = model.args.vocab_size
         resize(model, own.vocab_size, spellings(own, tokenizer), multiple_of)
         added = tokenizer.vocab_size - own.vocab_size

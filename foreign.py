@@ -8,7 +8,7 @@ of all positions are in memory at once, decoding computes the whole sequence ane
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,16 +144,20 @@ class ForeignModel(nn.Module):
     def _check_isolation(self, length: int) -> None:
         """Raise ValueError unless a document behind another in a row gives the logits that it gives alone."""
         kind = type(self.inner).__name__
-        advice = "train without, on one document a row (--data.packing none) or on rows that see all of theirs"
+        advice = "train on one document a row (--data.packing none), or without --data.isolate_documents"
         window = getattr(self.inner.config.get_text_config(), "sliding_window", None)
         if window is not None and length > window:
             raise ValueError(
-                f"{kind} has a sliding window of {window}: rows of {length} cannot isolate documents; {advice}"
+                f"{kind} has a sliding window of {window}: rows of {length} cannot isolate documents; shorten them "
+                f"(--data.seq_len, which is half a row where pairs of answers are learnt), or {advice}"
             )
         if self._isolates is None:
             self._isolates = self._takes_positions and self._isolates_in_fact()
         if not self._isolates:
-            raise ValueError(f"{kind} cannot keep the documents of a row apart; {advice}")
+            raise ValueError(
+                f"{kind} cannot keep the documents of a row apart; {advice}: pairs of answers (--objective dpo, orpo), "
+                "which always share one, it cannot learn from"
+            )
 
     @torch.no_grad()
     def _isolates_in_fact(self) -> bool:
@@ -206,6 +210,22 @@ class ForeignModel(nn.Module):
     def n_parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    # ---- the vocabulary
+
+    @torch.no_grad()
+    def resize(self, size: int, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Make the vocabulary `size` ids long; `rows` makes of the old embedding (V, dim), and of the head's matrix and
+        bias (V,), if it has one, the new ones."""
+        before = [table.clone() for table in self._tables()]
+        self.inner.resize_token_embeddings(size, mean_resizing=False)
+        for old, new in zip(before, self._tables(), strict=True):
+            new.copy_(rows(old))
+        self.args = shape_of(self.inner)
+
+    def _tables(self) -> list[torch.Tensor]:
+        """All that has a row for each id; a matrix twice where it is embedding and head."""
+        return [self.inner.get_input_embeddings().weight, *self.inner.get_output_embeddings().parameters()]
 
     # ---- Hugging Face directories
 

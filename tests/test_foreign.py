@@ -7,8 +7,10 @@ from functools import partial
 import pytest
 import torch
 import toy
+from tiny_chat import chat_tokenizer
 
 from checkpoint import load_model, load_weights, save_model
+from continued import grow, resize
 from distributed import make_backend
 from evaluation import evaluate
 from flops import train_flops_per_token
@@ -130,14 +132,14 @@ def test_a_model_that_takes_no_such_mask_says_so(kind, more):
     model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
     tokens, doc_ids = torch.randint(29, (1, 6)), torch.tensor([[0, 0, 0, 1, 1, 1]])
     assert model(tokens).shape == (1, 6, 29)
-    with pytest.raises(ValueError, match="cannot keep the documents of a row apart"):
+    with pytest.raises(ValueError, match=r"cannot keep the documents of a row apart; .*pairs of answers .* it cannot"):
         model(tokens, doc_ids=doc_ids)
 
 
 def test_a_window_shorter_than_the_row_says_so(tmp_path):
     model = load_model(directory_of("gemma2", tmp_path, sliding_window=4))
     model(torch.ones(1, 9, dtype=torch.long))
-    with pytest.raises(ValueError, match="sliding window of 4: rows of 9 cannot isolate documents"):
+    with pytest.raises(ValueError, match="sliding window of 4: rows of 9 cannot isolate documents; shorten"):
         model(torch.ones(1, 9, dtype=torch.long), doc_ids=torch.zeros(1, 9))
 
 
@@ -180,6 +182,49 @@ def test_reduced_precision_and_recomputation(tmp_path):
     packed = {"doc_ids": torch.arange(9).expand(2, 9) // 4, "positions": torch.arange(9).expand(2, 9) % 4}
     assert model(tokens, tokens, **packed)[0].dtype == torch.float32
     torch.testing.assert_close(model(tokens, tokens)[0], loss, rtol=0.02, atol=0)  # 8 bits of mantissa
+
+
+# ---- new tokens
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+@pytest.mark.parametrize("multiple_of", [1, 8])  # 29 rows, of which three had no token, or 32
+def test_new_rows_are_the_mean_of_the_spelling(tmp_path, kind, multiple_of):
+    """Of the embedding, and of the head with its bias (phi has one), tied (gemma, gpt2) or not."""
+    model = load_model(directory_of(kind, tmp_path))
+    tokens = torch.randint(26, (2, 9))
+    logits = model(tokens)
+    ends = (model.inner.get_input_embeddings(), model.inner.get_output_embeddings())
+    before = [{name: p.clone() for name, p in end.named_parameters()} for end in ends]
+    resize(model, 26, [[1, 2, 2], [3]], multiple_of)
+    n = {1: toy.VOCAB, 8: 32}[multiple_of]
+    assert model.args.vocab_size == model.inner.config.vocab_size == n
+    ends = (model.inner.get_input_embeddings(), model.inner.get_output_embeddings())
+    for end, tables in zip(ends, before):
+        for name, old in tables.items():
+            new = getattr(end, name)
+            assert torch.equal(new[:26], old[:26])
+            torch.testing.assert_close(new[26], (old[1] + 2 * old[2]) / 3)
+            torch.testing.assert_close(new[27], old[3])
+            torch.testing.assert_close(new[29:], old[:26].mean(0).expand(n - 29, *old.shape[1:]))
+    torch.testing.assert_close(model(tokens)[..., :26], logits[..., :26])
+    save_model(tmp_path / "larger", model)
+    assert torch.equal(load_model(tmp_path / "larger")(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("spare", [0, 8])
+def test_tokens_that_a_flag_adds(tmp_path, spare):
+    """In the rows that the vocabulary was padded with, too, which nothing has trained."""
+    tokenizer = chat_tokenizer(tmp_path)
+    n = tokenizer.vocab_size
+    model = load_model(directory_of("gpt_neox", tmp_path, vocab_size=n + spare))
+    rows = model.inner.get_input_embeddings().weight.clone()
+    grown, told = grow(model, tokenizer, ["moonriver"], ["<|tool|>"], tmp_path)
+    assert grown.vocab_size == n + 2
+    assert told == f"2 new tokens start as the mean of their spelling; rows: {n + spare} -> {n + max(2, spare)}"
+    for i, text in ((n, "<|tool|>"), (n + 1, "moonriver")):
+        assert grown.id_to_bytes(i) == text.encode() or grown.special[text] == i
+        torch.testing.assert_close(model.model.embed_tokens.weight[i], rows[tokenizer.encode(text)].mean(0))
 
 
 # ---- what cannot be loaded
