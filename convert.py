@@ -18,8 +18,9 @@ import config
 import lora
 from checkpoint import load_model, save_model, written_aside
 from continued import grow
+from lora.peft_files import base_kind
 from lora.peft_files import read_config as read_adapter_config
-from speaker import find_model
+from speaker import find_model, has_tokenizer
 from tokenizer import Tokenizer, load_tokenizer
 from trainer import DTYPES
 from weights import read_config
@@ -35,10 +36,11 @@ class Merge:
     """PEFT directory: adapter_config.json and adapter_model.safetensors"""
     out: Path
     """directory to write"""
-    base: Literal["full", "nf4", "fp4", "int8"] = "full"
-    """full: add to the weights as they are; else to what quantizing leaves of them, as in training with --lora.base"""
+    base: Literal["auto", "full", "nf4", "fp4", "int8"] = "auto"
+    """full: add to the weights as they are; else to what quantizing leaves of them; auto: to what the adapter was
+    trained on, as it tells (PEFT's tell nothing: full)"""
     double_quant: bool = True
-    """as in training"""
+    """of nf4 and fp4, unless auto: as in training"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """of what is written (the sum is made in fp32); auto: as the model is kept now"""
 
@@ -51,8 +53,8 @@ def merge(args: Merge) -> dict[str, Any]:
     check_free(args.out)
     model = load_model(args.model)
     tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
-    if args.base != "full":
-        lora.quantize_base(tree, args.base, args.double_quant)
+    kind = base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
+    lora.quantize_base(tree, *kind)
     lora.load(tree, args.adapter)
     lora.merge_for_good(tree)
     check_ties(model, args)
@@ -60,7 +62,7 @@ def merge(args: Merge) -> dict[str, Any]:
     tokenizer, stop_ids = find_tokenizer(args.adapter, args.model)
     with written_aside(args.out) as aside:
         save_model(aside, model.to(dtype), tokenizer, stop_ids)
-    print(f"{args.adapter} is merged into {args.model}: {args.out}", flush=True)
+    print(f"{args.adapter} is merged into {args.model} (base: {kind[0]}): {args.out}", flush=True)
     return {"model": str(args.out)}
 
 
@@ -123,7 +125,7 @@ def find_tokenizer(*directories: Path) -> tuple[Tokenizer | None, list[int] | No
     """The tokenizer of the first directory that has one (the adapter's, if its vocabulary grew), and the ids that end
     an answer."""
     for directory in directories:
-        if (directory / "tokenizer.json").is_file() or (directory / "tokenizer.model").is_file():
+        if has_tokenizer(directory):
             path = directory / "generation_config.json"
             stop = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
             return load_tokenizer(directory), [stop] if isinstance(stop, int) else stop
@@ -135,6 +137,9 @@ COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
 
 if __name__ == "__main__":
     command = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
+    if command in ("-h", "--help"):
+        print(f"{__doc__.strip()}\n\nconvert.py {next(iter(COMMANDS))} --help explains each flag.")
+    elif command not in COMMANDS:
         config.fail(f"convert.py takes a command, {', '.join(COMMANDS)}, and its flags: convert.py merge --help")
-    config.run(*COMMANDS[command], "convert")
+    else:
+        config.run(*COMMANDS[command], "convert")

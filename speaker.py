@@ -175,9 +175,11 @@ def find_base(adapter: Path, given: Path | None) -> Path:
 
 
 def load_adapted(adapter: Path, base: Path) -> Transformer:
-    """The model in `base` with an adapter in its weights; the sum is made in float32."""
+    """The model in `base` with an adapter in its weights, which are first quantized where the adapter was trained on
+    quantized ones; the sum is made in float32."""
     model = load_model(base)
     tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
+    lora.quantize_base(tree, *peft_files.base_kind(adapter))
     lora.load(tree, adapter)
     lora.merge_for_good(tree)
     return model

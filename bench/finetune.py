@@ -12,12 +12,12 @@ linear decay, uncompiled. Runs that are finished are not done again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
 import random
 import re
-import resource
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,10 +30,12 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import config
 import data_process
 import fine_tuning
 import pretrain
 import train_tokenizer
+from bench.memory import peak_bytes
 from checkpoint import save_model
 from corpora import BadRecord
 from corpora.files import records
@@ -130,7 +132,7 @@ def run(job: Job) -> dict[str, Any]:
             row |= fine_tuning.main(job.args)
         except ValueError as error:
             return row | {"loss": math.inf, "error": str(error)}
-    row["memory_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    row["memory_mib"] = (peak_bytes() - before) / 2**20
     told = re.search(r"([\d,]+) parameters train, ([\d.]+)%", (job.args.out / "log.txt").read_text())
     row |= {"trained": int(told[1].replace(",", "")), "share": float(told[2]) / 100}
     rates = [line["tokens_per_second"] for line in read_metrics(job.args.out / "metrics.jsonl") if "mfu" in line]
@@ -155,8 +157,7 @@ def run_all(jobs: Sequence[Job], at_a_time: int = 1, apart: bool = False) -> lis
 def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float, seed: int) -> Job:
     """A run that is to learn."""
     steps, warmup = (args.steps, args.steps // 10) if lr else (1, 0)
-    out = args.out / "runs" / f"{re.sub(r'[^a-zA-Z0-9]+', '_', method)}_lr{lr:g}_seed{seed}_steps{steps}"
-    return Job(
+    return placed(
         method,
         fine_tuning.Args(
             data=DataArgs((data[0],), (data[1],), seq_len=args.seq_len, batch_size=args.rows),
@@ -166,9 +167,16 @@ def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float
                 max_steps=steps, compile="off", seed=seed, log_interval=2, eval_interval=0, save_interval=0, keep=1
             ),
             init_from=model,
-            out=out,
         ),
+        args.out / "runs",
     )
+
+
+def placed(name: str, args: fine_tuning.Args, runs: Path, threads: int = 1) -> Job:
+    """A job whose run directory no job of other settings has, so that what is found there is of the same one."""
+    settings = json.dumps(config.to_plain(args), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
+    return Job(name, replace(args, out=runs / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)}_{digest}"), threads)
 
 
 # ---- what they start from
@@ -230,7 +238,10 @@ def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
     """Held-out losses by method: of the untrained model, of every learning rate, of every seed at the best one."""
     lrs = {method: args.full_lrs if method == "full" else args.lrs for method in args.methods}
     if args.rates is not None:
-        lrs = {name: [row["lr"]] for name, row in json.loads(args.rates.read_text())["losses"].items() if name in lrs}
+        found = json.loads(args.rates.read_text())["losses"]
+        if missing := [method for method in args.methods if method not in found]:
+            raise ValueError(f"{args.rates} has no learning rate for {', '.join(missing)}")
+        lrs = {method: [found[method]["lr"]] for method in args.methods}
     tries = [job(args, model, data, UNTRAINED, 0.0, 0)]
     tries += [job(args, model, data, method, lr, 0) for method in args.methods for lr in lrs[method]]
     table: dict[str, dict[str, Any]] = {}
@@ -256,9 +267,8 @@ def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
             each,
             data=replace(each.data, heldout=(Path("none"),)),
             train=replace(each.train, max_steps=args.cost_steps, resume="never"),
-            out=args.out / "runs" / f"cost_{model.name}_{each.out.name}",
         )
-        jobs.append(Job(method, each, args.threads))
+        jobs.append(placed(method, each, args.out / "runs", args.threads))
     names = ("trained", "share", "memory_mib", "step_seconds", "file_kib")
     rows = run_all(jobs * args.cost_repeats, apart=True)
     table = {}

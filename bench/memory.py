@@ -47,6 +47,14 @@ class Args:
     """measure only this one, in this process, and print JSON"""
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has held. What getrusage tells begins with what its parent held."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def measure(args: Args) -> dict[str, float]:
     """MiB of this process: with the model, and at the peak of two steps."""
     shape = ModelArgs(dim=args.dim, n_layers=args.n_layers, n_heads=args.dim // 32, vocab_size=args.vocab_size)
@@ -57,7 +65,7 @@ def measure(args: Args) -> dict[str, float]:
     before = psutil.Process().memory_info().rss
     for _ in range(2):
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     parameters = sum(p.numel() for p in model.parameters())
     return {"model": before / 2**20, "peak": peak / 2**20, "step": (peak - before - 12 * parameters) / 2**20}
 

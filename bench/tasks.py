@@ -20,7 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fine_tuning
-from bench.finetune import UNTRAINED, Job, conversations, run_all
+from bench.finetune import UNTRAINED, Job, conversations, placed, run_all
 from fine_tuning_data import DataArgs
 from lora import LoraArgs
 from optim import OptimArgs
@@ -62,7 +62,7 @@ def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job
     """One run; the untrained model is one of a single step at a learning rate of 0."""
     lr, steps = (args.lr, args.steps) if loss != UNTRAINED else (0.0, 1)
     data = DataArgs(*map(tuple, zip(*files)), seq_len=args.seq_len, batch_size=args.rows)
-    return Job(
+    return placed(
         loss,
         fine_tuning.Args(
             data=replace(data, loss=loss) if lr else data,
@@ -70,8 +70,8 @@ def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job
             lora=LoraArgs(),
             train=TrainArgs(max_steps=steps, compile="off", seed=seed, eval_interval=0, save_interval=0, keep=1),
             init_from=args.model,
-            out=args.out / "runs" / f"{loss.replace(' ', '_')}_seed{seed}_steps{steps}",
         ),
+        args.out / "runs",
     )
 
 

@@ -58,8 +58,7 @@ def apply(model: nn.Module, args: LoraArgs, dtype: torch.dtype | None = None) ->
         embeddings_and_norms(model) if args.train_embed_norm else (),
         **METHODS[args.method],
     )
-    if args.base != "full":
-        quantize_base(model, args.base, args.double_quant)
-    elif dtype is not None and not spec.pissa:
+    quantize_base(model, args.base, args.double_quant)
+    if args.base == "full" and dtype is not None and not spec.pissa:
         keep_base_in(model, dtype)
     inject(model, spec)

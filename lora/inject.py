@@ -2,7 +2,7 @@
 
 An adapted layer stays what it was, under its name and with its parameters; its adapters lie in its child `lora`, and a
 forward hook adds what the active one says. Modules that are trained in full keep the original parameters and each
-adapter's own in their child `trained`; those of the active adapter stand in the module itself.
+adapter's own in their child `full_copies`; those of the active adapter stand in the module itself.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in model.named_modules() if hasattr(module, "lora")]
 
 
-def trained(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def fully_trained(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that some adapter trains in full, and their names."""
-    return [(path, module) for path, module in model.named_modules() if hasattr(module, "trained")]
+    return [(path, module) for path, module in model.named_modules() if hasattr(module, "full_copies")]
 
 
 def check(model: nn.Module, path: str, spec: LoraSpec) -> None:
@@ -147,21 +147,23 @@ def train_in_full(model: nn.Module, paths: tuple[str, ...], name: str) -> None:
             module = model.get_submodule(path)
         except AttributeError:
             raise ValueError(f"the model has no module {path!r} to train in full") from None
-        if not hasattr(module, "trained"):
+        if not hasattr(module, "full_copies"):
             original = {key: p for key, p in module._parameters.items() if p is not None}
-            module.trained = nn.ModuleDict({BASE: nn.ParameterDict(original)})
+            module.full_copies = nn.ModuleDict({BASE: nn.ParameterDict(original)})
         own = nn.ParameterDict()
-        for key, parameter in module.trained[BASE].items():
+        for key, parameter in module.full_copies[BASE].items():
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
             own[key] = copies[id(parameter)]
-        module.trained[name] = own
+        module.full_copies[name] = own
 
 
 def train_only(model: nn.Module, name: str) -> None:
     """Freeze everything but the adapter `name`."""
     model.requires_grad_(False)
-    for holder in [layer.lora for _, layer in adapted(model)] + [module.trained for _, module in trained(model)]:
+    holders = [layer.lora for _, layer in adapted(model)]
+    holders += [module.full_copies for _, module in fully_trained(model)]
+    for holder in holders:
         if name in holder:
             holder[name].requires_grad_(True)
 
@@ -174,9 +176,9 @@ def set_active(model: nn.Module, name: str | None) -> None:
         raise ValueError("the model's adapter is merged: unmerge it before another is chosen")
     for _, layer in adapted(model):
         layer.lora.active = name if name in layer.lora else None
-    for _, module in trained(model):
-        chosen = name if name in module.trained else BASE
-        for key, parameter in module.trained[chosen].items():
+    for _, module in fully_trained(model):
+        chosen = name if name in module.full_copies else BASE
+        for key, parameter in module.full_copies[chosen].items():
             module._parameters[key] = parameter
     model.__dict__["lora_active"] = name
 
@@ -244,8 +246,8 @@ def merge_for_good(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if hasattr(module, "unmerged"):
             del module.unmerged
-        if hasattr(module, "trained"):
-            del module.trained
+        if hasattr(module, "full_copies"):
+            del module.full_copies
         if isinstance(module, QuantizedLinear):
             replace(model, path, module.dense(module.dequantize()))
     for attribute in ("lora_specs", "lora_active"):
@@ -255,7 +257,7 @@ def merge_for_good(model: nn.Module) -> None:
 def describe(model: nn.Module) -> str:
     """One line: what share of the parameters trains."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = (p for name, p in model.named_parameters() if ".lora." not in name and ".trained." not in name)
+    own = (p for name, p in model.named_parameters() if ".lora." not in name and ".full_copies." not in name)
     packed = (m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     total = sum(p.numel() for p in own) + sum(packed)
     return f"{trainable:,} parameters train, {trainable / total:.2%} of the model's {total:,}"

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from lora.inject import adapted, inject, specs, train_only, trained
+from lora.inject import adapted, fully_trained, inject, specs, train_only
 from lora.pissa import Pissa
+from lora.quantized import kind_of_base
 from lora.spec import LoraSpec
 from lora.targets import matching, shortest
+from weights import opened
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,6 +32,7 @@ PLAIN = {  # keys of adapter_config.json that must be absent or have one of thes
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
     "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_qalora": (False,),
@@ -41,7 +43,8 @@ PLAIN = {  # keys of adapter_config.json that must be absent or have one of thes
 def save(directory: Path, model: nn.Module, name: str = "default", base: str | None = None) -> None:
     """Write one adapter of `model`; `base` is the name or path of the model it belongs to.
 
-    A PiSSA adapter is written as the LoRA of rank 2r that does the same to the original weights.
+    A PiSSA adapter is written as the LoRA of rank 2r that does the same to the original weights. How the weights under
+    the adapter were kept, if not in full, stands in the metadata of its tensors (see `base_kind`).
     """
     spec = spec_of(model, name)
     targets = matching(model, spec.targets, excluded=spec.train)
@@ -64,7 +67,17 @@ def save(directory: Path, model: nn.Module, name: str = "default", base: str | N
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(config, indent=2))
-    save_file(state_dict(model, name), directory / WEIGHTS, metadata={"format": "pt"})
+    kind, double = kind_of_base(model)  # one key: several would come in another order each time, and the file with them
+    metadata = {"format": "pt"} if kind == "full" else {"base": f"{kind} double" if double else kind}
+    save_file(state_dict(model, name), directory / WEIGHTS, metadata=metadata)
+
+
+def base_kind(directory: Path) -> tuple[str, bool]:
+    """How the weights were kept that an adapter was trained on (as `LoraArgs.base` and `.double_quant` say), if `save`
+    wrote it; ("full", False) where nothing says it."""
+    with opened(Path(directory) / WEIGHTS) as file:
+        kind, _, double = (file.metadata() or {}).get("base", "full").partition(" ")
+    return kind, bool(double)
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
@@ -75,9 +88,9 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tenso
             adapter = layer.lora[name]
             tensors = adapter.as_lora() if isinstance(adapter, Pissa) else dict(adapter.named_parameters())
             state |= {f"{PREFIX}{path}.{adapter.key(key)}": tensor for key, tensor in tensors.items()}
-    for path, module in trained(model):
-        if name in module.trained:
-            state |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.trained[name].items()}
+    for path, module in fully_trained(model):
+        if name in module.full_copies:
+            state |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.full_copies[name].items()}
     return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
 
 
@@ -144,8 +157,8 @@ def copy_into(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> 
         else:
             for key, parameter in adapter.named_parameters():
                 parameter.copy_(own[key])
-    for path, module in trained(model):
-        for key, parameter in module.trained[name].items() if name in module.trained else ():
+    for path, module in fully_trained(model):
+        for key, parameter in module.full_copies[name].items() if name in module.full_copies else ():
             parameter.copy_(tensors[f"{PREFIX}{path}.{key}"])
 
 
@@ -222,10 +235,9 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     path = Path(directory) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no {WEIGHTS}; only safetensors are read")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors (truncated or damaged): {error}") from None
+    with opened(path) as file:
+        names = file.keys()
+        tensors = {key: file.get_tensor(key) for key in names}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} holds numbers that are not finite, in {listed(broken)}: its training has diverged")
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}

@@ -22,6 +22,9 @@ class QuantizedLinear(nn.Module):
     """In the place of a linear layer: `dequantize(dtype)` is its weight (out, in). Scales are kept as bytes, so that
     `model.to(bfloat16)` leaves them as they are."""
 
+    kind: str
+    double = False
+
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.origin = base.in_features, base.out_features, type(base)
@@ -91,6 +94,8 @@ def scale_levels(device: torch.device) -> torch.Tensor:
 class Int8Linear(QuantizedLinear):
     """Each output row in int8, its largest magnitude being 127."""
 
+    kind = "int8"
+
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base)
         weight = base.weight.detach().float()
@@ -121,11 +126,14 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
     return layer.dequantize() if isinstance(layer, QuantizedLinear) else layer._parameters["weight"]
 
 
-def quantize_base(model: nn.Module, kind: Literal["nf4", "fp4", "int8"], double_quant: bool = True) -> None:
-    """Put every linear layer of `model` but the head (embeddings and norms stay, too) into `kind`; before `inject`.
+def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> None:
+    """Put every linear layer of `model` but the head (embeddings and norms stay, too) into `kind`, nf4, fp4 or int8;
+    before `inject`. "full": leave them.
 
     Raises ValueError when bitsandbytes is missing, or the model has adapters already.
     """
+    if kind == "full":
+        return
     if kind in ("nf4", "fp4") and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"weights in {kind} need bitsandbytes: pip install 'bitsandbytes>=0.50', or say int8")
     if kind not in ("nf4", "fp4", "int8"):
@@ -136,6 +144,12 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "fp4", "int8"], double_
         module.requires_grad_(False)
         layer = Int8Linear(module) if kind == "int8" else FourBitLinear(module, kind, double_quant)
         replace(model, path, layer)
+
+
+def kind_of_base(model: nn.Module) -> tuple[str, bool]:
+    """What `quantize_base` made of a model: the kind, "full" if nothing, and whether scales were quantized, too."""
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return next(((layer.kind, layer.double) for layer in layers), ("full", False))
 
 
 def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 METHODS: dict[str, dict[str, Any]] = {  # name on the command line -> how its LoraSpec differs from plain LoRA's
@@ -75,9 +75,13 @@ class LoraArgs:
                 )
             if self.train_embed_norm:
                 raise ValueError("train_embed_norm goes with an adapter (--lora.method); without one everything trains")
+            if others := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
+                raise ValueError(f"--lora.{others[0]} is of an adapter: name one with --lora.method, or leave it out")
         elif self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; there are {', '.join(METHODS)}")
         if self.method == "pissa" and self.base != "full":
             raise ValueError("pissa changes the base weights, and quantized ones are frozen: use lora or dora there")
+        if not self.double_quant and self.base not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant is of the scales of nf4 and fp4, not of {self.base}: leave it out")
         if self.method != "none":
             LoraSpec(self.r, self.alpha, self.dropout)  # refuses numbers that make no sense

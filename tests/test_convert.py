@@ -60,7 +60,9 @@ def test_a_quantized_base_is_made_dense_and_then_added_to(base, trained, tmp_pat
         pytest.importorskip("bitsandbytes")
     model = trained(LoraArgs("lora", r=3, base=base))
     tokens = some_tokens()
-    torch.testing.assert_close(load_model(merged(tmp_path, base=base))(tokens), model(tokens), rtol=0, atol=2e-5)
+    for how in ("auto", base):
+        out = convert.merge(Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / how, base=how))["model"]
+        torch.testing.assert_close(load_model(Path(out))(tokens), model(tokens), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])
@@ -135,6 +137,12 @@ def test_from_the_command_line(words, sentence, environment):
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_help(environment):
+    script = Path(__file__).parents[1] / "convert.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and all(f"convert.py {name}" in done.stdout for name in convert.COMMANDS)
 
 
 def test_more_tokens(tmp_path, capsys):

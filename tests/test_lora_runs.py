@@ -187,10 +187,12 @@ def test_an_adapter_of_a_model_that_is_transformers_own(base, folder, neox):
     speaker = load_speaker(last, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(neox), last)(tokens).logits
-        torch.testing.assert_close(speaker.model(tokens), theirs, rtol=1e-4, atol=1e-4)  # float32, merged first
-    convert.merge(convert.Merge(neox, last, folder / f"merged {base}"))
-    merged = AutoModelForCausalLM.from_pretrained(folder / f"merged {base}")
-    torch.testing.assert_close(merged(tokens).logits, theirs, rtol=1e-4, atol=1e-4)
+        for kind, wanted in (("auto", speaker.model(tokens)), ("full", theirs)):  # of nf4, theirs is put on all bits
+            convert.merge(convert.Merge(neox, last, folder / f"merged {base} {kind}", base=kind))
+            merged = AutoModelForCausalLM.from_pretrained(folder / f"merged {base} {kind}")
+            torch.testing.assert_close(merged(tokens).logits, wanted, rtol=1e-4, atol=1e-4)  # float32, merged first
+        if base == "full":
+            torch.testing.assert_close(speaker.model(tokens), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_is_no_model_to_start_from(folder, whole):

@@ -89,6 +89,16 @@ def test_an_adapter_answers_in_the_place_of_its_base(directory, adapted):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
+def test_an_adapter_of_quantized_weights_answers_on_those(directory, tmp_path):
+    model = load_model(directory)
+    lora.apply(model, lora.LoraArgs("lora", r=4, base="int8"))
+    lora.save(tmp_path / "adapter", model, base=str(directory))
+    tokens = torch.arange(4, 24)[None]
+    answered, full = load_speaker(tmp_path / "adapter", *CPU).model(tokens), load_speaker(directory, *CPU).model(tokens)
+    torch.testing.assert_close(answered, model.eval()(tokens), rtol=0, atol=1e-4)
+    assert (answered - full).abs().max() > 1e-3
+
+
 def test_an_adapter_brings_its_own_tokenizer(directory, adapted, tmp_path):
     shutil.copytree(adapted[0], tmp_path / "adapter")
     tokenizer = load_tokenizer(directory)
