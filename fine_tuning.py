@@ -42,7 +42,7 @@ from packing import SFTData
 from pairs import PairData
 from preference import PreferenceArgs, PreferenceModel, make_objective, reference
 from tokenizer import Tokenizer, load_tokenizer
-from trainer import TrainArgs, Trainer, prepare, training_dtype
+from trainer import TrainArgs, Trainer, check_length, prepare, training_dtype
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,32 @@ class Args:
             raise ValueError("of pairs the last answers are trained: leave out --data.train_on")
         if self.data.packing not in ("best_fit", "none"):
             raise ValueError(f"pairs of answers are packed best_fit or none, found --data.packing {self.data.packing}")
+        if self.train.s2_group:
+            raise ValueError("pairs are trained in full attention, as their reference is asked: no --train.s2_group")
         if self.train.metric != "loss":  # told before the reference is asked
             raise ValueError(f"the best at pairs is that with the least loss, found --train.metric {self.train.metric}")
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; returns the final measures and where the model lies."""
-    torch.manual_seed(args.train.seed)
-    model = load_model(args.init_from)
-    tokenizer, grown = grow(
-        model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
-    )
-    template = load_template(tokenizer, args.data.template)
-    tokenizer.chat_template = template.jinja  # what it is trained on is what it is saved with
-    broken: dict[Path, list[BadRecord]] = {}
     paths = tasks.split_paths(args.data.train)
     names = tasks.task_names(paths)
     in_pairs = args.objective != "sft"
-    trained, heldout = read_data(args.data, paths, template, broken, in_pairs)
-    data, eval_data = (pair_batches if in_pairs else batches)(args.data, args.train.seed, trained, heldout)
+    torch.manual_seed(args.train.seed)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+        model = load_model(args.init_from)
+        check_length(args.data.seq_len, model)
+        tokenizer, grown = grow(
+            model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
+        )
+        template = load_template(tokenizer, args.data.template)
+        tokenizer.chat_template = template.jinja  # what it is trained on is what it is saved with
         save, load = adapt(model, args, tokenizer, template, training_dtype(args.train, backend.device))
         model.to(backend.device)  # what is frozen is small by now
+        broken: dict[Path, list[BadRecord]] = {}
+        trained, heldout = read_data(args.data, paths, template, broken, in_pairs)
+        unmeasured = check_heldout(args, names, heldout)
+        data, eval_data = (pair_batches if in_pairs else batches)(args.data, args.train.seed, trained, heldout)
         coba = balance(args, data, eval_data, model, backend, names) if args.data.loss == "coba" else None
         trainer = Trainer(
             preferring(model, args, data, eval_data, backend) if in_pairs else model,
@@ -129,7 +133,7 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 config.record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
                 print(describe(args.data, paths, trained, heldout, data), flush=True)
-                print(*filter(None, [grown, lora.describe(model)]), sep="\n", flush=True)
+                print(*filter(None, [unmeasured, grown, lora.describe(model)]), sep="\n", flush=True)
                 for path, name in zip(broken, tasks.task_names(list(broken))):
                     keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
             return trainer.fit()
@@ -161,7 +165,7 @@ def preferring(
 ) -> PreferenceModel:
     """The model that learns to prefer, beside its reference, if it has one: itself as it is now."""
     tuned = PreferenceModel(model, make_objective(args.objective, args.preference))
-    if tuned.objective.has_reference and data.seq_len <= model.args.max_seq_len:  # else the loop refuses it
+    if tuned.objective.has_reference:
         prepare(tuned, args.train, backend.device)  # in the dtype of the training
         sources = [data] if heldout is None else [data, heldout]
         with attention.use(args.train.attention):
@@ -170,19 +174,33 @@ def preferring(
     return tuned
 
 
+def check_heldout(args: Args, names: list[str], heldout: list[Samples] | None) -> str:
+    """Which tasks of `names` have no held-out sample, in a sentence, "" if all have; ValueError where the run is led by
+    their held-out losses."""
+    coba = args.data.loss == "coba"
+    if coba and (heldout is None or len(names) < 2):
+        raise ValueError(
+            "--data.loss coba balances tasks by their held-out losses: it needs two tasks and held-out data"
+        )
+    without = [name for name, samples in zip(names, heldout or []) if not len(samples)]
+    if not without:
+        return ""
+    told = f"no sample of {', '.join(without)} is held out"
+    if coba or args.train.metric in [f"loss/{name}" for name in without]:
+        by = "--data.loss coba" if coba else f"--train.metric {args.train.metric}"
+        raise ValueError(f"{told}, and {by} goes by it: raise --data.heldout_share, or give files with --data.heldout")
+    return f"{told}: what is measured on the way leaves it out"
+
+
 def balance(
     args: Args,
     data: tasks.Weighted,
-    heldout: SFTData | None,
+    heldout: SFTData,
     model: Transformer | ForeignModel,
     backend: SingleProcess,
     names: list[str],
 ) -> tasks.CoBa:
     """CoBa over the tasks of `data`, measured on one batch of `heldout` after another."""
-    if heldout is None or len(names) < 2:
-        raise ValueError(
-            "--data.loss coba balances tasks by their held-out losses: it needs two tasks and held-out data"
-        )
     keys = [f"loss/{name}" for name in names]
 
     def measure(number: int) -> list[float]:

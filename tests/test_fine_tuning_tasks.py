@@ -12,6 +12,7 @@ import fine_tuning
 import runlog
 import trainer
 from checkpoint import load_state
+from corpora.registry import stable_share
 from runlog import read_metrics
 
 SMALL = """--data.seq_len 64 --data.batch_size 4 --train.max_steps 8 --train.compile off --train.device cpu
@@ -46,7 +47,10 @@ def run(folder: Path, out: str, *flags: str) -> dict:
 def test_preset(folder):
     preset = Path(fine_tuning.__file__).parent / "configs/fine_tuning/tasks.yaml"
     result = run(folder, "run", "--config", str(preset))
-    assert {"loss/moon", "loss/sun"} < result.keys()
+    assert result["task_mean"] == pytest.approx((result["loss/moon"] + result["loss/sun"]) / 2)
+    logged = {row["step"]: row["eval_task_mean"] for row in rows(folder / "run") if "eval_task_mean" in row}
+    best = (folder / "run" / "best").resolve().name
+    assert best == f"step_{min(logged, key=logged.get):08d}"
 
 
 def rows(out: Path) -> list[dict]:
@@ -118,6 +122,29 @@ def test_weights_change_the_loss_and_held_out_files_belong_to_tasks(folder, caps
     assert {"loss/moon", "loss/sun"} < result.keys()
 
 
+@pytest.fixture
+def unmeasured(folder) -> Path:
+    """Of the task sun nothing is held out: no hash of its questions is among the lowest tenth."""
+    questions = [f"{n}?" for n in range(200) if stable_share(f"{n}?") >= 0.1][:8]
+    records = [{"question": question, "answer": "sun"} for question in questions]
+    (folder / "sun.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_task_without_held_out_samples_is_named(unmeasured, capsys):
+    result = run(unmeasured, "run", "--data.heldout_share", "0.1")
+    assert "no sample of sun is held out: what is measured on the way leaves it out" in capsys.readouterr().out
+    assert result["task_mean"] == result["loss/moon"]
+    assert "loss/sun" not in result
+
+
+@pytest.mark.parametrize("flags", ["--train.metric loss/sun", "--data.loss coba"])
+def test_a_task_without_held_out_samples_cannot_lead(unmeasured, flags):
+    with pytest.raises(ValueError, match=rf"no sample of sun is held out, and {flags} goes by it: raise --data\.heldo"):
+        run(unmeasured, "run", "--data.heldout_share", "0.1", *flags.split())
+    assert not (unmeasured / "run").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -127,7 +154,7 @@ def test_weights_change_the_loss_and_held_out_files_belong_to_tasks(folder, caps
         ("--data.loss coba --data.heldout_share 0", r"coba balances tasks by their held-out losses: it needs two"),
         ("--data.temperature 0.5", r"temperature should be 1 \(no upsampling\) or more, found 0\.5"),
         ("--data.heldout sun.jsonl", r"one path for each of 2 tasks, found 1"),
-        ("--train.metric loss/star", r"one of loss, bits_per_byte, loss/moon, loss/sun, found 'loss/star'"),
+        ("--train.metric loss/star", r"one of loss, bits_per_byte, task_mean, loss/moon, loss/sun, found 'loss/star'"),
     ],
 )
 def test_refused_before_anything_is_written(folder, flags, message, capsys):
@@ -136,3 +163,17 @@ def test_refused_before_anything_is_written(folder, flags, message, capsys):
 
     assert re.search(message, str(refused.value) + capsys.readouterr().err)
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--train.backend ddp", "is started by torchrun"),
+        ("--data.seq_len 201", "seq_len 201 is longer than the model's max_seq_len 200"),
+        ("--lora.method lora --lora.targets atention", "no layer matches the target 'atention'"),
+    ],
+)
+def test_what_is_wrong_without_the_data_is_told_before_they_are_read(folder, flags, message, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=message):
+        run(folder, "run", "--data.train", "nowhere", *flags.split())

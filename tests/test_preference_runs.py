@@ -161,6 +161,7 @@ def test_two_processes_are_one(folder, environment):
         (["--data.loss", "sample"], r"--objective dpo is of one task: one path of pairs, without --data\.loss"),
         (["--data", "a,b"], "--objective dpo is of one task"),
         (["--train.metric", "accuracy"], r"with the least loss, found --train\.metric accuracy"),
+        (["--train.s2_group", "8"], r"pairs are trained in full attention, .*: no --train\.s2_group"),
     ],
 )
 def test_refused_before_anything_is_written(folder, more, message, monkeypatch, capsys):
