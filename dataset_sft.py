@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from conversations import Messages, file_conversations
 from corpora.registry import BadRecord, stable_share
 from progress import track
 from tokenizer import Tokenizer, load_tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,22 +115,20 @@ def read_samples(
     too_long: str = "cut",
     train_on: str = "all",
     broken: list[BadRecord] | None = None,
-    held_out: bool | None = None,
     share: float = 0.0,
+    aside: list[Messages] | None = None,
 ) -> Samples:
     """The conversations at `path`, encoded; the records that are none go to `broken`, with their places.
 
-    `held_out` takes one side of a split: True the `share` of the conversations that the hash of their first question
-    sets apart, the same on every machine, False the others. Raises ValueError when nothing is left to train.
+    The `share` of them that `set_aside` holds out is not encoded and goes to `aside`. Raises ValueError when nothing is
+    left to train.
     """
-    broken = [] if broken is None else broken
-    conversations: Iterator[Messages] = file_conversations(path, broken, template.check)
-    if held_out is not None:
-        conversations = (m for m in conversations if (stable_share(_question(m)) < share) == held_out)
+    conversations = file_conversations(path, [] if broken is None else broken, template.check)
+    kept = set_aside(conversations, lambda messages: messages, share, [] if aside is None else aside)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows the progress
-    conversations = track(conversations, f"encoding {path.name}", "conversations", active=first)
-    samples = encode_samples(conversations, template, seq_len, too_long, train_on)
-    if not len(samples) and not held_out:
+    kept = track(kept, f"encoding {path.name}", "conversations", active=first)
+    samples = encode_samples(kept, template, seq_len, too_long, train_on)
+    if not len(samples):
         if samples.stats["without_target"] < samples.stats["conversations"]:
             raise ValueError(f"{path}: no conversation has an answer within {seq_len} tokens; raise --data.seq_len")
         if samples.stats["conversations"]:
@@ -137,13 +137,20 @@ def read_samples(
     return samples
 
 
+def set_aside(items: Iterable[T], turns: Callable[[T], Messages], share: float, aside: list[T]) -> Iterator[T]:
+    """All items but the `share` of them, by the hash of the first question in their `turns`, that goes to `aside`: the
+    same on every machine, and all that begin with one question."""
+    for item in items:
+        question = next(message["content"] for message in turns(item) if message["role"] != "system")
+        if stable_share(question) < share:
+            aside.append(item)
+        else:
+            yield item
+
+
 def all_held_out(path: Path, share: float) -> str:
     """Why a split leaves nothing to train."""
     return f"{path}: a share of {share} holds out all there is; lower --data.heldout_share, or 0 for no evaluation"
-
-
-def _question(messages: Messages) -> str:
-    return next(message["content"] for message in messages if message["role"] != "system")
 
 
 # --- to look at samples -----------------------------------------------------------------------------------------

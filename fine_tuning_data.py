@@ -17,9 +17,9 @@ import tasks
 from chat_template import ChatTemplate
 from corpora import BadRecord
 from dataset import BatchSource
-from dataset_sft import Samples, read_samples
+from dataset_sft import Samples, encode_samples, read_samples
 from packing import Packing, SFTData
-from pairs import PairData, read_pairs
+from pairs import PairData, encode_pairs, read_pairs
 
 ANY_LENGTH = 2**31  # tokens: longer than any sample
 
@@ -103,20 +103,19 @@ def read_data(
 ) -> tuple[list[Samples], list[Samples] | None]:
     """What is trained and what is held out of each task, None if nothing is; the records that are none go to `broken`,
     by file."""
-    read = partial(read_pairs if in_pairs else read_samples, template=template, too_long=data.too_long)
-    read = read if in_pairs else partial(read, train_on=data.train_on)
+    options = {"template": template, "too_long": data.too_long} | ({} if in_pairs else {"train_on": data.train_on})
+    read = partial(read_pairs if in_pairs else read_samples, **options)
+    encode = partial(encode_pairs if in_pairs else encode_samples, seq_len=data.seq_len, **options)
+    given = tasks.split_paths(data.heldout)
+    share = 0.0 if given else data.heldout_share
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
-    if given := tasks.split_paths(data.heldout):
-        trained = [read(path, seq_len=seq_len, broken=broken.setdefault(path, [])) for path in paths]
-        if not all(path.exists() for path in given):
-            return trained, None
-        return trained, [read(path, seq_len=data.seq_len, broken=broken.setdefault(path, [])) for path in given]
-    trained = [
-        read(path, held_out=False, share=data.heldout_share, seq_len=seq_len, broken=broken.setdefault(path, []))
-        for path in paths
-    ]
-    apart = paths if data.heldout_share else []
-    heldout = [read(path, held_out=True, share=data.heldout_share, seq_len=data.seq_len) for path in apart]
+    trained, heldout = [], []
+    for path in paths:
+        aside: list = []
+        trained.append(read(path, seq_len=seq_len, broken=broken.setdefault(path, []), share=share, aside=aside))
+        heldout.append(encode(aside))
+    if given and all(path.exists() for path in given):
+        heldout = [read(path, seq_len=data.seq_len, broken=broken.setdefault(path, [])) for path in given]
     return trained, heldout if any(map(len, heldout)) else None
 
 

@@ -12,9 +12,9 @@ import torch
 
 from chat_template import ChatTemplate
 from conversations import PreferencePair, preference_pairs
-from corpora.registry import BadRecord, stable_share
+from corpora.registry import BadRecord
 from dataset import IGNORE, Batch, rows_of_rank
-from dataset_sft import Samples, all_held_out, encode, only_last
+from dataset_sft import Samples, all_held_out, encode, only_last, set_aside
 from packing import best_fit
 from progress import track
 
@@ -25,30 +25,25 @@ def read_pairs(
     seq_len: int,
     too_long: str = "cut",
     broken: list[BadRecord] | None = None,
-    held_out: bool | None = None,
     share: float = 0.0,
+    aside: list[PreferencePair] | None = None,
 ) -> Samples:
     """The pairs at `path`, encoded by `encode_pairs`; the records that are none go to `broken`, with their places.
 
-    `held_out` takes one side of a split: True the `share` of the pairs that the hash of their first question sets
-    apart, the same on every machine, False the others. Raises ValueError when nothing is left to train.
+    The `share` of them that `set_aside` holds out is not encoded and goes to `aside`. Raises ValueError when nothing is
+    left to train.
     """
     pairs = preference_pairs(path, [] if broken is None else broken, template.check)
-    if held_out is not None:
-        pairs = (pair for pair in pairs if (stable_share(_question(pair)) < share) == held_out)
+    kept = set_aside(pairs, lambda pair: pair.prompt, share, [] if aside is None else aside)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows the progress
-    samples = encode_pairs(track(pairs, f"encoding {path.name}", "pairs", active=first), template, seq_len, too_long)
-    if not len(samples) and not held_out:
+    samples = encode_pairs(track(kept, f"encoding {path.name}", "pairs", active=first), template, seq_len, too_long)
+    if not len(samples):
         if samples.stats["alike"] < samples.stats["pairs"]:
             raise ValueError(f"{path}: no pair has two different answers within {seq_len} tokens; raise --data.seq_len")
         if samples.stats["pairs"]:
             raise ValueError(f"{path}: the template makes the two answers of every pair the same")
         raise ValueError(all_held_out(path, share))
     return samples
-
-
-def _question(pair: PreferencePair) -> str:
-    return next(message["content"] for message in pair.prompt if message["role"] != "system")
 
 
 def encode_pairs(

@@ -128,9 +128,13 @@ def test_the_sides_of_a_split_share_no_question_and_miss_none(tmp_path, chat_tem
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"prompt": "{n % 50}", "answer": "{n}"}}\n' for n in range(200)) + '{"prompt": ""}\n')
     broken: list[BadRecord] = []
-    sides = [read_samples(path, chat_template, 30, broken=broken, held_out=side, share=0.3) for side in (False, True)]
-    assert sum(map(len, sides)) == 200 and len(broken) == 2
-    assert all(len(s) % 4 == 0 for s in sides) and 4 <= len(sides[1]) // 4 <= 28  # every question with all four answers
+    aside: list[list[dict]] = []
+    kept = read_samples(path, chat_template, 30, broken=broken, share=0.3, aside=aside)
+    assert len(kept) + len(aside) == 200 and len(broken) == 1
+    questions = Counter(messages[0]["content"] for messages in aside)
+    assert set(questions.values()) == {4} and 4 <= len(questions) <= 28  # every question with all four answers
+    others = [messages for messages in file_conversations(path, []) if messages not in aside]
+    assert kept.ids.tolist() == encode_samples(others, chat_template, 30).ids.tolist()
 
 
 def test_what_the_template_refuses_is_kept_aside_with_its_place(tmp_path, chat_template):
@@ -150,7 +154,7 @@ def test_why_nothing_is_left_to_train_is_one_sentence(tmp_path, chat_template):
         ):
             read_samples(path, chat_template, 4, too_long)
     with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
-        read_samples(path, chat_template, 4, held_out=False, share=0.9999)
+        read_samples(path, chat_template, 4, share=0.9999)
     path.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a", "loss": false}]}')
     for seq_len in (2, 40):
         with pytest.raises(ValueError, match=r'no conversation has an answer that is trained: .* "loss": false'):

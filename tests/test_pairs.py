@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_chat import chat_tokenizer
 
 from chat_template import load_template
-from conversations import PreferencePair
+from conversations import PreferencePair, preference_pairs
 from dataset import IGNORE
 from dataset_sft import Samples
 from pairs import PairData, encode_pairs, read_pairs
@@ -90,13 +90,16 @@ def test_files_are_split_by_the_hash_of_the_question(template, tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     broken = []
     whole = read_pairs(path, template, 40, broken=broken)
-    parts = [read_pairs(path, template, 40, held_out=held_out, share=0.3) for held_out in (False, True)]
-    assert whole.stats["kept"] == sum(part.stats["kept"] for part in parts) and all(map(len, parts))
+    aside: list[PreferencePair] = []
+    kept = read_pairs(path, template, 40, share=0.3, aside=aside)
+    assert whole.stats["kept"] == kept.stats["kept"] + len(aside) and 4 <= len(aside) <= 32
+    again = [pair for pair in preference_pairs(path, []) if pair not in aside]
+    assert encode_pairs(again, template, 40).ids.tolist() == kept.ids.tolist()
     assert [bad.where for bad in broken] == [f"{path}:61"] and "the same" in broken[0].reason
     with pytest.raises(ValueError, match=r"no pair has two different answers within 3 tokens; raise --data\.seq_len"):
         read_pairs(path, template, 3)
     with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
-        read_pairs(path, template, 3, held_out=False, share=0.9999)
+        read_pairs(path, template, 3, share=0.9999)
 
 
 @settings(max_examples=60, deadline=None)
