@@ -190,6 +190,6 @@ def too_long(path: Path, stats: dict[str, int], seq_len: int) -> str:
     share = (cut + dropped + beyond) / (stats.get("pairs") or stats["conversations"])
     return (
         f"{path}: of {share:.0%} of the records something is not trained, since rows are {seq_len} tokens long: "
-        f"{cut} lose their end, {dropped} are dropped, {beyond} have all that is to be trained beyond it; "
+        f"{cut} lose their end, {dropped} are dropped, {beyond} are left out since their answers lie beyond; "
         "--data.seq_len takes longer ones"
     )
