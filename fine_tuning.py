@@ -149,11 +149,14 @@ def adapt(
     if args.lora.method == "none":
         save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=template.stop_ids)
         return save, partial(load_weights, model)
+    base = args.init_from
+    if base.is_symlink():  # `best` may lead to other weights tomorrow
+        base = base.parent / base.readlink()
     tree = getattr(model, "inner", model)  # the names in an adapter's file are those that transformers gives
     lora.apply(tree, args.lora, dtype)
 
     def save_adapter(directory: Path) -> None:
-        lora.save(directory, tree, base=str(args.init_from))
+        lora.save(directory, tree, base=str(base))
         tokenizer.save(directory)
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": template.stop_ids}))
 
