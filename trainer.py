@@ -52,6 +52,10 @@ class Progress:
     metric: str = "loss"  # which `best` is one of
 
 
+class Diverged(ValueError):
+    """A run whose numbers are no longer finite."""
+
+
 class Adaptive(Protocol):
     """What changes in the course of a run beside the weights, such as how much each task counts."""
 
@@ -211,9 +215,7 @@ class Trainer:
             p.skipped += 1
             self.log.say(f"step {p.step + 1}: gradient norm {norm}; the step was skipped ({p.skipped} in a row)")
             if p.skipped >= 20:
-                raise ValueError(
-                    "20 steps in a row had a gradient that is not finite; lower the learning rate, or use bf16"
-                )
+                raise Diverged("20 steps in a row had no finite gradient; lower the learning rate, or use bf16")
         p.step += 1
         p.tokens += backend.world * batch.tokens.numel()
         return norm
@@ -279,7 +281,7 @@ class Trainer:
                 self.load_weights(self.run / "best")
             measures = self._evaluate(None)
             if not math.isfinite(measures["loss"]):
-                raise ValueError(f"the held-out loss is {measures['loss']}: the run diverged; lower the learning rate")
+                raise Diverged(f"the held-out loss is {measures['loss']}: the run diverged; lower the learning rate")
             self.log.say(f"the best on all held-out data: {shown(measures)}")
             result |= measures | {"model": str(self.run / "best")}
         if self.backend.main:

@@ -45,7 +45,7 @@ from model import ModelArgs, Transformer
 from optim import OptimArgs
 from runlog import read_metrics
 from tokenizer import load_tokenizer
-from trainer import TrainArgs
+from trainer import Diverged, TrainArgs
 
 METHODS = {
     "full": LoraArgs(),
@@ -130,8 +130,8 @@ def run(job: Job) -> dict[str, Any]:
     with (job.args.out / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             row |= fine_tuning.main(job.args)
-        except ValueError as error:
-            return row | {"loss": math.inf, "error": str(error)}
+        except Diverged:
+            return row | {"loss": math.inf}
     row["memory_mib"] = (peak_bytes() - before) / 2**20
     told = re.search(r"([\d,]+) parameters train, ([\d.]+)%", (job.args.out / "log.txt").read_text())
     row |= {"trained": int(told[1].replace(",", "")), "share": float(told[2]) / 100}

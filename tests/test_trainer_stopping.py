@@ -105,7 +105,7 @@ def test_twenty_such_gradients_in_a_row_end_the_run(tmp_path):
     good = 4
     bad = set(range(good, 100))
     ours = toy_trainer(tmp_path / "run", Changed(data, weighted(bad)), max_steps=50, save_interval=2, log_interval=0)
-    with pytest.raises(ValueError, match="20 steps in a row had a gradient that is not finite; lower the learning"):
+    with pytest.raises(ValueError, match="20 steps in a row had no finite gradient; lower the learning"):
         ours.fit()
     assert ours.progress.step == good + 19
     weights = load_model(tmp_path / "run" / "last").state_dict()
