@@ -136,16 +136,17 @@ class KVCache:
         """Forget the tokens from position `length` on (they are overwritten by the next ones)."""
         self.length = min(self.length, length)
 
-    def keep_prefix_of(self, ids: Sequence[int], held: Sequence[int]) -> None:
-        """Forget what is no beginning of `ids`; `held` begins with the ids in the cache. At least one of `ids` is left
-        to feed, for the logits after it are wanted."""
-        both = zip(held[: self.length], ids[:-1])
-        self.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)))
-
     def reorder(self, rows: torch.Tensor) -> None:
         """Let row i continue from what row `rows[i]` has seen (beam search, or dropping finished rows)."""
         for name in self.stored:
             setattr(self, name, getattr(self, name)[:, rows].contiguous())
+
+
+def keep_prefix(cache: KVCache, ids: Sequence[int], held: Sequence[int]) -> None:
+    """Forget what is no beginning of `ids`; `held` begins with the ids in the cache. At least one of `ids` is left to
+    feed, for the logits after it are wanted."""
+    both = zip(held[: cache.length], ids[:-1])
+    cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)))
 
 
 def row_lengths(positions: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:

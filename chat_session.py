@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import generate
+from cache import keep_prefix
 from chat_template import ChatTemplate
 from model import Transformer
 from sampling import SamplingParams
@@ -67,7 +68,7 @@ class ChatSession:
         return self._answer(messages, prompt, params)
 
     def _answer(self, messages: list[dict], prompt: list[int], params: SamplingParams) -> Iterator[int]:
-        self.cache.keep_prefix_of(prompt, self._fed)
+        keep_prefix(self.cache, prompt, self._fed)
         self._fed = list(prompt)
         try:
             for token in self._stream(prompt, params, self.template.stop_ids, self.cache):

@@ -195,6 +195,8 @@ def to_pair(record: Any) -> PreferencePair:
     if not prompt:
         raise ValueError(f"no prompt under the keys {keys}, nor before the last answer of chosen and rejected")
     check_messages(prompt, add_generation_prompt=True)
+    if any(_transcribed(value) is not value for value in record.values()):  # answers begin after a blank there
+        chosen, rejected = ([_said("assistant", str(end["content"]).strip())] for end in (chosen[-1], rejected[-1]))
     _check_texts([*prompt, chosen[-1], rejected[-1]])
     if chosen[-1]["content"] == rejected[-1]["content"]:
         raise ValueError("the chosen and the rejected answer are the same")
@@ -203,9 +205,7 @@ def to_pair(record: Any) -> PreferencePair:
 
 def _answer(value: Any) -> Messages:
     """What was answered, with what was said before it if that is there."""
-    if isinstance(value, str) and value.startswith("\n\nHuman:"):
-        said = TRANSCRIPT.split(value)[1:]  # who, what, who, what, ...
-        value = [_said(who, text.strip()) for who, text in zip(said[0::2], said[1::2])]
+    value = _transcribed(value)
     if isinstance(value, str):
         return [_said("assistant", value)]
     turns = _turns(value if isinstance(value, list) else [value])
@@ -220,10 +220,20 @@ def _prompt(record: dict) -> Messages:
         return turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if "instruction" in record:
         return [*_before(record), _said("user", _instruction(record))]
-    question = next((record[key] for key in QUESTIONS if record.get(key)), None)
+    given = next((record[key] for key in QUESTIONS if record.get(key)), None)
+    question = _transcribed(given)
     if isinstance(question, list):
-        return _system(record) + _turns(question)
+        ended = question is not given and not question[-1]["content"]  # by an "Assistant:" that is to be answered
+        return _system(record) + _turns(question[:-1] if ended else question)
     return _before(record) + ([] if question is None else [_said("user", question)])
+
+
+def _transcribed(value: Any) -> Any:
+    """The turns in a transcript of HH-RLHF; any other value as it is."""
+    if not isinstance(value, str) or not value.startswith("\n\nHuman:"):
+        return value
+    said = TRANSCRIPT.split(value)[1:]  # who, what, who, what, ...
+    return [_said(who, text.strip()) for who, text in zip(said[0::2], said[1::2])]
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -181,6 +181,8 @@ def check_heldout(args: Args, names: list[str], heldout: list[Samples] | None) -
     """Which tasks of `names` have no held-out sample, in a sentence, "" if all have; ValueError where the run is led by
     their held-out losses."""
     coba = args.data.loss == "coba"
+    if heldout is None and args.train.metric != "loss":
+        raise ValueError(f"nothing is held out that --train.metric {args.train.metric} could be measured on")
     if coba and (heldout is None or len(names) < 2):
         raise ValueError(
             "--data.loss coba balances tasks by their held-out losses: it needs two tasks and held-out data"

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from cache import KVCache, SinkCache
+from cache import KVCache, SinkCache, keep_prefix
 from generate import Feeder, evaluating, open_cache
 from model import Transformer
 from sampling import SamplingParams, draw, probabilities, process_logits
@@ -48,7 +48,7 @@ class DraftModel:
     ) -> tuple[list[int], torch.Tensor]:
         n = min(n, self.model.args.max_seq_len + 1 - len(ids))  # its context may be the shorter one
         cache, drafted, q = self._feed.cache, list(ids), []
-        cache.keep_prefix_of(ids, self._fed)
+        keep_prefix(cache, ids, self._fed)
         with evaluating(self.model):
             for _ in range(n):
                 self._fed = list(drafted)

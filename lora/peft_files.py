@@ -75,7 +75,7 @@ def save(directory: Path, model: nn.Module, name: str = "default", base: str | N
 def base_kind(directory: Path) -> tuple[str, bool]:
     """How the weights were kept that an adapter was trained on (as `LoraArgs.base` and `.double_quant` say), if `save`
     wrote it; ("full", False) where nothing says it."""
-    with opened(Path(directory) / WEIGHTS) as file:
+    with opened(weights_file(directory)) as file:
         kind, _, double = (file.metadata() or {}).get("base", "full").partition(" ")
     return kind, bool(double)
 
@@ -232,15 +232,21 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file, on the CPU, without the copies of base weights that PEFT adds for embeddings."""
-    path = Path(directory) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no {WEIGHTS}; only safetensors are read")
+    path = weights_file(directory)
     with opened(path) as file:
         names = file.keys()
         tensors = {key: file.get_tensor(key) for key in names}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} holds numbers that are not finite, in {listed(broken)}: its training has diverged")
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
+
+
+def weights_file(directory: Path) -> Path:
+    """Where an adapter's tensors lie."""
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no {WEIGHTS}; only safetensors are read")
+    return path
 
 
 def listed(names: Iterable[str]) -> str:

@@ -32,6 +32,8 @@ def parse_targets(model: nn.Module, text: str) -> str | tuple[str, ...]:
     for word in words:
         linear = (path for path, module in layers(model) if not isinstance(module, nn.Embedding) and not is_head(path))
         ends += linear if word == "linear" else GROUPS.get(word, (word,))
+    if not ends:
+        raise ValueError("no layer matches the target 'linear': this model's weights are not in Linear layers")
     return tuple(dict.fromkeys(ends))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_model import random_tokens, sensitive_model
 
 from attention import Mask
-from cache import KVCache
+from cache import KVCache, keep_prefix
 from model import Transformer
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -98,7 +98,7 @@ def test_truncate_and_redo(model):
 def test_what_another_text_begins_with_stays(model, held, wanted, kept):
     cache = model.make_cache(1)
     cache.length = 4
-    cache.keep_prefix_of([ord(c) for c in wanted], [ord(c) for c in held])
+    keep_prefix(cache, [ord(c) for c in wanted], [ord(c) for c in held])
     assert cache.length == kept
 
 

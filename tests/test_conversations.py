@@ -116,6 +116,7 @@ EMPTY = {"role": "system", "content": ""}
         {"chosen": [EMPTY, *exchange("q", "a")], "rejected": exchange("q", "b")},
         {"prompt": [EMPTY, QUESTION], "chosen": "a", "rejected": "b"},
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"},
     ],
 )
 def test_every_form_of_a_pair_is_one_prompt_and_two_answers(record):

@@ -152,6 +152,10 @@ def test_a_task_without_held_out_samples_cannot_lead(unmeasured, flags):
         ("--data.weights 1 --data.loss task_token", r"should be 2 numbers of 0 or more, not all of them 0, found 1\.0"),
         ("--data.weights 0 0 --data.loss task_token", r"not all of them 0, found 0\.0 0\.0"),
         ("--data.loss coba --data.heldout_share 0", r"coba balances tasks by their held-out losses: it needs two"),
+        (
+            "--train.metric task_mean --data.heldout_share 0",
+            r"nothing is held out that --train\.metric task_mean",
+        ),
         ("--data.temperature 0.5", r"temperature should be 1 \(no upsampling\) or more, found 0\.5"),
         ("--data.heldout sun.jsonl", r"one path for each of 2 tasks, found 1"),
         ("--train.metric loss/star", r"one of loss, bits_per_byte, task_mean, loss/moon, loss/sun, found 'loss/star'"),

@@ -9,6 +9,8 @@ import torch
 import toy
 from tiny_chat import chat_tokenizer
 
+from chat_session import ChatSession
+from chat_template import load_template
 from checkpoint import load_model, load_weights, save_model
 from continued import grow, resize
 from distributed import make_backend
@@ -19,6 +21,7 @@ from generate import generate
 from model import Transformer
 from optim import Muon, OptimArgs, build_optimizer
 from sampling import SamplingParams
+from speculative import DraftModel, Speculator
 from trainer import TrainArgs, Trainer
 
 transformers = pytest.importorskip("transformers")
@@ -158,6 +161,20 @@ def test_decoding_is_that_of_transformers(tmp_path, kind):
     assert generate(model, prompts, params) == [ids.tolist() for ids in expected]
     with pytest.raises(ValueError, match="without key-value caches"):
         model.make_cache(1, kind="sinks")
+
+
+def test_it_chats_and_drafts(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path)
+    template = load_template(tokenizer)
+    model = load_model(directory_of("gpt_neox", tmp_path, vocab_size=tokenizer.vocab_size))
+    params, asked = SamplingParams(temperature=0, max_new_tokens=6), []
+    drafted = Speculator(model, DraftModel(model)).stream
+    sessions = [ChatSession(model, tokenizer, template, stream=stream) for stream in (None, drafted)]
+    for question in ("the moon", "the river"):
+        asked = [*sessions[0].messages, {"role": "user", "content": question}]
+        prompt, _ = template.encode(asked, add_generation_prompt=True)
+        wanted = generate(model, [prompt], params, template.stop_ids)[0]
+        assert [list(session.ask(question, params)) for session in sessions] == [wanted, wanted]
 
 
 def test_operations_are_counted_by_the_weights_there_are(tmp_path):

@@ -378,3 +378,5 @@ def test_a_matrix_that_is_no_linear_layer_is_refused_by_name():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D; adapters are made for Linear"):
         lora.apply(model, LoraArgs("lora", targets="c_attn"))
+    with pytest.raises(ValueError, match="no layer matches the target 'linear'"):
+        lora.apply(model, LoraArgs("lora", targets="linear"))

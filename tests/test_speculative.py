@@ -110,7 +110,6 @@ class Chain:
     def make_cache(self, batch: int, max_len: int = 100, kind: str = "static") -> SimpleNamespace:
         cache = SimpleNamespace(length=0, max_len=max_len)
         cache.truncate = partial(KVCache.truncate, cache)
-        cache.keep_prefix_of = partial(KVCache.keep_prefix_of, cache)
         return cache
 
     def hidden(self, tokens, positions, cache, lengths):
