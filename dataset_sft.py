@@ -7,6 +7,7 @@ python dataset_sft.py --data FILE --model DIR --show 3
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from array import array
@@ -42,6 +43,8 @@ class Samples:
     """conversations = samples + dropped + beyond + without_target, see `encode_samples`; tokens, targets; cut: samples
     that lost their tail; turns: answers in all conversations. Of pairs: those of `encode_pairs`, where cut counts pairs
     that lost the tail of a text."""
+    enough: int = 0
+    """positions of a row that would hold nine in ten of the records whole"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -68,8 +71,10 @@ def encode_samples(
     ids, mask, offsets = array("i"), bytearray(), array("Q", [0])
     names = ("conversations", "samples", "tokens", "targets", "cut", "dropped", "beyond", "without_target", "turns")
     stats = dict.fromkeys(names, 0)
+    lengths = array("I")
     for messages in conversations:
         sample, trained = encode(messages if train_on == "all" else only_last(messages), template)
+        lengths.append(len(sample))
         stats["conversations"] += 1
         stats["turns"] += sum(message["role"] == "assistant" for message in messages)
         is_long = len(sample) > seq_len + 1
@@ -88,7 +93,13 @@ def encode_samples(
             stats["targets"] += n_targets
             stats["cut"] += is_long
     stats["tokens"] = len(ids)
-    return Samples(np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64), stats)
+    flat = np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64)
+    return Samples(*flat, stats, nine_in_ten(lengths))
+
+
+def nine_in_ten(lengths: array) -> int:
+    """Positions of a row that holds nine in ten of the samples of these lengths."""
+    return max(0, math.ceil(np.percentile(lengths, 90)) - 1) if lengths else 0
 
 
 def encode(messages: Messages, template: ChatTemplate) -> tuple[list[int], list[bool]]:

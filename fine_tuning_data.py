@@ -171,7 +171,7 @@ def describe(
     share = rows.samples.mask.sum() / (np.diff(rows.samples.offsets.astype(np.int64)) - 1).sum()
     filled = rows.packing_efficiency
     lines[-1] += f"; {filled:.1%} of the positions hold samples, {filled * share:.1%} have a target"
-    lines += [told for path, samples in zip(paths, trained) if (told := too_long(path, samples.stats, args.seq_len))]
+    lines += [told for path, samples in zip(paths, trained) if (told := too_long(path, samples, args.seq_len))]
     if heldout is None:
         why = f"there is no {', '.join(map(str, args.heldout))}" if args.heldout else "no conversation is held out"
         return "\n".join([*lines, f"{why}: nothing is evaluated on the way"])
@@ -182,14 +182,19 @@ def describe(
     return "\n".join([*lines, f"held out to evaluate on: {what} ({source})"])
 
 
-def too_long(path: Path, stats: dict[str, int], seq_len: int) -> str:
+def too_long(path: Path, samples: Samples, seq_len: int) -> str:
     """What rows of seq_len tokens leave out of a file, and what to do about it; nothing if they hold all of it."""
-    cut, dropped, beyond = (stats[name] for name in ("cut", "dropped", "beyond"))
-    if not cut + dropped + beyond:
+    stats = samples.stats
+    fates = {
+        "lose their end": stats["cut"],
+        "are dropped (--data.too_long cut keeps their beginning)": stats["dropped"],
+        "are left out since their answers lie beyond": stats["beyond"],
+    }
+    if not (lost := sum(fates.values())):
         return ""
-    share = (cut + dropped + beyond) / (stats.get("pairs") or stats["conversations"])
+    share = lost / (stats.get("pairs") or stats["conversations"])
+    told = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number)
     return (
-        f"{path}: of {share:.0%} of the records something is not trained, since rows are {seq_len} tokens long: "
-        f"{cut} lose their end, {dropped} are dropped, {beyond} are left out since their answers lie beyond; "
-        "--data.seq_len takes longer ones"
+        f"{path}: of {share:.0%} of the records something is not trained, "
+        f"since rows are {seq_len} tokens long: {told}; --data.seq_len {samples.enough} would hold nine in ten whole"
     )

@@ -14,7 +14,7 @@ from chat_template import ChatTemplate
 from conversations import PreferencePair, preference_pairs
 from corpora.registry import BadRecord
 from dataset import IGNORE, Batch, rows_of_rank
-from dataset_sft import Samples, all_held_out, encode, only_last, set_aside
+from dataset_sft import Samples, all_held_out, encode, nine_in_ten, only_last, set_aside
 from packing import best_fit
 from progress import track
 
@@ -60,12 +60,14 @@ def encode_pairs(
         raise ValueError(f"too_long is 'cut' or 'drop', found {too_long!r}")
     ids, mask, offsets = array("i"), bytearray(), array("Q", [0])
     stats = dict.fromkeys(("pairs", "kept", "tokens", "targets", "cut", "dropped", "beyond", "alike"), 0)
+    lengths = array("I")
     for pair in pairs:
         whole = [encode(only_last(messages), template) for messages in pair.conversations()]
         kept = [(sample[: seq_len + 1], trained[: seq_len + 1]) for sample, trained in whole]
         is_long = any(len(sample) > seq_len + 1 for sample, _ in whole)
         targets = [sum(trained[1:]) for _, trained in kept]  # nothing precedes the first id: it cannot be predicted
         stats["pairs"] += 1
+        lengths.append(max(len(sample) for sample, _ in whole))
         if whole[0][0] == whole[1][0]:
             stats["alike"] += 1
         elif is_long and too_long == "drop":
@@ -81,7 +83,8 @@ def encode_pairs(
             stats["targets"] += sum(targets)
             stats["cut"] += is_long
     stats["tokens"] = len(ids)
-    return Samples(np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64), stats)
+    flat = np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64)
+    return Samples(*flat, stats, nine_in_ten(lengths))
 
 
 class PairBatch(Batch):

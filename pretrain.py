@@ -102,8 +102,7 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 config.record_run(args.out, "pretrain", args, inputs=described)
-                for change in changes:
-                    print(change, flush=True)
+                print(*changes, f"{model.n_parameters():,} parameters", sep="\n", flush=True)
             return trainer.fit()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import attention
 import checkpoint
@@ -138,13 +139,13 @@ class Trainer:
         peak, peak_source = peak_flops(self.backend.device, dtype)
         self.log = RunLog(self.run, self.progress.step, self.total_steps, active=self.backend.main)
         self.log.say(
-            f"{self.model.n_parameters() / 1e6:.2f} M parameters, {str(dtype).removeprefix('torch.')} on "
-            f"{self.backend.device} x {self.backend.world}; MFU against {peak / 1e9:.0f} GFLOP/s ({peak_source})"
+            f"{str(dtype).removeprefix('torch.')} on {self.backend.device} x {self.backend.world}; "
+            f"MFU against {peak / 1e9:.0f} GFLOP/s ({peak_source})"
         )
         if self.total_steps <= self.optim.warmup_steps:
             more = "--train.max_steps" if self.args.max_steps else "--train.epochs, or lower --data.batch_size"
             self.log.say(
-                f"only {self.total_steps} steps, and {self.optim.warmup_steps} are for warming up: it will learn "
+                f"{self.total_steps} steps in all, and {self.optim.warmup_steps} are for warming up: it will learn "
                 f"little; raise {more}, or lower --optim.warmup_steps"
             )
         clock = Clock(self.progress, self.total_steps, peak * self.backend.world)
@@ -246,7 +247,7 @@ class Trainer:
         self.log.write(p.step, {"tokens_per_second": rate, "mfu": mfu})
         shown = {"loss": f"{loss:.4f}"} | {name.removeprefix("loss/"): f"{value:.4f}" for name, value in told.items()}
         shown |= {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "tok/s": f"{rate:.0f}"}
-        self.log.progress(p.step, shown | {"mfu": f"{mfu:.0%}", "left": f"{left // 60:.0f}m{left % 60:02.0f}s"})
+        self.log.progress(p.step, shown | {"mfu": f"{mfu:.0%}", "left": tqdm.format_interval(left)})
 
     def _evaluate(self, max_batches: int | None) -> dict[str, float]:
         how = (self.token_bytes, max_batches, self.backend, self.args.micro_batch_size, self.group_names)
@@ -339,6 +340,8 @@ class Trainer:
         if self.adaptive is not None:
             self.adaptive.load_state_dict(state["adaptive"])
         self.progress = Progress(**state["progress"])
+        if self.backend.main:
+            print(f"going on from step {self.progress.step} of {self.run}", flush=True)
         self.saved_step = self.progress.step if last.name == "last" else -1
         if not (self.run / "best").exists() or self.progress.metric != self.args.metric:
             # which checkpoint was the best is lost, or of no use: the next evaluation finds one anew
@@ -367,7 +370,7 @@ def check_length(seq_len: int, model: Transformer) -> None:
     if seq_len > model.args.max_seq_len:
         raise ValueError(
             f"seq_len {seq_len} is longer than the model's max_seq_len {model.args.max_seq_len}; "
-            "shorten the rows, or make a new model for longer ones with --model.max_seq_len"
+            "shorten the rows, or make a model for longer ones: pretrain.py --init_from with --model.max_seq_len"
         )
 
 

@@ -7,8 +7,8 @@ A layer is unpacked where it is used and again in the backward pass, so that no 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import logging
 from typing import Any, Literal
 
 import torch
@@ -83,12 +83,16 @@ class FourBitLinear(QuantizedLinear):
         return row[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
 
 
-@functools.cache
 def scale_levels(device: torch.device) -> torch.Tensor:
     """The 256 levels of a scale in double quantization, dense near zero (Dettmers 2015, arXiv:1511.04561)."""
-    from bitsandbytes import functional as bnb
+    if device not in _levels:
+        from bitsandbytes import functional as bnb
 
-    return bnb.create_dynamic_map().to(device)
+        _levels[device] = bnb.create_dynamic_map().to(device)
+    return _levels[device]
+
+
+_levels: dict[torch.device, torch.Tensor] = {}
 
 
 class Int8Linear(QuantizedLinear):
@@ -140,6 +144,8 @@ def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> Non
         raise ValueError(f"unknown quantization {kind!r} of the base; there are nf4, fp4, int8")
     if any(hasattr(module, "lora") for module in model.modules()):
         raise ValueError("the model has adapters already: quantize its base before they are added")
+    # It warns that a product for other uses, which it would fetch from a model hub, is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for path, module in base_layers(model):
         module.requires_grad_(False)
         layer = Int8Linear(module) if kind == "int8" else FourBitLinear(module, kind, double_quant)

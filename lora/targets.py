@@ -9,11 +9,11 @@ from torch import nn
 
 from lora.quantized import QuantizedLinear, is_head
 
-GROUPS = {  # words for --lora.targets -> the names that LLaMA's family gives to such modules
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "embedding": ("embed_tokens",),
-    "head": ("lm_head",),
+GROUPS = {  # words for --lora.targets -> the names of such modules in LLaMA's family, then in GPT-NeoX and Phi
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "query_key_value", "dense"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"),
+    "embedding": ("embed_tokens", "embed_in"),
+    "head": ("lm_head", "embed_out"),
 }
 
 
@@ -31,7 +31,11 @@ def parse_targets(model: nn.Module, text: str) -> str | tuple[str, ...]:
     ends: list[str] = []
     for word in words:
         linear = (path for path, module in layers(model) if not isinstance(module, nn.Embedding) and not is_head(path))
-        ends += linear if word == "linear" else GROUPS.get(word, (word,))
+        if word in GROUPS:  # what of them there is; or all, for the complaint
+            there = {path.rpartition(".")[2] for path, _ in layers(model)}
+            ends += [end for end in GROUPS[word] if end in there] or GROUPS[word]
+        else:
+            ends += linear if word == "linear" else [word]
     if not ends:
         raise ValueError("no layer matches the target 'linear': this model's weights are not in Linear layers")
     return tuple(dict.fromkeys(ends))

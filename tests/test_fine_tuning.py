@@ -61,8 +61,8 @@ def test_a_share_is_held_out_by_hash_when_no_file_is_given(folder, capsys):
 @pytest.mark.parametrize(
     "how, told",
     [
-        ("cut", "2 lose their end, 0 are dropped, 0 are left out"),
-        ("drop", "0 lose their end, 2 are dropped, 0 are left out"),
+        ("cut", "2 lose their end; --data.seq_len "),
+        ("drop", "2 are dropped (--data.too_long cut keeps their beginning); --data.seq_len "),
     ],
 )
 def test_what_rows_are_too_short_for_is_told(folder, capsys, how, told):
@@ -85,7 +85,7 @@ def test_answers_beyond_the_rows_are_told_and_untrained_ones_are_not(folder, cap
     path.write_text("".join(json.dumps(record) + "\n" for record in [GOOD] * 2 + [untrained, beyond]))
     run(folder, *flags)
     said = capsys.readouterr().out
-    assert "of 25% of the records" in said and "0 lose their end, 0 are dropped, 1 are left out since" in said
+    assert "of 25% of the records" in said and "long: 1 are left out since" in said
     assert "beyond 1, without_target 1" in said
     path.write_text("".join(json.dumps(record) + "\n" for record in [GOOD] * 2 + [untrained] * 2))
     run(folder, *flags, "--train.resume", "never")

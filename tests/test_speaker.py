@@ -98,9 +98,7 @@ def test_an_adapter_of_quantized_weights_answers_on_those(directory, tmp_path):
     torch.testing.assert_close(answered, model.eval()(tokens), rtol=0, atol=1e-4)
     assert (answered - full).abs().max() > 1e-3
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"has no adapter_model\.safetensors; only safetensors are read"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; only safetensors are read"):
         load_speaker(tmp_path / "adapter", *CPU)
 
 
