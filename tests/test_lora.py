@@ -372,6 +372,16 @@ def test_names_of_adapters():
         lora.inject(model, LoraSpec(2, pissa=True), "b")
 
 
+def test_attention_and_mlp_mean_the_layers_that_a_model_has():
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.GPTNeoXConfig(**shape, intermediate_size=32, max_position_embeddings=32)
+    model = transformers.GPTNeoXForCausalLM(config)
+    lora.apply(model, LoraArgs("lora", r=2, targets="attention,mlp"))
+    ends = {name.rpartition(".lora.")[0].rpartition(".")[2] for name in trainable(model)}
+    assert ends == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
 def test_a_matrix_that_is_no_linear_layer_is_refused_by_name():
     transformers = pytest.importorskip("transformers")
     shape = {"vocab_size": 40, "n_embd": 24, "n_layer": 1, "n_head": 4, "n_positions": 32}
