@@ -6,7 +6,6 @@ python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_e
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any, Literal
 
 import torch
 
-import config
-import lora
-from checkpoint import load_model, save_model, written_aside
-from continued import grow
-from lora.peft_files import base_kind
-from lora.peft_files import read_config as read_adapter_config
-from speaker import find_model, has_tokenizer
-from tokenizer import Tokenizer, load_tokenizer
-from trainer import DTYPES
-from weights import read_config
+from checkpoint import peft
+from checkpoint.directory import load_model, save_model
+from checkpoint.extend import grow
+from checkpoint.locate import find_model, find_tokenizer, kept_dtype
+from checkpoint.peft import base_kind
+from checkpoint.peft import read_config as read_adapter_config
+from cli.args import fail, run
+from files import written_aside
+from hardware import DTYPES
+from lora import adapters
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ def merge(args: Merge) -> dict[str, Any]:
     model = load_model(args.model)
     tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
     kind = base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
-    lora.quantize_base(tree, *kind)
-    lora.load(tree, args.adapter)
-    lora.merge_for_good(tree)
+    adapters.quantize_base(tree, *kind)
+    peft.load(tree, args.adapter)
+    adapters.merge_for_good(tree)
     check_ties(model, args)
     dtype = DTYPES.get(args.dtype) or kept_dtype(args.model)
     tokenizer, stop_ids = find_tokenizer(args.adapter, args.model)
@@ -105,12 +104,6 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out} exists already; choose another --out, or remove it")
 
 
-def kept_dtype(directory: Path) -> torch.dtype:
-    """The dtype in which the model in a directory is kept."""
-    kept = read_config(directory)
-    return getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
-
-
 def check_ties(model: torch.nn.Module, args: Merge) -> None:
     """Raise ValueError when an adapter has trained one of two tied matrices: config.json says that they are one."""
     head = getattr(model, "lm_head", None)
@@ -121,17 +114,6 @@ def check_ties(model: torch.nn.Module, args: Merge) -> None:
         )
 
 
-def find_tokenizer(*directories: Path) -> tuple[Tokenizer | None, list[int] | None]:
-    """The tokenizer of the first directory that has one (the adapter's, if its vocabulary grew), and the ids that end
-    an answer."""
-    for directory in directories:
-        if has_tokenizer(directory):
-            path = directory / "generation_config.json"
-            stop = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-            return load_tokenizer(directory), [stop] if isinstance(stop, int) else stop
-    return None, None
-
-
 COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
 
 
@@ -140,6 +122,6 @@ if __name__ == "__main__":
     if command in ("-h", "--help"):
         print(f"{__doc__.strip()}\n\nconvert.py {next(iter(COMMANDS))} --help explains each flag.")
     elif command not in COMMANDS:
-        config.fail(f"convert.py takes a command, {', '.join(COMMANDS)}, and its flags: convert.py merge --help")
+        fail(f"convert.py takes a command, {', '.join(COMMANDS)}, and its flags: convert.py merge --help")
     else:
-        config.run(*COMMANDS[command], "convert")
+        run(*COMMANDS[command], "convert")

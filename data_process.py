@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import config
+from bins.outputs import Outputs, finished, outputs_in, publish, unfinished, write_conversations
+from bins.screen import Batch, screen
+from bins.tokenize import tokenize
+from cli.args import run
+from cli.progress import Progress, track
+from cli.record import record_run, to_plain
 from corpora import BadRecord, Document, SourceArgs, read, read_conversations, text_size
 from corpora.files import find_files
-from documents import Batch, screen, tokenize
-from progress import Progress, track
-from shards import Outputs, finished, outputs_in, publish, unfinished, write_conversations, write_json
+from files import alone_in, write_json
 from tokenizer import Tokenizer, load_tokenizer
 
 CHECKPOINT_SECONDS = 10.0
@@ -62,7 +65,7 @@ def main(args: Args) -> dict[str, Any]:
     if tokenizer.eos_id is None:
         raise ValueError(f"{args.tokenizer} has no end-of-text token, which every document in a bin ends with")
     items = read(args)
-    with config.alone_in(args.out):
+    with alone_in(args.out):
         return make(args, items, tokenizer)
 
 
@@ -89,7 +92,7 @@ def make(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer
         finally:
             if not (work / "progress.json").exists():  # nothing there that another run could go on from
                 shutil.rmtree(work, ignore_errors=True)
-    config.record_run(args.out, "data_process", args, inputs)
+    record_run(args.out, "data_process", args, inputs)
     publish(work, args.out, progress["summary"])
     print_table(progress["summary"], args.out)
     return progress["summary"]
@@ -175,7 +178,7 @@ def input_files(source: SourceArgs) -> list[Path]:
 
 def describe(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[str, Any]:
     """All that decides what the bins hold, as JSON gives it back: two runs that agree here write the same bytes."""
-    plain = config.to_plain(args)
+    plain = to_plain(args)
     for name in ("tokenizer", "out", "processes", "overwrite"):
         del plain[name]
     stats = {str(path): path.stat() for path in inputs}
@@ -245,4 +248,4 @@ def print_table(summary: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, Args, "data_process")
+    run(main, Args, "data_process")

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bins import TokenBin
+from bins.token_bin import TokenBin
 from loss import IGNORE
 
 

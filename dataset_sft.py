@@ -1,228 +1,306 @@
-"""Conversations -> (ids, mask) by the chat template -> samples: what is trained is what the template's mask says.
-
-To see what a file becomes:
-
-python dataset_sft.py --data FILE --model DIR --show 3
-"""
+"""Samples -> batches: one sample a row or several, each trained as if it were alone."""
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import numpy as np
+import torch
 
-import config
-from chat_template import ChatTemplate, load_template
-from conversations import Messages, file_conversations
-from corpora.registry import BadRecord, stable_share
-from progress import track
-from tokenizer import Tokenizer, load_tokenizer
+from chat.samples import Samples
+from dataset import IGNORE, Batch, rows_of_rank
 
-T = TypeVar("T")
+Packing = Literal["best_fit", "concat", "bucket", "none"]
+WIDTH_STEP = 16  # padded batches are multiples of it wide: few shapes, for the sake of compilers and kernels
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Encoded conversations in flat arrays; sample i is `ids[offsets[i] : offsets[i + 1]]`, and so is its mask."""
+class SFTData:
+    """A batch source over samples in which every sample is trained exactly once an epoch, over all ranks.
 
-    ids: np.ndarray
-    """(tokens,) int32."""
-    mask: np.ndarray
-    """(tokens,) bool: this id is to be predicted and trained."""
-    offsets: np.ndarray
-    """(samples + 1,) uint64."""
-    stats: dict[str, int]
-    """conversations = samples + dropped + beyond + without_target, see `encode_samples`; tokens, targets; cut: samples
-    that lost their tail; turns: answers in all conversations. Of pairs: those of `encode_pairs`, where cut counts pairs
-    that lost the tail of a text."""
-    enough: int = 0
-    """positions of a row that would hold nine in ten of the records whole"""
+    A sample of n ids takes n - 1 positions of a row: inputs ids[:-1], targets ids[1:]. In a packed row every sample
+    has a doc_id of its own and positions from 0, so that it is trained as if it were alone; the rest of a row has
+    doc_id -1. How the samples are combined and the order of the rows are others in every epoch, but the number of
+    rows is not.
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    packing "best_fit": rows of seq_len filled with as many samples as fit. The sizes that share a row are found once,
+        and in an epoch samples of equal size are dealt out anew.
+    "concat": one sample after another, cut where a row ends; the rest goes on in the next row, without what came
+        before it. Nothing is padded but the last row, and samples of any length are taken whole.
+    "bucket": one sample a row and samples of about the same length in a step, padded to its longest.
+    "none": one sample a row, padded to the longest of the step.
+    Padded rows have no doc_ids and no positions: a causal model does not see what follows.
 
+    Args:
+        samples: of at least 2 ids each, and at most seq_len + 1 unless they are concatenated.
+        seq_len: T, positions of a row, or of the longest one.
+        batch_size: rows of one optimizer step, over all ranks.
+        seed: of combinations and order.
+        packing: as above.
+        shuffle: False keeps one order for all epochs, for evaluation; with packing "none" the order of the samples.
+        groups: (samples,) integers from 0; batches then tell the group of each target.
+        per_sample: batches weigh each target with 1 / the number of targets of its sample.
 
-def encode_samples(
-    conversations: Iterable[Messages],
-    template: ChatTemplate,
-    seq_len: int,
-    too_long: str = "cut",
-    train_on: str = "all",
-) -> Samples:
-    """Encode conversations for rows of `seq_len` positions, which hold samples of up to seq_len + 1 ids.
+    `n_rows` is the number of rows of an epoch that hold samples, `steps_per_epoch` that of its optimizer steps.
 
-    `too_long` says what happens to longer ones: "cut" keeps the beginning, without an end token, which would teach
-    to stop there; "drop" leaves them out. What has no target is left out, too, and so is what has none left, since all
-    of them lie beyond the cut. `.stats` counts them apart: dropped, without_target, beyond.
-    `train_on`: "all" answers of a conversation, or the "last" one.
+    Raises ValueError on numbers that make no sense, and on samples that are none or do not fit.
     """
-    if too_long not in ("cut", "drop"):
-        raise ValueError(f"too_long is 'cut' or 'drop', found {too_long!r}")
-    if train_on not in ("all", "last"):
-        raise ValueError(f"train_on is 'all' or 'last', found {train_on!r}")
-    ids, mask, offsets = array("i"), bytearray(), array("Q", [0])
-    names = ("conversations", "samples", "tokens", "targets", "cut", "dropped", "beyond", "without_target", "turns")
-    stats = dict.fromkeys(names, 0)
-    lengths = array("I")
-    for messages in conversations:
-        sample, trained = encode(messages if train_on == "all" else only_last(messages), template)
-        lengths.append(len(sample))
-        stats["conversations"] += 1
-        stats["turns"] += sum(message["role"] == "assistant" for message in messages)
-        is_long = len(sample) > seq_len + 1
-        n_targets = sum(trained[1 : seq_len + 1])  # nothing precedes the first id: it cannot be predicted
-        if not any(trained[1:]):
-            stats["without_target"] += 1
-        elif is_long and too_long == "drop":
-            stats["dropped"] += 1
-        elif not n_targets:
-            stats["beyond"] += 1
+
+    def __init__(
+        self,
+        samples: Samples,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        packing: Packing = "best_fit",
+        shuffle: bool = True,
+        groups: np.ndarray | None = None,
+        per_sample: bool = False,
+    ) -> None:
+        if packing not in get_args(Packing):
+            raise ValueError(f"packing is one of {', '.join(get_args(Packing))}, found {packing!r}")
+        if seq_len < 1 or batch_size < 1 or seed < 0:
+            raise ValueError(
+                f"expected seq_len >= 1, batch_size >= 1 and seed >= 0, found {seq_len}, {batch_size} and {seed}"
+            )
+        if not len(samples):
+            raise ValueError("there is no sample to train on")
+        if groups is not None and len(groups) != len(samples):
+            raise ValueError(f"expected a group for each of the {len(samples)} samples, found {len(groups)}")
+        self.samples, self.seq_len, self.batch_size, self.seed = samples, seq_len, batch_size, seed
+        self.packing, self.shuffle, self.groups, self.per_sample = packing, shuffle, groups, per_sample
+        self._offsets = samples.offsets.astype(np.int64)  # uint64 mixed with int64 would give floats
+        self._lengths = np.diff(self._offsets) - 1  # positions
+        self._targets = np.where(samples.mask, samples.ids, np.int32(IGNORE))
+        self._columns = np.arange(seq_len)
+        longest = int(self._lengths.max()) if packing == "concat" else seq_len
+        if self._lengths.min() < 1 or self._lengths.max() > longest:
+            raise ValueError(
+                f"samples should have 2 to {seq_len + 1} ids for rows of {seq_len}, "
+                f"found {self._lengths.min() + 1} to {self._lengths.max() + 1}; encode them with the same seq_len"
+            )
+        if packing == "best_fit":
+            row_of = best_fit(np.sort(self._lengths)[::-1], seq_len)  # of each place: places go by falling size
+            self._places = np.argsort(row_of, kind="stable")
+            self._row_starts = np.append(0, np.cumsum(np.bincount(row_of)))
+            self.n_rows = len(self._row_starts) - 1
         else:
-            ids.extend(sample[: seq_len + 1])
-            mask.extend(trained[: seq_len + 1])
-            offsets.append(len(ids))
-            stats["samples"] += 1
-            stats["targets"] += n_targets
-            stats["cut"] += is_long
-    stats["tokens"] = len(ids)
-    flat = np.array(ids, np.int32), np.array(mask, bool), np.array(offsets, np.uint64)
-    return Samples(*flat, stats, nine_in_ten(lengths))
+            self.n_rows = -(-int(self._lengths.sum()) // seq_len) if packing == "concat" else len(samples)
+        self._epoch: tuple[int, np.ndarray, np.ndarray, np.ndarray] = (-1, *[np.empty(0, np.int64)] * 3)
+        self.steps_per_epoch: int = -(-self.n_rows // batch_size)
+
+    @property
+    def packing_efficiency(self) -> float:
+        """The share of the positions of the first epoch's rows that samples take; the rest is padding."""
+        if self.packing in ("best_fit", "concat"):
+            return float(self._lengths.sum() / (self.n_rows * self.seq_len))
+        order, members, _ = self._deal(0)
+        steps = [order[at : at + self.batch_size] for at in range(0, self.n_rows, self.batch_size)]
+        return float(self._lengths.sum() / sum(len(step) * self._width(members[step]) for step in steps))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The batch_size // world rows of `rank` in the global `step`, which are as wide on every rank."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._deal(epoch))
+        _, order, members, _ = self._epoch
+        rows = rows_of_rank(order, step_of_epoch, self.batch_size, rank, world)
+        packed = self.packing in ("best_fit", "concat")
+        of_step = order[step_of_epoch * self.batch_size : (step_of_epoch + 1) * self.batch_size]
+        shape = (len(rows), self.seq_len if packed else self._width(members[of_step]))
+        filled = {"tokens": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORE, np.int64)}
+        if packed:
+            filled |= {"positions": np.zeros(shape, np.int64), "doc_ids": np.full(shape, -1, np.int32)}
+        if self.per_sample:
+            filled["loss_weights"] = np.zeros(shape, np.float32)
+        if self.groups is not None:
+            filled["groups"] = np.zeros(shape, np.int64)
+        for row, number in enumerate(rows[rows >= 0]):  # rows that only fill the last step come last
+            at = 0
+            for doc, (i, first, last) in enumerate(self._pieces(int(number))):
+                self._fill(filled, np.s_[row, at : at + last - first], doc, i, first, last)
+                at += last - first
+        return Batch(**{name: torch.from_numpy(array) for name, array in filled.items()})
+
+    def _fill(self, filled: dict[str, np.ndarray], here: tuple, doc: int, i: int, first: int, last: int) -> None:
+        """Put the positions first..last of sample i, the row's document number `doc`, in their place."""
+        start = self._offsets[i] + first
+        filled["tokens"][here] = self.samples.ids[start : start + last - first]
+        filled["targets"][here] = self._targets[start + 1 : start + 1 + last - first]
+        if "doc_ids" in filled:
+            filled["positions"][here] = self._columns[: last - first]
+            filled["doc_ids"][here] = doc
+        if "groups" in filled:
+            filled["groups"][here] = self.groups[i]
+        if "loss_weights" in filled:  # of the whole sample, should it be cut
+            n_targets = self.samples.mask[self._offsets[i] + 1 : self._offsets[i + 1]].sum()
+            filled["loss_weights"][here] = 1 / max(1, n_targets)
+
+    def _pieces(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """What a row of the present epoch holds: samples, and from which of their positions to which."""
+        _, _, members, ends = self._epoch
+        if self.packing == "concat":
+            at, stop = number * self.seq_len, min((number + 1) * self.seq_len, int(ends[-1]))
+            place = int(np.searchsorted(ends, at, side="right"))
+            while at < stop:
+                i, end = int(members[place]), int(ends[place])
+                begin, last = end - int(self._lengths[i]), min(stop, end)
+                yield i, at - begin, last - begin
+                at, place = last, place + 1
+            return
+        here = (
+            np.s_[self._row_starts[number] : self._row_starts[number + 1]] if self.packing == "best_fit" else [number]
+        )
+        for i in members[here].tolist():
+            yield i, 0, int(self._lengths[i])
+
+    def _width(self, members: np.ndarray) -> int:
+        """Of a padded batch with these samples."""
+        return min(self.seq_len, -(-int(self._lengths[members].max()) // WIDTH_STEP) * WIDTH_STEP)
+
+    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For one epoch: the order of the rows, the samples row by row, and where each of them ends in a stream."""
+        rows, samples = np.arange(self.n_rows), np.arange(len(self.samples))
+        random = np.random.default_rng((self.seed, epoch))
+        if self.shuffle:
+            rows, samples = random.permutation(rows), random.permutation(samples)
+        if self.packing == "best_fit":
+            samples = samples[np.argsort(-self._lengths[samples], kind="stable")][self._places]
+        elif self.packing == "bucket":
+            rows = self._by_length(samples, random)
+        elif self.packing == "none":
+            rows = np.arange(self.n_rows)
+        return rows, samples, np.cumsum(self._lengths[samples])
+
+    def _by_length(self, samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """An order of rows that hold one of `samples` each, in which the rows of a step need about the same width."""
+        order = np.argsort(-(-self._lengths[samples] // WIDTH_STEP), kind="stable")
+        if not self.shuffle:
+            return order
+        n_whole = len(order) // self.batch_size  # steps; the rows of one that is not whole are taken from anywhere
+        cut = int(random.integers(n_whole + 1)) * self.batch_size
+        ragged = np.s_[cut : cut + len(order) - n_whole * self.batch_size]
+        steps = np.delete(order, ragged).reshape(n_whole, self.batch_size)
+        return np.concatenate([random.permutation(steps).ravel(), order[ragged]])
 
 
-def nine_in_ten(lengths: array) -> int:
-    """Positions of a row that holds nine in ten of the samples of these lengths."""
-    return max(0, math.ceil(np.percentile(lengths, 90)) - 1) if lengths else 0
+def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Best-fit packing: each size goes to the row with the least space that still holds it, else opens a row.
 
-
-def encode(messages: Messages, template: ChatTemplate) -> tuple[list[int], list[bool]]:
-    """`(ids, mask)` of a conversation, or of a text without roles: that begins after bos and is trained to its eos."""
-    if messages[0]["role"] != "text":
-        return template.encode(messages)
-    tokenizer = template.tokenizer
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    ends = [[i] if i is not None else [] for i in (start, tokenizer.eos_id)]
-    text = tokenizer.encode(messages[0]["content"], follows_special=bool(ends[0]))
-    return ends[0] + text + ends[1], [False] * len(ends[0]) + [True] * (len(text) + len(ends[1]))
-
-
-def only_last(messages: Messages) -> Messages:
-    """The conversation with all its answers but the last marked as no targets."""
-    before = [message | {"loss": False} if message["role"] == "assistant" else message for message in messages[:-1]]
-    return [*before, messages[-1]]
-
-
-def read_samples(
-    path: Path,
-    template: ChatTemplate,
-    seq_len: int,
-    too_long: str = "cut",
-    train_on: str = "all",
-    broken: list[BadRecord] | None = None,
-    share: float = 0.0,
-    aside: list[Messages] | None = None,
-) -> Samples:
-    """The conversations at `path`, encoded; the records that are none go to `broken`, with their places.
-
-    The `share` of them that `set_aside` holds out is not encoded and goes to `aside`. Raises ValueError when nothing is
-    left to train.
+    `sizes` (n,) in falling order, all in 1..capacity. Returns the row of each, (n,) int64, rows numbered from 0.
+    Falling sizes make it best-fit-decreasing: at most 11/9 of the fewest possible rows + 4 (Johnson et al. 1974).
     """
-    conversations = file_conversations(path, [] if broken is None else broken, template.check)
-    kept = set_aside(conversations, lambda messages: messages, share, [] if aside is None else aside)
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows the progress
-    kept = track(kept, f"encoding {path.name}", "conversations", active=first)
-    samples = encode_samples(kept, template, seq_len, too_long, train_on)
-    if not len(samples):
-        if samples.stats["without_target"] < samples.stats["conversations"]:
-            raise ValueError(f"{path}: no conversation has an answer within {seq_len} tokens; raise --data.seq_len")
-        if samples.stats["conversations"]:
-            raise ValueError(f'{path}: no conversation has an answer that is trained: they are marked "loss": false')
-        raise ValueError(all_held_out(path, share))
-    return samples
-
-
-def set_aside(items: Iterable[T], turns: Callable[[T], Messages], share: float, aside: list[T]) -> Iterator[T]:
-    """All items but the `share` of them, by the hash of the first question in their `turns`, that goes to `aside`: the
-    same on every machine, and all that begin with one question."""
-    for item in items:
-        question = next(message["content"] for message in turns(item) if message["role"] != "system")
-        if stable_share(question) < share:
-            aside.append(item)
+    rows = np.empty(len(sizes), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by their space
+    spaces = 0  # bit s is set when a row with space s is open: the least one that holds a size is one shift away
+    n_rows = 0
+    for i, size in enumerate(sizes.tolist()):
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                spaces ^= 1 << space
         else:
-            yield item
+            space, row = capacity, n_rows
+            n_rows += 1
+        rows[i] = row
+        if space > size:
+            open_rows[space - size].append(row)
+            spaces |= 1 << (space - size)
+    return rows
 
 
-def all_held_out(path: Path, share: float) -> str:
-    """Why a split leaves nothing to train."""
-    return f"{path}: a share of {share} holds out all there is; lower --data.heldout_share, or 0 for no evaluation"
+class PairBatch(Batch):
+    """A batch whose losses are of pairs, not of tokens."""
+
+    @property
+    def n_targets(self) -> int:
+        """How many pairs are trained."""
+        return int((self.doc_ids.unique() >= 0).sum()) // 2
 
 
-# --- to look at samples -----------------------------------------------------------------------------------------
+class PairData:
+    """A batch source over pairs in which every pair is trained exactly once an epoch, over all ranks.
 
+    A row holds 2 seq_len positions, so that any pair fits. The chosen text of pair i has doc_id 2i, the rejected one
+    2i + 1, the rest of a row -1; positions start from 0 in each text, so that it is seen as if it were alone. Which
+    pairs share a row is found once; the order of the rows is another one in every epoch.
 
-@dataclass(frozen=True)
-class Args:
-    """Show what is trained of a file of conversations: samples, their targets marked, and what there is of them."""
+    Args:
+        samples: from `encode_pairs`, with the same seq_len.
+        seq_len: positions of the longest text.
+        batch_size: rows of one optimizer step, over all ranks.
+        seed: of the order.
+        packing: "best_fit" fills rows with as many pairs as fit; "none" gives each pair a row.
+        shuffle: False keeps one order for all epochs, for evaluation.
+        first: the number of the first pair, where several sources are to number theirs apart.
 
-    data: Path = Path("data/tiny/sft_train.jsonl")
-    """conversations in any form, see conversations.py"""
-    model: Path = Path("out/tiny/pretrain/best")
-    """a model directory, or the file of a tokenizer"""
-    template: str = "auto"
-    """auto (the model's own, else ours), own, ours, plain, chatml, llama2, mftcoder, or the path of a .jinja file"""
-    seq_len: int = 128
-    """tokens in a row of a batch"""
-    too_long: Literal["cut", "drop"] = "cut"
-    """what happens to a sample that does not fit a row"""
-    train_on: Literal["all", "last"] = "all"
-    """the answers of a conversation that are trained"""
-    show: int = 3
-    """samples to print"""
+    Raises ValueError on numbers that make no sense, and on samples that are none or do not fit.
+    """
 
+    def __init__(
+        self,
+        samples: Samples,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        packing: str = "best_fit",
+        shuffle: bool = True,
+        first: int = 0,
+    ) -> None:
+        if packing not in ("best_fit", "none"):
+            raise ValueError(f"packing is 'best_fit' or 'none', found {packing!r}")
+        if seq_len < 1 or batch_size < 1 or seed < 0:
+            raise ValueError(
+                f"expected seq_len >= 1, batch_size >= 1 and seed >= 0, found {seq_len}, {batch_size} and {seed}"
+            )
+        if not len(samples):
+            raise ValueError("there is no pair to train on")
+        self.samples, self.seq_len, self.batch_size, self.seed = samples, seq_len, batch_size, seed
+        self.shuffle, self.first = shuffle, first
+        self._offsets = samples.offsets.astype(np.int64)
+        lengths = np.diff(self._offsets) - 1  # positions
+        if len(lengths) % 2 or lengths.min() < 1 or lengths.max() > seq_len:
+            raise ValueError(
+                f"samples should be pairs of 2 to {seq_len + 1} ids for texts of {seq_len}, found {len(lengths)} of "
+                f"{lengths.min() + 1} to {lengths.max() + 1}; encode them with the same seq_len"
+            )
+        self.n_pairs, self._width = len(lengths) // 2, 2 * seq_len
+        sizes = lengths.reshape(-1, 2).sum(1)
+        falling = np.argsort(-sizes, kind="stable")
+        row_of = best_fit(sizes[falling], self._width) if packing == "best_fit" else np.arange(self.n_pairs)
+        members = falling if packing == "best_fit" else np.arange(self.n_pairs)
+        self._rows = np.split(
+            members[np.argsort(row_of, kind="stable")], np.cumsum(np.bincount(row_of))[:-1]
+        )  # the pairs of each row
+        self.packing_efficiency = float(sizes.sum() / (self.n_rows * self._width))
+        self.steps_per_epoch: int = -(-self.n_rows // batch_size)
 
-def main(args: Args) -> dict[str, Any]:
-    """Print samples and statistics; returns these."""
-    template = load_template(load_tokenizer(args.model), args.template)
-    broken: list[BadRecord] = []
-    samples = read_samples(args.data, template, args.seq_len, args.too_long, args.train_on, broken)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for n in range(min(args.show, len(samples))):
-        here = np.s_[int(samples.offsets[n]) : int(samples.offsets[n + 1])]
-        print(f"--- sample {n + 1}: {here.stop - here.start} tokens, {samples.mask[here].sum()} of them targets")
-        print(marked(template.tokenizer, samples.ids[here], samples.mask[here], colour))
-    found = statistics(samples) | {"broken": len(broken), "template": template.name}
-    print("---", *(f"{name}: {value}" for name, value in found.items()), sep="\n")
-    for record in broken[:3]:
-        print(f"broken: {record.where}: {record.reason}")
-    return found
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch that hold pairs."""
+        return len(self._rows)
 
-
-def marked(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray, colour: bool) -> str:
-    """The text of a sample with what is trained in green, or, without colour, in double brackets."""
-    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("\u27e6", "\u27e7")
-    names = {i: piece.encode() for piece, i in tokenizer.special.items()}
-    parts = []
-    for trained, run in groupby(zip(ids.tolist(), mask.tolist()), key=lambda pair: pair[1]):
-        text = b"".join(names.get(i) or tokenizer.id_to_bytes(i) for i, _ in run).decode("utf8", errors="replace")
-        parts.append(f"{begin}{text}{end}" if trained else text)
-    return "".join(parts)
-
-
-def statistics(samples: Samples) -> dict[str, Any]:
-    """Of all samples: the counts, the share of targets, and how long they are."""
-    lengths = np.diff(samples.offsets.astype(np.int64))
-    at = (0, 10, 50, 90, 99, 100)
-    spread = ", ".join(f"{p}% {int(n)}" for p, n in zip(at, np.percentile(lengths, at)))
-    share = samples.stats["targets"] / samples.stats["tokens"]
-    return samples.stats | {"share of targets": f"{share:.1%}", "tokens a sample (percentiles)": spread}
-
-
-if __name__ == "__main__":
-    config.run(main, Args, "dataset_sft")
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
+        """The (batch_size // world, 2 seq_len) rows of `rank` in the global `step`."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        order = np.arange(self.n_rows)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        rows = rows_of_rank(order, step_of_epoch, self.batch_size, rank, world)
+        shape = (len(rows), self._width)
+        tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        positions, doc_ids = np.zeros(shape, np.int64), np.full(shape, -1, np.int32)
+        ids, mask = self.samples.ids, self.samples.mask
+        for row, number in enumerate(rows[rows >= 0]):  # rows that only fill the last step come last
+            at = 0
+            for text in (2 * self._rows[number][:, None] + (0, 1)).flatten().tolist():
+                start, stop = self._offsets[text], self._offsets[text + 1]
+                here = np.s_[row, at : at + stop - start - 1]
+                tokens[here] = ids[start : stop - 1]
+                targets[here] = np.where(mask[start + 1 : stop], ids[start + 1 : stop], IGNORE)
+                positions[here] = np.arange(stop - start - 1)
+                doc_ids[here] = 2 * self.first + text
+                at += stop - start - 1
+        return PairBatch(*map(torch.from_numpy, (tokens, targets, positions, doc_ids)))

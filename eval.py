@@ -19,30 +19,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import attention
-import config
-import poem_eval
-from beam import BeamParams, beam_search
-from bins import TokenBin
-from chat_session import ChatSession
-from chat_template import check_messages
-from console import converse, say, tell
-from conversations import file_conversations
+from attention import backends
+from bins.token_bin import TokenBin
+from chat.conversations import file_conversations
+from chat.messages import check_messages
+from chat.samples import encode_samples
+from checkpoint.locate import DEFAULT_MODEL, find_model
+from cli.args import run
+from cli.progress import tell, track
 from corpora import BadRecord
 from corpora.files import bad, records
 from corpora.poems import load_poems
 from dataset import PretrainData
-from dataset_sft import encode_samples
-from distributed import make_backend
-from evaluation import evaluate
-from generate import Token, check_prompts, generate_in_batches, generate_scored
-from packing import SFTData
-from progress import track
-from sampling import SamplingParams
-from speaker import DEFAULT_MODEL, Speaker, fastest_dtype, find_model, load_speaker, speculator
-from streaming import text_pieces
+from dataset_sft import SFTData
+from decoding.beam import BeamParams, beam_search
+from decoding.generate import Token, check_prompts, generate_in_batches, generate_scored
+from decoding.sampling import SamplingParams
+from distributed.backend import make_backend
+from hardware import DTYPES, fastest_dtype
+from serving.assistant import Assistant, load_assistant, speculator
+from serving.session import ChatSession
+from serving.streaming import text_pieces
+from serving.terminal import converse, say
 from tokenizer import Tokenizer
-from trainer import DTYPES
+from training.heldout import evaluate
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def main(args: Args) -> dict[str, Any]:
     check(args)
     device = make_backend("single", args.device).device
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
-    attention.check(args.attention, dtype, device, training=False)
+    backends.check(args.attention, dtype, device, training=False)
     given = (find_model(args.model), device, dtype, args.system, args.raw, args.stop, args.cache, args.base)
-    speaker = load_speaker(*given)
-    with attention.use(args.attention):
+    speaker = load_assistant(*given)
+    with backends.use(args.attention):
         return do(speaker, args)
 
 
-def do(speaker: Speaker, args: Args) -> dict[str, Any]:
+def do(speaker: Assistant, args: Args) -> dict[str, Any]:
     """The task, with a model that is loaded."""
     if args.task == "loss":
         return measure_loss(speaker, args)
@@ -169,7 +169,7 @@ def check(args: Args) -> None:
 # ---- answers
 
 
-def answer(speaker: Speaker, args: Args) -> dict[str, Any]:
+def answer(speaker: Assistant, args: Args) -> dict[str, Any]:
     """What is asked at the command line or typed."""
     if args.prompt is None:
         return demo(speaker, args) if args.demo else chat(speaker, args)
@@ -185,7 +185,7 @@ def answer(speaker: Speaker, args: Args) -> dict[str, Any]:
     return {"answer": said, "tokens": tokens}
 
 
-def search(speaker: Speaker, prompt: list[int], args: Args) -> list[int]:
+def search(speaker: Assistant, prompt: list[int], args: Args) -> list[int]:
     """The best answer that beam search finds."""
     params = BeamParams(args.num_beams, args.length_penalty, max_new_tokens=args.sampling.max_new_tokens)
     return beam_search(speaker.model, prompt, params, speaker.stop_ids, args.cache, speaker.stop.ended)[0].ids
@@ -205,7 +205,7 @@ def token_table(tokens: list[Token], tokenizer: Tokenizer) -> str:
     return "\n".join([f"{'log p':>9}  token", *(line.rstrip() for line in lines), f"{total:9.4f}  together"])
 
 
-def chat(speaker: Speaker, args: Args) -> dict[str, Any]:
+def chat(speaker: Assistant, args: Args) -> dict[str, Any]:
     """Questions from standard input, answers as they come."""
     if sys.stdin.isatty():
         how = "it continues what you type" if speaker.template is None else "ask it something"
@@ -226,7 +226,7 @@ def chat(speaker: Speaker, args: Args) -> dict[str, Any]:
     return {"answered": converse(ask, session.reset, args.sampling)}
 
 
-def demo(speaker: Speaker, args: Args) -> dict[str, Any]:
+def demo(speaker: Assistant, args: Args) -> dict[str, Any]:
     """A few exchanges, and where everything lies."""
     answers = []
     for question in args.demo_prompts:
@@ -244,7 +244,7 @@ def demo(speaker: Speaker, args: Args) -> dict[str, Any]:
     return {"answers": answers}
 
 
-def answer_file(speaker: Speaker, args: Args) -> dict[str, Any]:
+def answer_file(speaker: Assistant, args: Args) -> dict[str, Any]:
     """Every record of --input with an "answer" beside its own fields; broken ones are kept aside with their places."""
     output = args.output or args.input.with_suffix(".answers.jsonl")
     if not args.input.is_file():
@@ -271,7 +271,7 @@ def answer_file(speaker: Speaker, args: Args) -> dict[str, Any]:
     return {"answers": len(questions), "bad": len(broken), "output": str(output)}
 
 
-def read_questions(speaker: Speaker, path: Path) -> tuple[list[dict], list[list[int]], list[BadRecord]]:
+def read_questions(speaker: Assistant, path: Path) -> tuple[list[dict], list[list[int]], list[BadRecord]]:
     """The records of a file that can be answered, their prompts, and those that cannot."""
     questions, prompts, broken = [], [], []
     for record in records(path):
@@ -306,7 +306,7 @@ def messages_of(record: Any) -> list[dict]:
 # ---- measures
 
 
-def measure_loss(speaker: Speaker, args: Args) -> dict[str, Any]:
+def measure_loss(speaker: Assistant, args: Args) -> dict[str, Any]:
     """Loss on the held-out token bin and, of a model to chat with, on the answers in held-out conversations."""
     tokenizer, seq_len = speaker.tokenizer, min(args.seq_len, speaker.model.args.max_seq_len)
     sources = {}
@@ -327,28 +327,28 @@ def measure_loss(speaker: Speaker, args: Args) -> dict[str, Any]:
     return measures
 
 
-def measure_poems(speaker: Speaker, args: Args) -> dict[str, Any]:
+def measure_poems(speaker: Assistant, args: Args) -> dict[str, Any]:
     """Ask for poems, count how many keep the form, and write all of them down."""
     if speaker.template is None:
         raise ValueError(f"{speaker.directory} has no chat template (or --raw is true), so it cannot be asked")
     poems = list(load_poems(args.raw_dir))
     try:
-        book = poem_eval.rhyme_book(args.raw_dir)
+        book = poems.rhyme_book(args.raw_dir)
     except OSError as error:
         book = None
         tell(f"rhyme is not measured: {error}")
-    answers = poem_eval.ask_for_poems(
+    answers = poems.ask_for_poems(
         *(speaker.model, speaker.tokenizer, speaker.template, args.sampling, poems, args.n_poems, args.batch_size)
     )
-    shares = poem_eval.measure(answers, poems, book)
+    shares = poems.measure(answers, poems, book)
     output = args.output or speaker.directory.parent / "poems.json"
     about = {"model_directory": str(speaker.directory.resolve()), "sampling": vars(args.sampling)}
-    poem_eval.write(output, answers, shares, about)
+    poems.write(output, answers, shares, about)
     for answer in [a for a in answers if a.exact][:4]:
         print(f"> {answer.question}\n{answer.text}\n")
-    print(f"{poem_eval.table(shares)}\n\nall of them: {output.with_suffix('.txt')}, {output}")
+    print(f"{poems.table(shares)}\n\nall of them: {output.with_suffix('.txt')}, {output}")
     return shares["model"]
 
 
 if __name__ == "__main__":
-    config.run(main, Args, "eval")
+    run(main, Args, "eval")

@@ -23,26 +23,34 @@ from typing import Any, Literal
 
 import torch
 
-import attention
-import config
-import lora
-import tasks
-from chat_template import ChatTemplate, load_template
-from checkpoint import load_model, load_weights, save_model, weight_files
-from continued import grow
+from attention import backends
+from chat.samples import Samples
+from chat.template import ChatTemplate, load_template
+from checkpoint import peft
+from checkpoint.directory import load_model, load_weights, save_model, weight_files
+from checkpoint.extend import grow
+from checkpoint.transformers_model import TransformersModel
+from cli.args import run
+from cli.record import file_sha256, record_run, to_plain
 from corpora import BadRecord
-from dataset_sft import Samples
-from distributed import SingleProcess, make_backend
-from evaluation import evaluate
-from fine_tuning_data import DataArgs, batches, describe, keep_aside, pair_batches, read_data
-from foreign import ForeignModel
+from dataset_sft import PairData, SFTData
+from distributed.backend import make_backend
+from distributed.single import SingleProcess
+from files import alone_in
+from lora import adapters
 from model import Transformer
-from optim import OptimArgs, build_optimizer
-from packing import SFTData
-from pairs import PairData
-from preference import PreferenceArgs, PreferenceModel, make_objective, reference
+from optim.args import OptimArgs
+from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
-from trainer import TrainArgs, Trainer, check_length, prepare, training_dtype
+from training.heldout import evaluate
+from training.precision import check_length, prepare, training_dtype
+from training.trainer import TrainArgs, Trainer
+from tuning import mixture
+from tuning.balance import CoBa
+from tuning.data import DataArgs, batches, describe, keep_aside, pair_batches, read_data
+from tuning.objectives import PreferenceArgs, make_objective
+from tuning.preference_model import PreferenceModel
+from tuning.reference import reference
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Args:
 
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=lambda: OptimArgs(lr=1e-3, muon_lr=2e-3, schedule="linear"))
-    lora: lora.LoraArgs = field(default_factory=lora.LoraArgs)
+    lora: adapters.LoraArgs = field(default_factory=adapters.LoraArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     objective: Literal["sft", "dpo", "orpo"] = "sft"
     """sft: to answer as in conversations; dpo, orpo: to prefer the chosen of two answers to the rejected one, which
@@ -80,7 +88,7 @@ class Args:
                 raise ValueError("--preference.* are settings of --objective dpo and orpo, not of sft")
             return
         make_objective(self.objective, self.preference)
-        if self.data.loss != "token" or len(tasks.split_paths(self.data.train)) > 1:
+        if self.data.loss != "token" or len(mixture.split_paths(self.data.train)) > 1:
             raise ValueError(f"--objective {self.objective} is of one task: one path of pairs, without --data.loss")
         if self.data.train_on != "all":
             raise ValueError("of pairs the last answers are trained: leave out --data.train_on")
@@ -94,8 +102,8 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; returns the final measures and where the model lies."""
-    paths = tasks.split_paths(args.data.train)
-    names = tasks.task_names(paths)
+    paths = mixture.split_paths(args.data.train)
+    names = mixture.task_names(paths)
     in_pairs = args.objective != "sft"
     torch.manual_seed(args.train.seed)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
@@ -129,23 +137,23 @@ def main(args: Args) -> dict[str, Any]:
             group_names=names if len(names) > 1 else (),
             adaptive=coba,
         )
-        with config.alone_in(args.out) if backend.main else nullcontext():
+        with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
-                config.record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
+                record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
                 print(describe(args.data, paths, trained, heldout, data), flush=True)
-                print(*filter(None, [unmeasured, grown, lora.describe(model)]), sep="\n", flush=True)
-                for path, name in zip(broken, tasks.task_names(list(broken))):
+                print(*filter(None, [unmeasured, grown, adapters.describe(model)]), sep="\n", flush=True)
+                for path, name in zip(broken, mixture.task_names(list(broken))):
                     keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
             return trainer.fit()
 
 
 def adapt(
-    model: Transformer | ForeignModel, args: Args, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype
+    model: Transformer | TransformersModel, args: Args, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype
 ) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
     """Make the model train as `args` say, with products in `dtype`; returns what puts its trained weights into a
     checkpoint and takes them back: the whole model, or the adapter alone as a PEFT directory."""
     if args.neftune_alpha:
-        lora.neftune(model.model.embed_tokens, args.neftune_alpha)
+        adapters.neftune(model.model.embed_tokens, args.neftune_alpha)
     if args.lora.method == "none":
         save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=template.stop_ids)
         return save, partial(load_weights, model)
@@ -153,25 +161,25 @@ def adapt(
     if base.is_symlink():  # `best` may lead to other weights tomorrow
         base = base.parent / base.readlink()
     tree = getattr(model, "inner", model)  # the names in an adapter's file are those that transformers gives
-    lora.apply(tree, args.lora, dtype)
+    adapters.apply(tree, args.lora, dtype)
 
     def save_adapter(directory: Path) -> None:
-        lora.save(directory, tree, base=str(base))
+        peft.save(directory, tree, base=str(base))
         tokenizer.save(directory)
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": template.stop_ids}))
 
-    return save_adapter, partial(lora.restore, tree)
+    return save_adapter, partial(peft.restore, tree)
 
 
 def preferring(
-    model: Transformer | ForeignModel, args: Args, data: PairData, heldout: PairData | None, backend: SingleProcess
+    model: Transformer | TransformersModel, args: Args, data: PairData, heldout: PairData | None, backend: SingleProcess
 ) -> PreferenceModel:
     """The model that learns to prefer, beside its reference, if it has one: itself as it is now."""
     tuned = PreferenceModel(model, make_objective(args.objective, args.preference))
     if tuned.objective.has_reference:
         prepare(tuned, args.train, backend.device)  # in the dtype of the training
         sources = [data] if heldout is None else [data, heldout]
-        with attention.use(args.train.attention):
+        with backends.use(args.train.attention):
             cache, size = args.out / "reference.npz", args.train.micro_batch_size
             tuned.reference = reference(tuned, sources, backend, cache, size)
     return tuned
@@ -199,12 +207,12 @@ def check_heldout(args: Args, names: list[str], heldout: list[Samples] | None) -
 
 def balance(
     args: Args,
-    data: tasks.Weighted,
+    data: mixture.Weighted,
     heldout: SFTData,
-    model: Transformer | ForeignModel,
+    model: Transformer | TransformersModel,
     backend: SingleProcess,
     names: list[str],
-) -> tasks.CoBa:
+) -> CoBa:
     """CoBa over the tasks of `data`, measured on one batch of `heldout` after another."""
     keys = [f"loss/{name}" for name in names]
 
@@ -214,7 +222,7 @@ def balance(
         return [measures.get(key, math.nan) for key in keys]
 
     d = args.data
-    return tasks.CoBa(data, measure, names, d.coba_interval, d.coba_warmup, d.coba_history, d.coba_tau)
+    return CoBa(data, measure, names, d.coba_interval, d.coba_warmup, d.coba_history, d.coba_tau)
 
 
 def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -> dict[str, Any]:
@@ -229,14 +237,14 @@ def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
         "template": hashlib.sha256(jinja.encode()).hexdigest(),
-        "objective": None if args.objective == "sft" else [args.objective, config.to_plain(args.preference)],
+        "objective": None if args.objective == "sft" else [args.objective, to_plain(args.preference)],
         "optimizer": args.optim.optimizer,
-        "lora": None if args.lora.method == "none" else config.to_plain(args.lora),
+        "lora": None if args.lora.method == "none" else to_plain(args.lora),
         "neftune_alpha": args.neftune_alpha or None,
         "add_tokens": [*args.add_tokens, *args.add_special_tokens] or None,
-        "init_from": [config.file_sha256(path) for path in weight_files(args.init_from)],  # not only where it lies
+        "init_from": [file_sha256(path) for path in weight_files(args.init_from)],  # not only where it lies
     }
 
 
 if __name__ == "__main__":
-    config.run(main, Args, "fine_tuning")
+    run(main, Args, "fine_tuning")

@@ -10,10 +10,7 @@ each weight being cast where it is used.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,91 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import hf_config
 import rope
-import weights
-from attention import Mask, ShiftedSparse, attend, prepare
-from cache import KVCache, View, cache_class
+from attention.backends import Mask, ShiftedSparse, attend, prepare
+from attention.cache import KVCache, View, cache_class
+from checkpoint import safetensors_files
 from loss import linear_cross_entropy
+from model_args import ModelArgs
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 Context = tuple[Angles, Angles | None, Mask]  # shared by all layers; the second: of keys that a cache keeps unturned
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    """The shape of a model, in LLaMA's own vocabulary. Equal when the models are: `multiple_of` and
-    `ffn_dim_multiplier` only say how `hidden_dim` is found."""
-
-    dim: int = 160
-    """width of the residual stream"""
-    n_layers: int = 6
-    """transformer blocks"""
-    n_heads: int = 5
-    """query heads"""
-    n_kv_heads: int | None = None
-    """key/value heads (grouped-query attention); None: as many as query heads, 1: multi-query"""
-    head_dim: int | None = None
-    """dimension of a head; None: dim / n_heads"""
-    vocab_size: int = 4800
-    """rows of the embedding; taken from the tokenizer when training from scratch"""
-    hidden_dim: int | None = None
-    """width of the feed-forward; None: 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of"""
-    multiple_of: int = dataclasses.field(default=32, compare=False)
-    """what the feed-forward width is rounded up to"""
-    ffn_dim_multiplier: float | None = dataclasses.field(default=None, compare=False)
-    """LLaMA-2 70B's widening of the feed-forward"""
-    norm_eps: float = 1e-5
-    """epsilon of RMSNorm"""
-    max_seq_len: int = 256
-    """longest sequence the model is made for, stretched positions included"""
-    rope_theta: float = 10000.0
-    """base of the rotary encoding"""
-    rope_scaling: dict[str, bool | int | float | str | list[float]] | None = None
-    """how positions are stretched beyond the window first trained on, as config.json writes it; None: not at all"""
-    tie_embeddings: bool = True
-    """use the embedding as the output head"""
-    attention_bias: bool = False
-    """biases on q, k, v (Qwen2)"""
-    qk_norm: bool = False
-    """RMSNorm on each head's q and k (Qwen3)"""
-    sliding_window: int | None = None
-    """attend to this many tokens back at the most (Mistral)"""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps should be a finite number, 0 or more, found {self.norm_eps}")
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim")
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; the rotary encoding turns pairs of dimensions")
-        if self.hidden_dim is None:
-            width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
-            object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))
-        # Refuses, before anything is built, what contradicts itself.
-        rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
-
-    def replace(self, **changes: Any) -> ModelArgs:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelArgs:
-        """From the contents of a Hugging Face `config.json`; what this module cannot represent is refused by name."""
-        return cls(**hf_config.read(config))
-
-    def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of this shape."""
-        return hf_config.write(self)
 
 
 class Linear(nn.Linear):
@@ -339,10 +260,14 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """The model of a Hugging Face directory, its parameters in `dtype`: as they lie in the mapped file where dtype
         and device are the file's, one by one otherwise. Raises ValueError naming what does not fit."""
-        return weights.load(lambda config: cls(ModelArgs.from_hf(config), initialize=False), directory, device, dtype)
+        return safetensors_files.load(
+            lambda config: cls(ModelArgs.from_hf(config), initialize=False), directory, device, dtype
+        )
 
     def save_pretrained(self, directory: Path, config: dict[str, Any] | None = None) -> None:
         """Write the model as a Hugging Face directory, its parameters in their dtype; `config`: more for config.json,
         such as the ids of special tokens. Large models are written in shards."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        weights.write_model(directory, self.args.to_hf() | {"dtype": dtype} | (config or {}), weights.state_of(self))
+        safetensors_files.write_model(
+            directory, self.args.to_hf() | {"dtype": dtype} | (config or {}), safetensors_files.state_of(self)
+        )

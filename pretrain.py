@@ -15,17 +15,21 @@ from typing import Any
 
 import torch
 
-import config
-from bins import TokenBin
-from checkpoint import load_model, load_weights, save_model, weight_files
-from continued import RopeArgs, add_tokens, check_shape, check_tokenizer, fit_vocabulary, given, read_tokens, stretch
+from bins.token_bin import TokenBin
+from checkpoint.directory import load_model, load_weights, save_model, weight_files
+from checkpoint.extend import add_tokens, check_shape, check_tokenizer, fit_vocabulary, given, read_tokens, stretch
+from checkpoint.transformers_model import TransformersModel
+from cli.args import run
+from cli.record import file_sha256, record_run, to_plain
 from dataset import PretrainData
-from distributed import make_backend
-from foreign import ForeignModel
-from model import ModelArgs, Transformer
-from optim import OptimArgs, build_optimizer
+from distributed.backend import make_backend
+from files import alone_in
+from model import Transformer
+from model_args import ModelArgs, RopeArgs
+from optim.args import OptimArgs
+from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
-from trainer import TrainArgs, Trainer
+from training.trainer import TrainArgs, Trainer
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,10 @@ def main(args: Args) -> dict[str, Any]:
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
         )
-        with config.alone_in(args.out) if backend.main else contextlib.nullcontext():
+        with alone_in(args.out) if backend.main else contextlib.nullcontext():
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
-                config.record_run(args.out, "pretrain", args, inputs=described)
+                record_run(args.out, "pretrain", args, inputs=described)
                 print(*changes, f"{model.n_parameters():,} parameters", sep="\n", flush=True)
             return trainer.fit()
 
@@ -121,7 +125,7 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
     return [TokenBin(path) for path in paths], [TokenBin(heldout)] if heldout.is_file() else []
 
 
-def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | ForeignModel, list[str]]:
+def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """A fresh model whose vocabulary is the tokenizer's, or the checkpoint to go on from, changed as asked; and what
     was changed, in sentences."""
     if args.init_from is None:
@@ -133,7 +137,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | ForeignM
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
         own = load_tokenizer(args.init_from)
         check_tokenizer(own, tokenizer, args.init_from, args.data.dir)
-    if isinstance(model, ForeignModel):
+    if isinstance(model, TransformersModel):
         if asked or args.rope != RopeArgs():
             raise ValueError(
                 f"{args.init_from} is not of the LLaMA family: it goes on as it is, without --model, --rope"
@@ -158,12 +162,12 @@ def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
         "weights": list(args.data.weights),
         "isolate_documents": args.data.isolate_documents,
         "optimizer": args.optim.optimizer,
-        "init_from": args.init_from and [config.file_sha256(path) for path in weight_files(args.init_from)],
-        "model": config.to_plain(args.model),
+        "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
+        "model": to_plain(args.model),
     }
     changes = {name: getattr(args, name) for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of")}
-    return same | {name: config.to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
+    return same | {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
 
 
 if __name__ == "__main__":
-    config.run(main, Args, "pretrain")
+    run(main, Args, "pretrain")

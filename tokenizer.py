@@ -32,7 +32,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 SPACE = "\u2581"  # SentencePiece's written form of a space
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-TEMPLATES = Path(__file__).with_name("chat_templates")
+TEMPLATES = Path(__file__).parent / "chat" / "templates"
 SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # as tokenizer_config.json calls them
 # ChatGLM2 puts five pieces behind the SentencePiece model; nothing but its size tells its file from another's.
 CHATGLM2_PIECES = 64789

@@ -17,11 +17,12 @@ from typing import Any
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-import config
 import corpora
-from checkpoint import written_aside
-from documents import screen
-from progress import Progress
+from bins.screen import screen
+from cli.args import run
+from cli.progress import Progress
+from cli.record import record_run
+from files import written_aside
 from tokenizer import MARKERS, SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 PAD = "<pad>"
@@ -121,7 +122,7 @@ def main(args: Args) -> dict[str, Any]:
     with written_aside(args.out) as aside:
         tokenizer.save(aside)
         (aside / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf8")
-        config.record_run(aside, "train_tokenizer", args, [args.merge] if args.merge else [])
+        record_run(aside, "train_tokenizer", args, [args.merge] if args.merge else [])
     print(f"wrote {args.out}: {tokenizer.vocab_size} ids")
     return report
 
@@ -310,4 +311,4 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, Args, "train_tokenizer")
+    run(main, Args, "train_tokenizer")

@@ -29,9 +29,9 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import engine
 from bench.train_speed import SHAPES, peer
-from generate import Feeder
+from decoding import cpu_step
+from decoding.generate import Feeder
 from model import Transformer
 
 PROMPT = 16  # tokens
@@ -51,7 +51,7 @@ class Args:
     batch: tuple[int, ...] = (1, 8)
     """rows that are decoded together"""
     variants: tuple[Literal[VARIANTS], ...] = VARIANTS[:3]  # type: ignore[valid-type]
-    """what takes turns; "ours uncompiled" goes without engine.cpp; "transformers compiled" has a static cache and a
+    """what takes turns; "ours uncompiled" goes without cpu_step.cpp; "transformers compiled" has a static cache and a
     compiled forward pass, which takes about a minute more a row of the table"""
     tokens: int = 64
     """length of an answer"""
@@ -165,7 +165,7 @@ def main(args: Args) -> list[dict]:
     print(
         f"torch {torch.__version__}, {args.threads} threads, {args.repeats} interleaved answers of {args.tokens} tokens"
     )
-    if "ours" in args.variants and engine.compiled_step() is None:
+    if "ours" in args.variants and cpu_step.compiled_step() is None:
         print("the decoding step could not be compiled here: ours is ours uncompiled")
     print(
         f"{'model':6}{'dtype':6}{'rows':>4} {'variant':22}{'tok/s':>8}{'x transformers':>16}{'first ms':>10}"

@@ -30,22 +30,23 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import config
 import data_process
 import fine_tuning
 import pretrain
 import train_tokenizer
 from bench.memory import peak_bytes
-from checkpoint import save_model
+from checkpoint.directory import save_model
+from cli.record import to_plain
 from corpora import BadRecord
 from corpora.files import records
-from fine_tuning_data import DataArgs
-from lora import LoraArgs
-from model import ModelArgs, Transformer
-from optim import OptimArgs
-from runlog import read_metrics
+from lora.adapters import LoraArgs
+from model import Transformer
+from model_args import ModelArgs
+from optim.args import OptimArgs
 from tokenizer import load_tokenizer
-from trainer import Diverged, TrainArgs
+from training.log import read_metrics
+from training.trainer import Diverged, TrainArgs
+from tuning.data import DataArgs
 
 METHODS = {
     "full": LoraArgs(),
@@ -174,7 +175,7 @@ def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float
 
 def placed(name: str, args: fine_tuning.Args, runs: Path, threads: int = 1) -> Job:
     """A job whose run directory no job of other settings has, so that what is found there is of the same one."""
-    settings = json.dumps(config.to_plain(args), sort_keys=True)
+    settings = json.dumps(to_plain(args), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
     return Job(name, replace(args, out=runs / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)}_{digest}"), threads)
 

@@ -34,12 +34,13 @@ import data_process
 import pretrain
 import rope
 import train_tokenizer
-from bins import TokenBin
-from checkpoint import load_model, save_model
-from model import ModelArgs, Transformer
-from optim import OptimArgs
+from bins.token_bin import TokenBin
+from checkpoint.directory import load_model, save_model
+from model import Transformer
+from model_args import ModelArgs
+from optim.args import OptimArgs
 from tokenizer import Tokenizer, load_tokenizer
-from trainer import TrainArgs
+from training.trainer import TrainArgs
 
 ENCODINGS = ("default", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "clex")
 KEYS = string.ascii_uppercase + string.digits  # a passkey is one of these, none of which the novel holds

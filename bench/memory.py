@@ -22,7 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.train_speed import make_step
-from model import ModelArgs
+from model_args import ModelArgs
 
 VARIANTS = ("ours eager", "ours checkpointed", "transformers")
 

@@ -21,10 +21,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from chat_template import load_template
-from dataset_sft import Samples, read_samples
-from model import ModelArgs, Transformer
-from packing import Packing, SFTData
+from chat.samples import Samples, read_samples
+from chat.template import load_template
+from dataset_sft import Packing, SFTData
+from model import Transformer
+from model_args import ModelArgs
 from tokenizer import load_tokenizer
 
 

@@ -21,11 +21,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fine_tuning
 from bench.finetune import UNTRAINED, Job, conversations, placed, run_all
-from fine_tuning_data import DataArgs
-from lora import LoraArgs
-from optim import OptimArgs
-from tasks import task_names
-from trainer import TrainArgs
+from lora.adapters import LoraArgs
+from optim.args import OptimArgs
+from training.trainer import TrainArgs
+from tuning.data import DataArgs
+from tuning.mixture import task_names
 
 LOSSES = {"token": "case1", "sample": "case2", "task_token": "case3", "task_sample": "case4"}
 

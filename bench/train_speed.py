@@ -24,9 +24,10 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from flops import train_flops_per_token
 from hardware import matmul_rate
-from model import ModelArgs, Transformer
+from model import Transformer
+from model_args import ModelArgs
+from training.flops import train_flops_per_token
 
 SHAPES = {  # name -> shape, rows, tokens a row
     "2M": (ModelArgs(dim=160, n_layers=5, n_heads=5, vocab_size=4800), 32, 128),

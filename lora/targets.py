@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lora.quantized import QuantizedLinear, is_head
+from quant.linear import QuantizedLinear
+from quant.replace import is_head
 
 GROUPS = {  # words for --lora.targets -> the names of such modules in LLaMA's family, then in GPT-NeoX and Phi
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "query_key_value", "dense"),

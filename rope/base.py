@@ -107,3 +107,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turn each pair (x_i, x_{i+D/2}) of `x` (..., D) by its angle, in x's dtype; cos, sin (..., D/2) broadcast."""
     a, b = x.chunk(2, dim=-1)  # (..., D/2) each; the products are float32, whatever x is
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+@register("default")
+def unscaled(head_dim: int, theta: float, scaling: dict, max_seq_len: int) -> Rope:
+    """The encoding as RoFormer has it."""
+    return fixed(plain(head_dim, theta))

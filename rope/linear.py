@@ -4,12 +4,6 @@ divide every position by it. Hurts short texts until the model is tuned."""
 from rope.base import Rope, fixed, plain, register
 
 
-@register("default")
-def unscaled(head_dim: int, theta: float, scaling: dict, max_seq_len: int) -> Rope:
-    """The encoding as RoFormer has it."""
-    return fixed(plain(head_dim, theta))
-
-
 @register("linear", required=["factor"])
 def linear(head_dim: int, theta: float, scaling: dict, max_seq_len: int) -> Rope:
     """Inverse frequencies theta_i / factor."""

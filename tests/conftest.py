@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import setuptools  # noqa: F401  (torch.compile wants its distutils; whoever imports the old one first breaks that)
 import torch
-from miniature import Miniature, build
+from helpers.miniature import Miniature, build
 
-pytest_plugins = ["vocabularies"]
+pytest_plugins = ["helpers.vocabularies"]
 
 # What a shell starts in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,7 +32,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """For processes that a test starts: one thread each, the repository importable."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{Path(__file__).parents[1]}:{Path(__file__).parent}")
     if env.pop("PYTHONDONTWRITEBYTECODE", None):  # else each would spend seconds on compiling torch's modules
         env["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("pycache"))
     return env

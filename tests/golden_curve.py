@@ -62,7 +62,7 @@ def write_texts(folder: Path) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import random
 
-    from miniature import EXCHANGES, conversations, note, verse, write
+    from helpers.miniature import EXCHANGES, conversations, note, verse, write
 
     generator = random.Random(0)
     write(folder / "texts/verses.txt", "\n\n".join(verse(generator) for _ in range(300)))

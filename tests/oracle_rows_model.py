@@ -14,12 +14,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle_row import apart, room, row
+from helpers.oracle_row import apart, room, row
 
 
 def exact_angles():
     """Angles in float64, as the brute force has them."""
-    return mock.patch("rope.cos_sin", room("reference").exact_cos_sin)
+    return mock.patch("rope.cos_sin", room("helpers.llama_reference").exact_cos_sin)
 
 
 # ---- the module
@@ -59,7 +59,7 @@ def gradients() -> float:
 @cache
 def brute_force_errors() -> tuple[float, float]:
     """Of logits and of gradients."""
-    models, reference, logits, gradients = room("test_model"), room("reference"), 0.0, 0.0
+    models, reference, logits, gradients = room("test_model"), room("helpers.llama_reference"), 0.0, 0.0
     tokens, targets = models.random_tokens(2, 7), models.random_tokens(2, 7, seed=1)
     for changes in models.VARIANTS.values():
         model = models.small(**changes).double()
@@ -101,7 +101,7 @@ def packed_documents() -> float:
 
 @row("config.json and weights in", "transformers, fp32", "LLaMA 1, 2, 3.2, TinyLlama, SmolLM2, Yi, Mistral, Qwen", 2e-5)
 def published_configs() -> float:
-    configs, worst = room("test_hf_config"), 0.0
+    configs, worst = room("test_checkpoint_config_json"), 0.0
     for config in configs.PUBLISHED.values():
         with tempfile.TemporaryDirectory() as folder:
             peer = configs.peer_of(configs.TINY | config, Path(folder))
@@ -128,8 +128,8 @@ def loss() -> float:
 
 @row("bits per byte", "probabilities by hand, fp64", "5 documents, 4 x 7, tokens of 0 to 4 bytes", 1e-5)
 def bits_per_byte() -> float:
-    toy, bits = room("toy"), 0.0
-    evaluate = room("evaluation").evaluate
+    toy, bits = room("helpers.tiny_training_run"), 0.0
+    evaluate = room("training.heldout").evaluate
     with tempfile.TemporaryDirectory() as folder:
         data = toy.PretrainData([toy.toy_bin(Path(folder), documents=5)], seq_len=7, batch_size=4, seed=0)
         model, lengths, n_bytes = toy.Transformer(toy.ModelArgs(**toy.SHAPE)), torch.arange(toy.VOCAB) % 5, 0
@@ -189,7 +189,7 @@ def stretched_logits() -> float:
 
 
 def attention_errors(backend: str, gradients: bool) -> float:
-    from attention_oracles import causal_error, lower_right_error, packed_error
+    from helpers.attention_errors import causal_error, lower_right_error, packed_error
 
     shapes = [(2, 6, 2, 9, 4), (1, 3, 3, 1, 2), (3, 4, 1, 7, 6)]  # B, H, K, T, D
     errors = [causal_error(backend, *shape, gradients=gradients) for shape in shapes]
@@ -199,7 +199,7 @@ def attention_errors(backend: str, gradients: bool) -> float:
 
 
 def shifted_sparse_errors(backend: str, gradients: bool) -> float:
-    from attention_oracles import shifted_sparse_error
+    from helpers.attention_errors import shifted_sparse_error
 
     cases = [(4, 4, 2, 11), (6, 3, 1, 19), (8, 5, 5, 16), (2, 6, 2, 7)]  # group, H, K, T
     cases = cases[:2] if backend == "flex" else cases  # it is slow on a CPU
@@ -215,7 +215,7 @@ def by_backend(errors: Callable[[str, bool], float], backend: str) -> float:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         if backend == "flash":
-            patch.setitem(sys.modules, "flash_attn", room("flash_stand_in").package())
+            patch.setitem(sys.modules, "flash_attn", room("helpers.flash_stand_in").package())
         return errors(backend, backend != "flex")
 
 
@@ -233,9 +233,9 @@ for _backend in ("reference", "sdpa", "flash", "flex"):
 
 @row("S2 attention: leak of later tokens", "gradient, which should be 0", "16 and 19 tokens in groups of 8", 0)
 def leak() -> float:
-    from attention_oracles import leak
+    from helpers.attention_errors import leak
 
-    from attention import attend
+    from attention.backends import attend
 
     ways = [partial(attend, backend=name) for name in ("reference", "sdpa")]
     return max(leak(way, group=8, T=T) for T in (16, 19) for way in ways)
@@ -245,7 +245,7 @@ def leak() -> float:
 
 
 def caches(name: str) -> float:
-    rooms = room("test_cache_rope")
+    rooms = room("test_attention_cache_rope")
     cuts = [[4, 5], [1, 1, 14], [5, 5, 5], [15, 1], [1] * 20]
     with exact_angles():
         return max(rooms.decoding_error(rooms.MODELS[name], B, each) for each in cuts for B in (1, 3))
@@ -259,7 +259,7 @@ for _name in ("default", "linear", "ntk", "yarn", "llama3", "dynamic", "longrope
 
 @row("cache, text growing beyond its window", "loops, keys turned anew, fp64", "dynamic, longrope, clex; 3 cuts", 1e-11)
 def growing() -> float:
-    rooms = room("test_cache_rope")
+    rooms = room("test_attention_cache_rope")
     cuts = [[9, 1, 1, 1], [1, 4, 1, 8, 1], [5, 13, 1]]
     with exact_angles():
         return max(rooms.growing_error(name, each) for name in rooms.GROWING for each in cuts)
@@ -271,12 +271,12 @@ def growing() -> float:
 def shallow_sinks() -> float:
     sizes = [(7, 2), (5, 0), (6, 5), (1, 0), (12, 4)]
     with exact_angles():
-        return max(room("test_cache_kinds").shallow_sink_error(size, n, 3 * size + 5) for size, n in sizes)
+        return max(room("test_attention_cache_kinds").shallow_sink_error(size, n, 3 * size + 5) for size, n in sizes)
 
 
 @row("cache of sinks, two layers", "loops over what is kept, fp64", "plain, dynamic, q/k norm; 3 cuts", 1e-11)
 def sinks() -> float:
-    kinds = room("test_cache_kinds")
+    kinds = room("test_attention_cache_kinds")
     cases = [(7, 2, [1] * 18), (8, 3, [3, 4, 4, 1, 1]), (5, 4, [5, 1, 1, 1])]
     with exact_angles():
         return max(kinds.sink_error(model, *case) for model in kinds.MODELS.values() for case in cases)
@@ -286,4 +286,4 @@ def sinks() -> float:
 def int8() -> float:
     x = torch.randn(3, 3, 50, 9, generator=torch.Generator().manual_seed(0)).double()
     x[..., 0] *= 30
-    return max(room("test_cache_kinds").int8_error(x * scale) for scale in (1e-6, 1.0, 1e4))
+    return max(room("test_attention_cache_kinds").int8_error(x * scale) for scale in (1e-6, 1.0, 1e4))

@@ -11,15 +11,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from oracle_row import apart, differing, room, row
+from helpers.oracle_row import apart, differing, room, row
 
 # ---- decoding
 
 
 @row("greedy decoding: ids that differ", "the whole text again for every token, fp64", "GQA, MQA, window; 3 prompts", 0)
 def greedy() -> float:
-    small, generate = room("small_model"), room("generate")
-    params = room("sampling").SamplingParams(temperature=0, max_new_tokens=12)
+    small, generate = room("helpers.small_model"), room("decoding.generate")
+    params = room("decoding.sampling").SamplingParams(temperature=0, max_new_tokens=12)
     pairs = []
     for shape in ({}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"sliding_window": 5}):
         model = small.small_model(**shape)
@@ -30,7 +30,7 @@ def greedy() -> float:
 
 @row("compiled decoding step", "forward pass, fp64", "5 shapes; 1, 3 and 11 rows", 1e-12)
 def engine() -> float:
-    engines = room("test_engine")
+    engines = room("test_decoding_cpu_step")
     rows = ([3], [3, 1, 2], [2, 9, 4, 4, 1, 7, 5, 5, 6, 3, 1])
     return max(engines.walk(engines.make(**shape), lengths, 6) for shape in engines.SHAPES.values() for lengths in rows)
 
@@ -40,7 +40,7 @@ def engine() -> float:
 
 @row("temperature, top-k, top-p, min-p, penalty", "transformers' warpers, fp32", "60 random settings, ties", 0)
 def warpers() -> float:
-    rooms, worst = room("test_sampling"), 0.0
+    rooms, worst = room("test_decoding_sampling"), 0.0
     generator = torch.Generator().manual_seed(0)
     for n in range(60):
         logits = torch.randn(3, 50, generator=generator) * 4
@@ -62,7 +62,7 @@ def warpers() -> float:
 def beams() -> float:
     import transformers
 
-    rooms, found, worst = room("test_beam"), [], 0.0
+    rooms, found, worst = room("test_decoding_beam"), [], 0.0
     config = transformers.LlamaConfig(
         **{
             "vocab_size": 29,
@@ -95,7 +95,7 @@ def beams() -> float:
 
 @row("speculative decoding: greedy ids that differ", "plain decoding, fp64", "4 drafters, 4 prompts, 1 to 5 drafted", 0)
 def speculative_greedy() -> float:
-    rooms, small = room("test_speculative"), room("small_model")
+    rooms, small = room("test_decoding_speculative"), room("helpers.small_model")
     model, pairs = small.small_model(), []
     for prompt in small.random_prompts([1, 5, 12, 25]):
         expected = small.uncached(model, prompt, 12)
@@ -112,7 +112,7 @@ def speculative_greedy() -> float:
     18.4,
 )
 def speculative_draws() -> float:
-    rooms, n = room("test_speculative"), 20_000
+    rooms, n = room("test_decoding_speculative"), 20_000
     generator = torch.Generator().manual_seed(2)
     p = torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
     q = torch.tensor([[0.1, 0.3, 0.4, 0.2]], dtype=torch.float64)
@@ -160,7 +160,7 @@ def vocabularies() -> list[tuple]:
     """Ours and a byte-level BPE as Llama 3 has it, each with what transformers makes of its saved directory."""
     import transformers
 
-    made, pairs = room("vocabularies"), []
+    made, pairs = room("helpers.vocabularies"), []
     with tempfile.TemporaryDirectory() as folder:
         trained = made.train_tokenizer.train_model(made.LINES, 1.0, made.train_tokenizer.Args(vocab_size=420))
         byte_level = made.load_tokenizer(made.write_byte_level(Path(folder) / "trained"))
@@ -175,7 +175,7 @@ def vocabularies() -> list[tuple]:
 
 def texts(n: int, seed: int = 0) -> list[str]:
     """Of what breaks tokenizers: two scripts, emoji, joiners, runs of spaces, bytes."""
-    made, random_ = room("vocabularies"), random.Random(seed)
+    made, random_ = room("helpers.vocabularies"), random.Random(seed)
     parts = [
         *made.WORDS.split(),
         *made.BLANKS,
@@ -195,14 +195,17 @@ def texts(n: int, seed: int = 0) -> list[str]:
     "Muon, exact orthogonalisation: a step", "torch.optim.Muon, share of the step", "6 shapes, 8 steps, decay 0.1", 1e-5
 )
 def muon() -> float:
-    rooms, worst = room("test_optim"), 0.0
+    rooms, worst = room("test_optim_optimizers"), 0.0
     exact = rooms.exactly_orthogonal
     ours = [torch.nn.Parameter(torch.randn(s)) for s in [(16, 16), (24, 16), (16, 24), (16, 16), (1, 8), (40, 3)]]
     theirs = copy.deepcopy(ours)
     shared = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
     peer = torch.optim.Muon(theirs, **shared, adjust_lr_fn="match_rms_adamw", eps=1e-7)
     pairs = ((ours, rooms.Muon(ours, **shared)), (theirs, peer))
-    with mock.patch("optim.orthogonalize", exact), mock.patch("torch.optim._muon._zeropower_via_newtonschulz", exact):
+    with (
+        mock.patch("optim.muon.orthogonalize", exact),
+        mock.patch("torch.optim._muon._zeropower_via_newtonschulz", exact),
+    ):
         for step in range(8):
             before = [p.detach().clone() for p in ours]
             for params, optimizer in pairs:
@@ -221,7 +224,7 @@ def muon() -> float:
 def schedules() -> float:
     import transformers as t
 
-    rooms, worst = room("test_optim"), 0.0
+    rooms, worst = room("test_optim_optimizers"), 0.0
     for n in range(20):
         warmup, rest, floor = n % 7, 1 + 2 * n, (0.0, 0.1)[n % 2]
         total, decay = warmup + rest, rest - rest // 2
@@ -246,7 +249,7 @@ def schedules() -> float:
     "LoRA and its family: logits", "peft on transformers, fp64", "10 ways: rsLoRA, DoRA, PiSSA, head, embedding", 1e-10
 )
 def adapters() -> float:
-    rooms, models, worst = room("test_lora_peft"), room("lora_models"), 0.0
+    rooms, models, worst = room("test_checkpoint_peft_oracle"), room("helpers.lora_models"), 0.0
     tokens = models.some_tokens()
     for args in rooms.VARIANTS.values():
         model = models.our_model()
@@ -264,7 +267,7 @@ def adapters() -> float:
 
 @row("4-bit weights (nf4, fp4)", "the paper's definition, bit for bit", "5 shapes, blocks that rows cut, 3 sizes", 0)
 def four_bits() -> float:
-    rooms, worst = room("test_lora_quantized"), 0.0
+    rooms, worst = room("test_quant_linear"), 0.0
     reference = rooms.reference
     for kind in ("nf4", "fp4"):
         for shape, size in zip([(64, 8), (65, 3), (1, 1), (150, 60), (7, 33)], [1e-6, 0.02, 3.0, 0.02, 1e-6]):
@@ -281,7 +284,7 @@ def four_bits() -> float:
 def four_bit_products() -> float:
     import bitsandbytes as bnb
 
-    rooms, worst = room("test_lora_quantized"), 0.0
+    rooms, worst = room("test_quant_linear"), 0.0
     for kind in ("nf4", "fp4"):
         layer, x = torch.nn.Linear(128, 80), torch.randn(4, 5, 128)
         theirs = bnb.nn.Linear4bit(128, 80, quant_type=kind, compute_dtype=torch.float32)

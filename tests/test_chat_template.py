@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from helpers.vocabularies import FUZZ, TEXT, TEXT_WITH_NAMES, write_byte_level
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from vocabularies import FUZZ, TEXT, TEXT_WITH_NAMES, write_byte_level
 
-from chat_template import ChatTemplate, load_template
-from conversations import file_conversations
+from chat.conversations import file_conversations
+from chat.template import ChatTemplate, load_template
 from tokenizer import TEMPLATES, Tokenizer, load_tokenizer
 
 # Of each template a vocabulary that can carry it.

@@ -5,12 +5,12 @@ import json
 import pytest
 import tokenizers
 import transformers
+from helpers.vocabularies import TEXT, write_metaspace
 from hypothesis import given, settings
 from test_chat_template import TALK, conversations, in_transformers, rendered, text_of
 from tokenizers import AddedToken, models, pre_tokenizers
-from vocabularies import TEXT, write_metaspace
 
-from chat_template import ChatTemplate, load_template
+from chat.template import ChatTemplate, load_template
 from tokenizer import load_tokenizer
 
 # A default system message, and no {% generation %}: Qwen 2.5.

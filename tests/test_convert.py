@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_models import our_model, save_as_hf, shake, some_tokens
-from tiny_chat import save_chat_model
+from helpers.lora_models import our_model, save_as_hf, shake, some_tokens
+from helpers.tiny_chat_model import save_chat_model
 from transformers import AutoModelForCausalLM
 
 import convert
-import lora
-from checkpoint import load_model
+from checkpoint import peft
+from checkpoint.directory import load_model
 from convert import Merge
-from lora import LoraArgs
+from lora import adapters
+from lora.adapters import LoraArgs
 from tokenizer import load_tokenizer
 
 
@@ -27,9 +28,9 @@ def trained(tmp_path: Path):
         model = our_model(tied).to(dtype)
         save_as_hf(model, tmp_path / "base")
         model.float()
-        lora.apply(model, args)
+        adapters.apply(model, args)
         shake(model)
-        lora.save(tmp_path / "adapter", model)
+        peft.save(tmp_path / "adapter", model)
         return model
 
     return make
@@ -40,7 +41,7 @@ def merged(folder: Path, **options) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("method", list(lora.METHODS))
+@pytest.mark.parametrize("method", list(adapters.METHODS))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_merged_model_says_what_the_adapted_one_says(method, tied, trained, tmp_path):
     model = trained(LoraArgs(method, r=3, train_embed_norm=True), tied)
@@ -82,8 +83,8 @@ def test_the_sum_is_made_in_float32_and_rounded_once(dtype, trained, tmp_path):
 def test_the_tokenizer_comes_along(tmp_path):
     save_chat_model(tmp_path / "base")
     model = load_model(tmp_path / "base")
-    lora.apply(model, LoraArgs("lora", r=2))
-    lora.save(tmp_path / "adapter", model)
+    adapters.apply(model, LoraArgs("lora", r=2))
+    peft.save(tmp_path / "adapter", model)
     out = merged(tmp_path)
     assert load_tokenizer(out).sha256() == load_tokenizer(tmp_path / "base").sha256()
     stops = [json.loads((d / "generation_config.json").read_text())["eos_token_id"] for d in (out, tmp_path / "base")]

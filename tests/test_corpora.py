@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import config
+from cli.args import as_flags, parse
+from cli.record import to_plain
 from corpora import CORPORA, SourceArgs, read, read_conversations, text_size
 from corpora.registry import register, stable_share
 
@@ -78,8 +79,8 @@ def test_every_corpus_has_a_licence_and_a_description():
 def test_source_args_survive_a_config_file():
     args = SourceArgs(corpus=("laws", "poems"), input=(Path("a"),), loader=Path("b.py"))
     for original in (args, SourceArgs()):
-        words = config.as_flags(SourceArgs, config.to_plain(original), where="test")
-        assert config.parse(SourceArgs, "data_process", words) == original
+        words = as_flags(SourceArgs, to_plain(original), where="test")
+        assert parse(SourceArgs, "data_process", words) == original
 
 
 def test_stable_share_is_uniform_and_the_same_everywhere():

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from data_runs import NOT_COMPARED, Runs, contents, decoded, write_texts
-from tiny_text import made_up_texts, train_tiny_tokenizer
+from helpers.data_process_runs import NOT_COMPARED, Runs, contents, decoded, write_texts
+from helpers.tiny_texts import made_up_texts, train_tiny_tokenizer
 
-import config
 import data_process
-import documents
-import progress
-from bins import TokenBin
+from bins import screen
+from bins.token_bin import TokenBin
+from cli import progress
+from cli.args import run
 from corpora import CORPORA, Conversation, Corpus, Document, SourceArgs
 from corpora.registry import stable_share
 from data_process import Args, main
@@ -34,7 +34,7 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr(documents, "BATCH_ITEMS", 5)
+    monkeypatch.setattr(screen, "BATCH_ITEMS", 5)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, make, tokenizer
         words = ["--tokenizer", tokenizer_path, "--out", out, "--overwrite", True, "--processes", 1, *flags]
         monkeypatch.setattr(sys, "argv", ["data_process.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            config.run(main, Args, "data_process")
+            run(main, Args, "data_process")
         assert re.fullmatch(f"error: .*{sentence}.*", str(stop.value.code)), (name, stop.value.code)
         assert contents(out) == before and not (out / "data_process.part").exists(), name
     assert capsys.readouterr().err == ""

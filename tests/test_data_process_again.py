@@ -11,15 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from data_runs import Runs, contents, write_texts
-from tiny_text import made_up_texts, train_tiny_tokenizer
+from helpers.data_process_runs import Runs, contents, write_texts
+from helpers.tiny_texts import made_up_texts, train_tiny_tokenizer
 
-import config
 import data_process
-import documents
-import progress
-from bins import TokenBin
+from bins import screen
+from bins.token_bin import TokenBin
+from cli import progress
 from corpora import SourceArgs
+from files import alone_in
 
 REPOSITORY = Path(data_process.__file__).parent
 
@@ -31,7 +31,7 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr(documents, "BATCH_ITEMS", 5)
+    monkeypatch.setattr(screen, "BATCH_ITEMS", 5)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_an_unfinished_run_is_gone_on_with_or_dropped_only_when_told(make, monke
 
 
 def test_a_second_process_is_kept_out_of_the_same_folder(make, tmp_path):
-    with config.alone_in(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
+    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match=r"another process is at work in .*out"):
         make(made_up_texts(30))
     assert not list((tmp_path / "out").iterdir())
 
@@ -146,7 +146,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def test_what_is_read_again_shows_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
-    batches = [documents.Batch(end) for end in (5, 10, 15, 20)]
+    batches = [screen.Batch(end) for end in (5, 10, 15, 20)]
     assert [batch.end for batch in data_process.behind(batches, 10)] == [15, 20]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bins import BinWriter, TokenBin
+from bins.token_bin import BinWriter, TokenBin
 from dataset import IGNORE, Batch, PretrainData
 
 EOS = 0

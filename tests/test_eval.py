@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_chat import save_chat_model
+from helpers.tiny_chat_model import save_chat_model
 
-import config
 import eval as script
-import lora
-from bins import BinWriter
-from chat_template import load_template
-from checkpoint import load_model
+from bins.token_bin import BinWriter
+from chat.template import load_template
+from checkpoint import peft
+from checkpoint.directory import load_model
+from cli.args import run
+from decoding.generate import generate
+from decoding.sampling import SamplingParams
 from eval import Args, main
-from generate import generate
-from sampling import SamplingParams
+from lora import adapters
 from tokenizer import load_tokenizer
 
 SHORT = SamplingParams(temperature=0.8, max_new_tokens=20, seed=3)
@@ -61,8 +62,8 @@ def test_one_answer(args, directory, capsys, system):
 
 def test_an_adapter_answers_on_a_base_given_by_flag(args, directory, tmp_path):
     model = load_model(directory)
-    lora.apply(model, lora.LoraArgs("lora", r=2))
-    lora.save(tmp_path, model, base="elsewhere")
+    adapters.apply(model, adapters.LoraArgs("lora", r=2))
+    peft.save(tmp_path, model, base="elsewhere")
     adapted = dataclasses.replace(args, model=tmp_path, base=directory, prompt="江上")
     assert main(adapted)["answer"] == expected_answer(directory, [user("江上")])  # lora_B is still 0
     with pytest.raises(FileNotFoundError, match=r"adapter of elsewhere, .* --base DIR"):
@@ -246,7 +247,7 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
 def test_what_a_user_can_mend_is_one_sentence_and_a_status(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "/nowhere"])
     with pytest.raises(SystemExit, match=r"^error: /nowhere does not exist; run `bash run.sh` to train one, or give"):
-        config.run(main, Args, "eval")
+        run(main, Args, "eval")
 
 
 def test_a_pipe_through_the_script(directory):

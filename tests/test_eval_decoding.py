@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_chat import save_chat_model
+from helpers.tiny_chat_model import save_chat_model
 
-import config
-from beam import BeamParams, beam_search
-from chat_template import load_template
-from checkpoint import load_model, save_model
+from chat.template import load_template
+from checkpoint.directory import load_model, save_model
+from cli.args import parse
+from decoding.beam import BeamParams, beam_search
+from decoding.generate import Token, generate
+from decoding.sampling import SamplingParams
 from eval import Args, main, token_table
-from generate import Token, generate
-from sampling import SamplingParams
 from tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=30)
@@ -226,7 +226,7 @@ def test_flags_that_make_no_sense_are_one_sentence(args, changes, sentence):
 
 def test_settings_of_sampling_need_no_prefix():
     flags = ["--temperature", "0", "--top_k", "3", "--max_new_tokens", "7", "--stop", "江", "--cache", "int8"]
-    args = config.parse(Args, "eval", flags)
+    args = parse(Args, "eval", flags)
     assert args.sampling == SamplingParams(temperature=0, top_k=3, max_new_tokens=7)
     assert args.stop == ("江",) and args.cache == "int8"
-    assert config.parse(Args, "eval", ["--sampling.temperature", "0"]).sampling.temperature == 0
+    assert parse(Args, "eval", ["--sampling.temperature", "0"]).sampling.temperature == 0

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import save_chat_model
+from helpers.tiny_chat_model import save_chat_model
 
-import config
 import convert
 import fine_tuning
-from chat_template import load_template
-from fine_tuning_data import DataArgs
-from speaker import load_speaker
+from chat.template import load_template
+from cli.args import parse
+from serving.assistant import load_assistant
 from tokenizer import load_tokenizer
+from tuning.data import DataArgs
 
 SMALL = "--data.seq_len 64 --data.batch_size 2 --train.max_steps 2 --train.compile off --train.device cpu"
 GOOD = {"messages": [{"role": "user", "content": "moon?"}, {"role": "assistant", "content": "the moon"}]}
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *flags: str) -> dict:
     where = ["--init_from", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--out", str(folder / "run")]
-    return fine_tuning.main(config.parse(fine_tuning.Args, "fine_tuning", [*where, *SMALL.split(), *flags]))
+    return fine_tuning.main(parse(fine_tuning.Args, "fine_tuning", [*where, *SMALL.split(), *flags]))
 
 
 def test_broken_records_are_kept_aside_and_missing_held_out_ones_mentioned(folder, capsys):
@@ -117,10 +117,10 @@ def test_new_tokens_make_a_template_fit(folder, capsys):
     with pytest.raises(ValueError, match="holds a run with add_tokens"):
         run(folder, "--data.template", "chatml", *markers, "<|tool|>")
     where = ["--model", str(folder / "model"), "--out", str(folder / "more")]
-    convert.tokens(config.parse(convert.Tokens, "convert", [*where, *markers]))
+    convert.tokens(parse(convert.Tokens, "convert", [*where, *markers]))
     adapted = ["--init_from", str(folder / "more"), "--out", str(folder / "adapter"), "--lora.method", "lora"]
     assert run(folder, "--data.template", "chatml", *adapted)["steps"] == 2
-    assert load_speaker(folder / "adapter" / "last", torch.device("cpu"), torch.float32).stop_ids[-1] == before + 1
+    assert load_assistant(folder / "adapter" / "last", torch.device("cpu"), torch.float32).stop_ids[-1] == before + 1
 
 
 def test_the_same_conversations_from_another_model_are_another_run(folder):

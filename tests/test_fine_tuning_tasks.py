@@ -5,15 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_chat import save_chat_model
+from helpers.tiny_chat_model import save_chat_model
 
-import config
 import fine_tuning
-import runlog
-import trainer
-from checkpoint import load_state
+from cli.args import parse
 from corpora.registry import stable_share
-from runlog import read_metrics
+from training import log as training_log
+from training import trainer
+from training.log import read_metrics
+from training.state import load_state
 
 SMALL = """--data.seq_len 64 --data.batch_size 4 --train.max_steps 8 --train.compile off --train.device cpu
     --train.log_interval 1 --train.eval_interval 3 --train.eval_batches 0 --data.heldout_share 0.25"""
@@ -22,7 +22,7 @@ SMALL = """--data.seq_len 64 --data.batch_size 4 --train.max_steps 8 --train.com
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(trainer, "peak_flops", lambda *_: (1e12, "not measured"))
-    monkeypatch.setattr(runlog, "draw_losses", lambda *_: None)
+    monkeypatch.setattr(training_log, "draw_losses", lambda *_: None)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, out: str, *flags: str) -> dict:
     where = f"--init_from {folder}/model --data {folder}/moon,{folder}/sun.jsonl --out {folder}/{out}"
-    return fine_tuning.main(config.parse(fine_tuning.Args, "fine_tuning", [*where.split(), *SMALL.split(), *flags]))
+    return fine_tuning.main(parse(fine_tuning.Args, "fine_tuning", [*where.split(), *SMALL.split(), *flags]))
 
 
 def test_preset(folder):

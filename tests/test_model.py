@@ -4,15 +4,16 @@ import dataclasses
 import json
 
 import pytest
-import reference
 import torch
+from helpers import llama_reference as reference
 from hypothesis import given
 from hypothesis import strategies as st
 
 import rope
-from checkpoint import load_model
+from checkpoint.directory import load_model
 from dataset import IGNORE
-from model import ModelArgs, Transformer
+from model import Transformer
+from model_args import ModelArgs
 
 transformers = pytest.importorskip("transformers")
 

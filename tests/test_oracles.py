@@ -2,7 +2,7 @@
 
 import oracles
 import pytest
-from oracle_row import ROWS, Row
+from helpers.oracle_row import ROWS, Row
 
 LINES = [line for line in oracles.DOCUMENT.read_text(encoding="utf8").splitlines() if line.startswith("|")]
 KEPT = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES[2:]]

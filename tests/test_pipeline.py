@@ -8,17 +8,17 @@ import sys
 
 import numpy as np
 import pytest
-from miniature import BROKEN, EXCHANGES, NAMES, Miniature
+from helpers.miniature import BROKEN, EXCHANGES, NAMES, Miniature
 
-from bins import TokenBin
-from chat_template import load_template
-from checkpoint import load_model
+from bins.token_bin import TokenBin
+from chat.template import load_template
+from checkpoint.directory import load_model
 from dataset import PretrainData
-from evaluation import evaluate
-from generate import generate
+from decoding.generate import generate
+from decoding.sampling import SamplingParams
 from model import Transformer
-from sampling import SamplingParams
 from tokenizer import load_tokenizer
+from training.heldout import evaluate
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=60)
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_chat import chat_tokenizer
+from helpers.tiny_chat_model import chat_tokenizer
 
-import config
 import data_process
 import pretrain
-from bins import BinWriter
-from checkpoint import load_model
-from config import file_sha256
-from continued import add_tokens
+from bins.token_bin import BinWriter
+from checkpoint.directory import load_model
+from checkpoint.extend import add_tokens
+from cli.args import parse
+from cli.record import file_sha256
+from files import alone_in
 from tokenizer import load_tokenizer
 
 SHAPE = "--model.dim 32 --model.n_layers 1 --model.n_heads 2 --model.multiple_of 8"
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *flags: str) -> dict:
     where = ["--data.dir", str(folder / "data"), "--out", str(folder / "run")]
-    return pretrain.main(config.parse(pretrain.Args, "pretrain", [*where, *SMALL.split(), *flags]))
+    return pretrain.main(parse(pretrain.Args, "pretrain", [*where, *SMALL.split(), *flags]))
 
 
 def test_a_headerless_bin_trains_and_is_recorded(folder):
@@ -109,7 +110,7 @@ def go_on(folder: Path, directory: str, *flags: str) -> dict:
     small = ["--data.seq_len", "16", "--data.batch_size", "4", "--train.max_steps", "2", "--train.compile", "off"]
     where = ["--data.dir", str(folder / "data"), "--out", str(folder / "second"), "--init_from", directory]
     argv = [*where, *small, "--train.device", "cpu", *flags]
-    return pretrain.main(config.parse(pretrain.Args, "pretrain", argv))
+    return pretrain.main(parse(pretrain.Args, "pretrain", argv))
 
 
 def test_training_goes_on_at_another_length_and_resumes(folder, trained, capsys):
@@ -204,7 +205,7 @@ def test_a_real_model_goes_on_at_twice_its_length(shared, tmp_path):
     text = (shared / "pretrain" / "tinystories_sample.txt").read_text(encoding="utf8")[:300_000]
     (tmp_path / "text.txt").write_text(text, "utf8")
     flags = ["--input", str(tmp_path / "text.txt"), "--tokenizer", str(directory), "--out", str(tmp_path / "data")]
-    data_process.main(config.parse(data_process.Args, "data_process", [*flags, "--corpus"]))
+    data_process.main(parse(data_process.Args, "data_process", [*flags, "--corpus"]))
     load_tokenizer(directory).save(tmp_path / "data" / "tokenizer")
     before = load_model(directory)
     flags = ["--data.seq_len", "1024", "--model.max_seq_len", "1024", "--train.max_steps", "4", "--optim.lr", "1e-4"]
@@ -249,7 +250,7 @@ def test_a_run_copied_with_its_links_followed_says_what_to_do(folder):
 
 def test_a_second_process_in_the_same_run_is_refused(folder):
     with (
-        config.alone_in(folder / "run"),  # a lock is of who opened the folder, so one process will do
+        alone_in(folder / "run"),  # a lock is of who opened the folder, so one process will do
         pytest.raises(ValueError, match="another process is at work in"),
     ):
         run(folder)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from miniature import EXCHANGES, JOURNEY, Miniature
+from helpers.miniature import EXCHANGES, JOURNEY, Miniature
 from torch.distributed.run import get_args_parser
 
-import config
+from cli.args import SECTIONS, parse
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPTS = tuple(f"{section}.py" for section in config.SECTIONS)
+SCRIPTS = tuple(f"{section}.py" for section in SECTIONS)
 TEXTS = {name: (REPOSITORY / name).read_text(encoding="utf8") for name in ("README.md", "README_CN.md")}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -84,9 +84,9 @@ def understood(words: list[str]) -> str:
         assert get_args_parser().parse_args([*launcher[1:], *words[at:]]).training_script == program
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     if program == "convert.py":
-        config.parse(module.COMMANDS[arguments[0]][1], "convert", arguments[1:])
+        parse(module.COMMANDS[arguments[0]][1], "convert", arguments[1:])
     elif program in SCRIPTS:
-        config.parse(module.Args, module.__name__, arguments)
+        parse(module.Args, module.__name__, arguments)
     else:  # in bench/
         assert {word for word in arguments if word.startswith("--")} <= flags(module.Args)
     return program
@@ -127,7 +127,7 @@ def test_the_other_commands_name_a_file() -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    known = {"--help"}.union(*(flags(importlib.import_module(name).Args) for name in config.SECTIONS))
+    known = {"--help"}.union(*(flags(importlib.import_module(name).Args) for name in SECTIONS))
     mentioned = {code.split()[0] for code in inline(TEXTS["README.md"]) if code.startswith("--")}
     assert mentioned and mentioned <= known
 

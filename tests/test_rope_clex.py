@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from toy import toy_data, toy_trainer
+from helpers.tiny_training_run import toy_data, toy_trainer
 
 import rope
-from checkpoint import load_model, save_model
-from model import ModelArgs, Transformer
-from optim import OptimArgs, build_optimizer
-from trainer import Trainer
+from checkpoint.directory import load_model, save_model
+from model import Transformer
+from model_args import ModelArgs
+from optim.args import OptimArgs
+from optim.optimizers import build_optimizer
+from training.trainer import Trainer
 
 SCALING = {"rope_type": "clex", "max_factor": 4, "original_max_position_embeddings": 16}
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 29, "multiple_of": 8, "max_seq_len": 64}

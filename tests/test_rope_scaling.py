@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rope
-from model import ModelArgs, Transformer
+from model import Transformer
+from model_args import ModelArgs
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from house import REPOSITORY, STAGES, House, program
+from helpers.stub_scripts import REPOSITORY, STAGES, House, program
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from house import House, program
+from helpers.stub_scripts import House, program
 
 # Notes what it is asked to install; fails where the file `refuse` holds a part of it; leaves torch's folder behind.
 FAKE_PYTHON = """

@@ -7,10 +7,20 @@ import pickle
 import pytest
 import tokenizers
 import transformers
+from helpers.vocabularies import (
+    ALL,
+    FUZZ,
+    LINES,
+    SNIPPETS,
+    TEXT,
+    TEXT_WITH_NAMES,
+    sp_model,
+    write_byte_level,
+    write_metaspace,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
-from vocabularies import ALL, FUZZ, LINES, SNIPPETS, TEXT, TEXT_WITH_NAMES, sp_model, write_byte_level, write_metaspace
 
 import train_tokenizer
 from tokenizer import MARKERS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer

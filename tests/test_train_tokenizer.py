@@ -10,11 +10,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
 import corpora
 import train_tokenizer
+from bins.screen import screen
+from cli.args import parse
 from corpora import BadRecord, Document
-from documents import screen
 from tokenizer import MARKERS, SentencePieceTokenizer, load_tokenizer
 from train_tokenizer import SAMPLES, Args, Sample, lines_of, main
 
@@ -347,12 +347,10 @@ def test_merging_into_a_unigram_model_is_refused(corpus, tmp_path):
 def test_flags_and_presets(tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("train_tokenizer: {vocab_size: 5000, character_coverage: 0.99, corpus: [poems]}")
-    got = config.parse(
-        Args, "train_tokenizer", ["--config", str(preset), "--max_piece_length", "2", "--compare", "a", "b"]
-    )
+    got = parse(Args, "train_tokenizer", ["--config", str(preset), "--max_piece_length", "2", "--compare", "a", "b"])
     assert (got.vocab_size, got.character_coverage, got.max_piece_length) == (5000, 0.99, 2)
     assert got.compare == (Path("a"), Path("b")) and got.corpus == ("poems",)
-    assert config.parse(Args, "train_tokenizer", []) == Args()
+    assert parse(Args, "train_tokenizer", []) == Args()
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Documents screened, tokenized and written as token bins."""

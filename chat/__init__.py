@@ -1,0 +1,1 @@
+"""Conversations: forms of records, templates, encoded samples."""

@@ -1,0 +1,1 @@
+"""Every way in which a model lies on a disk."""

@@ -1,0 +1,229 @@
+"""Hugging Face's `config.json` and our `ModelArgs`: the same shape under two vocabularies.
+
+What a config leaves out is what transformers takes for its model_type. What it asks for and our module cannot do is
+refused by name; a key that changes nothing in the computation (`use_cache`, `pretraining_tp`) passes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import rope
+
+if TYPE_CHECKING:
+    from model_args import ModelArgs
+
+FAMILY = {  # model_type in config.json -> the class that transformers gives it
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+OMITTED = {  # what transformers takes where a config.json does not say
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+# What other models compute, and ours does only where the key is absent, null or one of these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "use_qk_norm": (False,),
+    "alibi": (False,),
+    "attention_dropout": (0.0,),
+    "hidden_dropout": (0.0,),
+    "resid_pdrop": (0.0,),
+    "embd_pdrop": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "rotary_pct": (1.0,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
+    "logit_scale": (1.0,),
+    "logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "no_rope_layers": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+}
+ORIGINAL = "original_max_position_embeddings"
+
+
+def read(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelArgs` that a `config.json` asks for; ValueError names what our module cannot represent."""
+    kind = config.get("model_type", "llama")
+    if kind not in FAMILY:
+        raise ValueError(f"config.json is of model_type {kind!r}; this module runs {', '.join(FAMILY)}")
+    refuse_the_foreign(config, kind)
+    config = OMITTED[kind] | config
+    theta, scaling = read_rope(config)
+    n_heads = integer(config, "num_attention_heads")
+    return {
+        "dim": integer(config, "hidden_size"),
+        "n_layers": integer(config, "num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": integer(config, "num_key_value_heads", n_heads),
+        "head_dim": integer(config, "head_dim", integer(config, "hidden_size") // max(n_heads, 1)),
+        "vocab_size": integer(config, "vocab_size"),
+        "hidden_dim": integer(config, "intermediate_size"),
+        "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "max_seq_len": integer(config, "max_seq_len", None) or integer(config, "max_position_embeddings"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_embeddings": flag(config, "tie_word_embeddings"),
+        "attention_bias": kind == "qwen2",
+        "qk_norm": kind == "qwen3",
+        "sliding_window": read_window(config, kind),
+    }
+
+
+def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:
+    """Raise ValueError for a key whose value asks for a computation that this module does not do."""
+    if said := config.get("quantization_config"):
+        method = said.get("quant_method", "some method") if isinstance(said, dict) else said
+        raise ValueError(f"config.json says that the weights are quantized ({method}); dequantize them first")
+    for key, neutral in NEUTRAL.items():
+        if config.get(key) is not None and config[key] not in neutral:
+            raise ValueError(f"config.json sets {key} to {config[key]!r}, which this module does not do")
+    if config.get("attention_bias") and kind != "qwen2":  # Qwen2 has its biases whatever this key says
+        raise ValueError("config.json sets attention_bias, on q, k, v and o: this module has it on q, k, v (qwen2)")
+
+
+def read_window(config: dict[str, Any], kind: str) -> int | None:
+    """The sliding window that every layer has, None where none has one; ValueError where only some have."""
+    if kind == "llama":
+        return None  # transformers' has none, whatever the file says
+    window = integer(config, "sliding_window", None)
+    if kind == "mistral":
+        return window
+    n_layers, first = integer(config, "num_hidden_layers"), integer(config, "max_window_layers", 28)
+    asked = flag(config, "use_sliding_window") and window is not None
+    derived = ["sliding_attention" if asked and i >= first else "full_attention" for i in range(n_layers)]
+    kinds = set(config.get("layer_types") or derived)
+    if kinds == {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"} and asked:
+        return window
+    raise ValueError(
+        "config.json asks by layer_types, or use_sliding_window and max_window_layers, for attention that differs "
+        f"from layer to layer ({', '.join(sorted(kinds))}): this module has one sliding window for all, or none"
+    )
+
+
+def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling (None: plain) of the rotary encoding, from the present key `rope_parameters` or the older
+    `rope_theta` and `rope_scaling`; ValueError where both are there and do not say the same."""
+    said = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    for key, value in said.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"config.json: {key} should be a mapping, found {value!r}")
+        if any(isinstance(inner, dict) for inner in value.values()):
+            raise ValueError(f"config.json: {key} differs from layer type to layer type: this module has one for all")
+    scalings = {key: scaling_of(key, value) for key, value in said.items()}
+    if len(scalings) == 2 and scalings["rope_parameters"] != scalings["rope_scaling"]:
+        raise ValueError(f"config.json contradicts itself: {' and '.join(f'{k} {v}' for k, v in said.items())}")
+    thetas = {number(each, "rope_theta", None) for each in (config, *said.values())} - {None}
+    if len(thetas) > 1:
+        raise ValueError(f"config.json contradicts itself: it has rope_theta {' and '.join(map(str, sorted(thetas)))}")
+    scaling = next(iter(scalings.values()), None)
+    if scaling and scaling["rope_type"] in ("llama3", "yarn", "longrope"):
+        scaling.setdefault(ORIGINAL, config.get(ORIGINAL) or integer(config, "max_position_embeddings"))
+    if scaling and scaling["rope_type"] == "dynamic" and "max_seq_len" in config:  # as `write_rope` has it
+        scaling.setdefault(ORIGINAL, integer(config, "max_position_embeddings"))
+    return next(iter(thetas), 10000.0), scaling
+
+
+def scaling_of(key: str, value: dict[str, Any]) -> dict[str, Any] | None:
+    """A mapping on rotary positions under `rope_type`, without the base; None for the plain encoding."""
+    types = [value[name] for name in ("rope_type", "type") if value.get(name)]
+    if types[1:] and types[0] != types[1]:
+        raise ValueError(f"config.json contradicts itself: {key} has rope_type {types[0]} and type {types[1]}")
+    if value.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: {key} sets partial_rotary_factor, which this module does not do")
+    rest = {k: v for k, v in value.items() if k not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
+    if rest and not types:
+        raise ValueError(f"config.json: {key} sets {', '.join(rest)}, and no rope_type says what to do with it")
+    return {"rope_type": types[0]} | rest if types and types[0] != "default" else None
+
+
+_REQUIRED: Any = object()
+
+
+def integer(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
+    """An integer of a config; `default` where it is absent or null. ValueError names a key that is missing or wrong."""
+    return _of_type(config, key, default, int, "an integer")
+
+
+def number(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
+    """A number of a config as a float; the rest as for `integer`."""
+    value = _of_type(config, key, default, (int, float), "a number")
+    return value if value is None else float(value)
+
+
+def flag(config: dict[str, Any], key: str) -> bool:
+    """A truth value of a config; false where it is absent or null. ValueError where it is anything else."""
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} should be true or false, found {value!r}")
+    return value
+
+
+def _of_type(config: dict[str, Any], key: str, default: Any, kind: Any, name: str) -> Any:
+    value = config.get(key)
+    if value is None and default is not _REQUIRED:
+        return default
+    if value is None:
+        raise ValueError(f"config.json lacks the key {key!r}")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"config.json: {key} should be {name}, found {value!r}")
+    return value
+
+
+def write(args: ModelArgs) -> dict[str, Any]:
+    """The `config.json` of a shape, with the present keys for positions and the older ones beside them."""
+    if args.attention_bias and args.qk_norm:
+        raise ValueError("no Hugging Face model combines attention_bias (on q, k, v) and qk_norm")
+    kind = "qwen2" if args.attention_bias else "qwen3" if args.qk_norm else "mistral"
+    if kind == "mistral" and args.sliding_window is None and args.dim % args.n_heads == 0:
+        kind = "llama"  # whose class wants heads that divide the width, even where head_dim is another
+    config = {
+        "architectures": [FAMILY[kind]],
+        "model_type": kind,
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "intermediate_size": args.hidden_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": args.norm_eps,
+        **write_rope(args),
+        "tie_word_embeddings": args.tie_embeddings,
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+    }
+    if kind == "mistral":
+        config["sliding_window"] = args.sliding_window
+    elif kind != "llama" and args.sliding_window is not None:
+        config |= {"sliding_window": args.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
+    return config
+
+
+def write_rope(args: ModelArgs) -> dict[str, Any]:
+    """The keys on lengths and positions. transformers has no name for `ntk`: it is written, and read again, as the
+    larger base that it is. For `dynamic` its `max_position_embeddings` is the original window; the length that the
+    model is made for stands beside it under a name of ours."""
+    scaling = args.rope_scaling and dict(args.rope_scaling)  # a copy: transformers writes into what it is given
+    theta, length = args.rope_theta, {"max_position_embeddings": args.max_seq_len}
+    if rope.rope_type(scaling) == "ntk":
+        scaling, theta = None, rope.ntk_theta(args.head_dim, theta, scaling["factor"])
+    elif rope.rope_type(scaling) == "dynamic" and scaling.get(ORIGINAL):
+        length = {"max_position_embeddings": scaling.pop(ORIGINAL), "max_seq_len": args.max_seq_len}
+    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    return length | {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}

@@ -1,0 +1,256 @@
+"""Adapters on disk, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+A tensor is called `base_model.model.` + the layer's name + `.lora_A.weight` (r, in), `.lora_B.weight` (out, r),
+`.lora_magnitude_vector` (out,) or `.lora_embedding_A` (r, V), `.lora_embedding_B` (d, r); what is trained in full is
+called as in the model. Which layers are meant is read from these names alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from checkpoint.safetensors_files import opened
+from lora.inject import adapted, fully_trained, inject, specs, train_only
+from lora.pissa import Pissa
+from lora.spec import LoraSpec
+from lora.targets import matching, shortest
+from quant.replace import kind_of_base
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLAIN = {  # keys of adapter_config.json that must be absent or have one of these values
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_qalora": (False,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "pissa"),  # others change the base weights
+}
+
+
+def save(directory: Path, model: nn.Module, name: str = "default", base: str | None = None) -> None:
+    """Write one adapter of `model`; `base` is the name or path of the model it belongs to.
+
+    A PiSSA adapter is written as the LoRA of rank 2r that does the same to the original weights. How the weights under
+    the adapter were kept, if not in full, stands in the metadata of its tensors (see `base_kind`).
+    """
+    spec = spec_of(model, name)
+    targets = matching(model, spec.targets, excluded=spec.train)
+    times = 2 if spec.pissa else 1
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": spec.r * times,
+        "lora_alpha": spec.alpha * (times**0.5 if spec.rslora else times),  # keeps the scaling
+        "lora_dropout": spec.dropout,
+        "target_modules": shortest(model, targets),
+        "modules_to_save": shortest(model, spec.train) or None,
+        "use_rslora": spec.rslora,
+        "use_dora": spec.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2))
+    kind, double = kind_of_base(model)  # one key: several would come in another order each time, and the file with them
+    metadata = {"format": "pt"} if kind == "full" else {"base": f"{kind} double" if double else kind}
+    save_file(state_dict(model, name), directory / WEIGHTS, metadata=metadata)
+
+
+def base_kind(directory: Path) -> tuple[str, bool]:
+    """How the weights were kept that an adapter was trained on (as `LoraArgs.base` and `.double_quant` say), if `save`
+    wrote it; ("full", False) where nothing says it."""
+    with opened(weights_file(directory)) as file:
+        kind, _, double = (file.metadata() or {}).get("base", "full").partition(" ")
+    return kind, bool(double)
+
+
+def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
+    """Copies of an adapter's tensors under the names they have in its file."""
+    state = {}
+    for path, layer in adapted(model):
+        if name in layer.lora:
+            adapter = layer.lora[name]
+            tensors = adapter.as_lora() if isinstance(adapter, Pissa) else dict(adapter.named_parameters())
+            state |= {f"{PREFIX}{path}.{adapter.key(key)}": tensor for key, tensor in tensors.items()}
+    for path, module in fully_trained(model):
+        if name in module.full_copies:
+            state |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.full_copies[name].items()}
+    return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+
+
+@torch.no_grad()
+def load(model: nn.Module, directory: Path, name: str = "default", trainable: bool = False) -> None:
+    """Add the adapter in a PEFT directory to `model` and make it the active one.
+
+    Raises ValueError naming what is not LoRA, is of another model, or has another shape.
+    """
+    config, tensors = read_config(directory), read_tensors(directory)
+    names = dict.fromkeys(path for path, _ in model.named_modules())  # in the order of the tree
+    paths, train = set(), set()
+    for key in tensors:
+        path, found, _ = key.removeprefix(PREFIX).partition(".lora_")
+        (paths if found else train).add(path if found else path.rpartition(".")[0])
+    if strangers := sorted((paths | train) - names.keys()):
+        raise ValueError(f"{directory} is an adapter of another model: this one has no {listed(strangers)}")
+    if not paths:
+        raise ValueError(f"{directory}/{WEIGHTS} holds no LoRA tensors")
+    spec = LoraSpec(
+        r=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config["lora_dropout"],
+        targets=tuple(path for path in names if path in paths),
+        train=tuple(path for path in names if path in train),
+        rslora=config.get("use_rslora", False),
+        dora=config.get("use_dora", False),
+        pissa=config.get("init_lora_weights") == "pissa",
+    )
+    expected = shapes(model, spec)
+    compare(expected, tensors, directory)
+    compare_tied(model, spec.train, tensors, directory)
+    inject(model, spec, name, trainable=False)
+    copy_into(model, name, tensors)
+    if trainable:
+        train_only(model, name)
+
+
+def spec_of(model: nn.Module, name: str) -> LoraSpec:
+    """What the adapter `name` of a model is."""
+    if name not in specs(model):
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(specs(model)) or 'none'}")
+    return specs(model)[name]
+
+
+@torch.no_grad()
+def restore(model: nn.Module, directory: Path, name: str = "default") -> None:
+    """Take the tensors of an adapter that `save` wrote back into the same adapter of the same model, bit for bit."""
+    expected = {key: tuple(tensor.shape) for key, tensor in state_dict(model, name).items()}
+    tensors = read_tensors(directory)
+    compare(expected, tensors, directory)
+    copy_into(model, name, tensors)
+
+
+def copy_into(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill an adapter; shapes have been compared."""
+    for path, layer in adapted(model):
+        if name not in layer.lora:
+            continue
+        adapter = layer.lora[name]
+        own = {key: tensors[f"{PREFIX}{path}.{adapter.key(key)}"] for key, _ in adapter.named_parameters()}
+        if isinstance(adapter, Pissa) and len(own["lora_A"]) == 2 * len(adapter.lora_A):
+            adapter.restore(layer, **own)
+        else:
+            for key, parameter in adapter.named_parameters():
+                parameter.copy_(own[key])
+    for path, module in fully_trained(model):
+        for key, parameter in module.full_copies[name].items() if name in module.full_copies else ():
+            parameter.copy_(tensors[f"{PREFIX}{path}.{key}"])
+
+
+def shapes(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that the file of such an adapter of `model` has."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path in spec.targets:
+        layer, prefix = model.get_submodule(path), f"{PREFIX}{path}."
+        if isinstance(layer, nn.Embedding):
+            expected[prefix + "lora_embedding_A"] = (spec.r, layer.num_embeddings)
+            expected[prefix + "lora_embedding_B"] = (layer.embedding_dim, spec.r)
+        elif hasattr(layer, "in_features"):
+            expected[prefix + "lora_A.weight"] = (spec.r, layer.in_features)
+            expected[prefix + "lora_B.weight"] = (layer.out_features, spec.r)
+            if spec.dora:
+                expected[prefix + "lora_magnitude_vector"] = (layer.out_features,)
+    for path in spec.train:
+        for key, parameter in model.get_submodule(path)._parameters.items():
+            if parameter is not None:
+                expected[f"{PREFIX}{path}.{key}"] = tuple(parameter.shape)
+    return expected
+
+
+def compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Raise ValueError unless the tensors of a file have the names and shapes that a model's adapter has."""
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{directory}/{WEIGHTS} lacks {listed(missing)}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{directory}/{WEIGHTS} holds what this adapter has no place for: {listed(unknown)}")
+    other = [
+        f"{key.removeprefix(PREFIX)} is {tuple(tensors[key].shape)} there and {shape} here"
+        for key, shape in expected.items()
+        if tuple(tensors[key].shape) != shape
+    ]
+    if other:
+        raise ValueError(f"{directory} is an adapter of another model: {listed(other)}")
+
+
+def compare_tied(model: nn.Module, train: Iterable[str], tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Raise ValueError when modules that share a parameter in this model were trained apart."""
+    first: dict[int, str] = {}
+    for path in train:
+        for key, parameter in model.get_submodule(path)._parameters.items():
+            name = f"{PREFIX}{path}.{key}"
+            other = first.setdefault(id(parameter), name)
+            if parameter is not None and not torch.equal(tensors[other], tensors[name]):
+                raise ValueError(f"{directory} trained {listed([other, name])} apart, which are tied in this model")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The contents of `adapter_config.json`, with PEFT's defaults; ValueError names what is not plain LoRA or DoRA."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else f"{config!r:.100}"
+        raise ValueError(f"{path} should describe an adapter of peft_type LORA, found {found}")
+    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0} | config
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if not isinstance(config[key], (int, float)):
+            raise ValueError(f"{path} should set {key} to a number, found {config[key]!r}")
+    for key, allowed in PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise ValueError(f"{path} sets {key} to {config[key]!r}, which is not read here")
+    return config
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file, on the CPU, without the copies of base weights that PEFT adds for embeddings."""
+    path = weights_file(directory)
+    with opened(path) as file:
+        names = file.keys()
+        tensors = {key: file.get_tensor(key) for key in names}
+    if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} holds numbers that are not finite, in {listed(broken)}: its training has diverged")
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
+
+
+def weights_file(directory: Path) -> Path:
+    """Where an adapter's tensors lie."""
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no {WEIGHTS}; only safetensors are read")
+    return path
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of `names`, and how many there are besides."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removeprefix(PREFIX) for name in names[:3]) + more

@@ -1,0 +1,1 @@
+"""What stands around every script: arguments, progress, the record of a run."""

@@ -1,0 +1,1 @@
+"""Prompts of ids in, ids out."""

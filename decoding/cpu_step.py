@@ -1,0 +1,225 @@
+"""Fast decoding on a CPU: a few tokens through the whole model in one call of compiled code (cpu_step.cpp).
+
+A step of a small model is short: PyTorch spends more time between its operations than in them, and its product of a
+matrix and one vector reads weights at half the speed the memory has. The compiled step reads the model's own weights
+where they lie, so it costs no memory and sees every change of them. It is compiled once, at first use, in a few
+seconds, and kept in the user's cache directory. Where it cannot help, `stepper` gives None and decoding goes the plain
+way: the results are the same to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import rope
+from attention import backends
+from attention.cache import KVCache
+from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
+from model_args import ModelArgs
+
+PLAIN = {Transformer, Decoder, Block, Attention, FeedForward, Linear, RMSNorm, nn.Embedding, nn.ModuleList}
+KNOWN = {  # what cpu_step.cpp knows of an architecture; in all else it has to be the default
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_dim",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "norm_eps",
+    "max_seq_len",
+    "rope_theta",
+    "rope_scaling",
+    "tie_embeddings",
+    "attention_bias",
+    "qk_norm",
+    "sliding_window",
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+# With more a step is bound by arithmetic, and PyTorch has the processor's own products of bfloat16.
+MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SOURCE = Path(__file__).with_name("cpu_step.cpp")
+LAYER = (  # the fields of `Layer` in cpu_step.cpp
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",
+    "self_attn.v_proj.bias",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+
+INTEGERS = (  # of `Model` in cpu_step.cpp
+    "dtype",
+    "n_layers",
+    "dim",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "hidden_dim",
+    "vocab_size",
+    "window",
+    "max_len",
+)
+POINTERS = ("layers", "embedding", "norm", "head", "cos", "sin")
+
+Step = Callable[[Sequence[Sequence[int]], Sequence[int], int], torch.Tensor]
+
+
+class _Model(ctypes.Structure):
+    """`Model` in cpu_step.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in INTEGERS),
+        ("norm_eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+    )
+
+
+def stepper(model: Transformer, cache: KVCache) -> Step | None:
+    """A function `step(runs, past, n) -> logits (B, n, V)` that feeds a run of ids to each of the cache's B rows, that
+    of row i from position past[i] on, and gives what `model` would after the last n ids of each; None where the
+    compiled step does not apply (see `supports`) or cannot be compiled. It sees changes made in the parameters, but not
+    that others have taken their place; the cache's tensors may be replaced.
+    """
+    if not supports(model, cache):
+        return None
+    function = compiled_step()
+    if function is None:
+        return None
+    a, weight = model.args, model.model.embed_tokens.weight
+    layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
+        *(_address(block, name) for block in model.model.layers for name in LAYER)
+    )
+    cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
+    struct = _Model(
+        *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
+        *(cache.window or cache.max_len, cache.max_len, a.norm_eps),
+        *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
+        *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+    )
+    kept = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])  # as long as the step is
+    out_dtype = torch.promote_types(weight.dtype, torch.float32)
+
+    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _kept: tuple = kept) -> torch.Tensor:
+        batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
+        if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
+            raise ValueError(
+                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens; asked to store {batch} rows "
+                f"at positions {min(past)}..{max(lengths) - 1}"
+            )
+        ids = [id for run in runs for id in run]
+        if min(ids) < 0 or max(ids) >= a.vocab_size:
+            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, asked for {min(ids)}..{max(ids)}")
+        if n > min(map(len, runs)):
+            raise ValueError(f"asked for the logits after the last {n} of {min(map(len, runs))} ids")
+        logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
+        starts = list(itertools.accumulate(map(len, runs), initial=0))
+        arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (starts, past, ids)]
+        pointers = (cache.keys.data_ptr(), cache.values.data_ptr(), logits.data_ptr())
+        function(ctypes.byref(struct), batch, *arrays, n, *pointers, torch.get_num_threads())
+        cache.length = max(cache.length, *lengths)
+        return logits
+
+    return step
+
+
+def supports(model: Transformer, cache: KVCache) -> bool:
+    """Whether the compiled step computes what `model` does with `cache`: on a CPU, an architecture it knows, made of
+    its own modules (nothing injected, quantized or hooked), one dtype throughout, a plain cache, and attention by
+    whatever is fastest."""
+    if type(model) is not Transformer or type(cache) is not KVCache or backends.in_use() != "auto":
+        return False
+    weight = model.model.embed_tokens.weight
+    return (
+        weight.dtype in DTYPES
+        and model.compute_dtype in (None, weight.dtype)
+        and all(getattr(model.args, f.name) == f.default for f in fields(ModelArgs) if f.name not in KNOWN)
+        and all(type(m) in PLAIN and not touched(m) for m in model.modules())
+        and all(p.device.type == "cpu" and p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
+        and cache.rotated
+        and cache.keys.device.type == "cpu"
+        and cache.keys.dtype == weight.dtype
+    )
+
+
+def touched(module: nn.Module) -> bool:
+    """Whether calling the module does something else than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@functools.cache
+def compiled_step() -> Callable[..., None] | None:
+    """`decode_step` of cpu_step.cpp, compiled if it has not been yet; None, and one line on stderr, where that fails.
+    Nothing is said where there is no compiler, or where the environment says LITTLE_LLAMA_ENGINE=off."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None or os.environ.get("LITTLE_LLAMA_ENGINE") == "off":
+        return None
+    try:
+        function = ctypes.CDLL(str(_library(compiler))).decode_step
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "stderr", None) or error
+        print(f"decoding goes without its compiled step: {str(why).strip()[:500]}", file=sys.stderr)
+        return None
+    pointer = ctypes.c_void_p
+    number = ctypes.c_int64
+    function.argtypes = [*(pointer, number, pointer, pointer, pointer, number), *[pointer] * 3, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+def _library(compiler: str) -> Path:
+    """The compiled library: from the cache directory, where its name says of what source, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = "".join((SOURCE.read_text(), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
+    library = cache / f"cpu_step-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
+            made = Path(directory) / library.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What tells this processor from others that may share the cache directory."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _address(block: nn.Module, name: str) -> int | None:
+    """Where the parameter `name` of a block lies; None where the block has none of that name."""
+    part = block
+    for step in name.split("."):
+        part = getattr(part, step, None)
+    return None if part is None else part.data_ptr()

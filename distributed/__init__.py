@@ -1,0 +1,1 @@
+"""Where a step runs: one process or many, behind one interface."""

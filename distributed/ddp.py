@@ -1,0 +1,65 @@
+"""Several processes with DistributedDataParallel: gloo on CPUs, nccl on GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distributed.single import SingleProcess
+from optim.optimizers import Optimizers
+
+
+class DataParallel(SingleProcess):
+    """Every rank holds the model; gradients are averaged over ranks (gloo on CPU, nccl on GPU)."""
+
+    def __init__(self, device: str, fp16: bool) -> None:
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device == "cuda":
+            local = int(os.environ["LOCAL_RANK"])  # the rank within this machine, which picks the GPU
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"{local + 1} or more processes on a machine of {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
+        super().__init__(torch.device(device), fp16)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def wrap(self, model: nn.Module, optimizer: Optimizers) -> Callable:
+        self.optimizer = optimizer
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # No forward pass changes a buffer, and a quantized model is nothing but buffers. Set afterwards: the argument
+        # for it has another name from torch 2.13 on.
+        self.wrapped.broadcast_buffers = False
+        return self.wrapped
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if last else self.wrapped.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(
+            loss * self.world
+        )  # DDP divides by the number of ranks; the loss is already a share of the whole
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error in (None, SystemExit):  # after an error of this rank alone nobody else would come to the barrier
+            # leaving at once now and then aborts the interpreter while gloo's threads still run
+            dist.barrier()
+            time.sleep(0.5)
+        dist.destroy_process_group()

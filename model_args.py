@@ -1,0 +1,101 @@
+"""The shape of a model, and how far its positions reach: what flags and config.json say of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import rope
+from checkpoint import config_json
+
+
+@dataclass(frozen=True)
+class RopeArgs:
+    """Positions of a checkpoint to go on from."""
+
+    type: str | None = None
+    """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as the checkpoint's were, else yarn"""
+    factor: float | None = None
+    """how much longer than the checkpoint's first context; None: as --model.max_seq_len asks"""
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and not 1 <= self.factor < math.inf:
+            raise ValueError(f"--rope.factor should be a finite number, 1 or more, found {self.factor:g}")
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model, in LLaMA's own vocabulary. Equal when the models are: `multiple_of` and
+    `ffn_dim_multiplier` only say how `hidden_dim` is found."""
+
+    dim: int = 160
+    """width of the residual stream"""
+    n_layers: int = 6
+    """transformer blocks"""
+    n_heads: int = 5
+    """query heads"""
+    n_kv_heads: int | None = None
+    """key/value heads (grouped-query attention); None: as many as query heads, 1: multi-query"""
+    head_dim: int | None = None
+    """dimension of a head; None: dim / n_heads"""
+    vocab_size: int = 4800
+    """rows of the embedding; taken from the tokenizer when training from scratch"""
+    hidden_dim: int | None = None
+    """width of the feed-forward; None: 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of"""
+    multiple_of: int = dataclasses.field(default=32, compare=False)
+    """what the feed-forward width is rounded up to"""
+    ffn_dim_multiplier: float | None = dataclasses.field(default=None, compare=False)
+    """LLaMA-2 70B's widening of the feed-forward"""
+    norm_eps: float = 1e-5
+    """epsilon of RMSNorm"""
+    max_seq_len: int = 256
+    """longest sequence the model is made for, stretched positions included"""
+    rope_theta: float = 10000.0
+    """base of the rotary encoding"""
+    rope_scaling: dict[str, bool | int | float | str | list[float]] | None = None
+    """how positions are stretched beyond the window first trained on, as config.json writes it; None: not at all"""
+    tie_embeddings: bool = True
+    """use the embedding as the output head"""
+    attention_bias: bool = False
+    """biases on q, k, v (Qwen2)"""
+    qk_norm: bool = False
+    """RMSNorm on each head's q and k (Qwen3)"""
+    sliding_window: int | None = None
+    """attend to this many tokens back at the most (Mistral)"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps should be a finite number, 0 or more, found {self.norm_eps}")
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim")
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; the rotary encoding turns pairs of dimensions")
+        if self.hidden_dim is None:
+            width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
+            object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))
+        # Refuses, before anything is built, what contradicts itself.
+        rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
+
+    def replace(self, **changes: Any) -> ModelArgs:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> ModelArgs:
+        """From the contents of a Hugging Face `config.json`; what this module cannot represent is refused by name."""
+        return cls(**config_json.read(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this shape."""
+        return config_json.write(self)

@@ -1,0 +1,20 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from optim.args import OptimArgs
+
+
+def lr_factor(step: int, total_steps: int, args: OptimArgs) -> float:
+    """Share of the peak learning rate for optimizer step `step` (from 0) of `total_steps`."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    if args.schedule == "constant":
+        return 1.0
+    flat_until = total_steps * (1 - args.decay_share) if args.schedule == "wsd" else 0
+    begin = max(args.warmup_steps, flat_until)
+    progress = min(1.0, max(0.0, (step - begin) / max(1, total_steps - begin)))
+    curve = 0.5 * (1 + math.cos(math.pi * progress)) if args.schedule == "cosine" else 1 - progress
+    return args.min_lr_ratio + (1 - args.min_lr_ratio) * curve

@@ -1,0 +1,1 @@
+"""Quantized weights: codes and scales, and the layers that run on them."""

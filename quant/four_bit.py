@@ -1,0 +1,59 @@
+"""NF4 and FP4 layers, coded by bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from quant.linear import QuantizedLinear
+
+BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale; scales that share one
+
+
+class FourBitLinear(QuantizedLinear):
+    """NF4 or FP4, packed as bitsandbytes does: the first value of a pair in the high half of a byte."""
+
+    def __init__(self, base: nn.Linear, kind: Literal["nf4", "fp4"], double: bool) -> None:
+        super().__init__(base)
+        from bitsandbytes import functional as bnb
+
+        packed, state = bnb.quantize_4bit(
+            base.weight.detach().float(), blocksize=BLOCK, quant_type=kind, compress_statistics=double
+        )
+        self.kind, self.double = kind, double
+        self.register_buffer("packed", packed)  # (out * in / 2, 1) uint8
+        self.register_buffer("absmax", state.absmax.view(torch.uint8))  # one scale a block, in 1 or 4 bytes
+        if double:
+            self.register_buffer("nested_absmax", state.state2.absmax.view(torch.uint8))
+            self.register_buffer("offset", state.offset.reshape(1).view(torch.uint8))  # the mean of the scales
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        from bitsandbytes import functional as bnb
+
+        absmax, nested, offset = self.absmax, None, None
+        if self.double:
+            nested_absmax, offset = self.nested_absmax.view(torch.float32), self.offset.view(torch.float32)[0]
+            code = scale_levels(absmax.device)
+            nested = bnb.QuantState(nested_absmax, code=code, blocksize=SCALES_BLOCK, dtype=torch.float32)
+        else:
+            absmax = absmax.view(torch.float32)
+        # As one row: bitsandbytes' CPU kernel begins a new block with every row of a matrix, which quantizing does not.
+        shape = torch.Size((1, 2 * self.packed.numel()))
+        kind = {"quant_type": self.kind, "blocksize": BLOCK, "dtype": torch.float32}
+        state = bnb.QuantState(absmax, shape=shape, offset=offset, state2=nested, **kind)
+        row = bnb.dequantize_4bit(self.packed, state).flatten()
+        return row[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
+
+
+def scale_levels(device: torch.device) -> torch.Tensor:
+    """The 256 levels of a scale in double quantization, dense near zero (Dettmers 2015, arXiv:1511.04561)."""
+    if device not in _levels:
+        from bitsandbytes import functional as bnb
+
+        _levels[device] = bnb.create_dynamic_map().to(device)
+    return _levels[device]
+
+
+_levels: dict[torch.device, torch.Tensor] = {}

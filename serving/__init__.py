@@ -1,0 +1,1 @@
+"""Text in, text out: an assistant, a session, the terminal."""

@@ -1,0 +1,1 @@
+"""What tests make: models, runs, texts, processes; each file is named by what it makes."""

@@ -1,0 +1,101 @@
+"""A copy of run.sh and setup.sh in a house whose Python scripts are stubs: nothing is installed or trained."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+STAGES = ["tokenizer", "data", "pretrain", "sft", "eval", "eval", "chat"]  # as calls: eval runs two tasks
+SCRIPTS = {
+    "train_tokenizer.py": ("tokenizer", "data/tiny/tokenizer"),
+    "data_process.py": ("data", "data/tiny/heldout.bin"),
+    "pretrain.py": ("pretrain", "out/tiny/pretrain/last"),
+    "fine_tuning.py": ("sft", "out/tiny/sft/last"),
+    "eval.py": ("eval", None),
+}
+# the variables that the shell scripts heed, so that the caller's own do not matter
+SWITCHING = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHON", "PIP_FIND_LINKS", "UV_FIND_LINKS", "TORCH_ALLOW_PYPI"}
+# Notes its arguments, then does what the file `behave` asks of the stage: fail, or wait for a signal and end well.
+STUB = """
+import json, pathlib, signal, sys, time
+behave = json.loads(pathlib.Path("behave").read_text()).get({stage!r})
+def end_well(*_):
+    pathlib.Path("saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end_well)
+signal.signal(signal.SIGINT, end_well)
+with open("calls.jsonl", "a") as file:
+    print(json.dumps(sys.argv), file=file)
+if behave == "fail":
+    sys.exit(3)
+if behave == "wait":
+    time.sleep(20)
+if {output!r}:
+    pathlib.Path({output!r}).mkdir(parents=True, exist_ok=True)
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+class House:
+    """A copy of the shell scripts with stubs around them, in a folder whose name needs quoting."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a house's copy"
+        (self.root / "configs").mkdir(parents=True)
+        for name in ("run.sh", "setup.sh"):
+            shutil.copy(REPOSITORY / name, self.root / name)
+        for preset in ("tiny", "base"):
+            (self.root / f"configs/{preset}.yaml").write_text("pretrain: {}\n")
+        (self.root / "requirements.txt").write_text("numpy==1\n")
+        self.behave()
+        for name, (stage, output) in SCRIPTS.items():
+            (self.root / name).write_text(STUB.format(stage=stage, output=output))
+        # before whatever this machine has: no uv, no GPU, and Linux
+        for name, text in {"uv": "exit 1", "nvidia-smi": "exit 9", "uname": "echo Linux"}.items():
+            program(self.root / "bin" / name, text)
+        self.env = {key: value for key, value in os.environ.items() if key not in SWITCHING}
+        self.env["PATH"] = f"{self.root / 'bin'}:{os.environ['PATH']}"
+
+    def behave(self, **stages: str) -> None:
+        (self.root / "behave").write_text(json.dumps(stages))
+
+    def bash(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        """The command `bash WORDS...`, called from elsewhere and without a terminal."""
+        command = ["bash", self.root / words[0], *words[1:]]
+        return subprocess.run(
+            command, cwd="/", env=self.env | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
+
+    def start(self, *words: str) -> subprocess.Popen:
+        """run.sh in a process group of its own, returned once the stage that is told to wait waits."""
+        command = ["bash", self.root / "run.sh", *words]
+        process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
+        self.wait_for(lambda: self.calls() and self.calls()[-1][0] == "pretrain.py")
+        return process
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.02)
+
+    def calls(self) -> list[list[str]]:
+        path = self.root / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def stages_called(self) -> list[str]:
+        """The stages whose scripts were called, since the last time this was asked."""
+        names = []
+        for script, *arguments in self.calls():
+            chat = script == "eval.py" and "--task" not in arguments
+            names.append("chat" if chat else SCRIPTS[script][0])
+        (self.root / "calls.jsonl").unlink(missing_ok=True)
+        return names

@@ -1,0 +1,244 @@
+"""config.json as each of the family's models publishes it, small: read, computed and written as transformers does."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from checkpoint import config_json
+from checkpoint.directory import load_model, save_model
+from model import Transformer
+from model_args import ModelArgs
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+# The keys are those of the models' own files; the sizes are TINY's.
+PUBLISHED = {
+    "llama 1": {"model_type": "llama", "hidden_act": "silu", "max_sequence_length": 64, "rms_norm_eps": 1e-6},
+    "llama 2": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "torch_dtype": "float16",
+    },
+    "llama 3.2": {
+        "model_type": "llama",
+        "attention_bias": False,
+        "head_dim": 8,
+        "mlp_bias": False,
+        "num_key_value_heads": 2,
+        "eos_token_id": [1, 2],
+        "max_position_embeddings": 128,
+        "rope_scaling": LLAMA3 | {"rope_type": "llama3"},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    "tinyllama": {"model_type": "llama", "num_key_value_heads": 1, "max_position_embeddings": 64, "rope_theta": 1e4},
+    "smollm2": {
+        "model_type": "llama",
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_theta": 100000,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
+    "yi": {"model_type": "llama", "num_key_value_heads": 2, "rope_theta": 5e6, "max_position_embeddings": 64},
+    "mistral": {
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "sliding_window": 5,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    },
+    "mistral 0.3": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "rope_theta": 1e6},
+    "qwen2.5": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "max_window_layers": 2,
+        "sliding_window": 5,
+        "use_sliding_window": False,
+        "use_mrope": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.0,
+    },
+    "qwen2 with windows": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 0,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_bias": False,
+        "max_window_layers": 2,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+    },
+    "as transformers 5 writes": {
+        "model_type": "llama",
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 500000.0},
+        "dtype": "float32",
+    },
+}
+
+
+def peer_of(config: dict, folder) -> torch.nn.Module:
+    """transformers' model of such a file, its weights lively, saved by itself into `folder`, with that very file."""
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    peer = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder)).float().eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    peer.save_pretrained(folder)
+    return peer
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["as published", "as transformers rewrites it"])
+@pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_family_in_and_out(tmp_path, config, rewritten):
+    """transformers saves, we load: the same logits; we save, transformers loads: nothing missing or left, the same."""
+    (tmp_path / "theirs").mkdir()
+    peer = peer_of(TINY | config, tmp_path / "theirs")
+    if not rewritten:
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps(TINY | config))
+    model, tokens = load_model(tmp_path / "theirs"), torch.randint(61, (2, 40))
+    expected = peer(tokens).logits
+    # float32 sums in another order: 1e-7 of logits of a few units; a wrong window or angle differs by 0.1 and more
+    torch.testing.assert_close(model(tokens), expected, atol=2e-5, rtol=1e-5)
+    save_model(tmp_path / "ours", model)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(again(tokens).logits, expected, atol=2e-5, rtol=1e-5)
+    assert load_model(tmp_path / "ours").args == model.args
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 2, "head_dim": 14, "tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-6},
+        {"n_heads": 3, "head_dim": 8},  # a width that its heads do not divide
+        {"attention_bias": True},
+        {"attention_bias": True, "sliding_window": 3},
+        {"qk_norm": True, "head_dim": 12},
+        {"qk_norm": True, "sliding_window": 3},
+        {"sliding_window": 3},
+    ],
+    ids=str,
+)
+def test_config_that_transformers_writes_is_read(changes):
+    args = ModelArgs(**{"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 53, "max_seq_len": 64} | changes)
+    config = transformers.AutoConfig.for_model(**args.to_hf())
+    assert ModelArgs.from_hf(json.loads(config.to_json_string(use_diff=False))) == args
+    assert ModelArgs.from_hf(json.loads(config.to_json_string())) == args
+    assert type(transformers.AutoModelForCausalLM.from_config(config)).__name__ == args.to_hf()["architectures"][0]
+
+
+@pytest.mark.parametrize("kind", config_json.FAMILY)
+def test_what_a_config_leaves_out_is_what_transformers_takes(kind):
+    sparse = TINY | {"model_type": kind, "num_attention_heads": 32}
+    theirs = transformers.AutoConfig.for_model(**sparse)
+    assert config_json.read(json.loads(theirs.to_json_string(use_diff=False))) == config_json.read(sparse)
+
+
+# ---- what is refused, by name
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; this module runs llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act to 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias to True"),
+        ({"attention_bias": True}, "attention_bias, on q, k, v and o"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias, on q, k, v and o"),
+        ({"attention_dropout": 0.1}, "attention_dropout to 0.1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor to 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters sets partial_rotary_factor"),
+        ({"attention_multiplier": 0.1}, "attention_multiplier to 0.1"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping to 30.0"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\); dequantize them first"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "from layer to layer"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, r"from layer to layer \(sliding_attention"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "type 'spiral'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "type 'spiral'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs from layer type to layer type"),
+    ],
+)
+def test_what_the_module_cannot_represent_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs.from_hf(TINY | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            r"contradicts itself: rope_parameters \{.*default.*\} and rope_scaling \{.*linear.*\}",
+        ),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, r"rope_theta 10000.0 and 500000.0"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_type yarn and type linear"),
+        ({"rope_scaling": "linear"}, "rope_scaling should be a mapping, found 'linear'"),
+        ({"hidden_size": "64"}, "hidden_size should be an integer, found '64'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers should be an integer, found True"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps should be a number, found '1e-5'"),
+        ({"vocab_size": None}, "lacks the key 'vocab_size'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings should be true or false, found 'false'"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window should be true or false, found 'no'"),
+        ({"quantization_config": "int4"}, r"quantized \(int4\)"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling sets factor, and no rope_type says what to do with it"),
+        ({"rope_scaling": {"type": "linear", "rope_type": ["yarn"]}}, r"rope_type \['yarn'\] and type linear"),
+    ],
+)
+def test_configs_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_json.read(TINY | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rms_norm_eps": math.nan}, "norm_eps should be a finite number, 0 or more, found nan"),
+        ({"rms_norm_eps": -1e-5}, "norm_eps should be a finite number, 0 or more, found -1e-05"),
+        ({"num_attention_heads": 0}, "n_heads must be at least 1, found 0"),
+        ({"rope_scaling": {"rope_type": 3, "factor": 2.0}}, "the type should be a name, found 3"),
+        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, r"the type should be a name, found \['yarn'\]"),
+        *(
+            ({"rope_theta": theta}, "rope_theta should be a number above 1")
+            for theta in (0, -1e4, 1.0, math.nan, math.inf)
+        ),
+    ],
+)
+def test_numbers_that_make_no_model(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs.from_hf(TINY | changes)
+
+
+def test_both_spellings_may_stand_side_by_side_when_they_agree():
+    old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    both = TINY | {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": new}
+    assert config_json.read_rope(both) == (5e5, {"rope_type": "linear", "factor": 2.0})
+
+
+def test_no_hugging_face_model_combines_everything():
+    with pytest.raises(ValueError, match="no Hugging Face model combines"):
+        Transformer(ModelArgs(n_layers=1, attention_bias=True, qk_norm=True)).args.to_hf()

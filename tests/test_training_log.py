@@ -1,0 +1,106 @@
+"""What a run leaves to be read, and what a resumed one keeps of it."""
+
+import json
+import math
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training import log as training_log
+from training.log import RunLog, draw_losses, read_metrics
+
+
+@pytest.fixture
+def pictures(monkeypatch) -> list:
+    """The calls of `draw_losses`, which takes most of a second."""
+    calls = []
+    monkeypatch.setattr(training_log, "draw_losses", lambda *args: calls.append(args))
+    return calls
+
+
+def test_rows_go_to_the_file_at_once_and_to_tensorboard(tmp_path, pictures):
+    log = RunLog(tmp_path / "run", 0, 10)
+    log.write(1, {"loss": 0.1 + 0.2, "lr": 1e-3})
+    log.write(2, {"loss": 5e-324})
+    rows = [{"step": 1, "loss": 0.1 + 0.2, "lr": 1e-3}, {"step": 2, "loss": 5e-324}]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == rows  # every bit, before anything is closed
+    log.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, pytest.approx(0.3)), (2, 0)]
+    assert events.Tags()["scalars"] == ["loss", "lr"]
+    assert pictures == [({"": tmp_path / "run" / "metrics.jsonl"}, tmp_path / "run" / "loss.png")]
+
+
+def test_a_resumed_run_forgets_what_comes_after_its_step(tmp_path, pictures):
+    log = RunLog(tmp_path, 0, 10)
+    for step in range(1, 8):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    time.sleep(1.1)  # TensorBoard orders the files of one second by a counter read as text: 10 comes before 9
+    log = RunLog(tmp_path, 4, 10)
+    log.write(5, {"loss": 50.0})
+    log.close()
+    expected = [1.0, 2.0, 3.0, 4.0, 50.0]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == expected
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [e.value for e in scalars] == expected
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path, pictures):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    RunLog(tmp_path, 0, 10).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out_and_gone_after_resuming(tmp_path, pictures):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert math.isnan(rows[1]["loss"])
+    log = RunLog(tmp_path, 2, 10)
+    log.write(3, {"loss": 3.0})
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_no_metrics_yet(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_another_rank_writes_and_says_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", 0, 10, active=False)
+    log.write(1, {"loss": 1.0})
+    log.say("hello")
+    log.progress(1, {"loss": "1"})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, pictures):
+    log = RunLog(tmp_path, 0, 10)
+    log.say("hello")
+    log.progress(4, {"loss": "1.5", "left": "2m"})
+    log.close()
+    assert capsys.readouterr().err == "hello\nstep 4/10 loss 1.5 left 2m\n"
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys, pictures):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    log = RunLog(tmp_path, 0, 10)
+    log.progress(4, {"loss": "1.5"})
+    log.say("hello")
+    log.close()
+    err = capsys.readouterr().err
+    assert "hello\n" in err
+    assert "loss 1.5" in err
+    assert "4/10" in err
+
+
+def test_picture_of_several_runs_some_of_them_empty(tmp_path):
+    for name, rows in {"a": [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.5}], "b": []}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_losses({name: tmp_path / f"{name}.jsonl" for name in "ab"}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,136 @@
+"""A run that goes on from where another was left, and what it refuses to go on from."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.tiny_training_run import Changed, quick, rows, toy_data, toy_trainer  # noqa: F401
+
+from checkpoint.directory import load_model
+from optim.args import OptimArgs
+from training import precision, trainer
+from training.state import checkpoints, load_state
+
+
+def test_killed_after_the_last_evaluation(tmp_path):
+    data = toy_data(tmp_path)
+    result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
+    before = rows(tmp_path / "run"), load_state(tmp_path / "run" / "last")["progress"]
+    (tmp_path / "run" / "result.json").unlink()
+    assert toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit() == result
+    assert (rows(tmp_path / "run"), load_state(tmp_path / "run" / "last")["progress"]) == before
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+    data = toy_data(tmp_path)
+    result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
+    again = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data)
+    again.data = again.eval_data = again.log = None  # nothing of these is touched
+    assert again.fit() == result
+    longer = toy_trainer(tmp_path / "run", data, max_steps=6, eval_data=data).fit()
+    assert longer["steps"] == 6
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == longer
+
+    def stop(step, batch):
+        raise Stop
+
+    with pytest.raises(Stop):
+        toy_trainer(tmp_path / "run", Changed(data, stop), max_steps=8).fit()
+    assert not (tmp_path / "run" / "result.json").exists()  # it was the shorter run's
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_going_on_continues_the_very_same_losses(tmp_path, dtype, optimizer):
+    data, optim = toy_data(tmp_path), OptimArgs(optimizer=optimizer, lr=0.01, muon_lr=0.01, warmup_steps=3)
+    changes = {"max_steps": 14, "save_interval": 4, "eval_interval": 5, "dtype": dtype, "log_interval": 3}
+    torch.manual_seed(1)
+    whole = toy_trainer(tmp_path / "whole", data, optim, eval_data=data, **changes).fit()
+
+    def stop(step, batch):
+        if step == 10 and not resumed:
+            raise Stop
+        return batch
+
+    resumed = False
+    torch.manual_seed(1)
+    with pytest.raises(Stop):
+        toy_trainer(tmp_path / "cut", Changed(data, stop), optim, eval_data=data, **changes).fit()
+    resumed = True
+    torch.manual_seed(2)  # nothing of the fresh model remains
+    parts = toy_trainer(tmp_path / "cut", Changed(data, stop), optim, eval_data=data, **changes).fit()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert {k: v for k, v in parts.items() if k != "model"} == {k: v for k, v in whole.items() if k != "model"}
+    a, b = (load_model(tmp_path / name / "last").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_another_identity_is_refused(tmp_path):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "seq_len": 16}).fit()
+    with pytest.raises(ValueError, match=r"holds a run with seq_len 16, and this one has 32: .* choose another --out"):
+        toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "seq_len": 32})
+    with pytest.raises(ValueError, match="with weights None, and this one has"):
+        toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "weights": [1.0]})
+
+
+def test_going_on_in_another_dtype(tmp_path):
+    data = toy_data(tmp_path)
+    for steps, dtype in ((2, "fp32"), (4, "fp16"), (6, "fp32")):
+        assert toy_trainer(tmp_path / "run", data, max_steps=steps, dtype=dtype).fit()["steps"] == steps
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path):
+    data = toy_data(tmp_path)
+    ours = toy_trainer(tmp_path / "run", data, max_steps=2)
+    ours.backend.gather = lambda step: [step, 4]  # as on a second machine with a disk of its own
+    with pytest.raises(ValueError, match=r"checkpoints of different steps \(0, 4\) in .*/run: let it lie on"):
+        trainer.Trainer(
+            *(ours.model, ours.optimizer, data, ours.backend, ours.args, ours.optim, ours.run),
+            **{"save": ours.save_weights, "load": ours.load_weights, "identity": ours.identity},
+        )
+
+
+def test_starting_anew_on_request(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no such attention")
+
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=6, save_interval=2, identity={"seed": 5}).fit()
+    torch.manual_seed(0)
+    monkeypatch.setattr(precision, "prepare", refuse)
+    with pytest.raises(ValueError, match="no such attention"):
+        toy_trainer(tmp_path / "run", data, max_steps=3, resume="never").fit()
+    assert (tmp_path / "run" / "result.json").is_file() and len(checkpoints(tmp_path / "run")) == 3
+    monkeypatch.undo()
+    toy_trainer(tmp_path / "run", data, max_steps=3, resume="never").fit()
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000003"]
+
+
+def test_a_last_that_leads_nowhere_is_refused_not_started_anew(tmp_path):
+    data, run = toy_data(tmp_path), tmp_path / "run"
+    toy_trainer(run, data, max_steps=6, save_interval=2).fit()
+    shutil.rmtree(run / "step_00000006")
+    with pytest.raises(
+        ValueError, match=r"last leads to step_00000006, which is not there \(.*: step_00000002, step_0000"
+    ):
+        toy_trainer(run, data, max_steps=6)
+    assert toy_trainer(run, data, max_steps=6, resume="never").fit()["steps"] == 6
+    shutil.rmtree(run / "step_00000006")
+    with pytest.raises(ValueError, match=r"checkpoints that are: none"):
+        toy_trainer(run, data, max_steps=6)
+
+
+def test_a_damaged_last_checkpoint_is_named(tmp_path):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=2).fit()
+    weights = (tmp_path / "run" / "last").resolve() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        toy_trainer(tmp_path / "run", data, max_steps=3)

@@ -1,0 +1,1 @@
+"""What fine-tuning adds to training: mixtures of tasks, loss weights, preference objectives."""
