@@ -6,23 +6,11 @@ python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_e
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from checkpoint import peft
-from checkpoint.directory import load_model, save_model
-from checkpoint.extend import grow
-from checkpoint.locate import find_model, find_tokenizer, kept_dtype
-from checkpoint.peft import base_kind
-from checkpoint.peft import read_config as read_adapter_config
-from cli.args import fail, run
-from files import written_aside
-from hardware import DTYPES
-from lora import adapters
+from cli.args import parse_command, run
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,39 @@ class Merge:
     """of what is written (the sum is made in fp32); auto: as the model is kept now"""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Give a model more tokens, each of which starts as the mean of what spelled it so far."""
+
+    model: Path
+    """directory of the model"""
+    out: Path
+    """directory to write"""
+    add_tokens: tuple[str, ...] = ()
+    """pieces of text (or a file of one a line) that become tokens"""
+    add_special_tokens: tuple[str, ...] = ()
+    """likewise, tokens that no text gives, such as the markers of a chat template"""
+    vocab_multiple_of: int = 1
+    """round the vocabulary up to a multiple of this"""
+
+
+if __name__ == "__main__":
+    # before torch is loaded: --help and mistakes are answered at once
+    command, arguments = parse_command({"merge": Merge, "tokens": Tokens}, "convert", __doc__)
+
+import torch
+
+from checkpoint import peft
+from checkpoint.adapter_config import read_adapter_config
+from checkpoint.directory import kept_dtype, load_model, save_model
+from checkpoint.extend import grow
+from checkpoint.locate import find_model, find_tokenizer
+from checkpoint.peft import base_kind
+from files import written_aside
+from hardware import DTYPES
+from lora import adapters
+
+
 def merge(args: Merge) -> dict[str, Any]:
     """Write the merged model; returns where it lies."""
     adapter = find_model(args.adapter, "give --adapter the directory that holds the adapter")
@@ -63,22 +84,6 @@ def merge(args: Merge) -> dict[str, Any]:
         save_model(aside, model.to(dtype), tokenizer, stop_ids)
     print(f"{args.adapter} is merged into {args.model} (base: {kind[0]}): {args.out}", flush=True)
     return {"model": str(args.out)}
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Give a model more tokens, each of which starts as the mean of what spelled it so far."""
-
-    model: Path
-    """directory of the model"""
-    out: Path
-    """directory to write"""
-    add_tokens: tuple[str, ...] = ()
-    """pieces of text (or a file of one a line) that become tokens"""
-    add_special_tokens: tuple[str, ...] = ()
-    """likewise, tokens that no text gives, such as the markers of a chat template"""
-    vocab_multiple_of: int = 1
-    """round the vocabulary up to a multiple of this"""
 
 
 def tokens(args: Tokens) -> dict[str, Any]:
@@ -118,10 +123,4 @@ COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
 
 
 if __name__ == "__main__":
-    command = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if command in ("-h", "--help"):
-        print(f"{__doc__.strip()}\n\nconvert.py {next(iter(COMMANDS))} --help explains each flag.")
-    elif command not in COMMANDS:
-        fail(f"convert.py takes a command, {', '.join(COMMANDS)}, and its flags: convert.py merge --help")
-    else:
-        run(*COMMANDS[command], "convert")
+    run(COMMANDS[command][0], arguments)

@@ -21,7 +21,7 @@ from typing import Any
 from bins.outputs import Outputs, finished, outputs_in, publish, unfinished, write_conversations
 from bins.screen import Batch, screen
 from bins.tokenize import tokenize
-from cli.args import run
+from cli.args import parse, run
 from cli.progress import Progress, track
 from cli.record import record_run, to_plain
 from corpora import BadRecord, Document, SourceArgs, read, read_conversations, text_size
@@ -248,4 +248,4 @@ def print_table(summary: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Args, "data_process")
+    run(main, parse(Args, "data_process"))

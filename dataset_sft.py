@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
 from chat.samples import Samples
 from dataset import IGNORE, Batch, rows_of_rank
+from tuning.args import Packing
 
-Packing = Literal["best_fit", "concat", "bucket", "none"]
 WIDTH_STEP = 16  # padded batches are multiples of it wide: few shapes, for the sake of compilers and kernels
 
 

@@ -19,30 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from attention import backends
-from bins.token_bin import TokenBin
-from chat.conversations import file_conversations
-from chat.messages import check_messages
-from chat.samples import encode_samples
+from attention import Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
-from cli.args import run
+from cli.args import parse, run
 from cli.progress import tell, track
-from corpora import BadRecord
-from corpora.files import bad, records
-from corpora.poems import load_poems
-from dataset import PretrainData
-from dataset_sft import SFTData
-from decoding.beam import BeamParams, beam_search
-from decoding.generate import Token, check_prompts, generate_in_batches, generate_scored
-from decoding.sampling import SamplingParams
-from distributed.backend import make_backend
-from hardware import DTYPES, fastest_dtype
-from serving.assistant import Assistant, load_assistant, speculator
-from serving.session import ChatSession
-from serving.streaming import text_pieces
-from serving.terminal import converse, say
-from tokenizer import Tokenizer
-from training.heldout import evaluate
+from decoding.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -104,8 +85,34 @@ class Args:
     """auto: cuda, else mps, else cpu"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """of parameters and arithmetic; auto: bf16 where it is the faster one (a GPU, or --task loss on some CPUs)"""
-    attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = "auto"
+    attention: Choice = "auto"
     """what computes attention; auto: the fastest that can do it here"""
+
+
+if __name__ == "__main__":
+    arguments = parse(Args, "eval")  # before torch is loaded: --help and mistakes are answered at once
+
+from attention import backends
+from bins.token_bin import TokenBin
+from chat.conversations import file_conversations
+from chat.messages import check_messages
+from chat.samples import encode_samples
+from corpora import BadRecord
+from corpora.files import bad, records
+from corpora.poems import load_poems
+from dataset import PretrainData
+from dataset_sft import SFTData
+from decoding.beam import BeamParams, beam_search
+from decoding.generate import Token, check_prompts, generate_in_batches, generate_scored
+from distributed.backend import make_backend
+from evaluation import poems
+from hardware import DTYPES, fastest_dtype
+from serving.assistant import Assistant, load_assistant, speculator
+from serving.session import ChatSession
+from serving.streaming import text_pieces
+from serving.terminal import converse, say
+from tokenizer import Tokenizer
+from training.heldout import evaluate
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -331,16 +338,16 @@ def measure_poems(speaker: Assistant, args: Args) -> dict[str, Any]:
     """Ask for poems, count how many keep the form, and write all of them down."""
     if speaker.template is None:
         raise ValueError(f"{speaker.directory} has no chat template (or --raw is true), so it cannot be asked")
-    poems = list(load_poems(args.raw_dir))
+    corpus = list(load_poems(args.raw_dir))
     try:
         book = poems.rhyme_book(args.raw_dir)
     except OSError as error:
         book = None
         tell(f"rhyme is not measured: {error}")
     answers = poems.ask_for_poems(
-        *(speaker.model, speaker.tokenizer, speaker.template, args.sampling, poems, args.n_poems, args.batch_size)
+        *(speaker.model, speaker.tokenizer, speaker.template, args.sampling, corpus, args.n_poems, args.batch_size)
     )
-    shares = poems.measure(answers, poems, book)
+    shares = poems.measure(answers, corpus, book)
     output = args.output or speaker.directory.parent / "poems.json"
     about = {"model_directory": str(speaker.directory.resolve()), "sampling": vars(args.sampling)}
     poems.write(output, answers, shares, about)
@@ -351,4 +358,4 @@ def measure_poems(speaker: Assistant, args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, Args, "eval")
+    run(main, arguments)

@@ -14,8 +14,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from checkpoint.safetensors_files import weight_files as weight_files
-
 
 @contextmanager
 def written_aside(directory: Path) -> Iterator[Path]:

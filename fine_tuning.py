@@ -21,36 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from attention import backends
-from chat.samples import Samples
-from chat.template import ChatTemplate, load_template
-from checkpoint import peft
-from checkpoint.directory import load_model, load_weights, save_model, weight_files
-from checkpoint.extend import grow
-from checkpoint.transformers_model import TransformersModel
-from cli.args import run
+from cli.args import parse, run
 from cli.record import file_sha256, record_run, to_plain
-from corpora import BadRecord
-from dataset_sft import PairData, SFTData
-from distributed.backend import make_backend
-from distributed.single import SingleProcess
-from files import alone_in
-from lora import adapters
-from model import Transformer
+from lora.spec import LoraArgs
 from optim.args import OptimArgs
-from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
-from training.heldout import evaluate
-from training.precision import check_length, prepare, training_dtype
-from training.trainer import TrainArgs, Trainer
-from tuning import mixture
-from tuning.balance import CoBa
-from tuning.data import DataArgs, batches, describe, keep_aside, pair_batches, read_data
-from tuning.objectives import PreferenceArgs, make_objective
-from tuning.preference_model import PreferenceModel
-from tuning.reference import reference
+from training.args import TrainArgs
+from tuning.args import DataArgs, PreferenceArgs, split_paths, task_names
 
 
 @dataclass(frozen=True)
@@ -59,7 +35,7 @@ class Args:
 
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=lambda: OptimArgs(lr=1e-3, muon_lr=2e-3, schedule="linear"))
-    lora: adapters.LoraArgs = field(default_factory=adapters.LoraArgs)
+    lora: LoraArgs = field(default_factory=LoraArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     objective: Literal["sft", "dpo", "orpo"] = "sft"
     """sft: to answer as in conversations; dpo, orpo: to prefer the chosen of two answers to the rejected one, which
@@ -87,8 +63,9 @@ class Args:
             if self.preference != PreferenceArgs():
                 raise ValueError("--preference.* are settings of --objective dpo and orpo, not of sft")
             return
-        make_objective(self.objective, self.preference)
-        if self.data.loss != "token" or len(mixture.split_paths(self.data.train)) > 1:
+        if self.objective == "orpo" and (self.preference.label_smoothing or self.preference.sft_weight):
+            raise ValueError("label_smoothing and sft_weight are settings of dpo; orpo has beta only")
+        if self.data.loss != "token" or len(split_paths(self.data.train)) > 1:
             raise ValueError(f"--objective {self.objective} is of one task: one path of pairs, without --data.loss")
         if self.data.train_on != "all":
             raise ValueError("of pairs the last answers are trained: leave out --data.train_on")
@@ -100,10 +77,42 @@ class Args:
             raise ValueError(f"the best at pairs is that with the least loss, found --train.metric {self.train.metric}")
 
 
+if __name__ == "__main__":
+    arguments = parse(Args, "fine_tuning")  # before torch is loaded: --help and mistakes are answered at once
+
+import torch
+
+from attention import backends
+from chat.samples import Samples
+from chat.template import ChatTemplate, load_template
+from checkpoint import peft
+from checkpoint.directory import load_model, load_weights, save_model, weight_files
+from checkpoint.extend import grow
+from checkpoint.transformers_model import TransformersModel
+from corpora import BadRecord
+from dataset_sft import PairData, SFTData
+from distributed.backend import make_backend
+from distributed.single import SingleProcess
+from files import alone_in
+from lora import adapters
+from model import Transformer
+from optim.optimizers import build_optimizer
+from tokenizer import Tokenizer, load_tokenizer
+from training.heldout import evaluate
+from training.precision import check_length, prepare, training_dtype
+from training.trainer import Trainer
+from tuning import mixture
+from tuning.balance import CoBa
+from tuning.data import batches, describe, keep_aside, pair_batches, read_data
+from tuning.objectives import make_objective
+from tuning.preference_model import PreferenceModel
+from tuning.reference import reference
+
+
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; returns the final measures and where the model lies."""
-    paths = mixture.split_paths(args.data.train)
-    names = mixture.task_names(paths)
+    paths = split_paths(args.data.train)
+    names = task_names(paths)
     in_pairs = args.objective != "sft"
     torch.manual_seed(args.train.seed)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
@@ -142,7 +151,7 @@ def main(args: Args) -> dict[str, Any]:
                 record_run(args.out, "fine_tuning", args, inputs=[path for path in paths if path.is_file()])
                 print(describe(args.data, paths, trained, heldout, data), flush=True)
                 print(*filter(None, [unmeasured, grown, adapters.describe(model)]), sep="\n", flush=True)
-                for path, name in zip(broken, mixture.task_names(list(broken))):
+                for path, name in zip(broken, task_names(list(broken))):
                     keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
             return trainer.fit()
 
@@ -247,4 +256,4 @@ def identity(args: Args, names: list[str], trained: list[Samples], jinja: str) -
 
 
 if __name__ == "__main__":
-    run(main, Args, "fine_tuning")
+    run(main, arguments)

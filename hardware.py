@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,3 +72,30 @@ def fastest_dtype(device: torch.device, decodes: bool) -> torch.dtype:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_told_to_compiler: list[tuple[str, Callable]] = []
+
+
+def for_compiler(what: str) -> Callable[[Callable], Callable]:
+    """Decorator: `torch.compiler.WHAT` (disable, assume_constant_result), applied when a model is first compiled.
+
+    Applied at once it would load the compiler, more than a second, at every start of every script.
+    """
+
+    def remember(function: Callable) -> Callable:
+        _told_to_compiler.append((what, function))
+        return function
+
+    return remember
+
+
+def start_compiler() -> None:
+    """Apply what `for_compiler` has remembered; called before a model is compiled."""
+    while _told_to_compiler:
+        what, function = _told_to_compiler.pop()
+        *path, name = function.__qualname__.split(".")
+        owner = sys.modules[function.__module__]
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, name, getattr(torch.compiler, what)(function))

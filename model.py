@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import rope
 from attention.backends import Mask, ShiftedSparse, attend, prepare
 from attention.cache import KVCache, View, cache_class
-from checkpoint import safetensors_files
+from checkpoint import config_json, safetensors_files
+from hardware import start_compiler
 from loss import linear_cross_entropy
 from model_args import ModelArgs
 
@@ -244,11 +245,16 @@ class Transformer(nn.Module):
 
     def make_cache(self, batch: int, max_len: int | None = None, kind: str = "static", **options: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit); what `kind`
-        (static, int8, sinks) and the options `text_len` and `sinks` are, cache.py says."""
+        (static, int8, sinks) and the options `text_len` and `sinks` are, attention/cache.py says."""
         a, device = self.args, self.model.embed_tokens.weight.device
         shape = (a.n_layers, batch, a.n_kv_heads, a.head_dim, max_len or a.max_seq_len)
         made = {"dtype": self.activation_dtype, "device": device, "window": a.sliding_window}
         return cache_class(kind)(*shape, **made, rotated=self.rope.cache_rotated, **options)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let torch.compile make the forward pass, in place: parameters keep their names."""
+        start_compiler()
+        super().compile(*args, **kwargs)
 
     def n_parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
@@ -261,13 +267,12 @@ class Transformer(nn.Module):
         """The model of a Hugging Face directory, its parameters in `dtype`: as they lie in the mapped file where dtype
         and device are the file's, one by one otherwise. Raises ValueError naming what does not fit."""
         return safetensors_files.load(
-            lambda config: cls(ModelArgs.from_hf(config), initialize=False), directory, device, dtype
+            lambda config: cls(config_json.read(config), initialize=False), directory, device, dtype
         )
 
     def save_pretrained(self, directory: Path, config: dict[str, Any] | None = None) -> None:
         """Write the model as a Hugging Face directory, its parameters in their dtype; `config`: more for config.json,
         such as the ids of special tokens. Large models are written in shards."""
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        safetensors_files.write_model(
-            directory, self.args.to_hf() | {"dtype": dtype} | (config or {}), safetensors_files.state_of(self)
-        )
+        config = config_json.write(self.args) | {"dtype": dtype} | (config or {})
+        safetensors_files.write_model(directory, config, safetensors_files.state_of(self))

@@ -1,4 +1,5 @@
-"""The shape of a model, and how far its positions reach: what flags and config.json say of it."""
+"""The shape of a model, and how far its positions reach, as flags and config.json say it. Free of torch, which takes
+seconds to load: --help and a mistyped flag are answered at once."""
 
 from __future__ import annotations
 
@@ -6,23 +7,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
-
-import rope
-from checkpoint import config_json
-
-
-@dataclass(frozen=True)
-class RopeArgs:
-    """Positions of a checkpoint to go on from."""
-
-    type: str | None = None
-    """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as the checkpoint's were, else yarn"""
-    factor: float | None = None
-    """how much longer than the checkpoint's first context; None: as --model.max_seq_len asks"""
-
-    def __post_init__(self) -> None:
-        if self.factor is not None and not 1 <= self.factor < math.inf:
-            raise ValueError(f"--rope.factor should be a finite number, 1 or more, found {self.factor:g}")
 
 
 @dataclass(frozen=True)
@@ -84,18 +68,28 @@ class ModelArgs:
         if self.hidden_dim is None:
             width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
             object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))
-        # Refuses, before anything is built, what contradicts itself.
-        rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
+        if not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta should be a number above 1, found {self.rope_theta!r}")
+        if self.rope_scaling is not None:
+            import rope  # not at the top: it loads torch, and the argument parser should not
+
+            # Refuse, before anything is built, what contradicts itself.
+            rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
 
     def replace(self, **changes: Any) -> ModelArgs:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelArgs:
-        """From the contents of a Hugging Face `config.json`; what this module cannot represent is refused by name."""
-        return cls(**config_json.read(config))
 
-    def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of this shape."""
-        return config_json.write(self)
+@dataclass(frozen=True)
+class RopeArgs:
+    """Positions of a checkpoint to go on from."""
+
+    type: str | None = None
+    """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as the checkpoint's were, else yarn"""
+    factor: float | None = None
+    """how much longer than the checkpoint's first context; None: as --model.max_seq_len asks"""
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and not 1 <= self.factor < math.inf:
+            raise ValueError(f"--rope.factor should be a finite number, 1 or more, found {self.factor:g}")

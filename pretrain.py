@@ -13,23 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bins.token_bin import TokenBin
-from checkpoint.directory import load_model, load_weights, save_model, weight_files
-from checkpoint.extend import add_tokens, check_shape, check_tokenizer, fit_vocabulary, given, read_tokens, stretch
-from checkpoint.transformers_model import TransformersModel
-from cli.args import run
+from cli.args import parse, run
 from cli.record import file_sha256, record_run, to_plain
-from dataset import PretrainData
-from distributed.backend import make_backend
-from files import alone_in
-from model import Transformer
 from model_args import ModelArgs, RopeArgs
 from optim.args import OptimArgs
-from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
-from training.trainer import TrainArgs, Trainer
+from training.args import TrainArgs
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,24 @@ class Args:
     """likewise, tokens that no text gives, such as the markers of a chat"""
     vocab_multiple_of: int = 1
     """round a vocabulary that grows up to a multiple of this"""
+
+
+if __name__ == "__main__":
+    arguments = parse(Args, "pretrain")  # before torch is loaded: --help and mistakes are answered at once
+
+import torch
+
+from bins.token_bin import TokenBin
+from checkpoint.directory import load_model, load_weights, save_model, weight_files
+from checkpoint.extend import add_tokens, check_shape, check_tokenizer, fit_vocabulary, given, read_tokens, stretch
+from checkpoint.transformers_model import TransformersModel
+from dataset import PretrainData
+from distributed.backend import make_backend
+from files import alone_in
+from model import Transformer
+from optim.optimizers import build_optimizer
+from tokenizer import Tokenizer, load_tokenizer
+from training.trainer import Trainer
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -170,4 +176,4 @@ def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, Args, "pretrain")
+    run(main, arguments)

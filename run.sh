@@ -26,8 +26,8 @@ an interrupted one goes on where it stopped.
                     sft             fine_tuning.py
                     eval            eval.py --task loss and --task poems
                     chat            eval.py; without a terminal it prints a few exchanges instead
-  --use HOW       how pretrain and sft run: single (default), ddp, deepspeed
-  --nproc N       processes for ddp and deepspeed (default: one a GPU; 2 on a CPU)
+  --use HOW       how pretrain and sft run: single (default), ddp
+  --nproc N       processes for ddp (default: one a GPU; 2 on a CPU)
   --background    go on after the terminal is closed, with the log in out/NAME/run.log
   --dry_run       print the commands instead of running them
   --help          this text
@@ -101,9 +101,9 @@ check_switches() {
   presets=("${presets[@]%.yaml}")
   contains "$preset" "${presets[@]}" || misused "unknown preset $preset; presets are $(list "${presets[@]}")"
   contains "$stage" all "${stages[@]}" || misused "unknown stage $stage; stages are $(list all "${stages[@]}")"
-  contains "$use" single ddp deepspeed || misused "unknown --use $use; it is one of single, ddp, deepspeed"
+  contains "$use" single ddp || misused "unknown --use $use; it is one of single, ddp"
   [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
-  if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp or --use deepspeed"; fi
+  if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp"; fi
   if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
     misused "what follows -- goes to one script; name its stage with --stage: one of $(list "${stages[@]:1}")"
   fi
@@ -237,13 +237,6 @@ seconds_of() { # wall seconds of a stage with its present key: of the calls that
   echo "$sum"
 }
 
-check_deepspeed() { # before the stages that come before it is needed
-  local installed=(.venv/lib/python*/site-packages/deepspeed)
-  if [ -z "$dry_run" ] && [ ! -e "${installed[0]}" ]; then
-    fail "--use deepspeed needs the package deepspeed; install it: $py -m pip install '.[deepspeed]'"
-  fi
-}
-
 print_times() {
   local name seconds total=0
   printf '\n%-12s %8s\n' stage seconds
@@ -316,7 +309,6 @@ main() {
 
   if [ -z "$dry_run" ] && writes; then take_lock; fi
   work_on setup "$(key_of setup)"
-  if [ "$use" = deepspeed ]; then check_deepspeed; fi
   for name in "${stages[@]:1:5}"; do
     if contains "$stage" all "$name"; then make "$name"; fi
   done

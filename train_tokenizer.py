@@ -19,7 +19,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 import corpora
 from bins.screen import screen
-from cli.args import run
+from cli.args import parse, run
 from cli.progress import Progress
 from cli.record import record_run
 from files import written_aside
@@ -311,4 +311,4 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    run(main, Args, "train_tokenizer")
+    run(main, parse(Args, "train_tokenizer"))

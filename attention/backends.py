@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attention import dense, flash, flex, shifted_sparse
+from attention import NAMES, dense, flash, flex, shifted_sparse
 from attention.mask import Mask
 from attention.shifted_sparse import ShiftedSparse
 
@@ -40,6 +40,7 @@ BACKENDS = {
     "flash": Backend(flash.layout, flash.attend),
     "flex": Backend(flex.layout, flex.attend),
 }
+assert tuple(BACKENDS) == NAMES
 _in_use = "auto"  # set by `use` alone
 
 

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from attention.mask import Mask, document_starts
+from hardware import for_compiler
 
 INSTALL = 'pip install "flash-attn>=2.8" --no-build-isolation'
 MAX_HEAD_DIM = 256
 
 
-@torch.compiler.assume_constant_result
+@for_compiler("assume_constant_result")
 def installed() -> bool:
     """Whether the flash-attn package is there."""
     return find_spec("flash_attn") is not None
@@ -39,7 +40,7 @@ def layout(mask: Mask, T: int, S: int, device: torch.device) -> torch.Tensor | N
     return None if mask.doc_ids is None else document_bounds(mask.doc_ids)
 
 
-@torch.compiler.disable  # how many documents there are is known from the data alone
+@for_compiler("disable")  # how many documents there are is known from the data alone
 def document_bounds(doc_ids: torch.Tensor) -> torch.Tensor:
     """`cu_seqlens` (documents + 1) int32 of doc_ids (B, T)."""
     begins = document_starts(doc_ids).flatten().nonzero().flatten()

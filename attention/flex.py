@@ -11,11 +11,12 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from attention.mask import Mask, document_starts
+from hardware import for_compiler
 
 WORTH = 1024  # tokens a row from which a mask written out costs more than compiling a kernel
 
 
-@torch.compiler.assume_constant_result
+@for_compiler("assume_constant_result")
 def installed() -> bool:
     """Whether its kernels can be compiled for a GPU."""
     return find_spec("triton") is not None

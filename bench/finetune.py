@@ -46,7 +46,7 @@ from optim.args import OptimArgs
 from tokenizer import load_tokenizer
 from training.log import read_metrics
 from training.trainer import Diverged, TrainArgs
-from tuning.data import DataArgs
+from tuning.args import DataArgs
 
 METHODS = {
     "full": LoraArgs(),

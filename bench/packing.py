@@ -23,10 +23,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chat.samples import Samples, read_samples
 from chat.template import load_template
-from dataset_sft import Packing, SFTData
+from dataset_sft import SFTData
 from model import Transformer
 from model_args import ModelArgs
 from tokenizer import load_tokenizer
+from tuning.args import Packing
 
 
 @dataclass(frozen=True)

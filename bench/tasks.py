@@ -24,8 +24,7 @@ from bench.finetune import UNTRAINED, Job, conversations, placed, run_all
 from lora.adapters import LoraArgs
 from optim.args import OptimArgs
 from training.trainer import TrainArgs
-from tuning.data import DataArgs
-from tuning.mixture import task_names
+from tuning.args import DataArgs, task_names
 
 LOSSES = {"token": "case1", "sample": "case2", "task_token": "case3", "task_sample": "case4"}
 

@@ -5,7 +5,7 @@
 
 All variants of one size and dtype take turns in one process, step by step, so that a machine whose speed drifts slows
 them all; the median step counts. A step is forward, backward, clip, fused AdamW. The machine's own matmul rate is
-measured in the same run, and model flops (see flops.py) are given as a share of it.
+measured in the same run, and model flops (see training/flops.py) are given as a share of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoint import config_json
 from hardware import matmul_rate
 from model import Transformer
 from model_args import ModelArgs
@@ -93,7 +94,7 @@ def peer(ours: Transformer) -> nn.Module:
     """transformers' model with the same shape and the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**ours.args.to_hf())
+    config = LlamaConfig(**config_json.write(ours.args))
     model = LlamaForCausalLM(config)
     model.load_state_dict(ours.state_dict())
     return model.train()

@@ -21,7 +21,7 @@ import numpy as np
 
 from chat.conversations import Messages, file_conversations
 from chat.template import ChatTemplate, load_template
-from cli.args import run
+from cli.args import parse, run
 from cli.progress import track
 from corpora.registry import BadRecord, stable_share
 from tokenizer import Tokenizer, load_tokenizer
@@ -225,4 +225,4 @@ def statistics(samples: Samples) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, Args, "dataset_sft")
+    run(main, parse(Args, "dataset_sft"))

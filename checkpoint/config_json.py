@@ -6,12 +6,10 @@ refused by name; a key that changes nothing in the computation (`use_cache`, `pr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rope
-
-if TYPE_CHECKING:
-    from model_args import ModelArgs
+from model_args import ModelArgs
 
 FAMILY = {  # model_type in config.json -> the class that transformers gives it
     "llama": "LlamaForCausalLM",
@@ -54,8 +52,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 ORIGINAL = "original_max_position_embeddings"
 
 
-def read(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelArgs` that a `config.json` asks for; ValueError names what our module cannot represent."""
+def read(config: dict[str, Any]) -> ModelArgs:
+    """Return the shape that a `config.json` asks for. Raises ValueError naming what our module cannot represent."""
     kind = config.get("model_type", "llama")
     if kind not in FAMILY:
         raise ValueError(f"config.json is of model_type {kind!r}; this module runs {', '.join(FAMILY)}")
@@ -63,23 +61,23 @@ def read(config: dict[str, Any]) -> dict[str, Any]:
     config = OMITTED[kind] | config
     theta, scaling = read_rope(config)
     n_heads = integer(config, "num_attention_heads")
-    return {
-        "dim": integer(config, "hidden_size"),
-        "n_layers": integer(config, "num_hidden_layers"),
-        "n_heads": n_heads,
-        "n_kv_heads": integer(config, "num_key_value_heads", n_heads),
-        "head_dim": integer(config, "head_dim", integer(config, "hidden_size") // max(n_heads, 1)),
-        "vocab_size": integer(config, "vocab_size"),
-        "hidden_dim": integer(config, "intermediate_size"),
-        "norm_eps": number(config, "rms_norm_eps", 1e-6),
-        "max_seq_len": integer(config, "max_seq_len", None) or integer(config, "max_position_embeddings"),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "tie_embeddings": flag(config, "tie_word_embeddings"),
-        "attention_bias": kind == "qwen2",
-        "qk_norm": kind == "qwen3",
-        "sliding_window": read_window(config, kind),
-    }
+    return ModelArgs(
+        dim=integer(config, "hidden_size"),
+        n_layers=integer(config, "num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=integer(config, "num_key_value_heads", n_heads),
+        head_dim=integer(config, "head_dim", integer(config, "hidden_size") // max(n_heads, 1)),
+        vocab_size=integer(config, "vocab_size"),
+        hidden_dim=integer(config, "intermediate_size"),
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
+        max_seq_len=integer(config, "max_seq_len", None) or integer(config, "max_position_embeddings"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=flag(config, "tie_word_embeddings"),
+        attention_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        sliding_window=read_window(config, kind),
+    )
 
 
 def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:

@@ -72,3 +72,9 @@ def load_adapted(adapter: Path, base: Path) -> Transformer:
     peft.load(tree, adapter)
     adapters.merge_for_good(tree)
     return model
+
+
+def kept_dtype(directory: Path) -> torch.dtype:
+    """The dtype in which the model in a directory is kept."""
+    kept = read_config(directory)
+    return getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")

@@ -5,18 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
-from checkpoint import peft as peft_files
-from checkpoint.safetensors_files import read_config
+from checkpoint.adapter_config import CONFIG, read_adapter_config
 from cli.progress import tell
 from tokenizer import Tokenizer, load_tokenizer
-
-
-def kept_dtype(directory: Path) -> torch.dtype:
-    """The dtype in which the model in a directory is kept."""
-    kept = read_config(directory)
-    return getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
 
 
 def find_tokenizer(*directories: Path) -> tuple[Tokenizer | None, list[int] | None]:
@@ -47,7 +38,7 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
         what = "is no model directory (it has no config.json)" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; {advice}")
     # A directory that begins with a dot is one that is still being written.
-    kinds = (p for name in ("config.json", peft_files.CONFIG) for p in Path("out").rglob(name))
+    kinds = (p for name in ("config.json", CONFIG) for p in Path("out").rglob(name))
     found = [p for p in kinds if not any(part.startswith(".") for part in p.parts)]
     if not found:
         raise FileNotFoundError(f"there is no model at {path} and none below out/; {advice}")
@@ -58,14 +49,14 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
 
 def is_model(directory: Path) -> bool:
     """Whether a directory holds a model, or an adapter of one."""
-    return (directory / "config.json").is_file() or (directory / peft_files.CONFIG).is_file()
+    return (directory / "config.json").is_file() or (directory / CONFIG).is_file()
 
 
 def find_base(adapter: Path, given: Path | None) -> Path:
     """The directory of the model that an adapter belongs to: `given`, or the one that the adapter names."""
     if given is not None:
         return find_model(given)
-    named = peft_files.read_config(adapter).get("base_model_name_or_path")
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
     if not named or not (Path(named) / "config.json").is_file():
         what = f"of {named}, which is no model directory here" if named else "that does not name its model"
         raise FileNotFoundError(f"{adapter} holds an adapter {what}; say where that model lies with --base DIR")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from checkpoint.adapter_config import CONFIG, read_adapter_config
 from checkpoint.safetensors_files import opened
 from lora.inject import adapted, fully_trained, inject, specs, train_only
 from lora.pissa import Pissa
@@ -24,20 +24,7 @@ from lora.targets import matching, shortest
 from quant.replace import kind_of_base
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PLAIN = {  # keys of adapter_config.json that must be absent or have one of these values
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False,),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "pissa"),  # others change the base weights
-}
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save(directory: Path, model: nn.Module, name: str = "default", base: str | None = None) -> None:
@@ -100,7 +87,7 @@ def load(model: nn.Module, directory: Path, name: str = "default", trainable: bo
 
     Raises ValueError naming what is not LoRA, is of another model, or has another shape.
     """
-    config, tensors = read_config(directory), read_tensors(directory)
+    config, tensors = read_adapter_config(directory), read_tensors(directory)
     names = dict.fromkeys(path for path, _ in model.named_modules())  # in the order of the tree
     paths, train = set(), set()
     for key in tensors:
@@ -206,28 +193,6 @@ def compare_tied(model: nn.Module, train: Iterable[str], tensors: dict[str, torc
             other = first.setdefault(id(parameter), name)
             if parameter is not None and not torch.equal(tensors[other], tensors[name]):
                 raise ValueError(f"{directory} trained {listed([other, name])} apart, which are tied in this model")
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of `adapter_config.json`, with PEFT's defaults; ValueError names what is not plain LoRA or DoRA."""
-    path = Path(directory) / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else f"{config!r:.100}"
-        raise ValueError(f"{path} should describe an adapter of peft_type LORA, found {found}")
-    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0} | config
-    for key in ("r", "lora_alpha", "lora_dropout"):
-        if not isinstance(config[key], (int, float)):
-            raise ValueError(f"{path} should set {key} to a number, found {config[key]!r}")
-    for key, allowed in PLAIN.items():
-        if key in config and config[key] not in allowed:
-            raise ValueError(f"{path} sets {key} to {config[key]!r}, which is not read here")
-    return config
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -74,6 +74,21 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         raise
 
 
+def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str, Any]:
+    """Return the command that stands first on the command line and its parsed flags; `commands`: name -> dataclass.
+
+    Without a command, or with an unknown one, exits with a sentence; --help prints `doc`.
+    """
+    words = sys.argv[1:]
+    command = words[0] if words else ""
+    if command in ("-h", "--help"):
+        print(f"{doc.strip()}\n\n{script}.py {next(iter(commands))} --help explains each flag.", file=sys.stdout)
+        sys.exit()
+    if command not in commands:
+        fail(f"{script}.py takes a command, {', '.join(commands)}, and its flags: {script}.py merge --help")
+    return command, parse(commands[command], script, words[1:])
+
+
 def refused_by_dataclass(stop: SystemExit) -> ValueError | None:
     """The error raised in the `__post_init__` of a dataclass, if that is why tyro stopped.
 
@@ -154,10 +169,10 @@ def sentence(error: Exception) -> str:
     return f"{error.strerror}:{where}" if where else error.strerror
 
 
-def run(main: typing.Callable[[Any], dict], cls: type, section: str) -> None:
-    """Parse, run, and turn an error a user can mend into one sentence and exit status 1."""
+def run(main: typing.Callable[[Any], dict], args: Any) -> None:
+    """Call `main(args)`, and turn an error a user can mend into one sentence and exit status 1."""
     try:
-        main(parse(cls, section))
+        main(args)
     except (ValueError, OSError) as error:
         fail(" ".join(sentence(error).split()))
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ def beam_search(
     """The best sequences found to follow `prompt`, at most num_beams, the best first.
 
     A sequence is finished with a stop id, when it has `ended`, after max_new_tokens or when the context is full.
-    `cache`: of which kind (see cache.py).
+    `cache`: of which kind (see attention/cache.py).
     Raises ValueError as `check_prompts` does.
     """
     check_prompts(model, [prompt])

@@ -18,7 +18,8 @@ import torch
 from attention.cache import KVCache
 from cli.progress import Progress
 from decoding import cpu_step
-from decoding.sampling import SamplingParams, draw, probabilities, process_logits
+from decoding.params import SamplingParams
+from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
 Ended = Callable[[Sequence[int]], bool]  # of an answer's ids so far: is the last one its end? StopStrings.ended is one
@@ -220,7 +221,7 @@ def generate(
     """What follows each of the prompts (unequal lengths are fine), without the prompt and without the stop id.
 
     A row's sample depends on its own seed (default: params.seed + row) and not on its neighbours, up to the rounding
-    of batched matrix products. `cache`: of which kind (see cache.py). A row that has `ended` keeps the ids that spell
+    of batched matrix products. `cache`: its kind (attention/cache.py). A row that has `ended` keeps the ids that spell
     its stop string (streaming.text_pieces leaves them out). Raises ValueError as `check_prompts` does.
     """
     answers = generate_scored(model, prompts, params, stop_ids, seeds, cache, ended, top=None)

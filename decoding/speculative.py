@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from attention.cache import KVCache, SinkCache, keep_prefix
 from decoding.generate import Feeder, evaluating, open_cache
-from decoding.sampling import SamplingParams, draw, probabilities, process_logits
+from decoding.params import SamplingParams
+from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
 

@@ -24,4 +24,4 @@ def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
         if "RANK" not in os.environ:
             raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
         return DataParallel(device, fp16)
-    raise ValueError(f"the backend {name!r} is not available yet; choose single or ddp")
+    raise ValueError(f"there is no backend {name!r}; choose single or ddp")

@@ -22,7 +22,7 @@ from corpora.packages import pip_package
 from corpora.poem_tasks import conversation
 from corpora.verse import Poem, form_of, forms, split_lines
 from decoding.generate import generate_in_batches
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from evaluation.shares import Share
 from model import Transformer
 from tokenizer import Tokenizer

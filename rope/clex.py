@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hardware import for_compiler
 from rope.base import Frequencies, by_length, ntk_theta, register
 
 ACTIVATIONS: dict[str, Callable] = {"tanh": torch.tanh, "silu": F.silu, "relu": F.relu}
@@ -107,7 +108,7 @@ class Clex(nn.Module):
             self._solved = [w.clone() for w in weights], solved
         return self._solved[1][max(1, -(-length // self.window)) - 1], 1.0
 
-    @torch.compiler.disable
+    @for_compiler("disable")
     def prepare(
         self, positions: torch.Tensor, length: int | torch.Tensor, training: bool = False
     ) -> tuple[torch.Tensor, list[float] | torch.Tensor, float | torch.Tensor]:

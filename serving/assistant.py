@@ -12,12 +12,12 @@ import torch
 
 from chat.messages import check_messages
 from chat.template import ChatTemplate, load_template
-from checkpoint import peft as peft_files
+from checkpoint.adapter_config import CONFIG
 from checkpoint.directory import load_adapted, load_model
 from checkpoint.locate import find_base, find_model, has_tokenizer
 from cli.progress import tell
 from decoding import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from decoding.speculative import DraftModel, PromptLookup, Speculator
 from model import Transformer
 from serving.streaming import StopStrings, text_pieces
@@ -92,7 +92,7 @@ def load_assistant(
 
     Raises ValueError where model and tokenizer do not belong together.
     """
-    adapter = directory if (directory / peft_files.CONFIG).is_file() else None
+    adapter = directory if (directory / CONFIG).is_file() else None
     if adapter is not None:
         base = find_base(adapter, base)
         tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base)

@@ -9,7 +9,7 @@ from functools import partial
 from attention.cache import keep_prefix
 from chat.template import ChatTemplate
 from decoding import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from model import Transformer
 from serving.streaming import StopStrings
 from tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class ChatSession:
         stop: StopStrings | None = None,
         stream: Callable[..., Iterator[int]] | None = None,
     ) -> None:
-        """cache: of which kind (see cache.py). stop: texts that end an answer, beside the template's own ids. stream:
+        """cache: its kind (attention/cache.py). stop: texts that end an answer, beside the template's own ids. stream:
         another way to get the ids that follow a prompt than `generate.stream` of the model, called as that is, such
         as `Speculator.stream`."""
         self.model, self.tokenizer, self.template = model, tokenizer, template

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 from cli.args import nearest
 from cli.progress import tell
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 
 COMMANDS = ("/set", "/reset", "/help", "/quit")
 HELP = """\

@@ -255,9 +255,9 @@ def adapters() -> float:
         model = models.our_model()
         with tempfile.TemporaryDirectory() as folder:
             models.save_as_hf(model, Path(folder) / "base")
-            rooms.lora.apply(model, args)
+            rooms.adapters.apply(model, args)
             models.shake(model)
-            rooms.lora.save(Path(folder) / "adapter", model)
+            rooms.our_peft.save(Path(folder) / "adapter", model)
             base = models.hf_model(Path(folder) / "base")
             theirs = rooms.peft.PeftModel.from_pretrained(base, Path(folder) / "adapter").double()
         with torch.no_grad():

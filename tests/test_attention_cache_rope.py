@@ -11,7 +11,7 @@ from helpers.small_model import random_tokens, sensitive_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model
+import model as model_file
 import rope
 from attention.backends import attend
 from attention.cache import KVCache
@@ -65,7 +65,7 @@ def exact_angles(monkeypatch):
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_prefill_then_decode_equals_full_forward(name, backend, monkeypatch):
-    monkeypatch.setattr(model, "attend", partial(attend, backend=backend))
+    monkeypatch.setattr(model_file, "attend", partial(attend, backend=backend))
     for n in range(1, 16):
         for batch in (1, 3):
             assert decoding_error(MODELS[name], batch, [n] + [1] * (16 - n)) < 1e-12
@@ -181,7 +181,7 @@ def test_causal_from_the_first_key_is_seen(cuts, monkeypatch):
 
     model, tokens = MODELS["default"], random_tokens(1, sum(cuts))
     full = model(tokens)
-    monkeypatch.setattr(model, "attend", broken)
+    monkeypatch.setattr(model_file, "attend", broken)
     torch.testing.assert_close(model(tokens), full, atol=1e-12, rtol=0)  # T == S: nothing to see
     cache = model.make_cache(1)
     parts = [model(part, cache=cache) for part in tokens.split(cuts, dim=1)]

@@ -146,10 +146,13 @@ def test_the_family_in_and_out(tmp_path, config, rewritten):
 )
 def test_config_that_transformers_writes_is_read(changes):
     args = ModelArgs(**{"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 53, "max_seq_len": 64} | changes)
-    config = transformers.AutoConfig.for_model(**args.to_hf())
-    assert ModelArgs.from_hf(json.loads(config.to_json_string(use_diff=False))) == args
-    assert ModelArgs.from_hf(json.loads(config.to_json_string())) == args
-    assert type(transformers.AutoModelForCausalLM.from_config(config)).__name__ == args.to_hf()["architectures"][0]
+    config = transformers.AutoConfig.for_model(**config_json.write(args))
+    assert config_json.read(json.loads(config.to_json_string(use_diff=False))) == args
+    assert config_json.read(json.loads(config.to_json_string())) == args
+    assert (
+        type(transformers.AutoModelForCausalLM.from_config(config)).__name__
+        == config_json.write(args)["architectures"][0]
+    )
 
 
 @pytest.mark.parametrize("kind", config_json.FAMILY)
@@ -185,7 +188,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(kind):
 )
 def test_what_the_module_cannot_represent_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelArgs.from_hf(TINY | changes)
+        config_json.read(TINY | changes)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_configs_that_make_no_sense(changes, message):
 )
 def test_numbers_that_make_no_model(changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelArgs.from_hf(TINY | changes)
+        config_json.read(TINY | changes)
 
 
 def test_both_spellings_may_stand_side_by_side_when_they_agree():
@@ -241,4 +244,4 @@ def test_both_spellings_may_stand_side_by_side_when_they_agree():
 
 def test_no_hugging_face_model_combines_everything():
     with pytest.raises(ValueError, match="no Hugging Face model combines"):
-        Transformer(ModelArgs(n_layers=1, attention_bias=True, qk_norm=True)).args.to_hf()
+        config_json.write(Transformer(ModelArgs(n_layers=1, attention_bias=True, qk_norm=True)).args)

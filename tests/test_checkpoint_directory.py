@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 
 import files
-from checkpoint import directory
 from checkpoint.directory import load_model, load_weights, save_model
 from files import written_aside
 from model import Transformer
@@ -225,7 +224,7 @@ def no_half(monkeypatch):
         assert not path.name.startswith("step_")
         rmtree(path, **options)
 
-    monkeypatch.setattr(directory.shutil, "rmtree", careful)
+    monkeypatch.setattr(shutil, "rmtree", careful)
 
 
 def test_a_directory_is_replaced_whole(tmp_path, no_half):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import safetensors_files
+from checkpoint import config_json, safetensors_files
 from checkpoint.directory import load_model, load_weights, save_model
 from model import Transformer
 from model_args import ModelArgs
@@ -141,14 +141,14 @@ def test_folders_that_are_no_model(tmp_path):
         config.write_text(content)
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
-    config.write_text(json.dumps(ModelArgs(**SHAPE).to_hf()))
+    config.write_text(json.dumps(config_json.write(ModelArgs(**SHAPE))))
     with pytest.raises(FileNotFoundError, match="only safetensors weights are read"):
         load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
 def test_pickles_are_never_opened(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps(ModelArgs(**SHAPE).to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(config_json.write(ModelArgs(**SHAPE))))
     torch.save({}, tmp_path / name)
     with pytest.raises(FileNotFoundError, match=rf"only {name}, a pickle, which can run code .*; convert it"):
         load_model(tmp_path)
@@ -177,7 +177,10 @@ def test_shards_are_read_by_us_and_by_transformers(tmp_path):
     model = Transformer(ModelArgs(**SHAPE))
     for limit in (6000, 4000, 10**9):  # into the same folder: nothing of the larger numbers stays
         safetensors_files.write_model(
-            tmp_path, model.args.to_hf(), {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, limit
+            tmp_path,
+            config_json.write(model.args),
+            {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"},
+            limit,
         )
         files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
         assert (len(files) > 1) == (limit < 10**9) == (tmp_path / "model.safetensors.index.json").is_file()

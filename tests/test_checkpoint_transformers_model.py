@@ -14,7 +14,7 @@ from checkpoint.directory import load_model, load_weights, save_model
 from checkpoint.extend import grow, resize
 from checkpoint.transformers_model import TransformersModel
 from decoding.generate import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from decoding.speculative import DraftModel, Speculator
 from distributed.backend import make_backend
 from model import Transformer

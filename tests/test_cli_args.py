@@ -342,7 +342,7 @@ def test_errors_a_user_can_mend_become_one_sentence(monkeypatch, error, code):
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as stop:
-        run(main, Args, "pretrain")
+        run(main, cli_args.parse(Args, "pretrain"))
     assert stop.value.code == code
 
 
@@ -352,7 +352,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(KeyError):
-        run(main, Args, "pretrain")
+        run(main, cli_args.parse(Args, "pretrain"))
 
 
 def test_help_describes_every_flag(capsys):

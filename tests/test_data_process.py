@@ -18,7 +18,7 @@ import data_process
 from bins import screen
 from bins.token_bin import TokenBin
 from cli import progress
-from cli.args import run
+from cli.args import parse, run
 from corpora import CORPORA, Conversation, Corpus, Document, SourceArgs
 from corpora.registry import stable_share
 from data_process import Args, main
@@ -253,7 +253,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, make, tokenizer
         words = ["--tokenizer", tokenizer_path, "--out", out, "--overwrite", True, "--processes", 1, *flags]
         monkeypatch.setattr(sys, "argv", ["data_process.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            run(main, Args, "data_process")
+            run(main, parse(Args, "data_process"))
         assert re.fullmatch(f"error: .*{sentence}.*", str(stop.value.code)), (name, stop.value.code)
         assert contents(out) == before and not (out / "data_process.part").exists(), name
     assert capsys.readouterr().err == ""

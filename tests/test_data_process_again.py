@@ -112,10 +112,10 @@ def test_a_second_process_is_kept_out_of_the_same_folder(make, tmp_path):
 
 # The script as it is run, with batches so small that a small corpus has many.
 SCRIPT = """
-import sys, documents
-documents.BATCH_ITEMS = 4
-import config, data_process
-config.run(data_process.main, data_process.Args, "data_process")
+import bins.screen
+bins.screen.BATCH_ITEMS = 4
+import cli.args, data_process
+cli.args.run(data_process.main, cli.args.parse(data_process.Args, "data_process"))
 """
 SLOW_LOADER = """
 import json, os, time

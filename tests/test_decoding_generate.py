@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from checkpoint.directory import load_model
 from cli import progress
 from decoding.generate import Feeder, check_prompts, generate, generate_in_batches, generate_scored, stream
-from decoding.sampling import SamplingParams, process_logits
+from decoding.params import SamplingParams
+from decoding.sampling import process_logits
 
 transformers = pytest.importorskip("transformers")
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)

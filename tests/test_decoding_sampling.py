@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import sampling
-from decoding.sampling import SamplingParams, draw, probabilities, process_logits
+from decoding.params import SamplingParams
+from decoding.sampling import draw, probabilities, process_logits
 
 transformers = pytest.importorskip("transformers")
 

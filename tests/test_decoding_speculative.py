@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from attention.cache import KVCache
 from checkpoint.directory import load_model
 from decoding.generate import Feeder, stream
-from decoding.sampling import SamplingParams, probabilities, process_logits
+from decoding.params import SamplingParams
+from decoding.sampling import probabilities, process_logits
 from decoding.speculative import DraftModel, PromptLookup, Speculator, verify
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)

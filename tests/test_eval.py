@@ -18,9 +18,9 @@ from bins.token_bin import BinWriter
 from chat.template import load_template
 from checkpoint import peft
 from checkpoint.directory import load_model
-from cli.args import run
+from cli.args import parse, run
 from decoding.generate import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from eval import Args, main
 from lora import adapters
 from tokenizer import load_tokenizer
@@ -247,7 +247,7 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
 def test_what_a_user_can_mend_is_one_sentence_and_a_status(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "/nowhere"])
     with pytest.raises(SystemExit, match=r"^error: /nowhere does not exist; run `bash run.sh` to train one, or give"):
-        run(main, Args, "eval")
+        run(main, parse(Args, "eval"))
 
 
 def test_a_pipe_through_the_script(directory):

@@ -15,7 +15,7 @@ from checkpoint.directory import load_model, save_model
 from cli.args import parse
 from decoding.beam import BeamParams, beam_search
 from decoding.generate import Token, generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from eval import Args, main, token_table
 from tokenizer import load_tokenizer
 

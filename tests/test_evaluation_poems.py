@@ -18,7 +18,7 @@ from corpora.packages import FetchError
 from corpora.poem_tasks import conversation
 from corpora.verse import Poem, forms, verse
 from decoding.generate import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from eval import Args, main
 from evaluation import poems as poems_file
 from evaluation.poems import Answer, ask_for_poems, evenly, measure, rhyme_book, rhymes, table

@@ -15,7 +15,7 @@ from chat.template import load_template
 from cli.args import parse
 from serving.assistant import load_assistant
 from tokenizer import load_tokenizer
-from tuning.data import DataArgs
+from tuning.args import DataArgs
 
 SMALL = "--data.seq_len 64 --data.batch_size 2 --train.max_steps 2 --train.compile off --train.device cpu"
 GOOD = {"messages": [{"role": "user", "content": "moon?"}, {"role": "assistant", "content": "the moon"}]}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rope
+from checkpoint import config_json
 from checkpoint.directory import load_model
 from dataset import IGNORE
 from model import Transformer
@@ -51,9 +52,9 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def peer_of(model: Transformer) -> torch.nn.Module:
     """transformers' model of the same `config.json`, with the same weights under the same names."""
-    config = transformers.AutoConfig.for_model(**model.args.to_hf(), attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(**config_json.write(model.args), attn_implementation="eager")
     peer = transformers.AutoModelForCausalLM.from_config(config)
-    assert type(peer).__name__ == model.args.to_hf()["architectures"][0]
+    assert type(peer).__name__ == config_json.write(model.args)["architectures"][0]
     peer.load_state_dict(model.state_dict(), strict=True)
     return peer
 
@@ -378,7 +379,7 @@ def test_shape_survives_config_json(n_kv_heads, group, head_dim, hidden_dim, mul
         tie_embeddings=tie,
         **kind,
     )
-    assert ModelArgs.from_hf(json.loads(json.dumps(args.to_hf()))) == args
+    assert config_json.read(json.loads(json.dumps(config_json.write(args)))) == args
 
 
 def test_equality_means_the_same_model():

@@ -15,7 +15,7 @@ from chat.template import load_template
 from checkpoint.directory import load_model
 from dataset import PretrainData
 from decoding.generate import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from model import Transformer
 from tokenizer import load_tokenizer
 from training.heldout import evaluate

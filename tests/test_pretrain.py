@@ -80,7 +80,6 @@ def test_another_model_to_go_on_from_is_another_run(folder):
         (["--data.train", "nowhere.bin"], r"no token bin at nowhere\.bin"),
         (["--data.weights", "1", "2"], r"expected one weight for each of the 1 bins"),
         (["--train.backend", "ddp"], r"is started by torchrun"),
-        (["--train.backend", "deepspeed"], r"'deepspeed' is not available"),
     ],
 )
 def test_refused_before_anything_is_written(folder, flags, message):

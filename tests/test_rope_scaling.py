@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rope
+from checkpoint import config_json
 from model import Transformer
 from model_args import ModelArgs
 
@@ -163,7 +164,7 @@ def stretched_model(scaling: dict | None) -> Transformer:
 def logits_error_against_transformers(scaling: dict, length: int) -> float:
     """Largest difference of a logit, of texts of `length` tokens, from transformers' model of our `config.json`."""
     model = stretched_model(scaling)
-    config = transformers.AutoConfig.for_model(**model.args.to_hf(), attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(**config_json.write(model.args), attn_implementation="eager")
     peer = transformers.AutoModelForCausalLM.from_config(config)
     peer.load_state_dict(model.state_dict(), strict=True)
     tokens = torch.randint(53, (2, length), generator=torch.Generator().manual_seed(1))
@@ -192,14 +193,14 @@ def test_logits_show_how_positions_are_stretched():
 @pytest.mark.parametrize("scaling", [*MODELS.values(), CLEX], ids=[*MODELS, "clex"])
 def test_survives_config_json(scaling):
     args = ModelArgs(dim=64, n_heads=4, max_seq_len=256, rope_scaling=scaling)
-    again = ModelArgs.from_hf(json.loads(json.dumps(args.to_hf())))
+    again = config_json.read(json.loads(json.dumps(config_json.write(args))))
     assert again.max_seq_len == 256
     ours, theirs = (rope.make(16, a.rope_theta, a.rope_scaling, 256) for a in (args, again))
     if scaling is CLEX:
         assert again == args
     else:
         assert all(ours.frequencies(n) == theirs.frequencies(n) for n in (1, L0, 200))
-        assert again.to_hf() == ModelArgs.from_hf(again.to_hf()).to_hf()
+        assert config_json.write(again) == config_json.write(config_json.read(config_json.write(again)))
 
 
 # ---- what contradicts itself

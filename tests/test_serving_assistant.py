@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers.tiny_chat_model import save_chat_model
 
+import hardware
 from checkpoint import peft
 from checkpoint.directory import load_model, save_model
 from checkpoint.locate import DEFAULT_MODEL, find_model
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from hardware import fastest_dtype
 from lora import adapters
 from model import Transformer
@@ -164,7 +165,7 @@ def test_a_draft_with_another_tokenizer_is_refused(directory, tmp_path):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_where_it_is_the_faster_one(monkeypatch, has):
-    monkeypatch.setattr(assistant, "has_bfloat16", lambda device: has)
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: has)
     fast, cpu, gpu = torch.bfloat16 if has else torch.float32, torch.device("cpu"), torch.device("cuda")
     assert fastest_dtype(gpu, decodes=True) == fastest_dtype(cpu, decodes=False) == fast
     assert fastest_dtype(cpu, decodes=True) == torch.float32

@@ -7,7 +7,7 @@ import torch
 from helpers.small_model import ByteTokenizer
 
 from decoding.generate import generate
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from model import Transformer
 from model_args import ModelArgs
 from serving.session import ChatSession

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from decoding.sampling import SamplingParams
+from decoding.params import SamplingParams
 from serving.terminal import command, converse, say, with_setting
 
 
@@ -129,8 +129,8 @@ def read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
 
 ENDLESS = """
 import itertools, time
-from console import converse
-from sampling import SamplingParams
+from decoding.params import SamplingParams
+from serving.terminal import converse
 
 def ask(line, params):
     yield line

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoint import config_json
 from model_args import ModelArgs
 from training.flops import train_flops_per_token
 
@@ -22,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.mark.parametrize("T", [16, 33])
 def test_equals_what_torch_counts(changes, T):
     args = ModelArgs(**{"dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 256} | changes)
-    config = transformers.AutoConfig.for_model(**args.to_hf(), attn_implementation="eager", use_cache=False)
+    config = transformers.AutoConfig.for_model(**config_json.write(args), attn_implementation="eager", use_cache=False)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with FlopCounterMode(display=False) as forward:
         logits = model(torch.zeros(2, T, dtype=torch.int64)).logits

@@ -9,7 +9,7 @@ from helpers.tiny_training_run import Changed, quick, rows, toy_data, toy_traine
 
 from checkpoint.directory import load_model
 from optim.args import OptimArgs
-from training import precision, trainer
+from training import trainer
 from training.state import checkpoints, load_state
 
 
@@ -103,7 +103,7 @@ def test_starting_anew_on_request(tmp_path, monkeypatch):
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=6, save_interval=2, identity={"seed": 5}).fit()
     torch.manual_seed(0)
-    monkeypatch.setattr(precision, "prepare", refuse)
+    monkeypatch.setattr(trainer, "prepare", refuse)
     with pytest.raises(ValueError, match="no such attention"):
         toy_trainer(tmp_path / "run", data, max_steps=3, resume="never").fit()
     assert (tmp_path / "run" / "result.json").is_file() and len(checkpoints(tmp_path / "run")) == 3

@@ -15,6 +15,7 @@ from model import Transformer
 from model_args import ModelArgs
 from training.heldout import sums_by_group
 from tuning import mixture
+from tuning.args import split_paths, task_names
 
 VOCAB = 17
 LOSSES = ("token", "sample", "task_token", "task_sample")
@@ -193,8 +194,8 @@ def test_names_and_paths_of_tasks(tmp_path):
     for name in ("a", "b", "c,d"):
         (tmp_path / name).mkdir()
     given = [tmp_path / "c,d", *(tmp_path / f"{name}/train.jsonl" for name in "ab"), tmp_path / "poems.csv"]
-    paths = mixture.split_paths([given[0], type(given[0])(f"{given[1]},{given[2]}"), given[3]])
+    paths = split_paths([given[0], type(given[0])(f"{given[1]},{given[2]}"), given[3]])
     assert paths == given
-    assert mixture.task_names(paths) == ["c,d", str(given[1]), str(given[2]), "poems"]
+    assert task_names(paths) == ["c,d", str(given[1]), str(given[2]), "poems"]
     with pytest.raises(ValueError, match="named once"):
-        mixture.task_names([given[1], given[1]])
+        task_names([given[1], given[1]])

@@ -17,7 +17,8 @@ from distributed.single import SingleProcess
 from model import Transformer
 from model_args import ModelArgs
 from tuning import reference as reference_room
-from tuning.objectives import DPO, ORPO, Pairs, PreferenceArgs, log_odds, make_objective
+from tuning.args import PreferenceArgs
+from tuning.objectives import DPO, ORPO, Pairs, log_odds, make_objective
 from tuning.preference_model import PreferenceModel
 from tuning.reference import reference
 

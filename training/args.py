@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from attention.backends import ShiftedSparse
+from attention import Choice
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainArgs:
     """torch.compile; auto: on where a C++ compiler or a GPU is found"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: a third more work, far less memory"""
-    attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = "auto"
+    attention: Choice = "auto"
     """what computes attention; auto: the fastest that can do it here"""
     s2_group: int = 0
     """attend in shifted groups of so many tokens (LongLoRA's S2-Attn) while training; 0: in full"""
@@ -35,8 +35,8 @@ class TrainArgs:
     """and only over rows of this many tokens or more"""
     float32_matmul: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
-    backend: Literal["single", "ddp", "deepspeed"] = "single"
-    """single: one process; ddp: started by torchrun"""
+    backend: Literal["single", "ddp"] = "single"
+    """single: one process; ddp: several, started with torchrun"""
     device: str = "auto"
     """auto: cuda, else mps, else cpu"""
     seed: int = 0
@@ -70,5 +70,8 @@ class TrainArgs:
         for name in ("eval_interval", "save_interval"):
             if (value := getattr(self, name)) > 1 and value != int(value):
                 raise ValueError(f"{name} should be whole steps, or a share of an epoch below 1, found {value}")
-        if self.s2_group:
-            ShiftedSparse(self.s2_group)  # refused where it cannot be halved
+        if self.s2_group % 2:
+            raise ValueError(
+                "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "
+                f"found {self.s2_group}"
+            )

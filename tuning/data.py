@@ -4,98 +4,21 @@ of each task -> the batches of the loop, and what is told of them."""
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
 from chat.pairs import encode_pairs, read_pairs
 from chat.samples import Samples, encode_samples, read_samples
 from chat.template import ChatTemplate
 from corpora import BadRecord
 from dataset import BatchSource
-from dataset_sft import Packing, PairData, SFTData
+from dataset_sft import PairData, SFTData
 from tuning import mixture
+from tuning.args import DataArgs, Packing, split_paths
 
 ANY_LENGTH = 2**31  # tokens: longer than any sample
-
-
-@dataclass(frozen=True)
-class DataArgs:
-    """Conversations and batches."""
-
-    train: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--data"])] = (Path("data/tiny/sft_train.jsonl"),)
-    """conversations in any of the usual forms (json, jsonl, csv, tsv, parquet, a folder of them, a loader in Python);
-    several paths, or one with commas, are several tasks"""
-    heldout: tuple[Path, ...] = ()
-    """conversations to evaluate on, for each task; none: heldout_share of train; of one task a missing file: no
-    evaluation"""
-    heldout_share: float = 0.02
-    """the share of train to evaluate on and not to train, by the hash of the question; 0: no evaluation"""
-    template: str = "auto"
-    """auto (the model's own, else ours), own, ours, plain, chatml, llama2, mftcoder, or the path of a .jinja file"""
-    train_on: Literal["all", "last"] = "all"
-    """the answers of a conversation that are trained; one with "loss": false in its record never is"""
-    seq_len: int = 128
-    """tokens in a row of a batch; of pairs, in each of the two texts"""
-    batch_size: int = 64
-    """rows of an optimizer step, over all processes and micro-batches"""
-    packing: Packing = "best_fit"
-    """best_fit: several samples a row, hidden from each other; concat: one after another, cut where a row ends; bucket:
-    one a row, padded to the longest of a step of about equal ones; none: likewise of any"""
-    too_long: Literal["cut", "drop"] = "cut"
-    """what happens to a sample that does not fit a row (concat takes it whole)"""
-    loss: mixture.Loss = "token"
-    """a step's mean over its targets (token), samples, tasks by target (task_token) or by sample (task_sample), which
-    are MFTCoder's case1, 2, 3 and 4 over the whole step; coba: task_token, its weights by how each task converges"""
-    weights: tuple[float, ...] = ()
-    """of the tasks, for task_token and task_sample; none: equal ones"""
-    temperature: float = 1.0
-    """small tasks are seen more often: samples of one of n are taken in proportion to n^(1/temperature)"""
-    coba_interval: int = 1
-    """steps between CoBa's measures, each on one held-out batch, which take turns"""
-    coba_warmup: int = 100
-    """measures before the weights begin to change"""
-    coba_history: int = 200
-    """measures that a slope is fitted to"""
-    coba_tau: float = 5.0
-    """how sharply CoBa turns to tasks that diverge"""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError on numbers out of range, on what a task lacks, and on what would do nothing."""
-        n_tasks = len(mixture.split_paths(self.train))
-        self._check_heldout(n_tasks)
-        if not self.temperature >= 1:
-            raise ValueError(f"--data.temperature should be 1 (no upsampling) or more, found {self.temperature}")
-        if self.temperature != 1 and n_tasks == 1:
-            raise ValueError("--data.temperature would do nothing: it is of several tasks, and --data names one")
-        if self.weights and self.loss not in ("task_token", "task_sample"):
-            raise ValueError(
-                f"--data.weights are of tasks: they go with --data.loss task_token or task_sample, not {self.loss}"
-            )
-        if (w := self.weights) and not (len(w) == n_tasks and min(w) >= 0 and 0 < sum(w) < math.inf):
-            found = " ".join(map(str, w))
-            raise ValueError(
-                f"--data.weights should be {n_tasks} numbers of 0 or more, not all of them 0, found {found}"
-            )
-        of_coba = [field for field in fields(self) if field.name.startswith("coba_")]
-        idle = [f"--data.{field.name}" for field in of_coba if getattr(self, field.name) != field.default]
-        if idle and self.loss != "coba":
-            raise ValueError(f"{', '.join(idle)} would do nothing: --data.loss is {self.loss}, not coba")
-
-    def _check_heldout(self, n_tasks: int) -> None:
-        heldout = mixture.split_paths(self.heldout)
-        if not 0 <= self.heldout_share < 1:
-            raise ValueError(f"--data.heldout_share should be from 0 to below 1, found {self.heldout_share}")
-        if heldout and len(heldout) != n_tasks:
-            raise ValueError(f"--data.heldout should name one path for each of {n_tasks} tasks, found {len(heldout)}")
-        missing = ", ".join(str(path) for path in heldout if not path.exists())
-        if missing and n_tasks > 1:
-            raise ValueError(f"--data.heldout names one path for each of {n_tasks} tasks, and there is no {missing}")
 
 
 def read_data(
@@ -106,7 +29,7 @@ def read_data(
     options = {"template": template, "too_long": data.too_long} | ({} if in_pairs else {"train_on": data.train_on})
     read = partial(read_pairs if in_pairs else read_samples, **options)
     encode = partial(encode_pairs if in_pairs else encode_samples, seq_len=data.seq_len, **options)
-    given = mixture.split_paths(data.heldout)
+    given = split_paths(data.heldout)
     share = 0.0 if given else data.heldout_share
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
     trained, heldout = [], []

@@ -17,16 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from chat.samples import Samples
 from dataset import IGNORE, Batch, BatchSource
-
-Loss = Literal["token", "sample", "task_token", "task_sample", "coba"]
 
 
 class Weighted:
@@ -72,21 +68,6 @@ def _groups(batch: Batch) -> torch.Tensor:
 
 
 # --- which samples ----------------------------------------------------------------------------------------------
-
-
-def split_paths(paths: Sequence[Path]) -> list[Path]:
-    """Paths with those written as one, `dirA,dirB`, taken apart; one that exists with its comma stays whole."""
-    return [Path(part) for path in paths for part in ([path] if path.exists() else str(path).split(",")) if str(part)]
-
-
-def task_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: of its folder or file, without a suffix; of two with the same one, the whole path.
-
-    Raises ValueError where a path comes twice."""
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"each task should be named once, found {', '.join(map(str, paths))}")
-    names = [path.name if path.is_dir() else path.stem for path in paths]
-    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names)]
 
 
 def join(parts: Sequence[Samples], temperature: float = 1.0, seed: int = 0) -> tuple[Samples, np.ndarray]:

@@ -9,29 +9,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 
-
-@dataclass(frozen=True)
-class PreferenceArgs:
-    """What is learnt from pairs of answers."""
-
-    beta: float = 0.1
-    """DPO: how dearly distance from the reference is paid (less of it lets the model go further); ORPO: the weight of
-    the odds ratio beside the loss on the chosen answer (lambda in its paper)"""
-    label_smoothing: float = 0.0
-    """DPO: the share of pairs that are taken to be the wrong way round (conservative DPO)"""
-    sft_weight: float = 0.0
-    """DPO: the weight of the chosen answer's own loss a token, which keeps it from becoming less probable"""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta should be above 0, and finite, found {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"label_smoothing should be from 0 to below 0.5, where no answer is preferred any more, "
-                f"found {self.label_smoothing}"
-            )
-        if not 0 <= self.sft_weight < math.inf:
-            raise ValueError(f"sft_weight should be 0 or more, and finite, found {self.sft_weight}")
+from tuning.args import PreferenceArgs
 
 
 @dataclass(frozen=True)

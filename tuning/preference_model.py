@@ -5,7 +5,7 @@
     tuned.reference = reference(tuned, [data, heldout], backend, cache)     only where the objective has one
     Trainer(tuned, optimizer, data, ...)
 
-A text is known by its doc_id: 2i is the chosen answer to prompt i, 2i + 1 the rejected one (pairs.py).
+A text is known by its doc_id: 2i is the chosen answer to prompt i, 2i + 1 the rejected one (dataset_sft.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""What a script loads before its arguments are parsed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "eval", "convert merge", "convert tokens")
+# Runs a script with its own --help, and tells on stderr whether torch was loaded.
+PROBE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    print("torch" in sys.modules, stop.code or 0, file=sys.stderr)
+"""
+
+
+def probe(script: str, *flags: str) -> subprocess.CompletedProcess:
+    name, *command = script.split()
+    words = [sys.executable, "-c", PROBE, str(REPOSITORY / f"{name}.py"), *command, *flags]
+    return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(script):
+    done = probe(script, "--help")
+    assert done.stderr.split() == ["False", "0"] and "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mistyped_flag_is_refused_before_torch_is_loaded(script):
+    done = probe(script, "--no_such_flag", "1")
+    assert done.stderr.split()[-2] == "False" and done.stderr.split()[-1] != "0"
+
+
+@pytest.mark.parametrize("script", ["pretrain", "fine_tuning"])
+def test_a_backend_that_is_not_built_is_not_offered(script):
+    done = probe(script, "--train.backend", "deepspeed")
+    assert done.stderr.split()[-2:] == ["False", "2"] and "single" in done.stderr
+
+
+def test_the_compiler_is_not_loaded_with_the_scripts():
+    """torch._dynamo takes more than a second to load, and a chat never needs it."""
+    code = "import sys, eval, pretrain, fine_tuning, convert; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
