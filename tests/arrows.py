@@ -150,12 +150,8 @@ def broken_rules(modules: dict[str, Module]) -> list[str]:
     forbid(everything_else, None, SCRIPTS, "a script is a recipe, and no library")
     forbid(inside(*METHODS), {"hardware"}, set(), "a method is read, tested and copied on its own")
     forbid(inside("lora"), {"quant"}, set(), "an adapter knows trees of modules, not files, not our model")
-    forbid(
-        ["model"],
-        {"model_args", "rope", "attention", "loss", "hardware"},
-        set(),
-        "the learner's file does not know the disk",
-    )
+    below_model = {"model_args", "rope", "attention", "loss", "hardware"}
+    forbid(inside("model"), below_model, set(), "the learner's file does not know the disk")
     forbid(inside("training"), None, {"checkpoint", "chat", "tuning", "serving"}, "the loop is handed save and load")
     forbid(inside("decoding"), None, {"tokenizer", "chat", "serving"}, "ids in, ids out")
     for name, module in modules.items():
