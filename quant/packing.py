@@ -1,0 +1,60 @@
+"""Codes of b bits as 32-bit words: the stream of GPTQ and compressed-tensors files, and the order of AWQ's.
+
+A stream is little-endian: value i takes the bits b i to b i + b - 1, counted from the lowest bit of the first word.
+Where b does not divide 32 (3 bits), a value may lie across two words; 32 values always fill b words.
+"""
+
+from __future__ import annotations
+
+import torch
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column 8 c + AWQ_ORDER[i]
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return codes (rows, n) as words (rows, n * bits / 32) int32, packed along the last dimension.
+
+    Raises ValueError where n values do not fill whole words, or a code needs more bits.
+    """
+    rows, n = codes.shape
+    if n * bits % 32:
+        raise ValueError(f"{n} values of {bits} bits do not fill whole words of 32 bits: pad them to a multiple of 32")
+    codes = codes.to(torch.int64)
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
+        raise ValueError(
+            f"codes of {bits} bits should be from 0 to {2**bits - 1}, found {int(codes.min())} to {int(codes.max())}"
+        )
+    # One bit a column, then 32 of them a word.
+    single = (codes[:, :, None] >> torch.arange(bits, device=codes.device)) & 1  # (rows, n, bits)
+    words = single.reshape(rows, n * bits // 32, 32) << torch.arange(
+        32, device=codes.device
+    )  # (rows, n * bits / 32, 32)
+    return to_int32(words.sum(-1))
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the codes (rows, n) uint8 of words (rows, n * bits / 32) int32: the inverse of `pack`."""
+    rows, n = len(words), words.shape[1] * 32 // bits
+    single = (words.to(torch.int64)[:, :, None] >> torch.arange(32, device=words.device)) & 1  # (rows, words, 32)
+    values = single.reshape(rows, n, bits) << torch.arange(bits, device=words.device)  # (rows, n, bits)
+    return values.sum(-1).to(torch.uint8)
+
+
+def pack_awq(codes: torch.Tensor) -> torch.Tensor:
+    """Return 4-bit codes (rows, n) as AWQ's words (rows, n / 8) int32: eight neighbours a word, in AWQ_ORDER."""
+    if codes.shape[1] % 8:
+        raise ValueError(f"AWQ packs eight columns a word, found {codes.shape[1]}: pad them to a multiple of 8")
+    octets = codes.reshape(len(codes), -1, 8)  # (rows, n / 8, 8)
+    return pack(octets[:, :, list(AWQ_ORDER)].reshape(len(codes), -1), 4)
+
+
+def unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    """Return the 4-bit codes (rows, n) uint8 of AWQ's words (rows, n / 8) int32."""
+    octets = unpack(words, 4).reshape(len(words), -1, 8)  # (rows, n / 8, 8)
+    back = [AWQ_ORDER.index(i) for i in range(8)]
+    return octets[:, :, back].reshape(len(words), -1)
+
+
+def to_int32(words: torch.Tensor) -> torch.Tensor:
+    """Return words 0 .. 2^32 - 1 (int64) with the same bits as int32: the upper half becomes negative."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
