@@ -43,7 +43,7 @@ class GPTQOptions:
             raise ValueError(f"damping should be above 0 and below 1, found {self.damping}")
         if self.act_order and not self.static_groups:
             raise ValueError(
-                "act_order needs static_groups: with groups found on the way the order would have to be kept"
+                "act_order needs static_groups: otherwise a file would have to keep the order of the inputs"
             )
         if not 0 <= self.propagation <= 1:
             raise ValueError(f"propagation should be from 0 to 1, found {self.propagation}")
@@ -54,7 +54,7 @@ def solve(
     weight: torch.Tensor, statistics: InputStatistics, options: GPTQOptions
 ) -> tuple[Quantized, dict[str, float]]:
     """Return the quantized weight (out, in), and a report: error_before and error_after (the layer's squared output
-    error for RTN and for GPTQ, as a share of its output), damping (what was needed) and dead (inputs that are always 0).
+    error for RTN and for GPTQ, as a share of its output), damping (the share that H needed), dead (inputs always 0).
 
     The arithmetic is in the dtype of `statistics.gram`. Raises ValueError where H cannot be inverted.
     """

@@ -7,37 +7,35 @@ Where b does not divide 32 (3 bits), a value may lie across two words; 32 values
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column 8 c + AWQ_ORDER[i]
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return codes (rows, n) as words (rows, n * bits / 32) int32, packed along the last dimension.
+    """Return codes (rows, n) as words (rows, ceil(n * bits / 32)) int32, packed along the last dimension.
 
-    Raises ValueError where n values do not fill whole words, or a code needs more bits.
+    Raises ValueError where a code needs more bits.
     """
-    rows, n = codes.shape
-    if n * bits % 32:
-        raise ValueError(f"{n} values of {bits} bits do not fill whole words of 32 bits: pad them to a multiple of 32")
     codes = codes.to(torch.int64)
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
-        raise ValueError(
-            f"codes of {bits} bits should be from 0 to {2**bits - 1}, found {int(codes.min())} to {int(codes.max())}"
-        )
+        found = f"{int(codes.min())} to {int(codes.max())}"
+        raise ValueError(f"codes of {bits} bits should be from 0 to {2**bits - 1}, found {found}")
+    rows, n = codes.shape
     # One bit a column, then 32 of them a word.
     single = (codes[:, :, None] >> torch.arange(bits, device=codes.device)) & 1  # (rows, n, bits)
-    words = single.reshape(rows, n * bits // 32, 32) << torch.arange(
-        32, device=codes.device
-    )  # (rows, n * bits / 32, 32)
+    single = F.pad(single.reshape(rows, n * bits), (0, -n * bits % 32))  # (rows, 32 words)
+    words = single.reshape(rows, -(-n * bits // 32), 32) << torch.arange(32, device=codes.device)
     return to_int32(words.sum(-1))
 
 
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the codes (rows, n) uint8 of words (rows, n * bits / 32) int32: the inverse of `pack`."""
-    rows, n = len(words), words.shape[1] * 32 // bits
+def unpack(words: torch.Tensor, bits: int, n: int | None = None) -> torch.Tensor:
+    """Return the codes (rows, n) uint8 of words (rows, ceil(n * bits / 32)) int32; n None: as many as they hold."""
+    rows, held = len(words), words.shape[1] * 32 // bits
     single = (words.to(torch.int64)[:, :, None] >> torch.arange(32, device=words.device)) & 1  # (rows, words, 32)
-    values = single.reshape(rows, n, bits) << torch.arange(bits, device=words.device)  # (rows, n, bits)
-    return values.sum(-1).to(torch.uint8)
+    single = single.reshape(rows, words.shape[1] * 32)[:, : held * bits]
+    values = single.reshape(rows, held, bits) << torch.arange(bits, device=words.device)  # (rows, held, bits)
+    return values.sum(-1)[:, :n].to(torch.uint8)
 
 
 def pack_awq(codes: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Packed codes against integers written out bit by bit, and the unpackers of other packages where they are installed."""
+"""Packed codes against integers written out bit by bit."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ def random_codes(rows: int, n: int, bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (5, 64), (0, 32), (2, 0)])
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (5, 64), (2, 43), (1, 1), (0, 32), (2, 0)])
 def test_a_row_is_one_little_endian_number(bits, shape):
     codes = random_codes(*shape, bits)
     words = pack(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (shape[0], shape[1] * bits // 32)
+    assert words.dtype == torch.int32 and words.shape == (shape[0], -(-shape[1] * bits // 32))
     for row, packed in zip(codes.tolist(), words.tolist()):
         number = sum(code << (bits * i) for i, code in enumerate(row))
         assert [word % 2**32 for word in packed] == [number >> (32 * i) & (2**32 - 1) for i in range(len(packed))]
-    assert torch.equal(unpack(words, bits), codes)
+    assert torch.equal(unpack(words, bits, shape[1]), codes)
 
 
 def test_the_highest_bit_makes_a_word_negative():
@@ -39,8 +39,6 @@ def test_awqs_order(shape):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="do not fill whole words"):
-        pack(torch.zeros(1, 31, dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match="from 0 to 7, found 0 to 8"):
         pack(torch.arange(9, dtype=torch.uint8)[None].expand(1, 9).repeat(1, 32), 3)
     with pytest.raises(ValueError, match="eight columns"):
