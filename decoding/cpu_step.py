@@ -112,7 +112,7 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     function = compiled_step()
     if function is None:
         return None
-    a, weight = model.args, model.model.embed_tokens.weight
+    a, weight = model.args, model.embedding.weight
     layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
         *(_address(block, name) for block in model.model.layers for name in LAYER)
     )
@@ -155,7 +155,7 @@ def supports(model: Transformer, cache: KVCache) -> bool:
     whatever is fastest."""
     if type(model) is not Transformer or type(cache) is not KVCache or backends.in_use() != "auto":
         return False
-    weight = model.model.embed_tokens.weight
+    weight = model.embedding.weight
     return (
         weight.dtype in DTYPES
         and model.compute_dtype in (None, weight.dtype)

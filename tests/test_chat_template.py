@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from helpers.vocabularies import FUZZ, TEXT, TEXT_WITH_NAMES, write_byte_level
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat.conversations import file_conversations
@@ -53,11 +53,14 @@ def rendered(theirs: transformers.PreTrainedTokenizerBase, messages: list[dict])
 @given(messages=conversations(TEXT))
 @settings(max_examples=80, deadline=None)
 def test_transformers_renders_the_same_ids_and_mask(both, messages):
-    # an answer of blanks alone, which no file gives: transformers does not find its characters among the ids
-    assume(not any(m["role"] == "assistant" and m["content"].isspace() for m in messages))
     template, theirs = both
     ids, mask = template.encode(messages)
-    assert (ids, mask) == rendered(theirs, messages)
+    their_ids, their_mask = rendered(theirs, messages)
+    assert ids == their_ids
+    # Where an answer begins with a blank, transformers may not find its first character among the ids; its mask is then
+    # empty from there on.
+    if not any(m["role"] == "assistant" and m["content"][:1].isspace() for m in messages):
+        assert mask == their_mask
     if messages[-1]["role"] == "user":
         prompt, prompt_mask = template.encode(messages, add_generation_prompt=True)
         assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == prompt
