@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         right, because the last position then overstates it.
         """
         if cache is None:
-            context = self._context_for_rows(tokens, positions, doc_ids)
+            context = self.context_for_rows(tokens, positions, doc_ids)
         elif len(sizes := cache.passes(tokens.shape[1])) > 1:  # more tokens than the cache takes at once
             at = [None] * len(sizes) if positions is None else positions.split(sizes, dim=1)  # (B, size) each
             parts = zip(tokens.split(sizes, dim=1), at)
@@ -226,8 +226,8 @@ class Transformer(nn.Module):
                 x = block(x, *context, cache)
         return self.model.norm(x)
 
-    def _context_for_rows(
-        self, tokens: torch.Tensor, positions: torch.Tensor | None, doc_ids: torch.Tensor | None
+    def context_for_rows(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, doc_ids: torch.Tensor | None = None
     ) -> Context:
         """Compute the rotary angles and the mask for a pass without a cache (training, evaluation); all layers share
         them."""

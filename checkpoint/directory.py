@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import config_json, peft, safetensors_files, transformers_model
+from checkpoint import config_json, peft, quantized, safetensors_files, transformers_model
 from checkpoint.locate import find_base, is_adapter, read_config
 from checkpoint.transformers_model import TransformersModel
 from lora import adapters
@@ -47,8 +47,11 @@ def load_whole_model(
     Models of the LLaMA family become our `Transformer`, whose parameters are views of the mapped file where dtype and
     device are the file's; any other causal language model is transformers' own, behind the same interface.
     """
-    if read_config(directory).get("model_type", "llama") not in config_json.FAMILY:
+    config = read_config(directory)
+    if config.get("model_type", "llama") not in config_json.FAMILY:
         return transformers_model.load(directory, device, dtype)
+    if config.get(quantized.KEY):
+        return quantized.load(directory, device, dtype)
 
     def make(config: dict[str, Any]) -> Transformer:
         return Transformer(config_json.read(config), initialize=False)
@@ -91,18 +94,23 @@ def save_model(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    ids: dict[str, Any] = {}
-    if tokenizer is not None:
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        tokenizer.save(directory)
+    ids = save_tokenizer(directory, tokenizer, stop_ids)
     if isinstance(model, Transformer):
         config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids
         safetensors_files.write_model(directory, config, safetensors_files.state_of(model))
     else:
         transformers_model.save(directory, model, ids)
-    if ids:
-        ids["eos_token_id"] = stop_ids or tokenizer.eos_id
-    (directory / "generation_config.json").write_text(json.dumps(ids, indent=2))
+
+
+def save_tokenizer(directory: Path, tokenizer: Tokenizer | None, stop_ids: list[int] | None) -> dict[str, Any]:
+    """Write the tokenizer's files and `generation_config.json`; returns the ids of special tokens for `config.json`."""
+    ids: dict[str, Any] = {}
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        tokenizer.save(directory)
+    generation = ids | ({"eos_token_id": stop_ids or tokenizer.eos_id} if ids else {})
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    return ids
 
 
 def kept_dtype(directory: Path) -> torch.dtype:

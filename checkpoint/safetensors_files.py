@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,14 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(
-    directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]
+    directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str], elsewhere: Container[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a model directory with their names, mapped, on the CPU, in the file's dtype.
 
     shapes: name -> shape of every tensor that must be there. tied: second name -> first name of a tied tensor; the
-    second may be in the files, too, with the same numbers. Before the first tensor is yielded, ValueError names all
-    that are missing, unknown, of another shape or no floating-point numbers; nothing is skipped silently.
+    second may be in the files, too, with the same numbers. elsewhere: names that the caller reads itself. Before the
+    first tensor is yielded, ValueError names all that are missing, unknown, of another shape or no floating-point
+    numbers; nothing is skipped silently.
     """
     found: dict[str, Path] = {}
     unknown, misshaped, unusable = [], [], []
@@ -74,7 +75,7 @@ def read_tensors(
     for path in weight_files(directory):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if name.endswith(ANGLES):
+                if name.endswith(ANGLES) or name in elsewhere:
                     continue
                 found[name] = path
                 stored = file.get_slice(name)

@@ -1,7 +1,7 @@
 """AWQ (Lin et al. 2023, arXiv:2306.00978): make the channels that carry large activations easier to round.
 
 Multiplying column j of a weight by s_j and dividing channel j of its input by s_j changes nothing; rounding the weight
-in between is more exact in the columns that were enlarged. s = x^a / sqrt(max x^a * min x^a), x_j being the mean of |x_j|
+in between is more exact in the columns that were enlarged. s = x^a / sqrt(max x^a * min x^a), x_j the mean of |x_j|,
 and a from 0 (nothing changes) to 0.95 by the output error that rounding leaves. The division is folded into what
 makes the input: a norm, or the linear layer before. Afterwards the range of every group is narrowed where that lowers
 the output error (clipping).

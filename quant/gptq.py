@@ -54,13 +54,15 @@ def solve(
     weight: torch.Tensor, statistics: InputStatistics, options: GPTQOptions
 ) -> tuple[Quantized, dict[str, float]]:
     """Return the quantized weight (out, in), and a report: error_before and error_after (the layer's squared output
-    error for RTN and for GPTQ, as a share of its output), damping (the share that H needed), dead (inputs always 0).
+    error for RTN and for GPTQ, as a share of its output; with propagation, against the corrected weight), damping (the
+    share that H needed), dead (inputs that are always 0).
 
     The arithmetic is in the dtype of `statistics.gram`. Raises ValueError where H cannot be inverted.
     """
     gram = statistics.gram
     original = weight.to(gram.dtype)
-    w = propagate_error(original, statistics, options) if options.propagation else original.clone()
+    target = propagate_error(original, statistics, options) if options.propagation else original
+    w = target.clone()
     dead = gram.diagonal() == 0
     w[:, dead] = 0  # an input that is always 0: its weights change nothing
     order = torch.arange(w.shape[1], device=w.device)
@@ -72,11 +74,11 @@ def solve(
     codes = round_in_order(w[:, order].clone(), factor, groups[order], (scales, zeros), options)
     back = order.argsort()
     quantized = Quantized(codes[:, back].to(torch.uint8), scales, zeros.to(torch.uint8), groups)
-    nearest = round_to_grid(original, scales[:, groups], zeros[:, groups], options.grid)
+    nearest = round_to_grid(target, scales[:, groups], zeros[:, groups], options.grid)
     rtn = Quantized(nearest.to(torch.uint8), scales, zeros.to(torch.uint8), groups)
     report = {
-        "error_before": relative_error(original, rtn.dequantize(), gram),
-        "error_after": relative_error(original, quantized.dequantize(), gram),
+        "error_before": relative_error(target, rtn.dequantize(), gram),
+        "error_after": relative_error(target, quantized.dequantize(), gram),
         "damping": damping,
         "dead": int(dead.sum()),
     }

@@ -23,7 +23,7 @@ class GroupedLinear(QuantizedLinear):
         super().__init__(base)
         self.bits = bits
         self.register_buffer("packed", pack(quantized.codes, bits))
-        self.register_buffer("scale", quantized.scales.float().contiguous().view(torch.uint8))
+        self.register_buffer("scale", as_bytes(quantized.scales.float()))
         self.register_buffer("zero", quantized.zeros.contiguous())
         self.register_buffer("group", quantized.groups.to(torch.int32))
 
@@ -38,3 +38,9 @@ class GroupedLinear(QuantizedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.zero.shape[1]}"
+
+
+def as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """Return values (rows, n) float32 as bytes (rows, 4 n), which `Module.to(dtype)` does not convert."""
+    flat = values.flatten()  # a copy in row order: `contiguous` keeps the strides of a dimension of size 1
+    return flat.view(torch.uint8).view(len(values), -1)

@@ -61,7 +61,7 @@ def test_the_search_lowers_the_error_where_channels_are_large(name):
     def error(scale: torch.Tensor) -> float:
         wide = to_inputs(scale, fold)
         parts = [x @ (rounded(layer.weight * wide, GRID) / wide).T for layer in layers]
-        return float((torch.cat(parts, dim=-1) - wanted).square().mean())
+        return float((torch.cat(parts, dim=-1) - wanted).square().mean().detach())
 
     assert exponent > 0
     assert error(scale.double()) < 0.8 * error(torch.ones_like(scale).double())

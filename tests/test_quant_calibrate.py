@@ -16,11 +16,7 @@ GRID = GridOptions(4, 8)
 
 def run_blocks(model, tokens: torch.Tensor):
     """The context of a forward pass, and what runs one block in it."""
-    context = (
-        model._of_rows(tokens, None, None)
-        if hasattr(model, "_of_rows")
-        else model._context_for_rows(tokens, None, None)
-    )
+    context = model.context_for_rows(tokens)
     return lambda block, hidden, _: block(hidden, *context, None)
 
 

@@ -153,9 +153,17 @@ def test_statistics_in_parts_are_those_of_the_whole():
         parts.add(x[at : at + 11].view(-1, 1, 7), other[at : at + 11].view(-1, 1, 7))
     torch.testing.assert_close(parts.gram, 2 / 90 * x.T @ x)
     torch.testing.assert_close(parts.cross, 2 / 90 * (other - x).T @ x)
-    torch.testing.assert_close(parts.magnitude, x.abs().mean(0))
+    assert len(parts.sample) == 90 and torch.equal(parts.sample, x)
     assert parts.n_tokens == 90
     torch.testing.assert_close(whole.gram, parts.gram)
+
+
+def test_the_sample_is_bounded_and_spread_over_the_whole_text():
+    statistics = InputStatistics(1)
+    for batch in torch.arange(100_000.0).split(1000):
+        statistics.add(batch[:, None])
+    sample = statistics.sample.flatten()
+    assert 256 < len(sample) <= 1024 and sample.min() < 5000 and sample.max() > 95_000
 
 
 def test_what_cannot_be_quantized_is_refused():

@@ -1,0 +1,197 @@
+"""Model directories whose linear layers are quantized: GPTQ, AWQ and compressed-tensors, ours and other programs'.
+
+`config.json` says how in `quantization_config`; each quantized layer has several tensors in the place of its weight
+(quant/layouts.py). Embeddings, norms and the head are kept as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from checkpoint import config_json, safetensors_files
+from checkpoint.locate import read_config
+from model import Transformer
+from quant.grouped import GroupedLinear
+from quant.layouts import LAYOUTS, config_of
+from quant.replace import base_layers, replace
+
+KEY = "quantization_config"
+
+
+class Scheme(NamedTuple):
+    """How the layers of a directory are quantized."""
+
+    layout: str
+    """name in quant.layouts.LAYOUTS"""
+    bits: int
+    group_size: int
+    """inputs that share a scale; -1: the whole row"""
+
+
+def read_scheme(config: dict[str, Any]) -> Scheme | None:
+    """Return how a `config.json` says that its layers are quantized, None where they are not.
+
+    Raises ValueError for a method that is not read here, or settings that it cannot have.
+    """
+    settings = config.get(KEY)
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        raise ValueError(f"config.json: {KEY} should be a mapping, found {settings!r:.100}")
+    method = settings.get("quant_method")
+    if method == "gptq":
+        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if layout not in ("gptq", "gptq_v2"):
+            raise ValueError(f"config.json: checkpoint_format {layout!r} is not read here; gptq and gptq_v2 are")
+        return checked(Scheme(layout, settings.get("bits"), settings.get("group_size", -1)))
+    if method == "awq":
+        version = str(settings.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise ValueError(f"config.json: AWQ's version {version!r} is not read here; gemm is")
+        return checked(Scheme("awq", settings.get("bits", 4), settings.get("group_size", 128)))
+    if method == "compressed-tensors":
+        return checked(scheme_of_compressed(settings))
+    raise ValueError(
+        f"config.json: weights quantized by {method!r} are not read here; gptq, awq and compressed-tensors are"
+    )
+
+
+def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
+    """Return the scheme of compressed-tensors settings: one group of layers, weights only, packed integers."""
+    groups = settings.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or settings.get("format") != "pack-quantized" or group.get("input_activations"):
+        raise ValueError("config.json: of compressed-tensors, only one group of pack-quantized weights is read here")
+    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
+        raise ValueError("config.json: of compressed-tensors, only integer weights by group or channel are read here")
+    size = weights.get("group_size") if weights["strategy"] == "group" else -1
+    return Scheme("compressed-tensors", weights.get("num_bits"), size)
+
+
+def checked(scheme: Scheme) -> Scheme:
+    """Return the scheme; raise ValueError where its width or its groups cannot be."""
+    if scheme.bits not in (2, 3, 4, 8):
+        raise ValueError(f"config.json: {KEY} should have 2, 3, 4 or 8 bits, found {scheme.bits!r}")
+    if not isinstance(scheme.group_size, int) or (scheme.group_size < 1 and scheme.group_size != -1):
+        raise ValueError(
+            f"config.json: {KEY} should have a group_size of -1 or more than 0, found {scheme.group_size!r}"
+        )
+    return scheme
+
+
+# ---- reading
+
+
+def load(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Transformer:
+    """Load a quantized model: its linear layers as GroupedLinear, everything else in `dtype`.
+
+    Raises ValueError that names the tensors that are missing or of another shape.
+    """
+    config = read_config(directory)
+    try:
+        scheme = read_scheme(config)
+        args = config_json.read({key: value for key, value in config.items() if key != KEY})
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    with torch.device("meta"):
+        model = Transformer(args, initialize=False).to(dtype)
+    files = tensor_files(directory)
+    for path, layer in base_layers(model):
+        names = {name.rpartition(".")[2]: file for name, file in files.items() if name.rpartition(".")[0] == path}
+        if "weight" not in names:
+            replace(model, path, load_layer(directory, path, layer, names, scheme))
+    quantized = {path for path, module in model.named_modules() if isinstance(module, GroupedLinear)}
+    if not quantized:
+        raise ValueError(f"{directory}: config.json has a {KEY}, and no layer in the files is quantized")
+    own = {name: t for name, t in safetensors_files.state_of(model).items() if name.rpartition(".")[0] not in quantized}
+    elsewhere = {name for name in files if name.rpartition(".")[0] in quantized}
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    tied = safetensors_files.second_names(model)
+    read = safetensors_files.read_tensors(directory, shapes, tied, elsewhere)
+    state = {name: tensor.to(own[name].dtype) for name, tensor in read}
+    model.load_state_dict(state, strict=False, assign=True)
+    for second, first in tied.items():
+        module, _, name = second.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(first))
+    return model.to(device)
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Return the file of every tensor in a directory."""
+    files = {}
+    for path in safetensors_files.weight_files(directory):
+        with safetensors_files.opened(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files
+
+
+def load_layer(directory: Path, path: str, layer: nn.Linear, names: dict[str, Path], scheme: Scheme) -> GroupedLinear:
+    """Return the quantized layer `path`, in the place of `layer` (on the meta device). names: last name -> file."""
+    layout = LAYOUTS[scheme.layout]
+    if missing := sorted(layout.names - names.keys()):
+        raise ValueError(f"{directory} lacks {path}.{missing[0]}, which a layer quantized by {scheme.layout} has")
+    tensors = {name: safetensors_files.read_one(file, f"{path}.{name}") for name, file in names.items()}
+    try:
+        quantized = layout.read(tensors, scheme.bits, scheme.group_size)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"{directory}: the tensors of {path} do not fit together: {error}") from None
+    expected = (layer.out_features, layer.in_features)
+    groups = int(quantized.groups.max()) + 1
+    if tuple(quantized.codes.shape) != expected or tuple(quantized.scales.shape) != (expected[0], groups):
+        raise ValueError(
+            f"{directory}: {path} holds codes of shape {tuple(quantized.codes.shape)} and scales of shape "
+            f"{tuple(quantized.scales.shape)}; config.json makes them {expected} and {(expected[0], groups)}"
+        )
+    bias = tensors.get("bias")
+    if bias is not None and layer.bias is None and bias.any():
+        raise ValueError(f"{directory}: {path} has a bias, and config.json gives it none")
+    grouped = GroupedLinear(layer, quantized, scheme.bits)
+    if layer.bias is not None:
+        if bias is None:
+            raise ValueError(f"{directory} lacks {path}.bias")
+        grouped.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
+    return grouped
+
+
+# ---- writing
+
+
+def save(
+    directory: Path, model: Transformer, scheme: Scheme, ids: dict[str, Any], symmetric: bool, **settings: Any
+) -> None:
+    """Write `config.json` and the tensors of a model whose linear layers are GroupedLinear.
+
+    ids: special tokens' ids for config.json. settings: act_order and damping, which formats record. Tensors that are
+    not quantized keep their dtype.
+    """
+    state = dict(tensors_of(model, scheme, symmetric))
+    config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids
+    config[KEY] = config_of(scheme.layout, scheme.bits, scheme.group_size, symmetric, **settings)
+    safetensors_files.write_model(directory, config, state)
+    if scheme.layout in ("gptq", "gptq_v2", "awq"):  # where auto-gptq and AutoAWQ look first
+        name = "quant_config.json" if scheme.layout == "awq" else "quantize_config.json"
+        (directory / name).write_text(json.dumps(config[KEY], indent=2))
+
+
+def tensors_of(model: Transformer, scheme: Scheme, symmetric: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a model directory by name: packed ones for GroupedLinear layers, all others as they are."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, GroupedLinear)}
+    for name, tensor in safetensors_files.state_of(model).items():
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias"):
+            yield name, tensor
+    for path, layer in layers.items():
+        try:
+            tensors = LAYOUTS[scheme.layout].write(layer.quantized(), scheme.bits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if symmetric:
+            tensors.pop("weight_zero_point", None)  # compressed-tensors keeps none of a symmetric grid
+        for name, tensor in tensors.items():
+            yield f"{path}.{name}", tensor.to(model.dtype) if name == "weight_scale" else tensor

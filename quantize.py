@@ -1,0 +1,307 @@
+"""Quantize the weights of a model to 2, 3, 4 or 8 bits, and write them in a format that other programs read.
+
+python quantize.py --model DIR --calib corpus.txt --out DIR_4bit                      GPTQ, 4 bits, groups of 128
+python quantize.py --model DIR --calib data/tiny/sft_train.jsonl --bits 3 --format compressed-tensors --out DIR_3bit
+python quantize.py --model DIR --method awq --calib corpus.txt --format awq --out DIR_awq
+python quantize.py --model DIR --method rtn --out DIR_rtn                             rounding, without any text
+
+eval.py, fine_tuning.py --lora.method and convert.py merge open the result like any other model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer
+from cli.args import parse, run
+from cli.progress import Progress, say
+
+FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Quantize the weights of a model, and write them in a format that other programs read."""
+
+    out: Path
+    """directory to write; it must not exist yet"""
+    model: Path = DEFAULT_MODEL
+    """directory of the model, or of a run (then its best checkpoint)"""
+    method: Literal["gptq", "awq", "rtn"] = "gptq"
+    """gptq: Frantar et al. 2022, with error propagation (QEP); awq: Lin et al. 2023; rtn: round to nearest, without
+    any text"""
+    bits: Literal[2, 3, 4, 8] = 4
+    """bits of a weight; awq's format has 4 only"""
+    group_size: int = 128
+    """weights of a row that share a scale; -1: the whole row"""
+    symmetric: bool = False
+    """put zero in the middle of the codes; False: where the weights of a group ask for it, which loses less"""
+    format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq"
+    """files that auto-gptq, vLLM and transformers read (gptq), with true zero points (gptq_v2), AutoAWQ's (awq), or
+    llm-compressor's (compressed-tensors)"""
+    calib: tuple[Path, ...] = ()
+    """calibration text for gptq and awq: token bins, text files or folders, or conversations in any form"""
+    calib_tokens: int = 25_000
+    """tokens to calibrate on"""
+    seq_len: int = 0
+    """tokens in a row of calibration; 0: the model's context, 512 at most"""
+    propagation: float = 0.5
+    """strength of QEP in gptq, 0 to 1: correct each layer for the error that the layers below it leave"""
+    damping: float = 0.01
+    """share of the mean second moment that gptq adds, so that it can be inverted"""
+    act_order: bool = True
+    """gptq rounds the inputs with the largest second moment first"""
+    search: bool = True
+    """narrow the range of a group where that lowers the error (gptq and rtn)"""
+    seed: int = 0
+    """seed of the choice of calibration rows"""
+    device: str = "auto"
+    """auto: cuda, else mps, else cpu"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for flags that do not go together."""
+        if self.method != "rtn" and not self.calib:
+            raise ValueError(f"--method {self.method} needs calibration text: name a file with --calib (or use rtn)")
+        if self.method == "rtn" and self.calib:
+            raise ValueError("--calib has no effect with --method rtn, which looks at the weights alone: remove it")
+        if self.format == "awq" and self.bits != 4:
+            raise ValueError(f"--format awq keeps 4 bits, found --bits {self.bits}")
+        for name in ("calib_tokens", "seq_len", "seed"):
+            if getattr(self, name) < (name == "calib_tokens"):
+                raise ValueError(
+                    f"--{name} should be {1 if name == 'calib_tokens' else 0} or more, found {getattr(self, name)}"
+                )
+
+
+if __name__ == "__main__":
+    arguments = parse(Args, "quantize")  # before torch is loaded: --help and mistakes are answered at once
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from bins.token_bin import TokenBin
+from chat.samples import read_samples
+from chat.template import load_template
+from checkpoint import quantized
+from checkpoint.directory import load_model, save_tokenizer
+from corpora.files import read_files, records
+from corpora.registry import Document
+from distributed.backend import make_backend
+from files import written_aside
+from model import Transformer
+from quant import awq
+from quant.calibrate import Solve, Stream, inputs_of, quantize_block
+from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
+from quant.grid import GridOptions, Quantized
+from quant.statistics import InputStatistics
+from tokenizer import Tokenizer
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Quantize every linear layer but the head, and write the directory; returns a report per layer."""
+    directory = find_model(args.model, "give --model a model directory")
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
+    device = make_backend("single", args.device).device
+    model = load_model(directory, device).eval()
+    if not isinstance(model, Transformer):
+        raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
+    tokenizer, stop_ids = find_tokenizer(directory)
+    if tokenizer is None:
+        raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
+    least_zero = 1 if args.format == "gptq" else 0
+    grid = GridOptions(args.bits, args.group_size, args.symmetric, args.search and args.method != "awq", least_zero)
+    if args.format.startswith("gptq"):
+        pad_feed_forward(model, 32)
+    check_shapes(model, args)
+    rows = torch.empty(0, 1, dtype=torch.long)
+    if args.method != "rtn":
+        length = min(args.seq_len or 512, model.args.max_seq_len)
+        rows = calibration_rows(args, tokenizer, length).to(device)
+        say(f"calibration: {rows.numel():,} tokens in {len(rows)} rows of {rows.shape[1]}")
+    began = time.monotonic()
+    report = quantize_model(model, rows, args, grid)
+    scheme = quantized.Scheme(args.format, args.bits, args.group_size)
+    with written_aside(args.out) as aside:
+        ids = save_tokenizer(aside, tokenizer, stop_ids)
+        quantized.save(aside, model, scheme, ids, args.symmetric, act_order=args.act_order, damping=args.damping)
+    size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
+    print(
+        f"{args.out}: {args.method}, {args.bits} bits, {size / 1e6:.2f} MB, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return {"model": str(args.out), "bytes": size, "layers": report}
+
+
+# ---- the layers
+
+
+def quantize_model(model: Transformer, rows: torch.Tensor, args: Args, grid: GridOptions) -> dict[str, dict[str, Any]]:
+    """Quantize the blocks of `model` in place, one after another; returns the report of each layer by name."""
+    stream = make_stream(model, rows, keep_full=args.method == "gptq" and args.propagation > 0)
+    solver = make_solver(args, grid)
+    report = {}
+    with Progress("quantizing", "layers", 7 * len(model.model.layers)) as progress:
+        for number, block in enumerate(model.model.layers):
+            if args.method == "awq":
+                scale_block(model, block, stream, grid)
+            for name, layer_report in quantize_block(block, stream, solver, f"model.layers.{number}."):
+                report[name] = layer_report
+                progress.add()
+    return report
+
+
+def make_solver(args: Args, grid: GridOptions) -> Solve:
+    """Return the function that quantizes one layer as --method says."""
+    options = GPTQOptions(grid, args.damping, args.act_order, propagation=args.propagation)
+
+    def by_gptq(name: str, weight: torch.Tensor, statistics: InputStatistics) -> tuple[Quantized, int, dict[str, Any]]:
+        solution, report = solve(weight, statistics, options)
+        return solution, args.bits, report
+
+    def by_awq(name: str, weight: torch.Tensor, statistics: InputStatistics) -> tuple[Quantized, int, dict[str, Any]]:
+        if name.endswith(("q_proj", "k_proj")):  # their errors are multiplied in the scores: clipping them costs more
+            solution = solve_nearest(weight, grid)
+        else:
+            solution = awq.solve_clipped(weight, statistics.sample, grid)
+        return solution, args.bits, {"error_after": relative_error(weight, solution.dequantize(), statistics.gram)}
+
+    def by_rounding(name: str, weight: torch.Tensor, _: InputStatistics) -> tuple[Quantized, int, dict[str, Any]]:
+        return solve_nearest(weight, grid), args.bits, {}
+
+    return {"gptq": by_gptq, "awq": by_awq, "rtn": by_rounding}[args.method]
+
+
+@torch.no_grad()
+def make_stream(model: Transformer, rows: torch.Tensor, keep_full: bool, batch_tokens: int = 4096) -> Stream:
+    """Return the calibration rows (n, T) as hidden states in front of the first block, in batches."""
+    batches = rows.split(max(1, batch_tokens // rows.shape[1])) if len(rows) else []
+    hidden = [model.model.embed_tokens(batch) for batch in batches]  # (B, T, dim) each
+
+    def call(block: nn.Module, x: torch.Tensor, number: int) -> torch.Tensor:
+        return block(x, *model.context_for_rows(batches[number]), None)
+
+    return Stream(call, hidden, [x.clone() for x in hidden] if keep_full else None)
+
+
+def scale_block(model: Transformer, block: nn.Module, stream: Stream, grid: GridOptions) -> None:
+    """Enlarge the columns of a block's weights that AWQ finds to carry the largest activations.
+
+    The scales of all folds are found on the weights as they are, and applied together.
+    """
+    attention, mlp = block.self_attn, block.mlp
+    repeats = model.args.n_heads // model.args.n_kv_heads
+    folds = {
+        "self_attn.q_proj": awq.Fold(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+        "self_attn.o_proj": awq.Fold(attention.v_proj, [attention.o_proj], repeats, model.args.head_dim),
+        "mlp.gate_proj": awq.Fold(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+        "mlp.down_proj": awq.Fold(mlp.up_proj, [mlp.down_proj]),
+    }
+    first = partial(stream.call, block, stream.hidden[0], 0)
+    scales = {}
+    for name, fold in folds.items():
+        x = inputs_of(block, name, lambda _: first())
+        scales[name], _ = awq.search_scale(fold, x, first, grid)
+    for name, fold in folds.items():
+        awq.apply_scale(fold, scales[name])
+
+
+def pad_feed_forward(model: Transformer, multiple: int) -> None:
+    """Widen the feed-forward layers to a multiple of `multiple` with rows and columns of zeros: nothing changes.
+
+    Readers of GPTQ files cut layers whose sides are no multiple of 32.
+    """
+    missing = -model.args.hidden_dim % multiple
+    if not missing:
+        return
+    for block in model.model.layers:
+        for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+            layer.weight = nn.Parameter(nn.functional.pad(layer.weight.detach(), (0, 0, 0, missing)))  # (F, dim)
+        down = block.mlp.down_proj
+        down.weight = nn.Parameter(nn.functional.pad(down.weight.detach(), (0, missing)))  # (dim, F)
+        block.mlp.gate_proj.out_features = block.mlp.up_proj.out_features = down.in_features = down.weight.shape[1]
+    before = model.args.hidden_dim
+    model.args = model.args.replace(hidden_dim=before + missing)
+    say(f"the feed-forward width {before} is padded with zeros to {before + missing}, which GPTQ's readers need")
+
+
+def check_shapes(model: Transformer, args: Args) -> None:
+    """Raise ValueError for layers that the format cannot keep, before anything is computed."""
+    for name, layer in model.model.layers[0].named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        size, multiple = args.group_size, 8 if args.format == "awq" else 32
+        if args.format in ("awq", "compressed-tensors") and size != -1 and layer.in_features % size:
+            raise ValueError(
+                f"--group_size {size} does not divide the {layer.in_features} inputs of {name}, which --format "
+                f"{args.format} needs: choose a divisor, or -1 for whole rows"
+            )
+        if args.format != "compressed-tensors" and (layer.in_features % multiple or layer.out_features % multiple):
+            raise ValueError(
+                f"--format {args.format} keeps layers whose sides are multiples of {multiple}, and {name} is "
+                f"{layer.out_features} x {layer.in_features}: choose --format compressed-tensors"
+            )
+
+
+# ---- the calibration text
+
+
+def calibration_rows(args: Args, tokenizer: Tokenizer, length: int) -> torch.Tensor:
+    """Return rows (n, length) int64 of the calibration text, drawn by --seed: --calib_tokens tokens or a little less.
+
+    Raises ValueError where the text is too short for a single row, or holds ids that the tokenizer does not have.
+    """
+    streams = [np.asarray(ids, np.int64) for path in args.calib for ids in token_streams(path, tokenizer, args)]
+    windows = [ids[at : at + length] for ids in streams for at in range(0, len(ids) - length + 1, length)]
+    if not windows:
+        total = sum(map(len, streams))
+        raise ValueError(
+            f"--calib holds {total} tokens, fewer than one row of {length}: name more text, or lower --seq_len"
+        )
+    order = np.random.default_rng(args.seed).permutation(len(windows))[: max(1, args.calib_tokens // length)]
+    if len(order) * length < args.calib_tokens // 2:
+        say(
+            f"--calib gives {len(order) * length:,} tokens, of {args.calib_tokens:,} asked for: more text may lose less"
+        )
+    rows = torch.from_numpy(np.stack([windows[n] for n in order]))
+    if int(rows.max()) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"--calib holds the id {int(rows.max())}, and the tokenizer of the model has {tokenizer.vocab_size}: "
+            "it was made with another tokenizer"
+        )
+    return rows
+
+
+def token_streams(path: Path, tokenizer: Tokenizer, args: Args) -> Iterator[np.ndarray]:
+    """Yield the tokens of a token bin, of conversations (as the model's template writes them), or of texts."""
+    if not path.exists():
+        raise FileNotFoundError(f"--calib {path} does not exist")
+    if path.suffix == ".bin":
+        tokens = TokenBin(path)
+        tokens.check(tokenizer.sha256(), tokenizer.vocab_size)
+        yield np.asarray(tokens.tokens[: 50 * args.calib_tokens])
+        return
+    first = next(iter(records(path)), None) if path.is_file() else None
+    value = getattr(first, "value", None)
+    if isinstance(value, dict) and "text" not in value:
+        samples = read_samples(path, load_template(tokenizer), seq_len=1 << 20)
+        yield np.asarray(samples.ids)
+        return
+    documents = (each for each in read_files(path, "text") if isinstance(each, Document))
+    ids: list[int] = []
+    for document in documents:
+        ids += [*tokenizer.encode(document.text), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+        if len(ids) >= 50 * args.calib_tokens:  # enough to choose from
+            break
+    yield np.asarray(ids, np.int64)
+
+
+if __name__ == "__main__":
+    run(main, arguments)

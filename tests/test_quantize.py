@@ -1,0 +1,247 @@
+"""quantize.py on small models: files that are read again as they were computed, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from helpers.tiny_chat_model import TEXT, save_chat_model
+from safetensors.torch import load_file, save_file
+
+import quantize
+from bins.token_bin import BinWriter
+from checkpoint.directory import load_model
+from checkpoint.quantized import read_scheme
+from model import Transformer
+from quant.grouped import GroupedLinear
+from quant.linear import QuantizedLinear
+from tokenizer import load_tokenizer
+
+FORMATS = quantize.FORMATS
+SHAPE = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96}
+
+
+IDS: list[int] = []
+
+
+def save_calm_model(folder, **shape):
+    """A chat model whose weights are small enough for an error in one layer to stay small in the next."""
+    save_chat_model(folder, **shape)
+    path = folder / "model.safetensors"
+    tensors = {name: t * (0.3 if ".layers." in name and t.dim() == 2 else 1) for name, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model `model`, calibration texts, conversations."""
+    folder = tmp_path_factory.mktemp("quantize")
+    save_calm_model(folder / "model", **SHAPE)
+    IDS[:] = load_tokenizer(folder / "model").encode(TEXT)
+    (folder / "text.txt").write_text((TEXT + "\n\n") * 60, encoding="utf8")
+    turns = [{"role": "user", "content": "床前明月光"}, {"role": "assistant", "content": TEXT}]
+    (folder / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    return folder
+
+
+def run(folder, out, **changes) -> dict:
+    settings = {"group_size": 32, "calib": (folder / "text.txt",), "calib_tokens": 1000, "seq_len": 50, "device": "cpu"}
+    settings |= {"model": folder / "model", "out": out} | changes
+    if settings.get("method") == "rtn":
+        settings["calib"] = ()
+    return quantize.main(quantize.Args(**settings))
+
+
+def logits(model) -> torch.Tensor:
+    """Logits on the text that the models are calibrated on."""
+    tokens = torch.tensor([IDS[:60]])
+    with torch.no_grad():
+        return model(tokens)
+
+
+def apart(a, b) -> float:
+    """Squared distance of two models' logits, as a share of the second's."""
+    return float((logits(a) - logits(b)).square().mean() / logits(b).square().mean())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_written_computes_what_was_quantized(folder, tmp_path, method, form, monkeypatch):
+    kept = {}
+    save = quantize.quantized.save
+    monkeypatch.setattr(
+        quantize.quantized, "save", lambda d, model, *a, **k: kept.update(m=model) or save(d, model, *a, **k)
+    )
+    result = run(folder, tmp_path / "out", method=method, format=form)
+    again = load_model(tmp_path / "out")
+    layers = [name for name, module in again.named_modules() if isinstance(module, GroupedLinear)]
+    assert len(layers) == 14 and set(result["layers"]) == set(layers)
+    dense = load_model(folder / "model")
+    for name in layers:
+        ours, saved = kept["m"].get_submodule(name).quantized(), again.get_submodule(name).quantized()
+        assert torch.equal(ours.codes, saved.codes) and torch.equal(ours.zeros, saved.zeros)
+        torch.testing.assert_close(ours.scales, saved.scales, rtol=1e-3, atol=0)  # float16 in some formats
+    assert apart(again, dense) < 0.05
+    assert apart(again, kept["m"]) < 1e-5
+
+
+def test_more_bits_and_calibration_lose_less(folder, tmp_path):
+    dense = load_model(folder / "model")
+
+    def loss(name: str, **changes) -> float:
+        run(folder, tmp_path / name, **changes)
+        return apart(load_model(tmp_path / name), dense)
+
+    by_bits = [loss(f"b{bits}", bits=bits) for bits in (2, 3, 4, 8)]
+    assert by_bits == sorted(by_bits, reverse=True) and by_bits[-1] < 0.01 * by_bits[0]
+    assert loss("gptq", bits=3) < loss("rtn", bits=3, method="rtn")
+
+
+@pytest.mark.parametrize("name", ["text.txt", "chats.jsonl", "bins"])
+def test_every_kind_of_calibration_text(folder, tmp_path, name):
+    path = folder / name
+    if name == "bins":
+        tokenizer = load_tokenizer(folder / "model")
+        with BinWriter(tmp_path / "calib", tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256()) as writer:
+            writer.add([*tokenizer.encode(TEXT * 20), tokenizer.eos_id])
+        path = tmp_path / "calib.bin"
+    report = run(folder, tmp_path / "out", calib=(path,))["layers"]
+    assert all(layer["error_after"] < layer["error_before"] for layer in report.values())
+
+
+def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
+    for name in ("a", "b"):
+        run(folder, tmp_path / name)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second
+    run(folder, tmp_path / "c", seed=1)
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() != first
+
+
+def test_a_width_that_gptq_cannot_keep_is_padded_and_the_config_says_so(folder, tmp_path, capsys):
+    save_calm_model(tmp_path / "odd", **SHAPE | {"hidden_dim": 43})
+    run(folder, tmp_path / "out", model=tmp_path / "odd", method="rtn", group_size=-1, bits=8)
+    assert json.loads((tmp_path / "out/config.json").read_text())["intermediate_size"] == 64
+    assert "43 is padded with zeros to 64" in capsys.readouterr().err
+    assert apart(load_model(tmp_path / "out"), load_model(tmp_path / "odd")) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"calib": ()}, "--method gptq needs calibration text"),
+        ({"bits": 3, "format": "awq"}, "--format awq keeps 4 bits, found --bits 3"),
+        ({"calib_tokens": 0}, "--calib_tokens should be 1 or more"),
+        ({"damping": 0.0}, "damping should be above 0"),
+        ({"group_size": 0}, "group_size should be"),
+        ({"group_size": 40, "format": "compressed-tensors"}, "--group_size 40 does not divide the 64 inputs"),
+        ({"seq_len": 150, "calib_tokens": 100, "calib": ("short.txt",)}, "fewer than one row of 150"),
+        ({"calib": ("nowhere.txt",)}, r"--calib .*nowhere\.txt does not exist"),
+        ({"model": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(folder, tmp_path, changes, message):
+    (tmp_path / "short.txt").write_text("明月")
+    for name in ("calib", "model"):
+        if value := changes.get(name):
+            changes = changes | {
+                name: tmp_path / value if name == "model" else tuple(tmp_path / each for each in value)
+            }
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(folder, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_directory_that_is_there_is_not_replaced(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        run(folder, tmp_path / "out")
+
+
+def test_a_bin_of_another_tokenizer_is_refused(folder, tmp_path):
+    with BinWriter(tmp_path / "other", 5000, 2, "another") as writer:
+        writer.add([4000] * 500 + [2])
+    with pytest.raises(ValueError, match="tokenizer"):
+        run(folder, tmp_path / "out", calib=(tmp_path / "other.bin",))
+
+
+def test_activations_that_are_not_finite_are_refused(folder, tmp_path):
+    save_chat_model(tmp_path / "model", **SHAPE)
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="not finite"):
+        run(folder, tmp_path / "out", model=tmp_path / "model")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- reading quantized directories
+
+
+@pytest.fixture
+def made(folder, tmp_path):
+    run(folder, tmp_path / "made", method="rtn")
+    return tmp_path / "made"
+
+
+def change_tensors(directory, change) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.layers.0.mlp.up_proj.qzeros"), r"lacks model\.layers\.0\.mlp\.up_proj\.qzeros"),
+        (lambda t: t.pop("model.norm.weight"), r"lacks model\.norm\.weight"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.scales": torch.ones(2, 5).half()}),
+            "do not fit|scales of shape",
+        ),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(9, 96).int()}), "codes of shape"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(96)}), "has a bias"),
+        (lambda t: t.update({"extra.weight": torch.ones(3)}), r"extra\.weight"),
+    ],
+)
+def test_damaged_tensors_are_named(made, change, message):
+    change_tensors(made, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(made)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quant_method": "exl3", "bits": 4}, "'exl3' are not read here"),
+        ({"quant_method": "gptq", "bits": 5, "group_size": 32}, "2, 3, 4 or 8 bits, found 5"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": "many"}, "group_size"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not read here"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' is not read here"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "only one group of pack-quantized"),
+        ("gptq", "should be a mapping"),
+    ],
+)
+def test_settings_that_are_not_read_are_named(made, settings, message):
+    path = made / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(ValueError, match=message):
+        load_model(made)
+
+
+def test_a_model_without_settings_has_no_scheme():
+    assert read_scheme({"model_type": "llama"}) is None
+
+
+def test_a_zero_bias_of_other_writers_is_passed_over(made):
+    before = logits(load_model(made))
+    change_tensors(made, lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(96).half()}))
+    assert torch.equal(logits(load_model(made)), before)
+
+
+def test_dtype_and_layers_of_a_loaded_model(made):
+    model = load_model(made, dtype=torch.bfloat16)
+    assert isinstance(model, Transformer) and model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert all(isinstance(block.mlp.up_proj, QuantizedLinear) for block in model.model.layers)
+    assert logits(model).isfinite().all()
