@@ -186,6 +186,9 @@ def tensors_of(model: Transformer, scheme: Scheme, symmetric: bool) -> Iterator[
     for name, tensor in safetensors_files.state_of(model).items():
         if name.rpartition(".")[0] not in layers or name.endswith(".bias"):
             yield name, tensor
+    if scheme.layout.startswith("gptq"):  # auto-gptq leaves a head that is not in the file uninitialised, tied or not
+        state = model.state_dict()
+        yield from ((second, state[second].clone()) for second in safetensors_files.second_names(model))
     for path, layer in layers.items():
         try:
             tensors = LAYOUTS[scheme.layout].write(layer.quantized(), scheme.bits)
