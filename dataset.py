@@ -68,6 +68,14 @@ class BatchSource(Protocol):
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
 
 
+def check_batch_shape(seq_len: int, batch_size: int, seed: int) -> None:
+    """Raise ValueError on numbers out of range."""
+    if seq_len < 1 or batch_size < 1 or seed < 0:
+        raise ValueError(
+            f"expected seq_len >= 1, batch_size >= 1 and seed >= 0, found {seq_len}, {batch_size} and {seed}"
+        )
+
+
 def rows_of_rank(order: np.ndarray, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:
     """The rows that `rank` takes in `step` of an epoch whose rows are visited in `order`: (batch_size // world,) int64.
 
@@ -121,10 +129,7 @@ class PretrainData:
             raise ValueError(f"expected one weight for each of the {len(bins)} bins, found {len(weights)}")
         if not all(0 <= weight < float("inf") for weight in weights):
             raise ValueError(f"the weights of bins should be finite and not negative, found {weights}")
-        if seq_len < 1 or batch_size < 1 or seed < 0:
-            raise ValueError(
-                f"expected seq_len >= 1, batch_size >= 1 and seed >= 0, found {seq_len}, {batch_size} and {seed}"
-            )
+        check_batch_shape(seq_len, batch_size, seed)
         self.bins, self.seq_len, self.batch_size, self.seed = list(bins), seq_len, batch_size, seed
         self.shuffle, self.isolate_documents = shuffle, isolate_documents
         self.headerless_eos_id = headerless_eos_id
