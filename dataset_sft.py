@@ -6,7 +6,6 @@ A sample of n ids takes n - 1 positions of a row: inputs ids[:-1], targets ids[1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -21,12 +20,9 @@ WIDTH_STEP = 16  # padded batches are multiples of it wide: few shapes, for the 
 class Rows(NamedTuple):
     """The rows of one epoch. Row n holds pieces[starts[n] : starts[n + 1]], one after another."""
 
-    order: np.ndarray
-    """(rows,) int64: row numbers in the order of training"""
-    pieces: np.ndarray
-    """(pieces, 3) int64: number of a sample, its first position in this row, and the one after its last"""
-    starts: np.ndarray
-    """(rows + 1,) int64"""
+    order: np.ndarray  # (rows,) int64: row numbers in the order of training
+    pieces: np.ndarray  # (pieces, 3) int64: a sample, its first position in this row, and the one after its last
+    starts: np.ndarray  # (rows + 1,) int64
 
     def row(self, number: int) -> np.ndarray:
         """Return the pieces of a row, (n, 3). Row -1, which only fills the last step, has none."""
@@ -38,52 +34,42 @@ def whole(items: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.stack([items, np.zeros_like(items), sizes[items]], axis=1)  # three of (n,) -> (n, 3)
 
 
-# --- ways of packing --------------------------------------------------------------------------------------------
-
-
+@dataclass(frozen=True, eq=False)
 class Packer:
-    """A way of dividing items (samples, or pairs of them) among rows; the number of rows is the same in every epoch.
+    """A way of dividing items (samples, or pairs of them) among rows; the number of rows is the same in every epoch."""
 
-    sizes: (items,) int64, positions of each item; capacity: positions of a row; batch_size: rows of a step.
-    """
-
+    sizes: np.ndarray  # (items,) int64: positions of each item
+    capacity: int  # positions of a row
+    batch_size: int  # rows of a step
     shares_rows: ClassVar[bool] = False  # a row may hold several items; all rows are then `capacity` wide
     cuts: ClassVar[bool] = False  # an item may be longer than a row
-
-    def __init__(self, sizes: np.ndarray, capacity: int, batch_size: int) -> None:
-        self.sizes, self.capacity, self.batch_size = sizes, capacity, batch_size
-        self.n_rows = len(sizes)
 
     def rows_of_epoch(self, random: np.random.Generator | None) -> Rows:
         """Return the rows of the epoch that `random` is seeded for; None: one fixed order, for evaluation."""
         raise NotImplementedError
 
-    def shuffled(self, random: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+    def shuffled(self, n_rows: int, random: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
         """Return all row numbers and all item numbers, in random order if there is `random`.
 
         Every packing draws both, rows first: another sequence of draws would change the batches of every run.
         """
-        rows, items = np.arange(self.n_rows), np.arange(len(self.sizes))
+        rows, items = np.arange(n_rows), np.arange(len(self.sizes))
         return (rows, items) if random is None else (random.permutation(rows), random.permutation(items))
 
 
 class BestFit(Packer):
-    """Rows with as many items as fit. The sizes that share a row are fixed; each epoch, items of equal size swap."""
+    """Rows with as many items as fit. The sizes that share a row are fixed; items of equal size swap every epoch."""
 
     shares_rows = True
 
-    def __init__(self, sizes: np.ndarray, capacity: int, batch_size: int) -> None:
-        super().__init__(sizes, capacity, batch_size)
-        row_of = best_fit(np.sort(sizes)[::-1], capacity)  # (items,) of the largest item, the second largest, ...
-        self._ranks = np.argsort(row_of, kind="stable")  # (items,) rank by size of each item, row by row
-        self._starts = np.append(0, np.cumsum(np.bincount(row_of)))  # (rows + 1,)
-        self.n_rows = len(self._starts) - 1
-
     def rows_of_epoch(self, random: np.random.Generator | None) -> Rows:
-        order, items = self.shuffled(random)
+        row_of = best_fit(np.sort(self.sizes)[::-1], self.capacity)  # (items,) of the largest, the second largest, ...
+        ranks = np.argsort(row_of, kind="stable")  # (items,) rank by size of each item, row by row
+        starts = np.append(0, np.cumsum(np.bincount(row_of)))  # (rows + 1,)
+        order, items = self.shuffled(len(starts) - 1, random)
         # The sort is stable: among items of equal size the random order stays, so each epoch deals them out anew.
         by_size = items[np.argsort(-self.sizes[items], kind="stable")]
-        return Rows(order, whole(by_size[self._ranks], self.sizes), self._starts)
+        return Rows(order, whole(by_size[ranks], self.sizes), starts)
 
 
 class Concatenation(Packer):
@@ -91,29 +77,26 @@ class Concatenation(Packer):
 
     shares_rows, cuts = True, True
 
-    def __init__(self, sizes: np.ndarray, capacity: int, batch_size: int) -> None:
-        super().__init__(sizes, capacity, batch_size)
-        self.n_rows = -(-int(sizes.sum()) // capacity)  # only the last row is padded
-
     def rows_of_epoch(self, random: np.random.Generator | None) -> Rows:
-        order, items = self.shuffled(random)
-        ends = np.cumsum(self.sizes[items])  # (items,) where each item ends in the stream of all positions
-        rows = np.arange(self.n_rows) * self.capacity  # (rows,) where each row begins in it
+        row_begins = np.arange(0, self.sizes.sum(), self.capacity)  # (rows,) in the stream of all positions
+        order, items = self.shuffled(len(row_begins), random)
+        ends = np.cumsum(self.sizes[items])  # (items,) in the same stream
         # A piece begins where an item or a row begins, and ends where the next piece begins.
-        begins = np.union1d(rows, ends[:-1])  # (pieces,)
+        begins = np.union1d(row_begins, ends[:-1])  # (pieces,)
         stops = np.append(begins[1:], ends[-1])
         place = np.searchsorted(ends, begins, side="right")  # (pieces,) indices into `items`
         origin = ends[place] - self.sizes[items[place]]  # (pieces,) where the item of each piece begins
         pieces = np.stack([items[place], begins - origin, stops - origin], axis=1)  # (pieces, 3)
-        return Rows(order, pieces, np.append(np.searchsorted(begins, rows), len(begins)))
+        return Rows(order, pieces, np.append(np.searchsorted(begins, row_begins), len(begins)))
 
 
 class OneEach(Packer):
     """One item a row, padded to the longest of the step. The fixed order is that of the items."""
 
     def rows_of_epoch(self, random: np.random.Generator | None) -> Rows:
-        _, items = self.shuffled(random)
-        return Rows(np.arange(self.n_rows), whole(items, self.sizes), np.arange(self.n_rows + 1))
+        n = len(self.sizes)
+        _, items = self.shuffled(n, random)
+        return Rows(np.arange(n), whole(items, self.sizes), np.arange(n + 1))
 
 
 class Buckets(OneEach):
@@ -124,11 +107,11 @@ class Buckets(OneEach):
         order = np.argsort(-(-rows.pieces[:, 2] // WIDTH_STEP), kind="stable")  # (rows,) by width
         if random is None:
             return rows._replace(order=order)
-        # The step that is not full takes its rows from a random place, and comes last: taken from the end of the
-        # order, it would be the longest samples in every epoch.
-        n_full = self.n_rows // self.batch_size
+        # The last step may not be full. It takes its rows from a random place of the order: from its end, they would be
+        # the longest samples in every epoch.
+        n_full = len(order) // self.batch_size
         cut = int(random.integers(n_full + 1)) * self.batch_size
-        rest = np.s_[cut : cut + self.n_rows - n_full * self.batch_size]
+        rest = np.s_[cut : cut + len(order) - n_full * self.batch_size]
         steps = np.delete(order, rest).reshape(n_full, self.batch_size)  # (full steps, rows of a step)
         return rows._replace(order=np.concatenate([random.permutation(steps).ravel(), order[rest]]))
 
@@ -144,7 +127,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """
     rows = np.empty(len(sizes), np.int64)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by their space
-    spaces = 0  # bit s is set when a row with space s is open: the least one that holds a size is one shift away
+    spaces = 0  # bit s is set while a row with space s is open, so a shift leaves the spaces that hold a size
     n_rows = 0
     for i, size in enumerate(sizes.tolist()):
         fitting = spaces >> size
@@ -172,11 +155,8 @@ class SFTData:
 
     In a row of several samples each has a doc_id of its own and positions from 0, so that it is trained as if it were
     alone; the rest of a row has doc_id -1. Rows of one sample have no doc_ids and no positions, because a causal model
-    does not see the padding that follows. Each epoch has other combinations of samples and another order of rows, but
-    the same number of rows.
-
-    `n_rows` is the number of rows of an epoch that hold samples, `steps_per_epoch` that of its optimizer steps.
-    Raises ValueError on numbers out of range, without samples, and on samples that do not fit a row.
+    does not see the padding that follows. Each epoch has other combinations of samples and another order of its
+    `n_rows` rows. Raises ValueError on numbers out of range, and on samples that do not fit a row.
     """
 
     samples: Samples
@@ -209,7 +189,7 @@ class SFTData:
         self._packer = PACKINGS[self.packing](sizes, self.samples_per_item * self.seq_len, self.batch_size)
         self._several = self._packer.shares_rows or self.samples_per_item > 1  # samples in a row
         self._epoch: tuple[int, Rows | None] = (-1, None)
-        self.n_rows: int = self._packer.n_rows
+        self.n_rows: int = len(self._rows(0).order)
         self.steps_per_epoch: int = -(-self.n_rows // self.batch_size)
 
     def _check(self) -> None:
@@ -284,15 +264,10 @@ class SFTData:
         if self.groups is not None:
             fields["groups"] = grid(np.repeat(self.groups[sample], size), 0, np.int64)
         if self.per_sample:
-            weights = 1 / np.maximum(1, self._n_targets[sample])  # (pieces,) of the whole sample, even if it is cut
-            fields["loss_weights"] = grid(np.repeat(weights, size), 0, np.float32)
+            # Targets of the whole sample, even where a row cuts it. The first id is never one: nothing precedes it.
+            n_targets = [self.samples.mask[self._offsets[i] + 1 : self._offsets[i + 1]].sum() for i in sample]
+            fields["loss_weights"] = grid(np.repeat(1 / np.maximum(1, n_targets), size), 0, np.float32)
         return self.batch_type(**fields)
-
-    @cached_property
-    def _n_targets(self) -> np.ndarray:
-        """Number of targets of each sample, (samples,); the first id is none, because nothing precedes it."""
-        begins = self._offsets[:-1]
-        return np.add.reduceat(self.samples.mask, begins, dtype=np.int64) - self.samples.mask[begins]
 
     def _doc_ids(self, rows: list[np.ndarray]) -> np.ndarray:
         """Return the doc_id of each piece, (pieces,): they are numbered from 0 in each row."""
@@ -312,9 +287,9 @@ class PairBatch(Batch):
 class PairData(SFTData):
     """A batch source over pairs (of `encode_pairs`) that trains every pair exactly once an epoch, over all ranks.
 
-    A pair is two samples in one row. A row has 2 seq_len positions, so that any pair fits. The chosen text of pair i has
-    doc_id 2 (first + i), the rejected one the next, the rest of a row -1. The pairs that share a row are the same in
-    every epoch; the order of the rows changes.
+    A pair is two samples of up to seq_len positions in a row of 2 seq_len positions, so that any pair fits. The chosen
+    text of pair i has doc_id 2 (first + i), the rejected one the next, the rest of a row -1. The pairs that share a row
+    are the same in every epoch; the order of the rows changes.
     """
 
     first: int = 0
@@ -331,6 +306,7 @@ class PairData(SFTData):
 
     def _divide(self, random: np.random.Generator | None) -> Rows:
         rows = self._packer.rows_of_epoch(None)
+        # A piece of `rows` is a pair. It becomes two pieces, so all indices into pieces double.
         order = rows.order if random is None else random.permutation(rows.order)
         texts = (2 * rows.pieces[:, :1] + (0, 1)).ravel()  # (pairs, 1) -> (pairs, 2) -> (2 pairs,)
         return Rows(order, whole(texts, self._lengths), 2 * rows.starts)

@@ -42,39 +42,36 @@ class Samples:
 
 
 class Kind(NamedTuple):
-    """A kind of record: the names in `Samples.stats`, the test for records that teach nothing, and error messages."""
+    """What differs between records of one text (conversations) and of two (pairs)."""
 
-    records: str
-    kept: str
-    useless: str
+    records: str  # plural; the key of their number in `Samples.stats`
+    kept: str  # key of the number of records that become samples
+    useless: str  # key of the number of records that teach nothing
     is_useless: Callable[[list[Text]], bool]
-    none_fits: str
+    none_fits: str  # error messages
     all_useless: str
 
 
 CONVERSATIONS = Kind(
-    *("conversations", "samples", "without_target"),
-    lambda texts: not any(texts[0][1][1:]),  # nothing precedes the first id: it cannot be predicted
-    "no conversation has an answer",
-    'no conversation has an answer that is trained: they are marked "loss": false',
+    records="conversations",
+    kept="samples",
+    useless="without_target",
+    is_useless=lambda texts: not any(texts[0][1][1:]),  # the first id cannot be predicted: nothing precedes it
+    none_fits="no conversation has an answer",
+    all_useless='no conversation has an answer that is trained: they are marked "loss": false',
 )
 PAIRS = Kind(
-    *("pairs", "kept", "alike"),
-    lambda texts: texts[0][0] == texts[1][0],
-    "no pair has two different answers",
-    "the template makes the two answers of every pair the same",
+    records="pairs",
+    kept="kept",
+    useless="alike",
+    is_useless=lambda texts: texts[0][0] == texts[1][0],
+    none_fits="no pair has two different answers",
+    all_useless="the template makes the two answers of every pair the same",
 )
-
-
-# --- records -> samples -----------------------------------------------------------------------------------------
 
 
 def encode_samples(
-    conversations: Iterable[Messages],
-    template: ChatTemplate,
-    seq_len: int,
-    too_long: str = "cut",
-    train_on: str = "all",
+    records: Iterable[Messages], template: ChatTemplate, seq_len: int, too_long: str = "cut", train_on: str = "all"
 ) -> Samples:
     """Encode conversations for rows of `seq_len` positions, which hold samples of up to seq_len + 1 ids.
 
@@ -89,7 +86,7 @@ def encode_samples(
 
     def texts() -> Iterator[list[Text]]:
         nonlocal turns
-        for messages in conversations:
+        for messages in records:
             turns += sum(message["role"] == "assistant" for message in messages)
             yield [encode(messages if train_on == "all" else only_last(messages), template)]
 
@@ -99,16 +96,16 @@ def encode_samples(
 
 
 def encode_pairs(
-    pairs: Iterable[PreferencePair], template: ChatTemplate, seq_len: int, too_long: str = "cut"
+    records: Iterable[PreferencePair], template: ChatTemplate, seq_len: int, too_long: str = "cut"
 ) -> Samples:
-    """Encode pair i as samples 2i and 2i + 1, the conversations with the chosen and with the rejected answer, of up to
-    seq_len + 1 ids each; the last answer of each is trained.
+    """Encode pair i as samples 2i and 2i + 1: the conversations with the chosen and with the rejected answer, of up to
+    seq_len + 1 ids each. The last answer of each is trained.
 
-    `too_long`: "cut" keeps the beginning of longer texts, "drop" leaves out pairs with one. `.stats` counts pairs = kept
-    + dropped + beyond (an answer, or all that differs between the two, lies beyond the cut) + alike (by the template);
-    cut: pairs that lost the tail of a text.
+    `too_long`: "cut" keeps the beginning of longer texts, "drop" leaves out pairs with one. `.stats` counts pairs =
+    kept + dropped + beyond (an answer, or all that differs between the two, lies beyond the cut) + alike (the template
+    makes the answers the same); cut: pairs that lost the tail of a text.
     """
-    texts = ([encode(only_last(messages), template) for messages in pair.conversations()] for pair in pairs)
+    texts = ([encode(only_last(messages), template) for messages in pair.conversations()] for pair in records)
     return _collect(texts, PAIRS, seq_len, too_long)
 
 
@@ -120,11 +117,11 @@ def _collect(records: Iterable[list[Text]], kind: Kind, seq_len: int, too_long: 
     names = (kind.records, kind.kept, "tokens", "targets", "cut", "dropped", "beyond", kind.useless)
     stats = dict.fromkeys(names, 0)
     for texts in records:
+        stats[kind.records] += 1
         lengths.append(max(len(text) for text, _ in texts))
         is_long = lengths[-1] > seq_len + 1
         kept = [(text[: seq_len + 1], trained[: seq_len + 1]) for text, trained in texts]
         targets = [sum(trained[1:]) for _, trained in kept]
-        fate = kind.kept
         if kind.is_useless(texts):
             fate = kind.useless
         elif is_long and too_long == "drop":
@@ -132,13 +129,13 @@ def _collect(records: Iterable[list[Text]], kind: Kind, seq_len: int, too_long: 
         elif not all(targets) or kind.is_useless(kept):
             fate = "beyond"
         else:
+            fate = kind.kept
             for text, trained in kept:
                 ids.extend(text)
                 mask.extend(trained)
                 offsets.append(len(ids))
             stats["targets"] += sum(targets)
             stats["cut"] += is_long
-        stats[kind.records] += 1
         stats[fate] += 1
     stats["tokens"] = len(ids)
     enough = max(0, math.ceil(np.percentile(lengths, 90)) - 1) if lengths else 0  # n ids take n - 1 positions
@@ -160,9 +157,6 @@ def only_last(messages: Messages) -> Messages:
     """Return the conversation with all its answers but the last marked as not trained."""
     before = [message | {"loss": False} if message["role"] == "assistant" else message for message in messages[:-1]]
     return [*before, messages[-1]]
-
-
-# --- files -> samples -------------------------------------------------------------------------------------------
 
 
 def read_samples(
