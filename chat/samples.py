@@ -122,6 +122,7 @@ def _collect(records: Iterable[list[Text]], kind: Kind, seq_len: int, too_long: 
         is_long = lengths[-1] > seq_len + 1
         kept = [(text[: seq_len + 1], trained[: seq_len + 1]) for text, trained in texts]
         targets = [sum(trained[1:]) for _, trained in kept]
+        # The test runs on the whole record first, because longer rows would help only those that fail it after the cut.
         if kind.is_useless(texts):
             fate = kind.useless
         elif is_long and too_long == "drop":
