@@ -146,7 +146,7 @@ def test_a_growing_text_is_not_the_full_forward_pass(name):
 
 
 def test_a_text_longer_than_said_is_refused():
-    with pytest.raises(ValueError, match="24 places is too long for a text of text_len 20"):
+    with pytest.raises(ValueError, match="text_len should be at least the cache's max_len 24, found 20"):
         MODELS["dynamic"].make_cache(1, 24, text_len=20)
     cache = MODELS["clex"].make_cache(1, 40)
     with pytest.raises(ValueError, match=r"texts of 24 tokens .* found a text of 30"):
