@@ -1,10 +1,10 @@
-"""Useful targets a second of fine-tuning steps: samples packed into rows against samples padded, in one run.
+"""Measure trained targets a second of fine-tuning steps: samples packed into rows against padded samples.
 
     python bench/packing.py --data alpaca_zh.json sharegpt_zh.jsonl
 
 All packings train the same small model with random weights on the same samples of a file and take turns, step by step,
-so that a machine whose speed drifts slows all of them. Their steps have about as many positions. A useful target is one
-that is trained; the rest are questions, markers and padding.
+so that a change of the machine's speed affects them all. Their steps have about the same number of positions. A useful
+target is one that is trained; the rest are questions, markers and padding.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ class Args:
     data: tuple[Path, ...] = (Path("data/tiny/sft_heldout.jsonl"),)
     """files of conversations"""
     tokenizer: Path = Path("data/tiny/tokenizer")
-    """what encodes them"""
+    """tokenizer with the chat template"""
     seq_len: int = 512
     """positions of a row; longer samples are cut"""
     rows: int = 4
-    """rows of a step where they are packed; padded ones are as many as have about as many positions"""
+    """rows of a step with packing; without it, as many rows as have about the same number of positions"""
     repeats: int = 10
-    """measured steps of each packing, after one that is not"""
+    """measured steps of each packing, after one warm-up"""
     dim: int = 160
-    """width of the model, of 5 blocks and 5 heads"""
+    """width of the model, which has 5 blocks and 5 heads"""
 
 
 class Contestant:
-    """One packing of the samples, and a model of its own to train on it."""
+    """One packing of the samples, with a model to train on it."""
 
     def __init__(self, samples: Samples, packing: Packing, args: Args, vocab_size: int) -> None:
         data = SFTData(samples, args.seq_len, args.rows, 0, packing)
         n_positions = (len(samples.ids) - len(samples)) / data.packing_efficiency
-        rows = round(args.rows * args.seq_len * data.n_rows / n_positions)  # of the mean width
+        rows = round(args.rows * args.seq_len * data.n_rows / n_positions)  # rows of mean width
         self.name, self.data = packing, SFTData(samples, args.seq_len, rows, 0, packing)
         torch.manual_seed(0)
         self.model = Transformer(ModelArgs(args.dim, 5, 5, vocab_size=vocab_size, max_seq_len=args.seq_len))
@@ -62,7 +62,7 @@ class Contestant:
         self.seconds, self.positions = [], 0
 
     def step(self, number: int) -> None:
-        """Train on one batch, and note how long it takes."""
+        """Train on one batch and record its time."""
         began = time.perf_counter()
         batch = self.data.batch(number % self.data.steps_per_epoch)
         loss, count = self.model(batch.tokens, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids)
@@ -73,7 +73,7 @@ class Contestant:
         self.positions += batch.tokens.numel()
 
     def row(self) -> dict[str, Any]:
-        """What is measured."""
+        """Return the row of the table."""
         n_targets = self.data.samples.stats["targets"]
         n_positions = (len(self.data.samples.ids) - len(self.data.samples)) / self.data.packing_efficiency
         return {
@@ -81,13 +81,13 @@ class Contestant:
             "filled": self.data.packing_efficiency,
             "useful": n_targets / n_positions,
             "step_ms": 1e3 * statistics.median(self.seconds),
-            # seconds of the positions that were timed, targets of a whole epoch: few batches tell too little of these
+            # time from the measured steps, targets from the whole epoch: their share varies between batches
             "targets_per_second": n_targets / n_positions * self.positions / sum(self.seconds),
         }
 
 
 def main(args: Args) -> list[dict[str, Any]]:
-    """Print a table for each file; returns the rows of all."""
+    """Print a table for each file; return the rows of all tables."""
     template = load_template(load_tokenizer(args.tokenizer))
     results = []
     for path in args.data:

@@ -102,6 +102,7 @@ def extend(
     has_window = WINDOW in family.required | family.optional
     window = old.get(WINDOW) or max(1, round(old_len / (1 if has_window else old.get("factor", 1))))
     factor = new_len / window if factor is None else factor
+    # the frequencies of some families (dynamic, llama3) reach beyond factor * window
     if family.bounded and factor < new_len / window:
         raise ValueError(
             f"factor {factor:g} on a window of {window} covers {math.floor(factor * window)} positions, "

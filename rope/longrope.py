@@ -26,6 +26,7 @@ def longrope(head_dim: int, theta: float, scaling: dict, max_seq_len: int) -> Ro
     # the attention factor is the same for both lists
     factor = scaling.get("factor", max_seq_len / window)
     attention = scaling.get("attention_factor", math.sqrt(1 + math.log(factor) / math.log(window)))
+    # inverse frequencies (D/2) within the window and beyond it
     short, long = ([f / d for f, d in zip(plain(head_dim, theta), divisors)] for divisors in lists.values())
 
     def frequencies(length: int) -> Frequencies:
