@@ -31,12 +31,12 @@ def linear_cross_entropy(
     unweighted, detached, 0 where the target is ignored.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
-    trained = targets != IGNORE
-    scale = trained.float() if loss_weights is None else trained * loss_weights.float()
+    is_target = targets != IGNORE
+    scale = is_target.float() if loss_weights is None else is_target * loss_weights.float()
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # a frozen head needs none
     flat = hidden.flatten(0, -2), weight, targets.clamp(min=0).flatten(), scale.flatten()  # (N, d), (V, d), (N,), (N,)
     loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *needs_grad)
-    return loss, losses.view_as(targets) * trained if token_losses else trained.sum()
+    return loss, losses.view_as(targets) * is_target if token_losses else is_target.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,15 +92,15 @@ class _LinearLogProbs(torch.autograd.Function):
     """Log-probabilities of N tokens; the logits are computed again in `backward`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, trained, block_rows):
+    def forward(ctx, hidden, weight, targets, is_target, block_rows):
         w, lse, of_target = weight.to(hidden.dtype), [], []
         for h, t in zip(hidden.split(block_rows), targets.split(block_rows)):
             logits = F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
             lse.append(logits.logsumexp(dim=-1))
             of_target.append(logits.gather(1, t[:, None])[:, 0])  # (n,)
         lse = torch.cat(lse)  # (N,)
-        log_p = (torch.cat(of_target) - lse) * trained
-        ctx.save_for_backward(hidden, weight, targets, trained, lse, log_p)
+        log_p = (torch.cat(of_target) - lse) * is_target
+        ctx.save_for_backward(hidden, weight, targets, is_target, lse, log_p)
         ctx.block_rows = block_rows
         return log_p
 
@@ -109,9 +109,9 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, *_ = ctx.saved_tensors
         w, of_hidden, of_weight = weight.to(hidden.dtype), [], None
         columns = (*ctx.saved_tensors[2:], upstream)  # (N,) each
-        for h, t, trained, lse, log_p, u in zip(*(x.split(ctx.block_rows) for x in (hidden, *columns))):
+        for h, t, is_target, lse, log_p, u in zip(*(x.split(ctx.block_rows) for x in (hidden, *columns))):
             # d log p / d logits = onehot - softmax, the target's column separately: 1 - p needs float32
-            t, u = t[:, None], (u * trained)[:, None]  # (n, 1) each
+            t, u = t[:, None], (u * is_target)[:, None]  # (n, 1) each
             logits = F.linear(h, w).to(u.dtype)  # (n, V)
             d = logits.sub_(lse[:, None]).exp_().mul_(-u).to(h.dtype)  # (n, V), in the memory of the logits
             d.scatter_(1, t, (-log_p[:, None].expm1() * u).to(h.dtype))

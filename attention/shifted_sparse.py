@@ -101,8 +101,8 @@ def attend(
     outs = []
     for (queries, keys), pieces in zip(heads, halves):
         q_half, k_half, v_half = q[:, queries], k[:, keys], v[:, keys]
-        attended = [ungrouped(full(*(grouped(x, p) for x in (q_half, k_half, v_half)), p.mask), p) for p in pieces]
-        outs.append(torch.cat(attended, dim=2))  # (B, H/2, T, D): the parts in the order of the tokens
+        outputs = [ungrouped(full(*(grouped(x, p) for x in (q_half, k_half, v_half)), p.mask), p) for p in pieces]
+        outs.append(torch.cat(outputs, dim=2))  # (B, H/2, T, D): the parts in the order of the tokens
     return torch.cat(outs, dim=1)
 
 

@@ -240,20 +240,20 @@ def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
     """Return held-out losses by method: of the untrained model, of every learning rate, of every seed at the best."""
     lrs = {method: args.full_lrs if method == "full" else args.lrs for method in args.methods}
     if args.rates is not None:
-        found = json.loads(args.rates.read_text())["losses"]
-        if missing := [method for method in args.methods if method not in found]:
+        earlier = json.loads(args.rates.read_text())["losses"]
+        if missing := [method for method in args.methods if method not in earlier]:
             raise ValueError(f"{args.rates} has no learning rate for {', '.join(missing)}")
-        lrs = {method: [found[method]["lr"]] for method in args.methods}
+        lrs = {method: [earlier[method]["lr"]] for method in args.methods}
     tries = [job(args, model, data, UNTRAINED, 0.0, 0)]
     tries += [job(args, model, data, method, lr, 0) for method in args.methods for lr in lrs[method]]
     table: dict[str, dict[str, Any]] = {}
     for row in run_all(tries, args.jobs):
         table.setdefault(row["name"], {"by_lr": {}})["by_lr"][row["lr"]] = row["loss"]
     more = []
-    for method, found in table.items():
-        found["lr"] = min(found["by_lr"], key=found["by_lr"].get)
-        found["losses"] = [found["by_lr"][found["lr"]]]
-        more += [job(args, model, data, method, found["lr"], seed) for seed in range(1, args.seeds) if found["lr"]]
+    for method, losses in table.items():
+        losses["lr"] = min(losses["by_lr"], key=losses["by_lr"].get)
+        losses["losses"] = [losses["by_lr"][losses["lr"]]]
+        more += [job(args, model, data, method, losses["lr"], seed) for seed in range(1, args.seeds) if losses["lr"]]
     for row in run_all(more, args.jobs):
         table[row["name"]]["losses"].append(row["loss"])
     return {name: table[name] for name in (UNTRAINED, *args.methods)}

@@ -262,8 +262,8 @@ def measure(args: Args, model: Transformer, rows: torch.Tensor, prompts: dict[in
     """Return the mean loss of each row in every bucket of positions, and the number of correct passkeys by length."""
     model.eval()
     losses = loss_by_position(model, rows)  # (rows, T)
-    found = {length: sum(finds_passkey(model, *each) for each in some) for length, some in prompts.items()}
-    return {"loss": {end: losses[:, begin:end].mean(1).tolist() for begin, end in buckets(args)}, "found": found}
+    correct = {length: sum(finds_passkey(model, *each) for each in some) for length, some in prompts.items()}
+    return {"loss": {end: losses[:, begin:end].mean(1).tolist() for begin, end in buckets(args)}, "found": correct}
 
 
 def buckets(args: Args) -> list[tuple[int, int]]:

@@ -113,7 +113,7 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     function = compiled_step()
     if function is None:
         return None
-    # the struct holds addresses only: everything it points to has to live as long as `step` (`kept`)
+    # the struct holds addresses only: everything it points to has to live as long as `step` (`alive`)
     a, weight = model.args, model.model.embed_tokens.weight
     layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
         *(_address(block, name) for block in model.model.layers for name in LAYER)
@@ -126,22 +126,22 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
         *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
     )
-    kept = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])
+    alive = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _kept: tuple = kept) -> torch.Tensor:
+    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _alive: tuple = alive) -> torch.Tensor:
         # the compiled code checks nothing: an id or position out of range would read or write foreign memory
         batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
         if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
             raise ValueError(
-                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens; asked to store {batch} rows "
+                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens, found {batch} rows "
                 f"at positions {min(past)}..{max(lengths) - 1}"
             )
         ids = [id for run in runs for id in run]
         if min(ids) < 0 or max(ids) >= a.vocab_size:
-            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, asked for {min(ids)}..{max(ids)}")
+            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, found {min(ids)}..{max(ids)}")
         if n > min(map(len, runs)):
-            raise ValueError(f"asked for the logits after the last {n} of {min(map(len, runs))} ids")
+            raise ValueError(f"n should be at most {min(map(len, runs))}, the length of the shortest run, found {n}")
         # the runs concatenated, and where each begins
         logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
         starts = list(itertools.accumulate(map(len, runs), initial=0))

@@ -241,10 +241,10 @@ def merged_layer(layer: nn.Module) -> nn.Module:
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`: put the adapted layers back. Raises ValueError when no adapter is merged."""
-    merged = [(path, module) for path, module in model.named_modules() if hasattr(module, "unmerged")]
-    if not merged:
+    layers = [(path, module) for path, module in model.named_modules() if hasattr(module, "unmerged")]
+    if not layers:
         raise ValueError("no adapter is merged: there is nothing to undo")
-    for path, module in merged:
+    for path, module in layers:
         replace(model, path, module.unmerged[0].to(next(module.parameters()).device))
 
 

@@ -109,5 +109,5 @@ class LoraArgs:
                 f"--lora.base {self.base} needs an adapter, because quantized weights cannot be trained: "
                 "add --lora.method lora, or use --lora.base full"
             )
-        if changed := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
-            raise ValueError(f"--lora.{changed[0]} has no effect with --lora.method none: choose a method or remove it")
+        if flags := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
+            raise ValueError(f"--lora.{flags[0]} has no effect with --lora.method none: choose a method or remove it")

@@ -61,7 +61,7 @@ def matching(model: nn.Module, targets: str | tuple[str, ...], excluded: Iterabl
         tests = {end: lambda path, end=end: path == end or path.endswith(f".{end}") for end in targets}
     known = {path for path, _ in layers(model)}
     names = [path for path, _ in model.named_modules() if path]
-    chosen = set()
+    layer_names = set()
     for text, test in tests.items():
         matches = {path for path in names if test(path)}
         # a module without a matrix, such as a whole block, may match an expression
@@ -77,8 +77,8 @@ def matching(model: nn.Module, targets: str | tuple[str, ...], excluded: Iterabl
                 f"no layer matches the target {text!r}; this model's layers are called {', '.join(ends)}; "
                 "--lora.targets linear takes all except the head"
             )
-        chosen |= matches & known
-    return [path for path in names if path in chosen - excluded]
+        layer_names |= matches & known
+    return [path for path in names if path in layer_names - excluded]
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -92,9 +92,9 @@ def embeddings_and_norms(model: nn.Module) -> tuple[str, ...]:
     every module that shares a parameter with one of them (a tied head)."""
     # named_parameters() would list a tied parameter once only
     own = {path: list(module.parameters(recurse=False)) for path, module in model.named_modules()}
-    chosen = [path for path in own if own[path] and ("embed" in path.lower() or "norm" in path.lower())]
-    shared = {id(p) for path in chosen for p in own[path]}
-    return tuple(path for path, params in own.items() if any(id(p) in shared for p in params))
+    paths = [path for path in own if own[path] and ("embed" in path.lower() or "norm" in path.lower())]
+    ids = {id(p) for path in paths for p in own[path]}
+    return tuple(path for path, params in own.items() if any(id(p) in ids for p in params))
 
 
 def shortest(model: nn.Module, paths: Iterable[str]) -> list[str]:

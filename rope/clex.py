@@ -62,7 +62,7 @@ class Clex(nn.Module):
         self.proj_up = nn.Parameter(torch.empty(head_dim // 2, width, dtype=torch.float32))
         self.proj_down = nn.Parameter(torch.empty(width, head_dim // 2, dtype=torch.float32))
         # the weights of the last solution, and its inverse frequencies, (max_factor, D/2)
-        self._solved: tuple[list[torch.Tensor], list[list[float]]] | None = None
+        self._solution: tuple[list[torch.Tensor], list[list[float]]] | None = None
 
     def reset_parameters(self) -> None:
         """Initialize proj_up like a linear layer, proj_down to zero: training starts at the NTK-aware encoding."""
@@ -114,11 +114,11 @@ class Clex(nn.Module):
             )
         # solve again only after the weights have changed
         weights = [self.proj_up.detach(), self.proj_down.detach()]
-        if self._solved is None or not all(torch.equal(a, b) for a, b in zip(weights, self._solved[0])):
+        if self._solution is None or not all(torch.equal(a, b) for a, b in zip(weights, self._solution[0])):
             with torch.no_grad():
-                solved = self.log_frequencies(self.max_factor).exp().tolist()
-            self._solved = [w.clone() for w in weights], solved
-        return self._solved[1][max(1, -(-length // self.window)) - 1], 1.0
+                inv_freq = self.log_frequencies(self.max_factor).exp().tolist()
+            self._solution = [w.clone() for w in weights], inv_freq
+        return self._solution[1][max(1, -(-length // self.window)) - 1], 1.0
 
     @for_compiler("disable")
     def prepare(
@@ -128,9 +128,9 @@ class Clex(nn.Module):
         by a sorted random choice of positions below window * t, so that a short text trains long distances."""
         if training:
             t = int(torch.randint(1, self.max_factor + 1, ()))
-            drawn = self.draw_positions(positions.shape[-1], t).to(positions.device)
-            # drawn (T,), gathered by positions (B or 1, T)
-            return drawn[positions], self.log_frequencies(t)[-1].exp(), 1.0
+            random_positions = self.draw_positions(positions.shape[-1], t).to(positions.device)
+            # random_positions (T,), gathered by positions (B or 1, T)
+            return random_positions[positions], self.log_frequencies(t)[-1].exp(), 1.0
         if isinstance(length, int):
             return positions, *self.frequencies(length)
         return positions, *by_length(self.frequencies, length)
