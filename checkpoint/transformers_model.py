@@ -255,6 +255,8 @@ class TokenCache:
     Slot = position, as in `cache.KVCache`: rows of unequal length are padded on the right, where nothing sees it.
     """
 
+    can_rewind, endless = True, False  # as of `cache.KVCache`
+
     def __init__(self, batch: int, max_len: int, device: torch.device | str = "cpu") -> None:
         self.ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)
         self.max_len = max_len
