@@ -31,13 +31,6 @@ def skeleton(path: str, inside: types.ModuleType | None = None) -> types.SimpleN
     return types.SimpleNamespace(**names)
 
 
-def test_a_path_in_the_text_is_there() -> None:
-    paths = re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)`", TEXT)
-    new = {"tests/test_rope_mine.py", "tests/test_evaluation_sums.py", "data/raw/NAME/"}
-    missing = {path for path in paths if not (Path(__file__).parents[1] / path).exists()} - new
-    assert len(paths) > 20 and missing == set()
-
-
 def test_an_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = skeleton("attention/mine.py")
     monkeypatch.setitem(BACKENDS, "mine", Backend(mine.layout, mine.attend))
