@@ -101,9 +101,9 @@ def test_what_cannot_be_told_is_refused(byte_level):
     def made(jinja: str) -> ChatTemplate:
         return ChatTemplate(byte_level, jinja)
 
-    with pytest.raises(ValueError, match="changes an answer, and has no"):
+    with pytest.raises(ValueError, match="changes an answer and has no"):
         made("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}")
-    with pytest.raises(ValueError, match=r"has not one .* block for each"):
+    with pytest.raises(ValueError, match=r"should have one .* block for each"):
         made("{% generation %}{{ messages[-1].content }}<|im_end|>{% endgeneration %}").encode(TALK)
     strict = made(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
