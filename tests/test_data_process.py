@@ -236,7 +236,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, str]]:
         "no generator": (["--loader", folder / "without.py"], "data_loader"),
         "corpus": (["--corpus", "peoms"], "unknown corpus 'peoms'; did you mean 'poems'"),
         "absent corpus": (["--corpus", "wudao", "--raw_dir", folder], "wudao/ is missing: download the corpus"),
-        "no tokenizer": ([*fine, "--tokenizer", folder / "nowhere"], "nowhere/tokenizer.json: no such tokenizer"),
+        "no tokenizer": ([*fine, "--tokenizer", folder / "nowhere"], "nowhere: no such tokenizer"),
         "bad tokenizer": ([*fine, "--tokenizer", folder / "tokenizer.model"], "tokenizer.model"),
         "share": ([*fine, "--held_out", 1.0], "--held_out should be a share"),
         "min_chars": ([*fine, "--min_chars", -1], "--min_chars should be at least 0, found -1"),
