@@ -152,8 +152,8 @@ def test_broken_pairs_say_why(record, reason):
 
 def test_what_stands_before_whole_answers_belongs_to_their_prompt():
     system, answers = {"role": "system", "content": "s"}, {"chosen": exchange("q", "a"), "rejected": exchange("q", "b")}
-    for told in ({"system": "s"}, {"system": "s", "prompt": "q"}, {"prompt": [system, QUESTION]}):
-        assert to_pair(told | answers).prompt == [system, QUESTION]
+    for record in ({"system": "s"}, {"system": "s", "prompt": "q"}, {"prompt": [system, QUESTION]}):
+        assert to_pair(record | answers).prompt == [system, QUESTION]
     assert to_pair({"prompt": exchange("p", "c", "q")} | answers).prompt == exchange("p", "c", "q")
     longer = {name: exchange("p", "c", "q", last) for name, last in (("chosen", "a"), ("rejected", "b"))}
     assert to_pair({"prompt": "p"} | longer).prompt == exchange("p", "c", "q")
@@ -321,8 +321,8 @@ def test_files_without_an_answer_are_refused(tmp_path):
 
 
 def test_pairs_and_conversations_are_told_apart(tmp_path):
-    asked = {"conversations": [{"from": "human", "value": "q"}]}
-    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, asked | {"chosen": "a", "rejected": "b"}]
+    question = {"conversations": [{"from": "human", "value": "q"}]}
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, question | {"chosen": "a", "rejected": "b"}]
     for record in pairs:
         with pytest.raises(ValueError, match="a pair of answers for preference tuning: use --objective dpo"):
             to_messages(record)

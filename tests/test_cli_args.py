@@ -312,8 +312,8 @@ def test_a_machine_without_git_records_none(tmp_path, monkeypatch):
 
 def test_a_folder_is_closed_to_others_until_the_work_ends_however_it_ends(tmp_path):
     out = tmp_path / "not" / "yet"
-    told = pytest.raises(ValueError, match=f"another process is at work in {out}")
-    with alone_in(out), told, alone_in(out):
+    locked = pytest.raises(ValueError, match=f"another process is at work in {out}")
+    with alone_in(out), locked, alone_in(out):
         pass
     script = "import files, pathlib, sys, time\nwith files.alone_in(pathlib.Path(sys.argv[1])):"
     script += " print(flush=True); time.sleep(60)"

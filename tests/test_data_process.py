@@ -186,11 +186,11 @@ def test_a_vocabulary_beyond_uint16_is_written_as_uint32(make, tmp_path):
     """A model of 72,000 characters, each one an id."""
     letters = [chr(i) for i in (*range(0x4E00, 0xA000), *range(0x20000, 0x2A000), *range(0xAC00, 0xD000))]
     vocab = {piece: i for i, piece in enumerate(["<unk>", "</s>", *letters])}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
-    made.decoder = tokenizers.decoders.ByteFallback()
-    made.add_special_tokens(["<unk>", "</s>"])
+    wide = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+    wide.decoder = tokenizers.decoders.ByteFallback()
+    wide.add_special_tokens(["<unk>", "</s>"])
     (tmp_path / "wide").mkdir()
-    made.save(str(tmp_path / "wide" / "tokenizer.json"))
+    wide.save(str(tmp_path / "wide" / "tokenizer.json"))
     (tmp_path / "wide" / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "<unk>"}')
     ids = [2, 65535, 65536, 65537, len(vocab) - 1, *range(70000, 70005)]
     write_texts(tmp_path / "texts.jsonl", ["".join(letters[i - 2] for i in ids)])

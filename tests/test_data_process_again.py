@@ -88,7 +88,7 @@ def test_bins_of_other_origin_are_not_replaced_unasked(make, tmp_path):
     assert (out / "train_poems.bin").read_bytes() == b"mine" and len(TokenBin(out / "train_00000.bin")) > 2
 
 
-def test_an_unfinished_run_is_gone_on_with_or_dropped_only_when_told(make, monkeypatch, capsys):
+def test_an_unfinished_run_continues_or_is_dropped_only_with_overwrite(make, monkeypatch, capsys):
     texts = made_up_texts(60)
     fresh, _ = make(texts, "fresh", tokens_per_file=500)
     with monkeypatch.context() as patch:
