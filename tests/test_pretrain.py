@@ -76,8 +76,8 @@ def test_another_model_to_go_on_from_is_another_run(folder):
     "flags, message",
     [
         (["--data.seq_len", "300"], r"seq_len 300 is longer than the model's max_seq_len 256"),
-        (["--data.dir", "nowhere"], r"no tokenizer at nowhere"),
-        (["--data.train", "nowhere.bin"], r"no token bin at nowhere\.bin"),
+        (["--data.dir", "nowhere"], r"nowhere.*: no such tokenizer"),
+        (["--data.train", "nowhere.bin"], r"nowhere\.bin: no such token bin"),
         (["--data.weights", "1", "2"], r"expected one weight for each of the 1 bins"),
         (["--train.backend", "ddp"], r"is started by torchrun"),
     ],
