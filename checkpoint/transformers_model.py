@@ -146,7 +146,7 @@ class TransformersModel(nn.Module):
 
     @property
     def _takes_positions(self) -> bool:
-        """Whether positions can restart inside a row."""
+        """Whether the model takes positions, so that they can restart inside a row."""
         return "position_ids" in inspect.signature(self.inner.forward).parameters
 
     def _check_isolation(self, length: int) -> None:
