@@ -1,4 +1,4 @@
-"""Make one kind of model directory out of others.
+"""Make a model directory from others: merge an adapter into a model, or add tokens to a model.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
 python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
@@ -15,7 +15,7 @@ from cli.args import parse_command, run
 
 @dataclass(frozen=True)
 class Merge:
-    """Put an adapter into the weights of the model it was trained on; a plain Hugging Face directory is written."""
+    """Add an adapter to the weights of the model it was trained on, and write a plain Hugging Face directory."""
 
     model: Path
     """directory of the model that the adapter belongs to"""
@@ -24,17 +24,17 @@ class Merge:
     out: Path
     """directory to write"""
     base: Literal["auto", "full", "nf4", "fp4", "int8"] = "auto"
-    """full: add to the weights as they are; else to what quantizing leaves of them; auto: to what the adapter was
-    trained on, as it tells (PEFT's tell nothing: full)"""
+    """weights that the adapter is added to. full: as they are; nf4, fp4, int8: quantized and made dense again; auto: as
+    in the adapter's training, which its file states (PEFT's own do not: full)"""
     double_quant: bool = True
-    """of nf4 and fp4, unless auto: as in training"""
+    """quantize the scales of nf4 and fp4, too; with auto, the adapter's file decides"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """of what is written (the sum is made in fp32); auto: as the model is kept now"""
+    """dtype of the weights that are written (the sum is computed in fp32); auto: that of --model"""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Give a model more tokens, each of which starts as the mean of what spelled it so far."""
+    """Add tokens to a model. The row of each starts as the mean of the rows of the tokens that spelled it so far."""
 
     model: Path
     """directory of the model"""
@@ -43,7 +43,7 @@ class Tokens:
     add_tokens: tuple[str, ...] = ()
     """pieces of text (or a file of one a line) that become tokens"""
     add_special_tokens: tuple[str, ...] = ()
-    """likewise, tokens that no text gives, such as the markers of a chat template"""
+    """likewise, tokens that no text is encoded to, such as the markers of a chat template"""
     vocab_multiple_of: int = 1
     """round the vocabulary up to a multiple of this"""
 
@@ -56,27 +56,22 @@ import torch
 
 from checkpoint import peft
 from checkpoint.adapter_config import read_adapter_config
-from checkpoint.directory import kept_dtype, load_model, save_model
-from checkpoint.extend import grow
+from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
+from checkpoint.extend import grow_vocabulary
 from checkpoint.locate import find_model, find_tokenizer
-from checkpoint.peft import base_kind
 from files import written_aside
 from hardware import DTYPES
-from lora import adapters
+from model import Transformer
 
 
 def merge(args: Merge) -> dict[str, Any]:
-    """Write the merged model; returns where it lies."""
+    """Write the merged model; returns its directory."""
     adapter = find_model(args.adapter, "give --adapter the directory that holds the adapter")
-    read_adapter_config(adapter)  # says what is wrong with it before a model is read
+    read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = replace(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    model = load_model(args.model)
-    tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
-    kind = base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
-    adapters.quantize_base(tree, *kind)
-    peft.load(tree, args.adapter)
-    adapters.merge_for_good(tree)
+    kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
+    model = load_adapted(args.adapter, args.model, kind)
     check_ties(model, args)
     dtype = DTYPES.get(args.dtype) or kept_dtype(args.model)
     tokenizer, stop_ids = find_tokenizer(args.adapter, args.model)
@@ -87,35 +82,41 @@ def merge(args: Merge) -> dict[str, Any]:
 
 
 def tokens(args: Tokens) -> dict[str, Any]:
-    """Write the larger model; returns where it lies."""
+    """Write the larger model; returns its directory."""
     if not args.add_tokens and not args.add_special_tokens:
-        raise ValueError("there are no tokens to add: name them with --add_tokens or --add_special_tokens")
+        raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = replace(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    model, (tokenizer, stop_ids) = load_model(args.model), find_tokenizer(args.model)
+    model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
-        raise FileNotFoundError(f"{args.model} has no tokenizer to add tokens to")
-    added = (args.add_tokens, args.add_special_tokens)
-    tokenizer, told = grow(model, tokenizer, *added, args.model, args.vocab_multiple_of)
+        raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")
+    tokenizer, changes = grow_vocabulary(
+        model,
+        tokenizer,
+        texts=args.add_tokens,
+        special=args.add_special_tokens,
+        where=args.model,
+        multiple_of=args.vocab_multiple_of,
+    )
     with written_aside(args.out) as aside:
         save_model(aside, model.to(kept_dtype(args.model)), tokenizer, stop_ids)
-    print(f"{args.out}: {told}", flush=True)
+    print(f"{args.out}: {changes}", flush=True)
     return {"model": str(args.out)}
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where something is in the way."""
+    """Raise ValueError where `out` exists: nothing is overwritten."""
     if out.exists():
-        raise ValueError(f"{out} exists already; choose another --out, or remove it")
+        raise ValueError(f"--out {out} exists already: choose another, or remove it")
 
 
 def check_ties(model: torch.nn.Module, args: Merge) -> None:
-    """Raise ValueError when an adapter has trained one of two tied matrices: config.json says that they are one."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and model.args.tie_embeddings and head.weight is not model.model.embed_tokens.weight:
+    """Raise ValueError where an adapter has trained one of two tied matrices: config.json says that they are one."""
+    is_ours = isinstance(model, Transformer)
+    if is_ours and model.args.tie_embeddings and model.lm_head.weight is not model.embedding.weight:
         raise ValueError(
-            f"{args.adapter} trains the embedding apart from the head, and in {args.model} they are tied: "
-            "save the model with tie_word_embeddings false and a head of its own first"
+            f"--adapter {args.adapter} trains the embedding apart from the head, and in --model {args.model} they are "
+            "tied: save the model with tie_word_embeddings false and a head of its own first"
         )
 
 

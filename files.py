@@ -1,8 +1,11 @@
-"""Files that survive a kill: written aside, synced and renamed, so that the old one or the new one stands there."""
+"""Writing such that a kill or a full disk leaves the old file or the new one, never half of one; and a lock.
+
+Each function that replaces something writes beside it, forces that to the disk (fsync) and renames it, because a rename
+is the one step that a file system does as a whole.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -14,36 +17,41 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+# ---- directories
+
 
 @contextmanager
 def written_aside(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `directory` when the block ends well, and is removed when it does not."""
+    """Yield an empty directory to write into, which replaces `directory` when the block ends without an error.
+
+    After an error it is removed, and `directory` is as it was. Raises OSError when the disk is full.
+    """
     aside, replaced = (directory.with_name(f".{directory.name}.{role}") for role in ("writing", "replaced"))
 
     def tidy() -> None:
-        if replaced.exists() and not directory.exists():  # stopped between the two renames below
+        if replaced.exists() and not directory.exists():  # a kill between the two renames below: undo the first
             replaced.rename(directory)
         for path in (aside, replaced):
             shutil.rmtree(path, ignore_errors=True)
 
-    tidy()
+    tidy()  # after a process that was killed
     aside.mkdir(parents=True)
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
             sync(path)
-        if directory.exists():  # the same step saved again
+        if directory.exists():  # the same step saved again; a rename does not replace a directory that is not empty
             directory.rename(replaced)
         aside.rename(directory)
         sync(directory.parent)
-    except (SafetensorError, RuntimeError, OSError) as error:  # how the libraries say that the disk is full
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, in the words of three libraries
         raise OSError(f"could not write {directory}, what was saved before is as it was: {error}") from error
     finally:
         tidy()
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a directory."""
+    """Force a file, or the names in a directory, from memory to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -52,18 +60,18 @@ def sync(path: Path) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make the symbolic link `link` lead to its neighbour `target`, replacing an older one in one step."""
+    """Make the symbolic link `link` lead to `target` in the same directory; an older link is replaced in one step."""
     aside = link.with_name(f".{link.name}.link")
     aside.unlink(missing_ok=True)
-    aside.symlink_to(target.name)
+    aside.symlink_to(target.name)  # without its directory, so that a run can be moved as a whole
     aside.replace(link)
 
 
-@contextlib.contextmanager
+@contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Keep other processes from working in `directory` (made if need be) within the block, or until this one is killed.
+    """Lock `directory` for this process until the block ends or the process is killed; make it where it is missing.
 
-    Raises ValueError where another is at work. A file system without locks lets everybody in.
+    Raises ValueError when another process holds the lock. Where the file system has no locks, there is no protection.
     """
     directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY)
@@ -72,21 +80,37 @@ def alone_in(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is at work in {directory}: wait for it, or stop it") from None
-        except OSError:  # such as NFS, which locks no directory
+        except OSError:  # a file system without locks on directories, such as NFS
             pass
         yield
     finally:
-        os.close(handle)
+        os.close(handle)  # which releases the lock
+
+
+# ---- JSON
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a JSON file of ours holds; None where there is no such file."""
     return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that somebody else may have written; ValueError names the file otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested deeper than Python reads
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold an object, found {type(content).__name__}")
+    return content
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace a file in one step: a kill leaves the old or the new one."""
+    """Write a JSON file, or replace it in one step."""
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as file:
+        # backslashreplace: half of a surrogate pair, which UTF-8 cannot hold, is written as its escape
         file.write(json.dumps(value, ensure_ascii=False, indent=2).encode("utf8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
@@ -94,5 +118,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def json_line(value: dict[str, Any]) -> bytes:
-    """One line of JSON Lines; half a surrogate pair, which UTF-8 cannot hold, stays the escape it came as."""
+    """Return one line of a JSON Lines file, half surrogate pairs as in `write_json`."""
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf8", "backslashreplace")

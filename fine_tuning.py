@@ -86,8 +86,9 @@ from attention import backends
 from chat.samples import Samples
 from chat.template import ChatTemplate, load_template
 from checkpoint import peft
-from checkpoint.directory import load_model, load_weights, save_model, weight_files
-from checkpoint.extend import grow
+from checkpoint.directory import load_weights, load_whole_model, save_model
+from checkpoint.extend import grow_vocabulary
+from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from corpora import BadRecord
 from dataset_sft import PairData, SFTData
@@ -116,9 +117,9 @@ def main(args: Args) -> dict[str, Any]:
     in_pairs = args.objective != "sft"
     torch.manual_seed(args.train.seed)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
-        model = load_model(args.init_from)
+        model = load_whole_model(args.init_from)
         check_length(args.data.seq_len, model)
-        tokenizer, grown = grow(
+        tokenizer, grown = grow_vocabulary(
             model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
         )
         template = load_template(tokenizer, args.data.template)
@@ -162,14 +163,14 @@ def adapt(
     """Make the model train as `args` say, with products in `dtype`; returns what puts its trained weights into a
     checkpoint and takes them back: the whole model, or the adapter alone as a PEFT directory."""
     if args.neftune_alpha:
-        adapters.neftune(model.model.embed_tokens, args.neftune_alpha)
+        adapters.neftune(model.embedding, args.neftune_alpha)
     if args.lora.method == "none":
         save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=template.stop_ids)
         return save, partial(load_weights, model)
     base = args.init_from
     if base.is_symlink():  # `best` may lead to other weights tomorrow
         base = base.parent / base.readlink()
-    tree = getattr(model, "inner", model)  # the names in an adapter's file are those that transformers gives
+    tree = model.module_tree
     adapters.apply(tree, args.lora, dtype)
 
     def save_adapter(directory: Path) -> None:

@@ -2,16 +2,17 @@
 
     tokens -> embedding -> n_layers x [ x += attention(norm(x)); x += feed_forward(norm(x)) ] -> norm -> head
 
-Shapes: B batch, T tokens, V vocabulary, H query heads, K key/value heads, D head dimension, F feed-forward width.
-Modules and parameters carry the names of Hugging Face's `LlamaForCausalLM`, so weights move between the two as they
-are. The model knows nothing of how it is trained: parameters may be float32 while activations run in `compute_dtype`,
-each weight being cast where it is used.
+Shapes: B batch, T tokens, V vocabulary, H query heads, K key/value heads, D head dimension, F feed-forward width,
+S keys that a query may see (T in training; as many as the cache holds in decoding).
+
+Modules and parameters have the names of Hugging Face's `LlamaForCausalLM`, so that weights move between the two without
+renaming. The model does not know how it is trained or stored: parameters may be float32 while activations are computed
+in `compute_dtype`, and each weight is cast where it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,28 +23,30 @@ from torch.utils.checkpoint import checkpoint
 import rope
 from attention.backends import Mask, ShiftedSparse, attend, prepare
 from attention.cache import KVCache, View, cache_class
-from checkpoint import config_json, safetensors_files
 from hardware import start_compiler
 from loss import linear_cross_entropy
 from model_args import ModelArgs
 
-Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin
-Context = tuple[Angles, Angles | None, Mask]  # shared by all layers; the second: of keys that a cache keeps unturned
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the rotary angles, with a dimension of 1 for the heads
+# What all layers of a pass share: the angles of its T tokens, the angles of the S keys in the cache, and the mask. The
+# second is None unless the cache stores keys before their rotation; then all S keys are rotated at every use.
+Context = tuple[Angles, Angles | None, Mask]
 
 
 class Linear(nn.Linear):
-    """A linear layer that runs in the dtype of its input, whatever dtype its parameters are kept in."""
+    """A linear layer, y = x W^T + b, that computes in the dtype of its input, whatever the dtype of its parameters."""
 
     def reset_parameters(self) -> None:
-        """Nothing: `Transformer.init_weights` fills all weights, once."""
+        """Do nothing: `Transformer.init_weights` fills all weights, once."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., out) for x (..., in)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), the division in float32 or wider."""
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -51,13 +54,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape and dtype of x (..., dim)."""
+        # The mean of squares needs float32: in bfloat16 it would keep 8 bits, in float16 it could overflow.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)  # mean over dim: (..., 1)
         return wide.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions and grouped key/value heads."""
+    """Multi-head attention with rotary positions, and with key/value heads that groups of H / K query heads share."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
@@ -73,22 +78,26 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, angles: Angles, key_angles: Angles | None, mask: Mask, cache: KVCache | None
     ) -> torch.Tensor:
+        """Return (B, T, dim) for x (B, T, dim). The angles and the mask are those of `Context`."""
         B, T, _ = x.shape
+        # Project, and split the last dimension into heads; -1 is H or K.
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q), self.k_norm(k)  # each head on its own, over D
+        # Rotate queries and keys by their positions: q . k then depends on the distance between the two.
         q = rope.rotate(q, *angles)
         if key_angles is None:
             k = rope.rotate(k, *angles)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        if key_angles is not None:  # the cache keeps keys as they were before they turned
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
+        if cache is not None:  # store the T new keys and values, and attend to all S that are stored
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D) each
+        if key_angles is not None:
             k = rope.rotate(k, *key_angles)
+        # softmax(q k^T / sqrt(D) + mask) v, by the back-end that attention/backends.py chooses.
         out = attend(q, k, v, mask)  # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # heads side by side: (B, T, H D) -> (B, T, dim)
 
 
 class FeedForward(nn.Module):
@@ -101,11 +110,12 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(args.hidden_dim, args.dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Return (B, T, dim) for x (B, T, dim)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One transformer block; each half normalizes its input, and adds its output to the residual stream (pre-norm)."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
@@ -115,6 +125,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(args)
 
     def forward(self, x: torch.Tensor, *context: Any) -> torch.Tensor:
+        """Return (B, T, dim) for x (B, T, dim); context: the other arguments of `Attention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -130,29 +141,30 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A LLaMA language model; without `initialize` its weights are left to be loaded."""
+    """A LLaMA language model. `initialize=False` leaves the weights empty, for a caller that loads them."""
 
     def __init__(self, args: ModelArgs, initialize: bool = True) -> None:
         super().__init__()
         self.args = args
-        self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the embedding
+        self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the parameters
         self.gradient_checkpointing = False  # recompute each block in the backward pass instead of keeping it
         self.shifted_sparse: ShiftedSparse | None = None  # attend in groups while training on long rows
         self.model = Decoder(args)
         self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
-        if args.tie_embeddings:
+        if args.tie_embeddings:  # one matrix (V, dim) reads ids and scores them
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rope = rope.make(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)
         if initialize:
             self.init_weights()
 
     def init_weights(self) -> None:
-        """N(0, 0.02); the two matrices of a block that write to the residual stream (o_proj, down_proj) smaller by
-        sqrt(2 n_layers), so that the stream's variance does not grow with depth (Radford et al. 2019, GPT-2)."""
-        if isinstance(self.rope, nn.Module):
+        """Fill matrices with N(0, 0.02^2) and biases with 0; norms stay at 1 (Radford et al. 2019, GPT-2)."""
+        if isinstance(self.rope, nn.Module):  # CLEX has weights of its own
             self.rope.reset_parameters()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not name.startswith("rope."):
+                # A block adds two matrices' output to the residual stream: 2 n_layers terms in all. Each is smaller by
+                # sqrt(2 n_layers), so that the stream's variance does not grow with depth.
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * self.args.n_layers) ** 0.5 if residual else 0.02)
             elif name.endswith("bias"):
@@ -169,17 +181,19 @@ class Transformer(nn.Module):
         token_losses: bool = False,
         cache: KVCache | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, T, V) in float32; or, with `targets`, the sum of the token losses and the number of targets.
+        """Return logits (B, T, V) in float32; with `targets`, the sum of the token losses and the number of targets.
 
-        tokens (B, T) int64. targets (B, T) int64, already shifted, -100 where ignored. positions (B, T) restart per
-        document in packed rows; default 0..T-1, or what follows the cache. doc_ids (B, T) int32: attention never
-        crosses a change of id. loss_weights (B, T) float32 multiply each token's loss. The caller divides the sum by
-        the number of targets of the whole optimizer step, over micro-batches and ranks. token_losses: the loss of each
-        target (B, T), without its weight and detached, in place of their number.
+        tokens (B, T) int64. targets (B, T) int64, already shifted, -100 where ignored. positions (B, T) int64 restart
+        per document in packed rows; default: 0..T-1, or what follows the cache. doc_ids (B, T) int32: attention never
+        crosses a change of id. loss_weights (B, T) float32 multiply each token's loss. token_losses: return the loss of
+        each target (B, T), unweighted and detached, instead of their number.
+
+        The caller divides the sum by the number of targets of the whole optimizer step, over micro-batches and ranks.
         """
         hidden = self.hidden(tokens, positions=positions, doc_ids=doc_ids, cache=cache)  # (B, T, dim)
         if targets is None:
             return self.logits(hidden)
+        # Head and cross-entropy in one, block by block: the logits of all tokens never exist at once.
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_weights, token_losses=token_losses)
 
     def hidden(
@@ -191,20 +205,20 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, T, dim) after the last norm, in the activations' dtype: what the head turns into logits.
+        """Return the hidden states (B, T, dim) after the last norm, in `activation_dtype`; `logits` applies the head.
 
-        lengths, with a cache: of each row's text with these tokens, where padding on the right makes it less than the
-        last position tells. Encodings that depend on the length and caches that forget have to know.
+        lengths: number of real tokens in each row after this pass. Needed with a cache when rows are padded on the
+        right, because the last position then overstates it.
         """
         if cache is None:
-            context = self._of_rows(tokens, positions, doc_ids)
-        elif len(sizes := cache.passes(tokens.shape[1])) > 1:  # more than the cache takes at once
-            at = [None] * len(sizes) if positions is None else positions.split(sizes, dim=1)
+            context = self._context_for_rows(tokens, positions, doc_ids)
+        elif len(sizes := cache.passes(tokens.shape[1])) > 1:  # more tokens than the cache takes at once
+            at = [None] * len(sizes) if positions is None else positions.split(sizes, dim=1)  # (B, size) each
             parts = zip(tokens.split(sizes, dim=1), at)
             return torch.cat([self.hidden(x, positions=p, cache=cache, lengths=lengths) for x, p in parts], dim=1)
         else:
-            context = self._of_cache(cache.extend(positions, tokens.shape[1], lengths))
-        x = self.model.embed_tokens(tokens).to(self.activation_dtype)
+            context = self._context_for_cache(cache.extend(positions, tokens.shape[1], lengths))
+        x = self.model.embed_tokens(tokens).to(self.activation_dtype)  # (B, T, dim): the residual stream
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, cache, use_reentrant=False)
@@ -212,67 +226,81 @@ class Transformer(nn.Module):
                 x = block(x, *context, cache)
         return self.model.norm(x)
 
-    def _of_rows(self, tokens: torch.Tensor, positions: torch.Tensor | None, doc_ids: torch.Tensor | None) -> Context:
-        """What all layers share where the tokens of a row see each other, or their document."""
+    def _context_for_rows(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None, doc_ids: torch.Tensor | None
+    ) -> Context:
+        """Compute the rotary angles and the mask for a pass without a cache (training, evaluation); all layers share
+        them."""
         T, device = tokens.shape[1], tokens.device
+        # Some encodings (dynamic NTK) have other frequencies in longer texts, and a packed row holds several texts.
         length = T if positions is None or self.rope.cache_rotated else rope.text_lengths(positions, doc_ids)
         positions = torch.arange(T, device=device)[None] if positions is None else positions  # (B or 1, T)
         group = None if self.shifted_sparse is None else self.shifted_sparse.group_for(T, self.training)
         mask = Mask(doc_ids, self.args.sliding_window, group=group)
+        # Before the layers run: a checkpointed, compiled block may not make what the other blocks use.
         prepare(mask, T, self.args.head_dim, self.activation_dtype, device)
         return self._angles(positions, length, 2, self.training), None, mask
 
-    def _of_cache(self, view: View) -> Context:
-        """What all layers share where tokens see what a cache holds."""
+    def _context_for_cache(self, view: View) -> Context:
+        """The same for a pass that reads a key-value cache."""
+        # Keys have their heads in dimension 1, (B, K, S, D), when they come out of the cache; new queries in 2.
         keys = None if view.key_positions is None else self._angles(view.key_positions, view.lengths, 1)
         mask = Mask(dense=view.mask, window=self.args.sliding_window)
         return self._angles(view.positions, view.lengths, 2), keys, mask
 
     def _angles(self, positions: torch.Tensor, length: int | torch.Tensor, dim: int, training: bool = False) -> Angles:
-        """cos and sin, (B or 1, T, D/2) and a dimension for the heads at `dim`, in texts of `length` tokens."""
-        cos, sin = rope.cos_sin(*self.rope.prepare(positions, length, training))
+        """Return cos and sin for positions (B or 1, T) in texts of `length` tokens: (B or 1, T, D/2), with a dimension
+        of 1 for the heads inserted at `dim`."""
+        cos, sin = rope.cos_sin(*self.rope.prepare(positions, length, training))  # (B or 1, T, D/2) each
         return cos.unsqueeze(dim), sin.unsqueeze(dim)
 
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """Of hidden states, and of keys and values in a cache."""
-        return self.compute_dtype or self.model.embed_tokens.weight.dtype
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V), float32 or wider, of hidden states (..., dim)."""
+        """Return logits (..., V), float32 or wider, for hidden states (..., dim)."""
         out = self.lm_head(hidden)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
+    # ---- what the training loop, decoding and adapters use besides
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding, (V, dim)."""
+        return self.model.embed_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return self.embedding.weight.dtype
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Dtype of hidden states, and of keys and values in a cache."""
+        return self.compute_dtype or self.dtype
+
+    @property
+    def module_tree(self) -> nn.Module:
+        """The module whose names an adapter's file uses: this one."""
+        return self
+
     def make_cache(self, batch: int, max_len: int | None = None, kind: str = "static", **options: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit); what `kind`
-        (static, int8, sinks) and the options `text_len` and `sinks` are, attention/cache.py says."""
-        a, device = self.args, self.model.embed_tokens.weight.device
+        """Make an empty cache for `batch` rows of up to `max_len` tokens (default: the model's max_seq_len).
+
+        kind (static, int8, sinks) and the options `text_len` and `sinks` are explained in attention/cache.py.
+        """
+        a = self.args
         shape = (a.n_layers, batch, a.n_kv_heads, a.head_dim, max_len or a.max_seq_len)
-        made = {"dtype": self.activation_dtype, "device": device, "window": a.sliding_window}
-        return cache_class(kind)(*shape, **made, rotated=self.rope.cache_rotated, **options)
+        tensors = {"dtype": self.activation_dtype, "device": self.device, "window": a.sliding_window}
+        return cache_class(kind)(*shape, **tensors, rotated=self.rope.cache_rotated, **options)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Let torch.compile make the forward pass, in place: parameters keep their names."""
+        """Compile the forward pass with torch.compile, in place: parameters keep their names."""
         start_compiler()
         super().compile(*args, **kwargs)
 
     def n_parameters(self) -> int:
-        """Number of parameters, tied ones counted once."""
+        """Return the number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Transformer:
-        """The model of a Hugging Face directory, its parameters in `dtype`: as they lie in the mapped file where dtype
-        and device are the file's, one by one otherwise. Raises ValueError naming what does not fit."""
-        return safetensors_files.load(
-            lambda config: cls(config_json.read(config), initialize=False), directory, device, dtype
-        )
-
-    def save_pretrained(self, directory: Path, config: dict[str, Any] | None = None) -> None:
-        """Write the model as a Hugging Face directory, its parameters in their dtype; `config`: more for config.json,
-        such as the ids of special tokens. Large models are written in shards."""
-        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = config_json.write(self.args) | {"dtype": dtype} | (config or {})
-        safetensors_files.write_model(directory, config, safetensors_files.state_of(self))

@@ -1,5 +1,7 @@
-"""The shape of a model, and how far its positions reach, as flags and config.json say it. Free of torch, which takes
-seconds to load: --help and a mistyped flag are answered at once."""
+"""The shape of a model, and how far its positions reach, as flags and config.json state them.
+
+This file does not load torch, which takes seconds: `--help` and a mistyped flag are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model, in LLaMA's own vocabulary. Equal when the models are: `multiple_of` and
-    `ffn_dim_multiplier` only say how `hidden_dim` is found."""
+    """The shape of a model, in LLaMA's own vocabulary.
+
+    Two are equal when the models have the same shape: `multiple_of` and `ffn_dim_multiplier` do not count, because they
+    only determine `hidden_dim`.
+    """
 
     dim: int = 160
     """width of the residual stream"""
     n_layers: int = 6
-    """transformer blocks"""
+    """number of transformer blocks"""
     n_heads: int = 5
-    """query heads"""
+    """number of query heads"""
     n_kv_heads: int | None = None
-    """key/value heads (grouped-query attention); None: as many as query heads, 1: multi-query"""
+    """number of key/value heads (grouped-query attention); None: as many as query heads, 1: multi-query"""
     head_dim: int | None = None
     """dimension of a head; None: dim / n_heads"""
     vocab_size: int = 4800
@@ -29,9 +34,9 @@ class ModelArgs:
     hidden_dim: int | None = None
     """width of the feed-forward; None: 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of"""
     multiple_of: int = dataclasses.field(default=32, compare=False)
-    """what the feed-forward width is rounded up to"""
+    """the feed-forward width is rounded up to a multiple of this"""
     ffn_dim_multiplier: float | None = dataclasses.field(default=None, compare=False)
-    """LLaMA-2 70B's widening of the feed-forward"""
+    """factor that widens the feed-forward (LLaMA-2 70B)"""
     norm_eps: float = 1e-5
     """epsilon of RMSNorm"""
     max_seq_len: int = 256
@@ -47,9 +52,10 @@ class ModelArgs:
     qk_norm: bool = False
     """RMSNorm on each head's q and k (Qwen3)"""
     sliding_window: int | None = None
-    """attend to this many tokens back at the most (Mistral)"""
+    """number of tokens back that attention reaches at most (Mistral); None: all of them"""
 
     def __post_init__(self) -> None:
+        """Fill in what is None. Raises ValueError for a value outside its range or a shape that contradicts itself."""
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
@@ -66,30 +72,32 @@ class ModelArgs:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; the rotary encoding turns pairs of dimensions")
         if self.hidden_dim is None:
+            # Of SwiGLU's three matrices, 8/3 dim makes as many weights as 4 dim does of the two of an older MLP.
             width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
-            object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))
+            object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))  # rounded up
         if not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta should be a number above 1, found {self.rope_theta!r}")
         if self.rope_scaling is not None:
             import rope  # not at the top: it loads torch, and the argument parser should not
 
-            # Refuse, before anything is built, what contradicts itself.
+            # Make the encoding once, only to refuse a rope_scaling that contradicts itself before a model is built.
             rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
 
     def replace(self, **changes: Any) -> ModelArgs:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
 class RopeArgs:
-    """Positions of a checkpoint to go on from."""
+    """How to stretch the positions of a checkpoint that training continues from."""
 
     type: str | None = None
-    """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as the checkpoint's were, else yarn"""
+    """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as in the checkpoint, else yarn"""
     factor: float | None = None
     """how much longer than the checkpoint's first context; None: as --model.max_seq_len asks"""
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a factor that would shorten the context."""
         if self.factor is not None and not 1 <= self.factor < math.inf:
             raise ValueError(f"--rope.factor should be a finite number, 1 or more, found {self.factor:g}")

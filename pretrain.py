@@ -65,8 +65,17 @@ if __name__ == "__main__":
 import torch
 
 from bins.token_bin import TokenBin
-from checkpoint.directory import load_model, load_weights, save_model, weight_files
-from checkpoint.extend import add_tokens, check_shape, check_tokenizer, fit_vocabulary, given, read_tokens, stretch
+from checkpoint.directory import load_weights, load_whole_model, save_model
+from checkpoint.extend import (
+    add_tokens,
+    changed_fields,
+    check_shape,
+    check_tokenizer,
+    fit_vocabulary,
+    read_tokens,
+    stretch_positions,
+)
+from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
 from distributed.backend import make_backend
@@ -137,7 +146,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
         if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
             raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
         return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
-    model, asked = load_model(args.init_from), given(args.model)
+    model, asked = load_whole_model(args.init_from), changed_fields(args.model)
     own = None
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
         own = load_tokenizer(args.init_from)
@@ -152,7 +161,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
         check_shape(model.args, asked, args.init_from)
         if args.data.seq_len > model.args.max_seq_len:  # then the length is asked for, be it ModelArgs' default
             asked["max_seq_len"] = args.model.max_seq_len
-        changes = [stretch(model, args.rope, asked.get("max_seq_len"))]
+        changes = [stretch_positions(model, args.rope, asked.get("max_seq_len"))]
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
     return model, [change for change in changes if change]
 

@@ -1,7 +1,7 @@
-"""Hugging Face's `config.json` and our `ModelArgs`: the same shape under two vocabularies.
+"""Translate between Hugging Face's `config.json` and our `ModelArgs`: one shape in two vocabularies.
 
-What a config leaves out is what transformers takes for its model_type. What it asks for and our module cannot do is
-refused by name; a key that changes nothing in the computation (`use_cache`, `pretraining_tp`) passes.
+A key that a config leaves out has the default that transformers has for its model_type. A key that asks for a
+computation that `model.py` does not do is refused by name; other keys (`use_cache`, `pretraining_tp`) are ignored.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FAMILY = {  # model_type in config.json -> the class that transformers gives it
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-OMITTED = {  # what transformers takes where a config.json does not say
+OMITTED = {  # model_type -> transformers' defaults for keys that a config.json may leave out
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
-# What other models compute, and ours does only where the key is absent, null or one of these values.
+# Keys of computations that ours does not do -> values that leave them out; null and an absent key do so, too.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
@@ -53,7 +53,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 def read(config: dict[str, Any]) -> ModelArgs:
-    """Return the shape that a `config.json` asks for. Raises ValueError naming what our module cannot represent."""
+    """Return the shape that a `config.json` describes; raises ValueError that names what ours cannot represent."""
     kind = config.get("model_type", "llama")
     if kind not in FAMILY:
         raise ValueError(f"config.json is of model_type {kind!r}; this module runs {', '.join(FAMILY)}")
@@ -81,9 +81,10 @@ def read(config: dict[str, Any]) -> ModelArgs:
 
 
 def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:
-    """Raise ValueError for a key whose value asks for a computation that this module does not do."""
-    if said := config.get("quantization_config"):
-        method = said.get("quant_method", "some method") if isinstance(said, dict) else said
+    """Raise ValueError for a key whose value asks for a computation that `model.py` does not do."""
+    if quantization := config.get("quantization_config"):
+        is_mapping = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "some method") if is_mapping else quantization
         raise ValueError(f"config.json says that the weights are quantized ({method}); dequantize them first")
     for key, neutral in NEUTRAL.items():
         if config.get(key) is not None and config[key] not in neutral:
@@ -93,19 +94,20 @@ def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:
 
 
 def read_window(config: dict[str, Any], kind: str) -> int | None:
-    """The sliding window that every layer has, None where none has one; ValueError where only some have."""
+    """Return the sliding window of all layers, None where no layer has one; ValueError where only some layers do."""
     if kind == "llama":
-        return None  # transformers' has none, whatever the file says
+        return None  # transformers' LLaMA has none, whatever the file says
     window = integer(config, "sliding_window", None)
     if kind == "mistral":
         return window
     n_layers, first = integer(config, "num_hidden_layers"), integer(config, "max_window_layers", 28)
-    asked = flag(config, "use_sliding_window") and window is not None
-    derived = ["sliding_attention" if asked and i >= first else "full_attention" for i in range(n_layers)]
+    slides = flag(config, "use_sliding_window") and window is not None
+    # Qwen: the first `max_window_layers` layers attend in full, the others in the window.
+    derived = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(n_layers)]
     kinds = set(config.get("layer_types") or derived)
     if kinds == {"full_attention"}:
         return None
-    if kinds == {"sliding_attention"} and asked:
+    if kinds == {"sliding_attention"} and slides:
         return window
     raise ValueError(
         "config.json asks by layer_types, or use_sliding_window and max_window_layers, for attention that differs "
@@ -114,30 +116,33 @@ def read_window(config: dict[str, Any], kind: str) -> int | None:
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling (None: plain) of the rotary encoding, from the present key `rope_parameters` or the older
-    `rope_theta` and `rope_scaling`; ValueError where both are there and do not say the same."""
-    said = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
-    for key, value in said.items():
+    """Return base and scaling (None: plain) of the rotary encoding.
+
+    They stand under `rope_parameters`, or in older files under `rope_theta` and `rope_scaling`. Raises ValueError where
+    both are there and contradict each other.
+    """
+    entries = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    for key, value in entries.items():
         if not isinstance(value, dict):
             raise ValueError(f"config.json: {key} should be a mapping, found {value!r}")
         if any(isinstance(inner, dict) for inner in value.values()):
             raise ValueError(f"config.json: {key} differs from layer type to layer type: this module has one for all")
-    scalings = {key: scaling_of(key, value) for key, value in said.items()}
+    scalings = {key: scaling_of(key, value) for key, value in entries.items()}
     if len(scalings) == 2 and scalings["rope_parameters"] != scalings["rope_scaling"]:
-        raise ValueError(f"config.json contradicts itself: {' and '.join(f'{k} {v}' for k, v in said.items())}")
-    thetas = {number(each, "rope_theta", None) for each in (config, *said.values())} - {None}
+        raise ValueError(f"config.json contradicts itself: {' and '.join(f'{k} {v}' for k, v in entries.items())}")
+    thetas = {number(each, "rope_theta", None) for each in (config, *entries.values())} - {None}
     if len(thetas) > 1:
         raise ValueError(f"config.json contradicts itself: it has rope_theta {' and '.join(map(str, sorted(thetas)))}")
     scaling = next(iter(scalings.values()), None)
     if scaling and scaling["rope_type"] in ("llama3", "yarn", "longrope"):
         scaling.setdefault(ORIGINAL, config.get(ORIGINAL) or integer(config, "max_position_embeddings"))
-    if scaling and scaling["rope_type"] == "dynamic" and "max_seq_len" in config:  # as `write_rope` has it
+    if scaling and scaling["rope_type"] == "dynamic" and "max_seq_len" in config:  # written by `write_rope`
         scaling.setdefault(ORIGINAL, integer(config, "max_position_embeddings"))
     return next(iter(thetas), 10000.0), scaling
 
 
 def scaling_of(key: str, value: dict[str, Any]) -> dict[str, Any] | None:
-    """A mapping on rotary positions under `rope_type`, without the base; None for the plain encoding."""
+    """Return an entry on rotary positions with its type under `rope_type`, without the base; None where it is plain."""
     types = [value[name] for name in ("rope_type", "type") if value.get(name)]
     if types[1:] and types[0] != types[1]:
         raise ValueError(f"config.json contradicts itself: {key} has rope_type {types[0]} and type {types[1]}")
@@ -153,18 +158,21 @@ _REQUIRED: Any = object()
 
 
 def integer(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
-    """An integer of a config; `default` where it is absent or null. ValueError names a key that is missing or wrong."""
+    """Return an integer of a config; `default` where the key is absent or null.
+
+    Raises ValueError that names a key that is missing without a default, or has another type.
+    """
     return _of_type(config, key, default, int, "an integer")
 
 
 def number(config: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
-    """A number of a config as a float; the rest as for `integer`."""
+    """Return a number of a config as a float; otherwise as `integer`."""
     value = _of_type(config, key, default, (int, float), "a number")
     return value if value is None else float(value)
 
 
 def flag(config: dict[str, Any], key: str) -> bool:
-    """A truth value of a config; false where it is absent or null. ValueError where it is anything else."""
+    """Return a truth value of a config; False where the key is absent or null. ValueError where it is anything else."""
     value = config.get(key) or False
     if not isinstance(value, bool):
         raise ValueError(f"config.json: {key} should be true or false, found {value!r}")
@@ -183,12 +191,12 @@ def _of_type(config: dict[str, Any], key: str, default: Any, kind: Any, name: st
 
 
 def write(args: ModelArgs) -> dict[str, Any]:
-    """The `config.json` of a shape, with the present keys for positions and the older ones beside them."""
+    """Return the `config.json` of a shape; positions stand there under the present keys and under the older ones."""
     if args.attention_bias and args.qk_norm:
         raise ValueError("no Hugging Face model combines attention_bias (on q, k, v) and qk_norm")
     kind = "qwen2" if args.attention_bias else "qwen3" if args.qk_norm else "mistral"
     if kind == "mistral" and args.sliding_window is None and args.dim % args.n_heads == 0:
-        kind = "llama"  # whose class wants heads that divide the width, even where head_dim is another
+        kind = "llama"  # transformers' class insists that n_heads divides dim, even where head_dim is set
     config = {
         "architectures": [FAMILY[kind]],
         "model_type": kind,
@@ -214,10 +222,13 @@ def write(args: ModelArgs) -> dict[str, Any]:
 
 
 def write_rope(args: ModelArgs) -> dict[str, Any]:
-    """The keys on lengths and positions. transformers has no name for `ntk`: it is written, and read again, as the
-    larger base that it is. For `dynamic` its `max_position_embeddings` is the original window; the length that the
-    model is made for stands beside it under a name of ours."""
-    scaling = args.rope_scaling and dict(args.rope_scaling)  # a copy: transformers writes into what it is given
+    """Return the keys on lengths and positions.
+
+    transformers has no name for `ntk`, which is no more than a larger base: it is written, and read again, as that. For
+    `dynamic`, transformers expects the original window in `max_position_embeddings`; the length that the model is made
+    for stands beside it in a key of our own, `max_seq_len`.
+    """
+    scaling = args.rope_scaling and dict(args.rope_scaling)  # a copy, because keys are taken out below
     theta, length = args.rope_theta, {"max_position_embeddings": args.max_seq_len}
     if rope.rope_type(scaling) == "ntk":
         scaling, theta = None, rope.ntk_theta(args.head_dim, theta, scaling["factor"])

@@ -1,9 +1,7 @@
-"""Model directories and training state on disk.
+"""The front door of `checkpoint/`: load a model or an adapter from its directory, save a model, load weights.
 
-There is one format for weights, the one the ecosystem reads: a Hugging Face directory (`config.json`,
-`model.safetensors`, tokenizer files, `generation_config.json`). What resumes training lies inside it, in
-`training_state/`. A directory appears under its name only when it is complete: it is written aside, synced to the
-disk and renamed, so that a kill or a full disk at any instant leaves the old checkpoint or the new one, never half.
+What the directories hold is described in locate.py; adapters are saved by peft.py. Whoever saves writes to a directory
+aside (`files.written_aside`), so that a directory appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -14,15 +12,71 @@ from typing import Any
 
 import torch
 
-from checkpoint import peft
-from checkpoint import peft as peft_files
-from checkpoint.config_json import FAMILY
-from checkpoint.safetensors_files import copy_into, read_config
-from checkpoint.safetensors_files import weight_files as weight_files  # the scripts' identity of a checkpoint
+from checkpoint import config_json, peft, safetensors_files, transformers_model
+from checkpoint.locate import find_base, is_adapter, read_config
 from checkpoint.transformers_model import TransformersModel
 from lora import adapters
 from model import Transformer
 from tokenizer import Tokenizer
+
+
+def load_model(
+    directory: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    base: Path | None = None,
+) -> Transformer | TransformersModel:
+    """Load the model in a directory, or the adapter in it: its base with the adapter merged into the weights.
+
+    The parameters are in `dtype` on `device`. base: directory of the model that an adapter belongs to; None: the one
+    that its config names. Raises ValueError or FileNotFoundError that says what is missing or does not fit.
+    """
+    if is_adapter(directory):
+        return load_adapted(directory, find_base(directory, base)).to(device, dtype)
+    if base is not None:
+        raise ValueError(f"--base is for an adapter, and {directory} is a whole model: leave it out")
+    return load_whole_model(directory, device, dtype)
+
+
+def load_whole_model(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer | TransformersModel:
+    """Load the model in a directory as `load_model` does; refuse an adapter.
+
+    Models of the LLaMA family become our `Transformer`, whose parameters are views of the mapped file where dtype and
+    device are the file's; any other causal language model is transformers' own, behind the same interface.
+    """
+    if read_config(directory).get("model_type", "llama") not in config_json.FAMILY:
+        return transformers_model.load(directory, device, dtype)
+
+    def make(config: dict[str, Any]) -> Transformer:
+        return Transformer(config_json.read(config), initialize=False)
+
+    return safetensors_files.load(make, directory, device, dtype)
+
+
+def load_adapted(
+    adapter: Path, base: Path, quantization: tuple[str, bool] | None = None
+) -> Transformer | TransformersModel:
+    """Load the model in `base` and add an adapter to its weights, in float32 on the CPU.
+
+    quantization: what the base is quantized to and back before the sum, as `peft.base_kind` returns it; None: what the
+    adapter was trained on.
+    """
+    model = load_whole_model(base)
+    adapters.quantize_base(model.module_tree, *(quantization or peft.base_kind(adapter)))
+    peft.load(model.module_tree, adapter)
+    adapters.merge_for_good(model.module_tree)
+    return model
+
+
+def load_weights(model: Transformer | TransformersModel, directory: Path) -> None:
+    """Copy the weights of a model directory into the parameters that `model` has, which an optimizer may hold."""
+    if isinstance(model, Transformer):
+        safetensors_files.copy_into(model, directory)
+    else:
+        transformers_model.copy_into(model, directory)
 
 
 def save_model(
@@ -31,50 +85,27 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     stop_ids: list[int] | None = None,
 ) -> None:
-    """Write `model` and its tokenizer as a Hugging Face directory; parameters keep their dtype. `stop_ids` end an
-    answer (default: the tokenizer's eos)."""
+    """Write `model` and its tokenizer as a Hugging Face directory; parameters keep their dtype.
+
+    stop_ids: ids that end an answer; None: the tokenizer's eos.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ids: dict[str, Any] = {}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         tokenizer.save(directory)
-    model.save_pretrained(directory, ids)
+    if isinstance(model, Transformer):
+        config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids
+        safetensors_files.write_model(directory, config, safetensors_files.state_of(model))
+    else:
+        transformers_model.save(directory, model, ids)
     if ids:
         ids["eos_token_id"] = stop_ids or tokenizer.eos_id
     (directory / "generation_config.json").write_text(json.dumps(ids, indent=2))
 
 
-def load_model(
-    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Transformer | TransformersModel:
-    """A model from a Hugging Face directory, its parameters in `dtype`: ours for the LLaMA family, transformers' own
-    behind the same interface for any other causal LM. Raises ValueError naming what does not fit."""
-    kind = read_config(directory).get("model_type", "llama")
-    cls = Transformer if kind in FAMILY else TransformersModel
-    return cls.from_pretrained(directory, device, dtype)
-
-
-def load_weights(model: Transformer | TransformersModel, directory: Path) -> None:
-    """Copy the weights of a model directory into the parameters that `model` has, which an optimizer may hold."""
-    if isinstance(model, Transformer):
-        copy_into(model, directory)
-    else:
-        model.load_weights(directory)
-
-
-def load_adapted(adapter: Path, base: Path) -> Transformer:
-    """The model in `base` with an adapter in its weights, which are first quantized where the adapter was trained on
-    quantized ones; the sum is made in float32."""
-    model = load_model(base)
-    tree = getattr(model, "inner", model)  # an adapter's file has the names that transformers gives to modules
-    adapters.quantize_base(tree, *peft_files.base_kind(adapter))
-    peft.load(tree, adapter)
-    adapters.merge_for_good(tree)
-    return model
-
-
 def kept_dtype(directory: Path) -> torch.dtype:
-    """The dtype in which the model in a directory is kept."""
-    kept = read_config(directory)
-    return getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
+    """Return the dtype that a model directory keeps its parameters in."""
+    config = read_config(directory)
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,8 +1,10 @@
-"""Adapters on disk, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+"""Save and load adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor is called `base_model.model.` + the layer's name + `.lora_A.weight` (r, in), `.lora_B.weight` (out, r),
-`.lora_magnitude_vector` (out,) or `.lora_embedding_A` (r, V), `.lora_embedding_B` (d, r); what is trained in full is
-called as in the model. Which layers are meant is read from these names alone.
+The name of a tensor is `base_model.model.` + the layer's name + `.lora_A.weight` (r, in), `.lora_B.weight` (out, r),
+`.lora_magnitude_vector` (out,) or `.lora_embedding_A` (r, V), `.lora_embedding_B` (dim, r). Modules that are trained in
+full keep their parameters' names behind the prefix. The layers that an adapter changes are read from these names alone.
+
+`model` is here the tree of modules that these names belong to: `module_tree` of our models.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint.adapter_config import CONFIG, read_adapter_config
-from checkpoint.safetensors_files import opened
+from checkpoint.safetensors_files import listed, opened
 from lora.inject import adapted, fully_trained, inject, specs, train_only
 from lora.pissa import Pissa
 from lora.spec import LoraSpec
@@ -28,20 +30,21 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save(directory: Path, model: nn.Module, name: str = "default", base: str | None = None) -> None:
-    """Write one adapter of `model`; `base` is the name or path of the model it belongs to.
+    """Write the adapter `name` of `model`; base: name or path of the model that it belongs to.
 
-    A PiSSA adapter is written as the LoRA of rank 2r that does the same to the original weights. How the weights under
-    the adapter were kept, if not in full, stands in the metadata of its tensors (see `base_kind`).
+    A PiSSA adapter is written as the LoRA of rank 2r that adds the same to the original weights. If the weights under
+    the adapter are quantized, the metadata of its file says how (see `base_kind`).
     """
     spec = spec_of(model, name)
     targets = matching(model, spec.targets, excluded=spec.train)
-    times = 2 if spec.pissa else 1
+    times = 2 if spec.pissa else 1  # factor on the rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": spec.r * times,
-        "lora_alpha": spec.alpha * (times**0.5 if spec.rslora else times),  # keeps the scaling
+        # the scaling, alpha / r or (rsLoRA) alpha / sqrt(r), stays the same
+        "lora_alpha": spec.alpha * (times**0.5 if spec.rslora else times),
         "lora_dropout": spec.dropout,
         "target_modules": shortest(model, targets),
         "modules_to_save": shortest(model, spec.train) or None,
@@ -54,21 +57,24 @@ def save(directory: Path, model: nn.Module, name: str = "default", base: str | N
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(config, indent=2))
-    kind, double = kind_of_base(model)  # one key: several would come in another order each time, and the file with them
+    kind, double = kind_of_base(model)
+    # one key for both: safetensors writes several in a random order, and the file would differ from save to save
     metadata = {"format": "pt"} if kind == "full" else {"base": f"{kind} double" if double else kind}
     save_file(state_dict(model, name), directory / WEIGHTS, metadata=metadata)
 
 
 def base_kind(directory: Path) -> tuple[str, bool]:
-    """How the weights were kept that an adapter was trained on (as `LoraArgs.base` and `.double_quant` say), if `save`
-    wrote it; ("full", False) where nothing says it."""
+    """Return how the weights under an adapter were kept in training: `LoraArgs.base` and `.double_quant`.
+
+    ("full", False) where the file does not say, as in PEFT's own.
+    """
     with opened(weights_file(directory)) as file:
         kind, _, double = (file.metadata() or {}).get("base", "full").partition(" ")
     return kind, bool(double)
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
-    """Copies of an adapter's tensors under the names they have in its file."""
+    """Return copies of an adapter's tensors under the names that they have in its file."""
     state = {}
     for path, layer in adapted(model):
         if name in layer.lora:
@@ -83,18 +89,18 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tenso
 
 @torch.no_grad()
 def load(model: nn.Module, directory: Path, name: str = "default", trainable: bool = False) -> None:
-    """Add the adapter in a PEFT directory to `model` and make it the active one.
+    """Add the adapter in a PEFT directory to `model` and activate it.
 
-    Raises ValueError naming what is not LoRA, is of another model, or has another shape.
+    Raises ValueError that names what is not LoRA, belongs to another model, or has another shape.
     """
     config, tensors = read_adapter_config(directory), read_tensors(directory)
     names = dict.fromkeys(path for path, _ in model.named_modules())  # in the order of the tree
     paths, train = set(), set()
     for key in tensors:
-        path, found, _ = key.removeprefix(PREFIX).partition(".lora_")
-        (paths if found else train).add(path if found else path.rpartition(".")[0])
+        path, is_lora, _ = key.removeprefix(PREFIX).partition(".lora_")
+        (paths if is_lora else train).add(path if is_lora else path.rpartition(".")[0])
     if strangers := sorted((paths | train) - names.keys()):
-        raise ValueError(f"{directory} is an adapter of another model: this one has no {listed(strangers)}")
+        raise ValueError(f"{directory} is an adapter of another model: this one has no {short(strangers)}")
     if not paths:
         raise ValueError(f"{directory}/{WEIGHTS} holds no LoRA tensors")
     spec = LoraSpec(
@@ -107,8 +113,7 @@ def load(model: nn.Module, directory: Path, name: str = "default", trainable: bo
         dora=config.get("use_dora", False),
         pissa=config.get("init_lora_weights") == "pissa",
     )
-    expected = shapes(model, spec)
-    compare(expected, tensors, directory)
+    compare(shapes(model, spec), tensors, directory)
     compare_tied(model, spec.train, tensors, directory)
     inject(model, spec, name, trainable=False)
     copy_into(model, name, tensors)
@@ -117,7 +122,7 @@ def load(model: nn.Module, directory: Path, name: str = "default", trainable: bo
 
 
 def spec_of(model: nn.Module, name: str) -> LoraSpec:
-    """What the adapter `name` of a model is."""
+    """Return the spec of a model's adapter; raises ValueError where there is none of this name."""
     if name not in specs(model):
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(specs(model)) or 'none'}")
     return specs(model)[name]
@@ -125,7 +130,7 @@ def spec_of(model: nn.Module, name: str) -> LoraSpec:
 
 @torch.no_grad()
 def restore(model: nn.Module, directory: Path, name: str = "default") -> None:
-    """Take the tensors of an adapter that `save` wrote back into the same adapter of the same model, bit for bit."""
+    """Copy the tensors of an adapter that `save` wrote into the same adapter of the same model, bit for bit."""
     expected = {key: tuple(tensor.shape) for key, tensor in state_dict(model, name).items()}
     tensors = read_tensors(directory)
     compare(expected, tensors, directory)
@@ -133,12 +138,13 @@ def restore(model: nn.Module, directory: Path, name: str = "default") -> None:
 
 
 def copy_into(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill an adapter; shapes have been compared."""
+    """Copy tensors into the adapter `name`; the caller has compared their shapes."""
     for path, layer in adapted(model):
         if name not in layer.lora:
             continue
         adapter = layer.lora[name]
         own = {key: tensors[f"{PREFIX}{path}.{adapter.key(key)}"] for key, _ in adapter.named_parameters()}
+        # PiSSA is saved as a LoRA of twice its rank (see `save`)
         if isinstance(adapter, Pissa) and len(own["lora_A"]) == 2 * len(adapter.lora_A):
             adapter.restore(layer, **own)
         else:
@@ -150,7 +156,7 @@ def copy_into(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def shapes(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that the file of such an adapter of `model` has."""
+    """Return name -> shape of every tensor in the file of such an adapter of `model`."""
     expected: dict[str, tuple[int, ...]] = {}
     for path in spec.targets:
         layer, prefix = model.get_submodule(path), f"{PREFIX}{path}."
@@ -172,50 +178,51 @@ def shapes(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
 def compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], directory: Path) -> None:
     """Raise ValueError unless the tensors of a file have the names and shapes that a model's adapter has."""
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{directory}/{WEIGHTS} lacks {listed(missing)}")
+        raise ValueError(f"{directory}/{WEIGHTS} lacks {short(missing)}")
     if unknown := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{directory}/{WEIGHTS} holds what this adapter has no place for: {listed(unknown)}")
+        raise ValueError(f"{directory}/{WEIGHTS} holds what this adapter has no place for: {short(unknown)}")
     other = [
         f"{key.removeprefix(PREFIX)} is {tuple(tensors[key].shape)} there and {shape} here"
         for key, shape in expected.items()
         if tuple(tensors[key].shape) != shape
     ]
     if other:
-        raise ValueError(f"{directory} is an adapter of another model: {listed(other)}")
+        raise ValueError(f"{directory} is an adapter of another model: {short(other)}")
 
 
 def compare_tied(model: nn.Module, train: Iterable[str], tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Raise ValueError when modules that share a parameter in this model were trained apart."""
+    """Raise ValueError when an adapter holds two versions of a parameter that modules of this model share."""
     first: dict[int, str] = {}
     for path in train:
         for key, parameter in model.get_submodule(path)._parameters.items():
             name = f"{PREFIX}{path}.{key}"
             other = first.setdefault(id(parameter), name)
             if parameter is not None and not torch.equal(tensors[other], tensors[name]):
-                raise ValueError(f"{directory} trained {listed([other, name])} apart, which are tied in this model")
+                raise ValueError(f"{directory} trained {short([other, name])} apart, which are tied in this model")
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter file, on the CPU, without the copies of base weights that PEFT adds for embeddings."""
+    """Return the tensors of an adapter's file, without the copies of base weights that PEFT adds for embeddings.
+
+    Raises ValueError for numbers that are not finite.
+    """
     path = weights_file(directory)
     with opened(path) as file:
         names = file.keys()
         tensors = {key: file.get_tensor(key) for key in names}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path} holds numbers that are not finite, in {listed(broken)}: its training has diverged")
+        raise ValueError(f"{path} holds numbers that are not finite, in {short(broken)}: its training has diverged")
     return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
 
 
 def weights_file(directory: Path) -> Path:
-    """Where an adapter's tensors lie."""
+    """Return the path of an adapter's tensors; raises FileNotFoundError where there are none."""
     path = Path(directory) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no {WEIGHTS}; only safetensors are read")
     return path
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first few of `names`, and how many there are besides."""
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name.removeprefix(PREFIX) for name in names[:3]) + more
+def short(names: Iterable[str]) -> str:
+    """Return some names for a message, as in the model: without the prefix of an adapter's file."""
+    return listed(name.removeprefix(PREFIX) for name in names)

@@ -1,14 +1,14 @@
-"""A model directory's `config.json` and safetensors files, whatever the model: read by mapping, written shard by shard.
+"""The safetensors files of a model directory, whatever the model: mapped into memory, written shard by shard.
 
-Tensors read are views of the mapped file: they take memory only as they are looked at, and none twice. Files are
-written aside and renamed, so that a model that is still mapped from the older file keeps what it was loaded with.
+Tensors that are read are views of the mapped file: each part takes memory when it is first used, and only once. A file
+is written aside and renamed, so that a model that is still mapped from the old file keeps its numbers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,47 +18,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from checkpoint.locate import CONFIG, read_config
+from files import read_json_object
+
 MAX_SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-FLOATS = {"F64", "F32", "F16", "BF16"}  # what safetensors calls them
-ANGLES = "rotary_emb.inv_freq"  # what older files keep of the rotary encoding, which its base says already
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the floating-point dtypes
+ANGLES = "rotary_emb.inv_freq"  # rotary buffers in older checkpoints; ignored, because rope_theta determines them
 
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of a model directory's `config.json`."""
-    path = Path(directory) / "config.json"
-    if path.with_name("adapter_config.json").is_file() and not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds an adapter, not a model: put it into its model with "
-            f"python convert.py merge --model DIR --adapter {directory} --out DIR"
-        )
-    if not path.is_file():
-        what = "is a file, not a model directory" if Path(directory).is_file() else "is no model directory"
-        raise FileNotFoundError(f"{directory} {what}: a Hugging Face directory with a config.json is wanted")
-    config = read_mapping(path)
-    if not isinstance(config.get("model_type", ""), str):
-        raise ValueError(f"{path}: model_type should be a name, found {config['model_type']!r}")
-    return config
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ValueError when it does not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or beyond what Python reads
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold an object, found {type(content).__name__}")
-    return content
+# ---- reading
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, one or many. FileNotFoundError where some or all are missing."""
+    """Return the paths of a model directory's safetensors files, one or several.
+
+    Raises FileNotFoundError where any is missing, and ValueError for an index that names no safetensors files there.
+    """
     directory = Path(directory)
     index = directory / INDEX
     if index.is_file():
-        weight_map = read_mapping(index).get("weight_map")
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map from tensors to files")
         for name in weight_map.values():
@@ -82,11 +62,11 @@ def weight_files(directory: Path) -> list[Path]:
 def read_tensors(
     directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a model directory by name, mapped, on the CPU, in the file's dtype.
+    """Yield the tensors of a model directory with their names, mapped, on the CPU, in the file's dtype.
 
-    shapes: the tensors that there must be. tied: second names, which may be there, too, with the same numbers as the
-    first -> these. Before the first tensor is given, ValueError names all that are missing, unknown, of another shape
-    or no floating-point numbers; nothing is skipped silently.
+    shapes: name -> shape of every tensor that must be there. tied: second name -> first name of a tied tensor; the
+    second may be in the files, too, with the same numbers. Before the first tensor is yielded, ValueError names all
+    that are missing, unknown, of another shape or no floating-point numbers; nothing is skipped silently.
     """
     found: dict[str, Path] = {}
     unknown, misshaped, unusable = [], [], []
@@ -124,7 +104,7 @@ def read_tensors(
 
 
 def read_one(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a file, mapped."""
+    """Return one tensor of a file, mapped."""
     with opened(path) as file:
         return file.get_tensor(name)
 
@@ -132,26 +112,29 @@ def read_one(path: Path, name: str) -> torch.Tensor:
 def load(
     make: Callable[[dict[str, Any]], nn.Module], directory: Path, device: torch.device | str, dtype: torch.dtype
 ) -> nn.Module:
-    """The model that `make` builds by a directory's `config.json`, with the directory's tensors: views of the mapped
-    file where dtype and device are the file's. Raises ValueError naming what does not fit."""
+    """Build a model and give it the tensors of a directory: `make` builds it from the contents of `config.json`.
+
+    Its parameters are views of the mapped file where dtype and device are the file's. Raises ValueError that names what
+    does not fit.
+    """
     config = read_config(directory)
     check_depth(config, directory)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory: the tensors come from the file
             model = make(config).to(dtype)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     own, tied = model.state_dict(), second_names(model)
     state = {name: tensor.to(device, own[name].dtype) for name, tensor in read_into(model, directory)}
-    model.load_state_dict(state, strict=False, assign=True)
-    for second, first in tied.items():
+    model.load_state_dict(state, strict=False, assign=True)  # strict=False: `read_into` has compared the names
+    for second, first in tied.items():  # only the first name of a tied parameter has got its tensor so far
         module, _, name = second.rpartition(".")
         setattr(model.get_submodule(module), name, model.get_parameter(first))
     return model
 
 
 def check_depth(config: dict[str, Any], directory: Path) -> None:
-    """Raise ValueError for more layers than there are tensors, before as many modules are made."""
+    """Raise ValueError for a config with more layers than there are tensors, before that many modules are built."""
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or layers < 1000:
         return
@@ -165,44 +148,48 @@ def check_depth(config: dict[str, Any], directory: Path) -> None:
 
 @torch.no_grad()
 def copy_into(model: nn.Module, directory: Path) -> None:
-    """Copy a directory's tensors into the parameters that a model has; errors as `load`."""
+    """Copy a directory's tensors into the parameters that a model has; raises as `read_tensors` does."""
     own = model.state_dict()
     for name, tensor in read_into(model, directory):
         own[name].copy_(tensor)
 
 
 def read_into(model: nn.Module, directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a directory holds for a model; errors as `read_tensors`."""
+    """Yield the tensors that a directory holds for a model; raises as `read_tensors` does."""
     shapes = {name: tensor.shape for name, tensor in state_of(model).items()}
     return read_tensors(directory, shapes, second_names(model))
 
 
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model by name, tied parameters under their first name only."""
-    second = second_names(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
-
-
-def second_names(model: nn.Module) -> dict[str, str]:
-    """The names of parameters that have another one already, such as a head's that is the embedding -> that one."""
-    first = {parameter: name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
-
-
-def listed(names: list[str]) -> str:
-    """The first three of some names, and how many there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, mapped; ValueError when it cannot be read."""
+    """Yield a safetensors file, mapped; raises ValueError when it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors (truncated or damaged): {error}") from None
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by name, tied parameters under their first name only."""
+    second = second_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
+
+
+def second_names(model: nn.Module) -> dict[str, str]:
+    """Return second name -> first name of each tied parameter, such as the name of a head that is the embedding."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first three of some names, and the number of the others, for a message."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ---- writing
 
 
 def write_model(
@@ -221,18 +208,18 @@ def write_model(
         aside = directory / f".{file}.writing"
         save_file({name: state[name].contiguous() for name in names}, aside, metadata={"format": "pt"})
         aside.replace(directory / file)
-    for path in [*directory.glob("model*.safetensors"), directory / INDEX]:  # of a model that lay here before
+    for path in [*directory.glob("model*.safetensors"), directory / INDEX]:  # remove those of an older model
         if path.name not in files and (path.name in (SINGLE, INDEX) or SHARD.fullmatch(path.name)):
             path.unlink(missing_ok=True)
     if count > 1:
         places = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2))
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def split(state: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
-    """Names of tensors in runs of at most `max_bytes` together; a larger tensor makes a run of its own."""
+    """Return the names of tensors in runs of at most `max_bytes` together; a larger tensor makes a run of its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in state.items():

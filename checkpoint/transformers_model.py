@@ -1,8 +1,8 @@
-"""Any causal language model that transformers knows, behind the interface of our `Transformer`: GPT-NeoX, Gemma, Phi.
+"""Any causal language model of transformers (GPT-NeoX, Gemma, Phi, ...), with the interface of our `Transformer`.
 
-The loop trains it, evaluation measures it, decoding draws from it, as they do with ours. It is the plain way: logits
-of all positions are in memory at once, decoding computes the whole sequence anew for every token, and transformers
-(an optional dependency) has to be installed.
+The same loop trains it, the same evaluation measures it, the same decoding samples from it. It is slower than ours:
+the logits of all positions are in memory at once, and decoding computes the whole sequence again for every token.
+transformers is an optional dependency.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from loss import IGNORE
 
 
 @dataclass(frozen=True)
-class ForeignArgs:
-    """What others want to know of a model's shape, under the names of `ModelArgs`."""
+class Shape:
+    """The part of a model's shape that the loop and decoding use, under the names of `ModelArgs`."""
 
     dim: int
     n_layers: int
@@ -35,22 +34,27 @@ class ForeignArgs:
     vocab_size: int
     max_seq_len: int
     hidden_dim: float
-    """width that a SwiGLU of as many weights as this model's feed-forward would have (for counting operations)"""
+    """width of a SwiGLU with as many weights as this model's feed-forward, to count operations by"""
 
 
-def shape_of(inner: nn.Module) -> ForeignArgs:
-    """The shape that the config of a transformers model tells, the width of its feed-forward by counting weights."""
+def shape_of(inner: nn.Module) -> Shape:
+    """Return the shape of a transformers model: from its config, and the feed-forward's width by counting weights.
+
+    Raises ValueError where the config lacks a number.
+    """
     config = inner.config.get_text_config()
-    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    if missing := [name for name in wanted if getattr(config, name, None) is None]:
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    if missing := [name for name in needed if getattr(config, name, None) is None]:
         raise ValueError(f"the config of {type(inner).__name__} does not say its {', '.join(missing)}")
     dim, n_layers, n_heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or dim // n_heads
+    # Matrices in the blocks: all but embedding and head. Without q, k, v and o the rest is the feed-forward, which for
+    # a SwiGLU has three matrices of dim x hidden_dim.
     ends = {id(each.weight) for each in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     in_blocks = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in ends)
-    attention = 2 * dim * head_dim * (n_heads + n_kv_heads)
-    return ForeignArgs(
+    attention = 2 * dim * head_dim * (n_heads + n_kv_heads)  # q and o, k and v
+    return Shape(
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
@@ -63,7 +67,7 @@ def shape_of(inner: nn.Module) -> ForeignArgs:
 
 
 class TransformersModel(nn.Module):
-    """A causal LM of transformers with the `forward` of `model.Transformer`."""
+    """A causal LM of transformers, `inner`, that is trained and decoded as `model.Transformer` is."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -84,18 +88,18 @@ class TransformersModel(nn.Module):
         token_losses: bool = False,
         cache: TokenCache | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, T, V) in float32; or, with `targets`, the sum of the token losses and the number of targets.
+        """Return logits (B, T, V) in float32; with `targets`, the sum of the token losses and the number of targets.
 
-        Shapes and meaning as in `Transformer.forward`. Raises ValueError for `doc_ids` where the model's attention
-        takes no mask that would keep documents apart.
+        Arguments and results as in `Transformer.forward`. Raises ValueError for `doc_ids` where no mask keeps documents
+        apart in this model.
         """
         logits = self.logits(self.hidden(tokens, positions=positions, doc_ids=doc_ids, cache=cache))  # (B, T, V)
         if targets is None:
             return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        flat = logits.flatten(0, 1), targets.flatten()  # (B T, V), (B T,)
+        losses = F.cross_entropy(*flat, ignore_index=IGNORE, reduction="none")  # (B T,), 0 where ignored
         weighted = losses if loss_weights is None else losses * loss_weights.flatten()
-        told = losses.detach().view_as(targets) if token_losses else (targets != IGNORE).sum()
-        return weighted.sum(), told
+        return weighted.sum(), losses.detach().view_as(targets) if token_losses else (targets != IGNORE).sum()
 
     def hidden(
         self,
@@ -106,43 +110,47 @@ class TransformersModel(nn.Module):
         cache: TokenCache | None = None,
         lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """What `logits` takes, (B, T, V): here the logits themselves, since heads differ from model to model.
+        """Return what `logits` takes: here the logits themselves, (B, T, V), because heads differ from model to model.
 
-        `lengths`, of rows that are padded on the right, change nothing: nothing sees what lies to its right."""
+        lengths: accepted for the interface, and not needed: no token sees the padding on its right.
+        """
         if cache is not None:
             B, T = tokens.shape
             if positions is None:
                 positions = torch.arange(cache.length, cache.length + T, device=tokens.device)
             positions = positions.expand(B, T)
-            everything = self._run(cache.store(tokens, positions), None, None)  # (B, S, V)
-            return everything.gather(1, positions[..., None].expand(B, T, everything.shape[-1]))
+            # Compute all S tokens so far, and pick the T rows of logits that stand at `positions`.
+            logits = self._run(cache.store(tokens, positions), None, None)  # (B, S, V)
+            return logits.gather(1, positions[..., None].expand(B, T, logits.shape[-1]))  # (B, T, V)
         if doc_ids is not None:
             self._check_isolation(tokens.shape[1])
         return self._run(tokens, positions, doc_ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V), float32 or wider, of what `hidden` returned."""
+        """Return logits (..., V), float32 or wider, for what `hidden` returned."""
         return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor | None, doc_ids: torch.Tensor | None) -> torch.Tensor:
-        own = self.dtype
-        dtype = self.compute_dtype or own
+        """Call the model: logits (B, T, V) for tokens (B, T), in `compute_dtype` or that of the parameters."""
+        dtype = self.compute_dtype or self.dtype
         more = {} if positions is None or not self._takes_positions else {"position_ids": positions}
         if doc_ids is not None:
             T = tokens.shape[1]
+            # A query sees the keys at or before its place that belong to the same document.
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
             seen = (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]) & causal  # (B, 1, T, T)
             hide = torch.finfo(dtype).min  # added to the scores; -inf would make NaN of a row that sees nothing
             more["attention_mask"] = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, hide)
-        with torch.autocast(tokens.device.type, dtype, enabled=dtype != own):
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != self.dtype):
             return self.inner(input_ids=tokens, use_cache=False, **more).logits
 
     @property
     def _takes_positions(self) -> bool:
+        """Whether the model takes positions, so that they can restart inside a row."""
         return "position_ids" in inspect.signature(self.inner.forward).parameters
 
     def _check_isolation(self, length: int) -> None:
-        """Raise ValueError unless a document behind another in a row gives the logits that it gives alone."""
+        """Raise ValueError unless the second document of a row has the same logits as alone in its row."""
         kind = type(self.inner).__name__
         advice = "train on one document a row (--data.packing none), or without --data.isolate_documents"
         window = getattr(self.inner.config.get_text_config(), "sliding_window", None)
@@ -161,31 +169,42 @@ class TransformersModel(nn.Module):
 
     @torch.no_grad()
     def _isolates_in_fact(self) -> bool:
+        """Try it: not every model that takes a mask of four dimensions obeys it."""
         was_training = self.training
         self.eval()
-        device = self.inner.get_input_embeddings().weight.device
+        device = self.device
         tokens = torch.arange(8, device=device)[None] % self.args.vocab_size  # (1, 8): two documents of four
-        places = torch.arange(4, device=device)[None]
-        together = self._run(tokens, places.repeat(1, 2), torch.arange(8, device=device)[None] // 4)[:, 4:]
-        alone = self._run(tokens[:, 4:], places, None)
+        positions = torch.arange(4, device=device)[None]  # (1, 4)
+        together = self._run(tokens, positions.repeat(1, 2), torch.arange(8, device=device)[None] // 4)[:, 4:]
+        alone = self._run(tokens[:, 4:], positions, None)  # (1, 4, V), as `together`
         self.train(was_training)
-        return bool((together - alone).abs().max() <= 0.02 * alone.abs().max())  # bfloat16 rounds to 0.004
+        return bool((together - alone).abs().max() <= 0.02 * alone.abs().max())  # bfloat16 rounds by 0.004
 
-    # ---- what trainer and decoding ask for
+    # ---- what the training loop, decoding and adapters use besides
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding, (V, dim)."""
+        return self.inner.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self.inner.get_input_embeddings().weight.dtype
+        """Dtype of the parameters."""
+        return self.embedding.weight.dtype
 
     @property
-    def model(self) -> SimpleNamespace:
-        """What stands where `Transformer` has its decoder: the embedding."""
-        return SimpleNamespace(embed_tokens=self.inner.get_input_embeddings())
+    def module_tree(self) -> nn.Module:
+        """The module whose names an adapter's file uses: transformers' own."""
+        return self.inner
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Recompute each block in the backward pass instead of keeping it."""
+        """Whether each block is recomputed in the backward pass instead of kept."""
         return self._checkpointing
 
     @gradient_checkpointing.setter
@@ -197,26 +216,26 @@ class TransformersModel(nn.Module):
         self._checkpointing = on
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the model as it is: transformers' code breaks into too many graphs for compiling to pay."""
+        """Do nothing: transformers' code breaks into too many graphs for compiling to pay."""
 
     def make_cache(self, batch: int, max_len: int | None = None, kind: str = "static") -> TokenCache:
-        """An empty cache for `batch` rows of up to `max_len` tokens (default: the model's own limit)."""
+        """Make an empty cache for `batch` rows of up to `max_len` tokens (default: the model's max_seq_len)."""
         if kind != "static":
-            raise ValueError(
-                f"{type(self.inner).__name__} is decoded without key-value caches, so without a {kind} one"
-            )
-        return TokenCache(batch, max_len or self.args.max_seq_len, self.inner.get_input_embeddings().weight.device)
+            name = type(self.inner).__name__
+            raise ValueError(f"{name} is decoded without key-value caches, so without a {kind} one")
+        return TokenCache(batch, max_len or self.args.max_seq_len, self.device)
 
     def n_parameters(self) -> int:
-        """Number of parameters, tied ones counted once."""
+        """Return the number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters())
-
-    # ---- the vocabulary
 
     @torch.no_grad()
     def resize(self, size: int, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Make the vocabulary `size` ids long; `rows` makes of the old embedding (V, dim), and of the head's matrix and
-        bias (V,), if it has one, the new ones."""
+        """Change the vocabulary to `size` ids.
+
+        rows: function from an old table to the new one, for the embedding (V, dim), and the head's matrix (V, dim) and
+        bias (V,), if it has one.
+        """
         before = [table.clone() for table in self._tables()]
         self.inner.resize_token_embeddings(size, mean_resizing=False)
         for old, new in zip(before, self._tables(), strict=True):
@@ -224,35 +243,15 @@ class TransformersModel(nn.Module):
         self.args = shape_of(self.inner)
 
     def _tables(self) -> list[torch.Tensor]:
-        """All that has a row for each id; a matrix twice where it is embedding and head."""
-        return [self.inner.get_input_embeddings().weight, *self.inner.get_output_embeddings().parameters()]
-
-    # ---- Hugging Face directories
-
-    @classmethod
-    def from_pretrained(
-        cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> TransformersModel:
-        """The model of a Hugging Face directory, its parameters in `dtype`; ValueError when transformers is missing,
-        does not know it, or finds tensors missing, unknown or of another shape."""
-        return cls(load_inner(directory, dtype).to(device))
-
-    def save_pretrained(self, directory: Path, config: dict[str, Any] | None = None) -> None:
-        """Write the model as transformers does; `config`: ids of special tokens for its config."""
-        self.inner.config.update({k: v for k, v in (config or {}).items() if v is not None})
-        with quiet():
-            self.inner.save_pretrained(directory)
-
-    @torch.no_grad()
-    def load_weights(self, directory: Path) -> None:
-        """Copy the weights of a directory into the parameters there are."""
-        self.inner.load_state_dict(load_inner(directory, self.dtype).state_dict())
+        """Return all tensors with a row for each id; a matrix that is embedding and head stands there twice."""
+        return [self.embedding.weight, *self.inner.get_output_embeddings().parameters()]
 
 
 class TokenCache:
-    """In the place of a key-value cache, the ids themselves: every step computes the whole sequence anew.
+    """A stand-in for a key-value cache that keeps ids: every step computes the whole sequence again.
 
-    Slot = position, as in `cache.KVCache`: rows of unequal length are padded on the right, where nothing sees it.
+    Slot = position, as in `attention.cache.KVCache`: rows of unequal length are padded on the right, where no token
+    sees the padding.
     """
 
     can_rewind, endless = True, False  # as of `cache.KVCache`
@@ -263,7 +262,7 @@ class TokenCache:
         self.length = 0  # highest position written so far, plus one
 
     def store(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keep tokens (B, T) at positions (B, T); all ids so far, (B, length)."""
+        """Store tokens (B, T) at positions (B, T), and return all ids so far, (B, length)."""
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= self.max_len:
             raise ValueError(f"the cache holds positions 0..{self.max_len - 1}, asked to store {low}..{high}")
@@ -280,8 +279,33 @@ class TokenCache:
         self.ids = self.ids[rows]
 
 
+# ---- directories
+
+
+def load(directory: Path, device: torch.device | str, dtype: torch.dtype) -> TransformersModel:
+    """Load the model in a Hugging Face directory; raises ValueError as `load_inner` does."""
+    return TransformersModel(load_inner(directory, dtype).to(device))
+
+
+@torch.no_grad()
+def copy_into(model: TransformersModel, directory: Path) -> None:
+    """Copy the weights of a directory into the parameters that `model` has."""
+    model.inner.load_state_dict(load_inner(directory, model.dtype).state_dict())
+
+
+def save(directory: Path, model: TransformersModel, ids: dict[str, int | None]) -> None:
+    """Write the model as transformers does; ids: those of special tokens, by their keys in config.json."""
+    model.inner.config.update({key: i for key, i in ids.items() if i is not None})
+    with quiet():
+        model.inner.save_pretrained(directory)
+
+
 def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
-    """The causal LM that transformers makes of a directory, all of whose tensors fit."""
+    """Load a causal LM with transformers.
+
+    Raises ValueError where transformers is not installed, does not know the model, or finds tensors that are missing,
+    unknown or of another shape.
+    """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -289,7 +313,7 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
             f"{directory} is no model of the LLaMA family, and transformers, which may know it, is not installed: "
             "pip install 'transformers>=5,<6'"
         ) from None
-    weight_files(directory)  # says in a sentence what is missing, and that pickles are not read
+    weight_files(directory)  # raises, in a sentence, for missing files and for pickles
     try:
         with quiet():
             inner, info = AutoModelForCausalLM.from_pretrained(
@@ -306,7 +330,7 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars over the parts of a file."""
+    """Keep transformers from showing progress bars within the block."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

@@ -114,7 +114,7 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     if function is None:
         return None
     # the struct holds addresses only: everything it points to has to live as long as `step` (`alive`)
-    a, weight = model.args, model.model.embed_tokens.weight
+    a, weight = model.args, model.embedding.weight
     layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
         *(_address(block, name) for block in model.model.layers for name in LAYER)
     )
@@ -163,7 +163,7 @@ def supports(model: Transformer, cache: KVCache) -> bool:
     """
     if type(model) is not Transformer or type(cache) is not KVCache or backends.in_use() != "auto":
         return False
-    weight = model.model.embed_tokens.weight
+    weight = model.embedding.weight
     return (
         weight.dtype in DTYPES
         and model.compute_dtype in (None, weight.dtype)

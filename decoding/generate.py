@@ -40,8 +40,8 @@ class Feeder:
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self.device = model.model.embed_tokens.weight.device
-        self.few = cpu_step.MOST_TOKENS.get(model.model.embed_tokens.weight.dtype, 0)
+        self.device = model.device
+        self.few = cpu_step.MOST_TOKENS.get(model.dtype, 0)
 
     @torch.inference_mode()
     def __call__(self, runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:

@@ -12,9 +12,8 @@ import torch
 
 from chat.messages import check_messages
 from chat.template import ChatTemplate, load_template
-from checkpoint.adapter_config import CONFIG
-from checkpoint.directory import load_adapted, load_model
-from checkpoint.locate import find_base, find_model, has_tokenizer
+from checkpoint.directory import load_model
+from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter
 from cli.progress import tell
 from decoding import generate
 from decoding.params import SamplingParams
@@ -92,7 +91,7 @@ def load_assistant(
 
     Raises ValueError where model and tokenizer do not belong together.
     """
-    adapter = directory if (directory / CONFIG).is_file() else None
+    adapter = directory if is_adapter(directory) else None
     if adapter is not None:
         base = find_base(adapter, base)
         tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base)
@@ -101,7 +100,7 @@ def load_assistant(
     else:
         raise ValueError(f"--base is for an adapter, and {directory} is a whole model: leave it out")
     stop_strings = StopStrings(tokenizer, stop)
-    model = load_model(directory, device, dtype) if adapter is None else load_adapted(adapter, base).to(device, dtype)
+    model = load_model(directory, device, dtype, base=base)
     model.eval()
     if tokenizer.vocab_size > model.args.vocab_size:
         raise ValueError(
@@ -126,8 +125,7 @@ def speculator(speaker: Assistant, draft: str, n_draft: int) -> Speculator:
             f"the draft in {directory} has another tokenizer than {speaker.directory}: "
             "a draft needs the vocabulary of the model it guesses for"
         )
-    weight = model.model.embed_tokens.weight
-    return Speculator(model, DraftModel(load_model(directory, weight.device, weight.dtype).eval()), n_draft)
+    return Speculator(model, DraftModel(load_model(directory, model.device, model.dtype).eval()), n_draft)
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:

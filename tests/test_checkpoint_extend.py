@@ -9,7 +9,7 @@ from helpers.tiny_chat_model import chat_tokenizer
 import rope
 from checkpoint import extend
 from checkpoint.directory import load_model, save_model
-from checkpoint.extend import add_tokens, given, resize, spellings, stretch
+from checkpoint.extend import add_tokens, changed_fields, resize, spellings, stretch_positions
 from model import Transformer
 from model_args import ModelArgs, RopeArgs
 from tokenizer import load_tokenizer
@@ -31,12 +31,12 @@ SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 37, "multiple_of"
     ],
 )
 def test_what_was_set_is_told_from_what_follows_from_it(changes):
-    assert given(ModelArgs(**changes)) == changes
+    assert changed_fields(ModelArgs(**changes)) == changes
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(tmp_path):
     model = ModelArgs(**SHAPE)
-    extend.check_shape(model, given(ModelArgs(**SHAPE | {"max_seq_len": 99})), tmp_path)
+    extend.check_shape(model, changed_fields(ModelArgs(**SHAPE | {"max_seq_len": 99})), tmp_path)
     for name, value in {"dim": 32, "n_layers": 5, "tie_embeddings": False, "rope_theta": 5e5, "vocab_size": 9}.items():
         with pytest.raises(
             ValueError, match=rf"--model\.{name} is {value}, and the model in .* has {getattr(model, name)}"
@@ -64,7 +64,7 @@ def small() -> Transformer:
 )
 def test_stretching_is_loading_a_model_made_so(tmp_path, asked, max_seq_len, kind, factor, reach):
     model = small()
-    said = stretch(model, asked, max_seq_len)
+    said = stretch_positions(model, asked, max_seq_len)
     assert said.startswith(f"positions: {kind} (")
     assert said.endswith(f"from 32 to {reach} tokens")
     assert (model.args.max_seq_len, model.args.rope_scaling["rope_type"]) == (reach, kind)
@@ -75,17 +75,17 @@ def test_stretching_is_loading_a_model_made_so(tmp_path, asked, max_seq_len, kin
     assert torch.equal(model.eval()(tokens), fresh.eval()(tokens))
     save_model(tmp_path, model)
     assert torch.equal(load_model(tmp_path).eval()(tokens), fresh(tokens))
-    assert stretch(model, RopeArgs(), None) == stretch(model, RopeArgs(), reach) == ""
+    assert stretch_positions(model, RopeArgs(), None) == stretch_positions(model, RopeArgs(), reach) == ""
     trained = [name for name, p in model.named_parameters() if name.startswith("rope.") and p.requires_grad]
     assert bool(trained) == (kind == "clex")
 
 
 def test_clex_that_goes_on_keeps_what_it_has_learned():
     model = small()
-    stretch(model, RopeArgs("clex"), 64)
+    stretch_positions(model, RopeArgs("clex"), 64)
     torch.nn.init.normal_(model.rope.proj_down)
     learned = model.rope.proj_down.clone()
-    stretch(model, RopeArgs(), 128)
+    stretch_positions(model, RopeArgs(), 128)
     assert isinstance(model.rope, rope.Clex)
     assert torch.equal(model.rope.proj_down, learned)
 
@@ -101,7 +101,7 @@ def test_clex_that_goes_on_keeps_what_it_has_learned():
 )
 def test_positions_that_make_no_sense(asked, max_seq_len, message):
     with pytest.raises(ValueError, match=message):
-        stretch(small(), asked, max_seq_len)
+        stretch_positions(small(), asked, max_seq_len)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, -2.0, math.nan, math.inf])
@@ -200,7 +200,9 @@ def test_a_larger_vocabulary_needs_the_models_own_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"has 37 embeddings, the data's tokenizer \d+ ids"):
         extend.fit_vocabulary(small(), None, tokenizer, tmp_path)
     other = add_tokens(tokenizer, ["first"])
-    with pytest.raises(ValueError, match=r"another than that of the model in .*: id \d+ is b'second' and b'first'"):
+    with pytest.raises(
+        ValueError, match=r"differs from that of the model in .*: id \d+ is b'second' there and b'first' here"
+    ):
         extend.check_tokenizer(other, add_tokens(tokenizer, ["second"]), tmp_path, tmp_path)
-    with pytest.raises(ValueError, match=r"id \d+ is nothing and b'first'"):
+    with pytest.raises(ValueError, match=r"id \d+ is nothing there and b'first' here"):
         extend.check_tokenizer(other, tokenizer, tmp_path, tmp_path)

@@ -41,7 +41,7 @@ def refused(adapter: Path, message: str, **shape: int) -> None:
         ({"r": 3}, r"q_proj.lora_A.weight is \(2, 24\) there and \(3, 24\) here"),
         ({"lora_alpha": "16"}, "should set lora_alpha to a number"),
         ({"lora_dropout": None}, "should set lora_dropout to a number"),
-        ({"bias": "all"}, "sets bias to 'all', which is not read here"),
+        ({"bias": "all"}, "sets bias to 'all', which is not supported here"),
         ({"rank_pattern": {"q_proj": 4}}, "sets rank_pattern to"),
         ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
     ],
@@ -55,7 +55,7 @@ def test_settings(adapter, changes, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"[1]", r"should describe an adapter of peft_type LORA, found \[1\]"),
+        (b"[1]", r"should hold an object, found list"),
         (b"{", "is not valid JSON"),
         (b"\xff\xfe{", "is not valid JSON"),
         (None, "is no adapter directory"),

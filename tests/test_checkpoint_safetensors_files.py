@@ -196,19 +196,19 @@ def test_shards_are_read_by_us_and_by_transformers(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saving_over_a_model_that_is_mapped_leaves_it_as_it_is(tmp_path, dtype):
     first, second = Transformer(ModelArgs(**SHAPE)).to(dtype), Transformer(ModelArgs(**SHAPE)).to(dtype)
-    first.save_pretrained(tmp_path)
-    loaded = Transformer.from_pretrained(tmp_path, dtype=dtype)
-    second.save_pretrained(tmp_path)
+    save_model(tmp_path, first)
+    loaded = load_model(tmp_path, dtype=dtype)
+    save_model(tmp_path, second)
     assert torch.equal(loaded.lm_head.weight, first.lm_head.weight)
-    loaded.save_pretrained(tmp_path)  # itself, over the file it is mapped from no more
-    assert torch.equal(Transformer.from_pretrained(tmp_path, dtype=dtype).lm_head.weight, first.lm_head.weight)
+    save_model(tmp_path, loaded)  # itself, over the file it is mapped from no more
+    assert torch.equal(load_model(tmp_path, dtype=dtype).lm_head.weight, first.lm_head.weight)
 
 
 PEAK = """
 import sys, torch
-from model import Transformer
+from checkpoint.directory import load_model
 def load(directory):
-    model = Transformer.from_pretrained(directory, dtype=getattr(torch, sys.argv[3]))
+    model = load_model(directory, dtype=getattr(torch, sys.argv[3]))
     [p.sum().item() for p in model.parameters()]  # looked at, every one
     return model, int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 _, before = load(sys.argv[1])  # what is imported and set up on the way
@@ -221,7 +221,7 @@ print(after - before)
 @pytest.mark.parametrize("kept, dtype", [("float32", "float32"), ("bfloat16", "float32")])
 def test_loading_takes_the_memory_of_the_model_once(tmp_path, environment, kept, dtype):
     model = Transformer(ModelArgs(dim=512, n_layers=8, n_heads=8, vocab_size=3000))  # 26.9 M parameters: 103 MiB
-    model.to(getattr(torch, kept)).save_pretrained(tmp_path / "large")
+    save_model(tmp_path / "large", model.to(getattr(torch, kept)))
     size = model.n_parameters() * 4 / 2**20
     command = [sys.executable, "-c", PEAK, str(saved(tmp_path)), str(tmp_path / "large"), dtype]
     used = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)

@@ -11,7 +11,7 @@ from helpers.tiny_chat_model import chat_tokenizer
 
 from chat.template import load_template
 from checkpoint.directory import load_model, load_weights, save_model
-from checkpoint.extend import grow, resize
+from checkpoint.extend import grow_vocabulary, resize
 from checkpoint.transformers_model import TransformersModel
 from decoding.generate import generate
 from decoding.params import SamplingParams
@@ -238,12 +238,12 @@ def test_tokens_that_a_flag_adds(tmp_path, spare):
     n = tokenizer.vocab_size
     model = load_model(directory_of("gpt_neox", tmp_path, vocab_size=n + spare))
     rows = model.inner.get_input_embeddings().weight.clone()
-    grown, told = grow(model, tokenizer, ["moonriver"], ["<|tool|>"], tmp_path)
+    grown, told = grow_vocabulary(model, tokenizer, ["moonriver"], ["<|tool|>"], tmp_path)
     assert grown.vocab_size == n + 2
     assert told == f"2 new tokens start as the mean of their spelling; rows: {n + spare} -> {n + max(2, spare)}"
     for i, text in ((n, "<|tool|>"), (n + 1, "moonriver")):
         assert grown.id_to_bytes(i) == text.encode() or grown.special[text] == i
-        torch.testing.assert_close(model.model.embed_tokens.weight[i], rows[tokenizer.encode(text)].mean(0))
+        torch.testing.assert_close(model.embedding.weight[i], rows[tokenizer.encode(text)].mean(0))
 
 
 # ---- what cannot be loaded

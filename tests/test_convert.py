@@ -113,7 +113,7 @@ def test_one_half_of_a_tied_pair_is_no_model(tmp_path):
     theirs = peft.get_peft_model(base, config)
     shake(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"trains the embedding apart from the head, and in .* they are tied"):
+    with pytest.raises(ValueError, match=r"trains the embedding apart from the head, and in --model .* they are tied"):
         merged(tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -121,7 +121,7 @@ def test_one_half_of_a_tied_pair_is_no_model(tmp_path):
 def test_nothing_is_replaced(trained, tmp_path):
     trained(LoraArgs("lora", r=2))
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="out exists already; choose another --out"):
+    with pytest.raises(ValueError, match=r"--out .*out exists already: choose another"):
         merged(tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_help(environment):
 
 
 def test_more_tokens(tmp_path, capsys):
-    """What is written and what is refused; tests/test_continued.py has how the rows are made."""
+    """What is written and what is refused; tests/test_checkpoint_extend.py has how the rows are made."""
     base = save_chat_model(tmp_path / "base")
     before, size = load_model(base), load_tokenizer(base).vocab_size
     args = convert.Tokens(base, tmp_path / "more", add_special_tokens=("<|tool|>",), vocab_multiple_of=8)
@@ -158,7 +158,7 @@ def test_more_tokens(tmp_path, capsys):
     torch.testing.assert_close(after(tokens)[..., :size], before(tokens), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="exists already"):
         convert.tokens(args)
-    with pytest.raises(ValueError, match="there are no tokens to add"):
+    with pytest.raises(ValueError, match="--add_tokens and --add_special_tokens are both empty"):
         convert.tokens(convert.Tokens(base, tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"--model .* has no tokenizer"):
         convert.tokens(convert.Tokens(save_as_hf(our_model(), tmp_path / "bare"), tmp_path / "none", ("a",)))

@@ -106,7 +106,7 @@ class Chain:
     def __init__(self, table: torch.Tensor) -> None:
         self.table, self.training = table, False
         self.args = SimpleNamespace(vocab_size=len(table), max_seq_len=100)
-        self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=table.bool()))  # nothing to compile a step for
+        self.device, self.dtype = table.device, torch.bool  # no dtype that there is a compiled step for
 
     def make_cache(self, batch: int, max_len: int = 100, kind: str = "static") -> SimpleNamespace:
         cache = SimpleNamespace(length=0, max_len=max_len, can_rewind=KVCache.can_rewind)

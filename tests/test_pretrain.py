@@ -152,7 +152,7 @@ def test_new_tokens_get_rows_and_are_saved(folder, trained, capsys):
     "flags, message",
     [
         (["--model.dim", "320"], r"--model\.dim is 320, and the model in .* has 32: leave the flag out"),
-        (["--model.rope_theta", "5e5"], r"--model\.rope_theta is 500000\.0, .*: say --rope\.type"),
+        (["--model.rope_theta", "5e5"], r"--model\.rope_theta is 500000\.0, .*: change positions with --rope\.type"),
         (["--model.max_seq_len", "16"], r"is shorter than the checkpoint's 32"),
         (
             ["--rope.type", "yarn", "--rope.factor", "2", "--model.max_seq_len", "128"],
@@ -175,7 +175,7 @@ def test_data_made_with_the_models_tokenizer_needs_none_of_its_own(folder, train
 
 def test_data_of_another_tokenizer_is_refused(folder, trained):
     add_tokens(load_tokenizer(trained), ["other"]).save(trained)
-    with pytest.raises(ValueError, match=r"the tokenizer of .*data is another than that of the model in .*: id \d+ is"):
+    with pytest.raises(ValueError, match=r"the tokenizer of .*data differs from that of the model in .*: id \d+ is"):
         go_on(folder, trained)
 
 
