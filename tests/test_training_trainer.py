@@ -16,7 +16,7 @@ from model import Transformer
 from model_args import ModelArgs
 from optim.args import OptimArgs
 from optim.schedule import lr_factor
-from training import trainer
+from training import state
 from training.heldout import evaluate
 from training.log import read_metrics
 from training.state import checkpoints, load_state
@@ -242,7 +242,7 @@ def test_without_held_out_data_the_last_is_the_best(tmp_path):
 def test_what_last_leads_to_is_never_rewritten(tmp_path, monkeypatch):
     """Else a kill between removing the old and naming the new would leave nothing."""
     written = []
-    aside = trainer.written_aside
+    aside = state.written_aside
 
     def spy(directory):
         last = directory.with_name("last")
@@ -250,7 +250,7 @@ def test_what_last_leads_to_is_never_rewritten(tmp_path, monkeypatch):
         written.append(directory.name)
         return aside(directory)
 
-    monkeypatch.setattr(trainer, "written_aside", spy)
+    monkeypatch.setattr(state, "written_aside", spy)
     data = toy_data(tmp_path)
     optim = OptimArgs(lr=0.0, muon_lr=0.0)
     changes = {"eval_interval": 2, "save_interval": 3, "eval_data": data, "patience": 2}
