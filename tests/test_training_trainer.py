@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -200,6 +201,18 @@ def test_rows_of_the_log(tmp_path):
         part = slice(3 * i, 3 * i + 3)
         expected = sum(x * n for x, n in zip(each[part], counts[part])) / sum(counts[part])
         assert row["loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_first_lines_of_a_run(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    n = data.steps_per_epoch
+    optim = OptimArgs(warmup_steps=2 * n)
+    toy_trainer(tmp_path / "run", data, optim, epochs=2.0, eval_data=data, eval_interval=n, eval_batches=2).fit()
+    said = capsys.readouterr().err
+    assert f"in float32 on 1 CPU process: {2 * n} steps of up to 96 tokens (2 epochs of {n} steps).\n" in said
+    assert "(mfu below: share of 1,000 GFLOP/s, not measured.)" in said and "compiles" not in said
+    assert f"The run has {2 * n} steps, and {2 * n} are for warming up" in said
+    assert re.search(rf"step {n}: held-out loss \d\.\d{{4}} \(first 2 batches\), best so far\n", said)
 
 
 @pytest.mark.parametrize("changes, steps", [({"epochs": 2.0}, 2), ({"epochs": 0.5}, 0.5), ({"max_steps": 3}, None)])

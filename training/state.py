@@ -240,7 +240,7 @@ def load_state(directory: Path) -> dict[str, Any]:
     path = directory / "training_state" / "state.pt"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no training_state/state.pt: it can start a run (--init_from), not resume one"
+            f"{directory} holds no training_state/state.pt: it can start a run, but not resume one (use --init_from)"
         )
     try:
         return torch.load(path, weights_only=True, map_location="cpu")

@@ -209,10 +209,10 @@ def sums_of(
     groups = torch.zeros(2, n_groups, dtype=torch.float64)
     for micro, (_, token_losses) in zip(micro_batches, outputs) if n_groups else ():
         groups += sums_by_group(token_losses, micro, n_groups)
-    # added up on the device, which is waited for once
-    losses = [loss for loss, _ in outputs]
-    loss = sum(losses, torch.zeros((), device=losses[0].device)).item()
-    return {"loss": loss, "groups": groups, "metrics": as_tensor(metrics)}
+    total = torch.zeros((), device=outputs[0][0].device)  # on the device, which is waited for once; float32
+    for loss, _ in outputs:
+        total += loss
+    return {"loss": total.item(), "groups": groups, "metrics": as_tensor(metrics)}
 
 
 def log_averages(trainer: Trainer, norm: float) -> None:
