@@ -113,7 +113,8 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 record_run(args.out, "pretrain", args, inputs=described)
-                print(*changes, f"{model.n_parameters():,} parameters", sep="\n", flush=True)
+                size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
+                print(*changes, size, sep="\n", flush=True)
             result = trainer.fit()
             if backend.main:
                 print(summary(result), f"Try it: python eval.py --model {result['model']}", sep="\n", flush=True)

@@ -243,7 +243,7 @@ def test_a_run_copied_without_its_links_goes_on(folder, capsys):
 
 def test_a_run_copied_with_its_links_followed_says_what_to_do(folder):
     copy = copied(folder, follow_links=True)
-    with pytest.raises(ValueError, match=r"last should be a link .*; remove .*last and .*best, and it goes on"):
+    with pytest.raises(ValueError, match=r"last should be a link .*: remove .*last and .*best, and the run goes on"):
         run(folder, "--train.save_interval", "1", "--train.max_steps", "4", "--out", str(copy))
 
 

@@ -1,4 +1,4 @@
-"""How far a run has come: sums and averages, the best, and what a checkpoint holds of it."""
+"""The state of a run: sums and averages, the best, and how a checkpoint holds it."""
 
 import math
 import random
@@ -54,7 +54,7 @@ def test_the_best_and_the_evaluations_since():
     assert (state.best, state.evals_since_best, state.evaluated, state.metric) == (math.inf, 0, -1, "task_mean")
 
 
-OLD = {  # what version 1 wrote under the key "progress"
+OLD = {  # what older versions wrote under the key "progress"
     **{"step": 7, "tokens": 700, "best": 2.5, "evals_since_best": 1, "evaluated": 5, "loss_sum": 1.5, "targets": 3},
     **{"skipped": 2, "group_losses": [1.0, 0.5], "group_targets": [2.0, 1.0], "measures": {"margin": 6.0}},
     "metric": "task_mean",

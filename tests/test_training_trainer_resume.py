@@ -26,12 +26,13 @@ class Stop(Exception):
     pass
 
 
-def test_a_finished_run_returns_at_once(tmp_path):
+def test_a_finished_run_returns_at_once(tmp_path, capsys):
     data = toy_data(tmp_path)
     result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
     again = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data)
     again.data = again.heldout = again.log = None  # nothing of these is touched
     assert again.fit() == result
+    assert "run is finished (4 steps): nothing to do" in capsys.readouterr().err
     longer = toy_trainer(tmp_path / "run", data, max_steps=6, eval_data=data).fit()
     assert longer["steps"] == 6
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == longer

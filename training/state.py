@@ -1,4 +1,4 @@
-"""How far a run has come, and its checkpoints: what is in them, which are kept, and how training resumes from one."""
+"""The state of a run and its checkpoints: what they hold, which are kept, and how training resumes from one."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ class Diverged(ValueError):
 
 @dataclass
 class TrainState:
-    """How far a run has come, beside its weights; saved with them."""
+    """Progress of a run and the sums for the next line of its log; saved with the weights."""
 
     step: int = 0
     """number of steps done"""
     tokens: int = 0
-    """number of tokens in their batches"""
+    """number of tokens in the batches of these steps"""
     metric: str = "loss"
     """name of the held-out metric that `best` is a value of"""
     best: float = math.inf
     """least value of that metric so far"""
     evals_since_best: int = 0
-    """number of evaluations since then"""
+    """number of evaluations since that value"""
     evaluated: int = -1
     """step of the last evaluation"""
     skipped: int = 0
     """number of steps in a row, up to the last one, whose gradient was not finite"""
     loss_sum: float = 0.0
-    """sum of losses since the last reset, as all that follow"""
+    """sum of the losses since the last reset"""
     targets: int = 0
-    """number of targets"""
+    """number of targets since the last reset"""
     group_losses: list[float] = field(default_factory=list)
-    """sum of the losses of each group"""
+    """sum of the losses of each group since the last reset"""
     group_targets: list[float] = field(default_factory=list)
-    """number of targets of each group"""
+    """number of targets of each group since the last reset"""
     metrics: dict[str, float] = field(default_factory=dict)
-    """sums of the metrics that the model collects beside its loss"""
+    """sums of the model's own metrics since the last reset"""
 
     def add(
         self, norm: float, n_tokens: int, n_targets: int, loss: float, groups: torch.Tensor, metrics: dict[str, float]
     ) -> None:
-        """Count a step of gradient norm `norm`, with sums over all ranks; groups (2, groups): losses and targets.
+        """Count a step; all values but `norm`, the gradient norm, are sums over all ranks.
 
-        The sums of a step whose norm is not finite are left out, since it was skipped. Raises Diverged at the twentieth
-        such step in a row.
+        groups (2, groups) holds the losses and the targets of each group. A step whose norm is not finite was skipped:
+        its sums are left out. Raises Diverged at the twentieth such step in a row.
         """
         if math.isfinite(norm):
             self.loss_sum, self.targets, self.skipped = self.loss_sum + loss, self.targets + n_targets, 0
@@ -106,23 +106,21 @@ class TrainState:
         self.best, self.evals_since_best, self.evaluated, self.metric = math.inf, 0, -1, metric
 
     def to_plain(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it; `metrics` has the name there that older versions read and write."""
-        plain = dict(vars(self))
-        return plain | {"measures": plain.pop("metrics")}
+        """Return the fields as a dict for a checkpoint, where `metrics` keeps its older name, `measures`."""
+        return {"measures" if name == "metrics" else name: value for name, value in vars(self).items()}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> TrainState:
-        """Return what `to_plain` made plain, in this version or an older one."""
-        plain = dict(plain)
-        return cls(metrics=plain.pop("measures", {}), **plain)
+        """Return the state that `to_plain` has turned into a dict, in this version or an older one."""
+        return cls(**{"metrics" if name == "measures" else name: value for name, value in plain.items()})
 
 
 @dataclass
 class Checkpoints:
     """The checkpoints of a run: directories `step_N` in `run`, and the links `last` and `best` to two of them.
 
-    All ranks call the methods together; the main rank writes. `write(directory)` puts the trained weights into a
-    checkpoint, `read(directory)` takes them back. `identity` names what determines the order of the losses.
+    All ranks call each method at the same point of the run; the main rank writes. `write(directory)` writes the trained
+    weights, `read(directory)` copies them back. `identity` names what determines the order of the losses.
     """
 
     run: Path
@@ -218,11 +216,14 @@ class Checkpoints:
         self.backend.barrier()  # until the main rank has written it
         self.backend.load(self.model, self.read, self.best)
 
-    def clear(self) -> None:
-        """Remove all checkpoints; for the main rank alone."""
-        for link in (self.last, self.best):
-            link.unlink(missing_ok=True)
-        prune(self.run, keep=0)
+    def clear(self, everything: bool) -> None:
+        """Remove the result of a shorter run; with `everything`, also all checkpoints."""
+        if self.backend.main:
+            (self.run / "result.json").unlink(missing_ok=True)
+            for link in (self.last, self.best) if everything else ():
+                link.unlink(missing_ok=True)
+            if everything:
+                prune(self.run, keep=0)
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from attention import backends
+from cli.progress import say
 from dataset import Batch, BatchSource
 from distributed.single import Named, SingleProcess
 from hardware import peak_flops
@@ -83,14 +84,13 @@ class Trainer:
         """Train to the last step; return the final metrics. On SIGTERM or SIGINT save and raise SystemExit."""
         result, backend = self.run / "result.json", self.backend
         if self.finished and result.is_file() and self.checkpoints.best.exists():
+            if backend.main:
+                say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return json.loads(result.read_text())
         dtype = prepare(self.model, self.args, backend.device)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.checkpoints.resume()
-        if backend.main:  # only now: a run that is refused loses nothing
-            result.unlink(missing_ok=True)  # of a shorter run
-            if self.args.resume == "never":
-                self.checkpoints.clear()
+        self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
         self.log, self.clock = start_log(self, dtype)
         catching = caught_signals(backend, self.signals.append)
         with contextlib.closing(self.log), catching, backends.use(self.args.attention), explain_out_of_memory():
@@ -247,14 +247,12 @@ def first_notices(trainer: Trainer, dtype: torch.dtype, peak: float, source: str
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     processes = f"{backend.world} {kind} process{'es' * (backend.world > 1)}"
-    tokens, epochs = data.batch_size * data.seq_len, steps / data.steps_per_epoch
     yield (
-        f"Training in {str(dtype).removeprefix('torch.')} on {processes}: {steps:,} steps of up to {tokens:,} tokens "
-        f"({epochs:.3g} epochs of {data.steps_per_epoch:,} steps)."
+        f"Training in {str(dtype).removeprefix('torch.')} on {processes}: {steps:,} steps of {data.batch_size:,} rows "
+        f"({steps / data.steps_per_epoch:.3g} epochs of {data.steps_per_epoch:,} steps)."
     )
-    slow = (
-        "The first step compiles the model, which can take a minute. " if compiles(trainer.args, backend.device) else ""
-    )
+    compiled = compiles(trainer.args, backend.device)
+    slow = "torch.compile is on: the first step can take a minute. " if compiled else ""
     yield f"{slow}(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)"
     if steps <= optim.warmup_steps:
         longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"
