@@ -83,11 +83,12 @@ from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
+from training.log import summary
 from training.trainer import Trainer
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Train to the end of the schedule; returns the final metrics and the directory of the model."""
+    """Train to the end of the schedule; return the final metrics and the directory of the model."""
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
@@ -104,13 +105,13 @@ def main(args: Args) -> dict[str, Any]:
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
         trainer = Trainer(
-            model,
-            build_optimizer(model, args.optim),
-            data,
-            backend,
-            args.train,
-            args.optim,
-            args.out,
+            model=model,
+            optimizer=build_optimizer(model, args.optim),
+            data=data,
+            backend=backend,
+            args=args.train,
+            optim=args.optim,
+            run=args.out,
             save=partial(save_model, model=model, tokenizer=tokenizer),
             load=partial(load_weights, model),
             identity=identity(args, bins),
@@ -121,8 +122,12 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 record_run(args.out, "pretrain", args, inputs=described)
-                print(*changes, f"{model.n_parameters():,} parameters", sep="\n", flush=True)
-            return trainer.fit()
+                size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
+                print(*changes, size, sep="\n", flush=True)
+            result = trainer.fit()
+            if backend.main:
+                print(summary(result), f"Try it: python eval.py --model {result['model']}", sep="\n", flush=True)
+            return result
 
 
 def tokenizer_directory(args: Args) -> Path:

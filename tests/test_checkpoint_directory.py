@@ -337,5 +337,5 @@ def test_what_a_run_goes_on_from(tmp_path):
     assert state.newest(tmp_path) == tmp_path / "last"
     (tmp_path / "last").unlink()
     (tmp_path / "last").mkdir()
-    with pytest.raises(ValueError, match=r"last should be a link to a checkpoint, and is a folder: .*; remove"):
+    with pytest.raises(ValueError, match=r"last should be a link to a checkpoint, found a folder .*: remove"):
         state.newest(tmp_path)
