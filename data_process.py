@@ -1,8 +1,8 @@
-"""Corpora -> token bins: each document becomes ids once, training only maps them.
+"""Tokenize corpora into token bins, which training maps into memory.
 
-Documents are written in the order they are read, so the files are the same, byte for byte, for any number of processes,
-and whether or not the run was killed on the way: everything grows in `out/data_process.part/` beside a checkpoint, and
-moves to `out/` when it is whole.
+Documents are written in the order in which they are read. The files are therefore the same, byte for byte, for any
+number of processes, and also after a kill: they are written in `out/data_process.part/`, beside a checkpoint from which
+the same command continues, and move to `out/` when they are complete.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bins.outputs import Outputs, finished, outputs_in, publish, unfinished, write_conversations
-from bins.screen import Batch, screen
+from bins.outputs import Outputs, outputs_in, publish, read_checkpoint, read_summary, write_conversations
+from bins.screen import ScreenedBatch, screen
 from bins.tokenize import tokenize
 from cli.args import parse, run
 from cli.progress import Progress, track
@@ -36,49 +36,49 @@ COUNTS = ("documents", "held_out", "tokens", "characters", "bytes", "too_short",
 
 @dataclass(frozen=True)
 class Args(SourceArgs):
-    """Turn corpora into token bins, out/train_00000.bin ... and out/heldout.bin, conversations into out/sft_*.jsonl."""
+    """Tokenize corpora: documents into out/train_*.bin and out/heldout.bin, conversations into out/sft_*.jsonl."""
 
     tokenizer: Path = Path("data/tiny/tokenizer")
-    """A tokenizer directory, a SentencePiece .model or a tokenizer.json."""
+    """Tokenizer: a directory, a SentencePiece .model or a tokenizer.json."""
     out: Path = Path("data/tiny")
-    """Where the bins go."""
+    """Directory to write the bins to."""
     processes: int = os.cpu_count() or 1
-    """Tokenizing processes; 1 tokenizes in the main process. The output does not depend on it."""
+    """Number of tokenizing processes; 1 uses the main process only. The output does not depend on it."""
     tokens_per_file: int = 100_000_000
-    """A new training bin begins where the next document would pass this; documents are never cut."""
+    """Maximum number of tokens in a training bin. Documents are never cut, so a longer document makes a larger bin."""
     held_out: float = 0.01
-    """Share of documents never trained on, chosen by the hash of their text; a corpus with its own split keeps it."""
+    """Share of documents that are not trained on, chosen by the hash of their text. A corpus with a split keeps it."""
     min_chars: int = 10
-    """Documents with fewer characters, spaces around them not counted, are dropped, and empty ones always."""
+    """Drop documents with fewer characters, not counting white space at both ends. Empty ones are always dropped."""
     deduplicate: bool = True
-    """Drop exact duplicates, by hash: 16 MB of memory per million documents, twice that for moments."""
+    """Drop exact duplicates. Needs 16 MB of memory per million documents, and briefly 32 MB."""
     save_all_text: bool = False
-    """Also write the training documents to out/all_text.txt, a blank line after each, to train a tokenizer on."""
+    """Also write the training documents to out/all_text.txt, separated by blank lines, to train a tokenizer on."""
     overwrite: bool = False
-    """Replace what out holds from other inputs or arguments."""
+    """Replace files in --out that were made with other inputs or arguments."""
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Write the bins and return what `out/summary.json` holds: counts per source, files and their sizes."""
-    check(args)
+    """Write the bins; returns the content of `out/summary.json`: counts per source, files and their sizes."""
+    check_arguments(args)
     tokenizer = load_tokenizer(args.tokenizer)
     if tokenizer.eos_id is None:
-        raise ValueError(f"{args.tokenizer} has no end-of-text token, which every document in a bin ends with")
+        raise ValueError(f"--tokenizer {args.tokenizer} has no end-of-text token, which ends every document in a bin")
     items = read(args)
     with alone_in(args.out):
-        return make(args, items, tokenizer)
+        return write_outputs(args, items, tokenizer)
 
 
-def make(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer) -> dict[str, Any]:
-    """All of the work, as far as it was not done before."""
+def write_outputs(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write all files that an earlier run has not written yet; returns the summary."""
     inputs = input_files(args)
-    made_from = describe(args, tokenizer, inputs)
+    made_from = describe_run(args, tokenizer, inputs)
     work = args.out / "data_process.part"
-    progress = unfinished(work, made_from, args.overwrite)
+    progress = read_checkpoint(work, made_from, args.overwrite)
     if progress is None:
-        summary = finished(args.out, made_from, args.overwrite)
+        summary = read_summary(args.out, made_from, args.overwrite)
         if summary:
-            print(f"{args.out} was already made from these inputs with these arguments: nothing to do")
+            print(f"{args.out} already holds the result of these inputs and arguments: nothing to do")
             return summary
         progress = {"made_from": made_from, "items": 0, "sources": {}, "outputs": {}}
     if "summary" not in progress:
@@ -87,10 +87,12 @@ def make(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer
             write_json(work / "progress.json", progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(f"no room for {work} ({error}); make some, and the same command goes on") from error
+                raise OSError(
+                    f"{work}: the disk is full ({error}); free some space, then repeat the command to continue"
+                ) from error
             raise
         finally:
-            if not (work / "progress.json").exists():  # nothing there that another run could go on from
+            if not (work / "progress.json").exists():  # no checkpoint: a later run could not continue from these files
                 shutil.rmtree(work, ignore_errors=True)
     record_run(args.out, "data_process", args, inputs)
     publish(work, args.out, progress["summary"])
@@ -98,86 +100,96 @@ def make(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer
     return progress["summary"]
 
 
-def check(args: Args) -> None:
-    """Raise ValueError for arguments that make no sense, before any work."""
-    if args.processes < 1 or args.tokens_per_file < 1:
-        raise ValueError(f"processes ({args.processes}) and tokens_per_file ({args.tokens_per_file}) are at least 1")
-    if args.min_chars < 0:
-        raise ValueError(f"min_chars is 0 or more, found {args.min_chars}")
+def check_arguments(args: Args) -> None:
+    """Raise ValueError for arguments out of range, before any work."""
+    for name, minimum in (("processes", 1), ("tokens_per_file", 1), ("min_chars", 0)):
+        if getattr(args, name) < minimum:
+            raise ValueError(f"--{name} should be at least {minimum}, found {getattr(args, name)}")
     if not 0 <= args.held_out < 1:
-        raise ValueError(f"held_out is a share of the documents, at least 0 and below 1, found {args.held_out}")
+        raise ValueError(f"--held_out should be a share of at least 0 and below 1, found {args.held_out}")
     for path in args.input:
         if args.out.resolve().is_relative_to(path.resolve()):
-            raise ValueError(f"--out {args.out} lies in the input {path}, and would be read as input the next time")
+            raise ValueError(
+                f"--out {args.out} lies inside --input {path}, so the next run would read it; choose another --out"
+            )
 
 
 def process(
     args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer, work: Path, progress: dict[str, Any]
 ) -> dict[str, Any]:
-    """From where `progress` stands in the stream `items` to its end: every file, in `work`, and the summary."""
-    counts = {name: Counter(found) for name, found in progress["sources"].items()}
+    """Write every file in `work`, from the checkpoint `progress` to the end of `items`; returns the summary.
+
+    Raises ValueError when nothing is left to train on.
+    """
+    counts = {name: Counter(numbers) for name, numbers in progress["sources"].items()}
     batches = screen(items, min_chars=args.min_chars, held_out=args.held_out, deduplicate=args.deduplicate)
     outputs = Outputs(work, tokenizer, args.tokens_per_file, args.save_all_text, progress["outputs"])
-    done = sum(found["bytes"] for found in counts.values())
-    shown = Progress("tokenizing", "B", text_size(args), done)
+    done = sum(numbers["bytes"] for numbers in counts.values())
+    bar = Progress("tokenizing", "B", text_size(args), done)
     saved_at, saved_shard = time.monotonic(), outputs.shard
-    for batch, documents in tokenize(behind(batches, progress["items"]), tokenizer, args.processes):
+    for batch, documents in tokenize(skip_written(batches, progress["items"]), tokenizer, args.processes):
         for document, ids in zip(batch.documents, documents):
             n_bytes = outputs.add(document, ids)
-            found = {"documents": 1, "held_out": int(document.held_out), "tokens": len(ids), "bytes": n_bytes}
-            batch.count(document.source, **found, characters=len(document.text))
+            numbers = {"documents": 1, "held_out": int(document.held_out), "tokens": len(ids), "bytes": n_bytes}
+            batch.count(document.source, **numbers, characters=len(document.text))
         for record in batch.bad:
             outputs.add_bad(record)
             batch.count(source_of(record, args), bad=1)
-        for name, found in batch.counts.items():
-            counts.setdefault(name, Counter()).update(found)
-        shown.add(sum(found["bytes"] for found in batch.counts.values()))
+        for name, numbers in batch.counts.items():
+            counts.setdefault(name, Counter()).update(numbers)
+        bar.add(sum(numbers["bytes"] for numbers in batch.counts.values()))
         if outputs.shard != saved_shard or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
             progress |= {"items": batch.end, "sources": counts, "outputs": outputs.state()}
             write_json(work / "progress.json", progress)
             saved_at, saved_shard = time.monotonic(), outputs.shard
-    shown.close()
+    bar.close()
     outputs.close()
     conversations = write_conversations(track(read_conversations(args), "writing", "conversations"), work)
     summary = summarize(counts, conversations, progress["made_from"], work)
     if not any(name.startswith(("train_", "sft_train")) for name in summary["files"]):
         reasons = why_nothing(summary["total"], work)
         shutil.rmtree(work)
-        raise ValueError(f"nothing to train on ({reasons}); {args.out} is left as it was")
+        raise ValueError(f"no text to train on ({reasons}); {args.out} is unchanged")
     return summary
 
 
-def behind(batches: Iterable[Batch], done: int) -> Iterator[Batch]:
-    """The batches behind the first `done` items of the stream, which have to be read again to know what was seen."""
-    shown = Progress("reading again what is done", "records", done, active=done > 0)
+def skip_written(batches: Iterable[ScreenedBatch], done: int) -> Iterator[ScreenedBatch]:
+    """Yield the batches after the first `done` items, which an interrupted run has already written.
+
+    The first batches are read again only to rebuild the set of digests that finds duplicates.
+    """
+    bar = Progress("reading finished records again", "records", done, active=done > 0)
     for batch in batches:
         if batch.end > done:
-            shown.close()
+            bar.close()
             yield batch
         else:
-            shown.add(batch.end - shown.done)
+            bar.add(batch.end - bar.done)
 
 
 def source_of(record: BadRecord, source: SourceArgs) -> str:
-    """What a bad record is counted under: as the documents of the file or folder that it lies in are."""
-    given = (path.name for path in input_paths(source) if record.where.startswith(str(path)))
-    return next(given, record.where.rpartition(":")[0] or record.where)
+    """Return the name under which a bad record is counted: that of the documents of the same file or folder."""
+    names = (path.name for path in input_paths(source) if record.where.startswith(str(path)))
+    return next(names, record.where.rpartition(":")[0] or record.where)
 
 
 def input_paths(source: SourceArgs) -> list[Path]:
-    """The user's own files and folders: those given, the loader, and those of named corpora that are not fetched."""
+    """Return the files and folders of the user: --input, --loader, and the folders of corpora that users download."""
     folders = [source.raw_dir / corpus.name for corpus in source.corpora()]
     loader = [source.loader] if source.loader else []
     return [*source.input, *loader, *(folder for folder in folders if folder.is_dir())]
 
 
 def input_files(source: SourceArgs) -> list[Path]:
-    """All files in `input_paths`."""
+    """Return all files of `input_paths`."""
     return [file for path in input_paths(source) for file in ([path] if path == source.loader else find_files(path))]
 
 
-def describe(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[str, Any]:
-    """All that decides what the bins hold, as JSON gives it back: two runs that agree here write the same bytes."""
+def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[str, Any]:
+    """Return all that determines the bytes of the bins, as values that JSON can hold.
+
+    Two runs with equal descriptions write the same files.
+    """
     plain = to_plain(args)
     for name in ("tokenizer", "out", "processes", "overwrite"):
         del plain[name]
@@ -189,12 +201,12 @@ def describe(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[str, 
 def summarize(
     counts: dict[str, Counter], conversations: dict[str, int], made_from: dict[str, Any], work: Path
 ) -> dict[str, Any]:
-    """The summary: counts per source and in all, and the files with their sizes."""
+    """Return the summary: counts per source and in total, and the files with their sizes."""
     total: Counter = Counter()
-    for found in counts.values():
-        total.update(found)
+    for numbers in counts.values():
+        total.update(numbers)
     return {
-        "sources": {name: with_ratio(found) for name, found in counts.items()},
+        "sources": {name: with_ratio(numbers) for name, numbers in counts.items()},
         "total": with_ratio(total),
         "conversations": conversations,
         "files": {path.name: path.stat().st_size for path in outputs_in(work)},
@@ -202,49 +214,50 @@ def summarize(
     }
 
 
-def with_ratio(found: Counter) -> dict[str, Any]:
-    ratio = round(found["characters"] / found["tokens"], 3) if found["tokens"] else None
-    return {name: found[name] for name in COUNTS} | {"characters_per_token": ratio}
+def with_ratio(numbers: Counter) -> dict[str, Any]:
+    """Return the COUNTS of a source with its characters per token, None for a source without tokens."""
+    ratio = round(numbers["characters"] / numbers["tokens"], 3) if numbers["tokens"] else None
+    return {name: numbers[name] for name in COUNTS} | {"characters_per_token": ratio}
 
 
 def why_nothing(total: dict[str, Any], work: Path) -> str:
-    """What became of all records, in words, and the first bad one."""
-    dropped = {key: total[key] for key in ("held_out", "too_short", "duplicate", "bad") if total[key]}
-    words = [f"{count} {key.replace('_', ' ')}" for key, count in dropped.items()] or ["no documents at all"]
+    """Return, in words, why no document is left to train on, with the first bad record."""
+    reasons = {key: total[key] for key in ("held_out", "too_short", "duplicate", "bad") if total[key]}
+    words = [f"{count} {key.replace('_', ' ')}" for key, count in reasons.items()] or ["no documents at all"]
     if total["bad"]:
         words[-1] += f", the first at {first_bad(work)}"
     return ", ".join(words)
 
 
 def first_bad(folder: Path) -> str:
-    """Place and reason of the first record that was kept aside."""
+    """Return the place and reason of the first record in bad_records.jsonl."""
     with (folder / "bad_records.jsonl").open(encoding="utf8") as file:
         first = json.loads(file.readline())
     return f"{first['where']}: {first['reason']}"
 
 
 def print_table(summary: dict[str, Any], out: Path) -> None:
-    """What became of each source, largest first, on stdout."""
+    """Print the counts of each source, largest first."""
     keys = ("documents", "held_out", "tokens", "characters_per_token", "too_short", "duplicate", "bad")
     heads = ("documents", "held out", "tokens", "chars/token", "too short", "duplicate", "bad")
     rows = sorted(summary["sources"].items(), key=lambda row: -row[1]["tokens"])
-    shown = [*rows[:TABLE_ROWS], ("all", summary["total"])]
-    width = max(len(name) for name, _ in shown)
+    table = [*rows[:TABLE_ROWS], ("all", summary["total"])]
+    width = max(len(name) for name, _ in table)
     print("  ".join([" " * width, *(f"{head:>11}" for head in heads)]))
-    for name, found in shown:
-        values = ("-" if found[key] is None else f"{found[key]:,}" for key in keys)
+    for name, numbers in table:
+        values = ("-" if numbers[key] is None else f"{numbers[key]:,}" for key in keys)
         print("  ".join([f"{name:<{width}}", *(f"{value:>11}" for value in values)]))
     if len(rows) > TABLE_ROWS:
-        print(f"({len(rows) - TABLE_ROWS} smaller sources are in {out / 'summary.json'})")
+        print(f"({out / 'summary.json'} lists {len(rows) - TABLE_ROWS} smaller sources)")
     if summary["total"]["bad"]:
-        print(f"bad records lie in {out / 'bad_records.jsonl'}, the first one is {first_bad(out)}")
-    counted = [
+        print(f"bad records are in {out / 'bad_records.jsonl'}; the first one: {first_bad(out)}")
+    conversations = [
         f"{count:,} conversations ({name.replace('_', ' ')})"
         for name, count in summary["conversations"].items()
         if count
     ]
     n_bins = sum(name.endswith(".bin") for name in summary["files"])
-    print(f"{out}: " + ", ".join([f"{n_bins} token bins", *counted]))
+    print(f"{out}: " + ", ".join([f"{n_bins} token bins", *conversations]))
 
 
 if __name__ == "__main__":

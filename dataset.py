@@ -15,7 +15,7 @@ from loss import IGNORE
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward takes; every field is (B, T), row by row aligned, on one device.
+    """The input of one forward pass; every field is (B, T), row by row aligned, on one device.
 
     A batch source is anything with `batch_size` (rows of one optimizer step over all ranks), `steps_per_epoch` and
     `batch(step, rank, world) -> Batch`: the rows of this rank for the global step counter (epoch = step //
@@ -34,23 +34,23 @@ class Batch:
     loss_weights: torch.Tensor | None = None
     """float32 weight of each target's loss; None means 1."""
     groups: torch.Tensor | None = None
-    """int64 number of the group (such as a task) whose loss a target counts to in the log; None: there is but one."""
+    """int64 number of the group (such as a task) to whose loss in the log a target counts; None: one group."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def n_targets(self) -> int:
-        """How many targets are trained."""
+        """Number of targets that are trained."""
         return int((self.targets != IGNORE).sum())
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of `size` rows, as views, the last one perhaps of fewer; 0: the whole batch."""
+        """Return micro-batches of `size` rows, as views; the last one may have fewer. 0: the whole batch."""
         size = size or len(self)
         return [self._map(lambda x, at=at: x[at : at + size]) for at in range(0, len(self), size)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; the copy does not block when the memory is pinned."""
+        """Return the same batch on another device; the copy does not block when the memory is pinned."""
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -59,7 +59,7 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """What batches come from; see `dataset.Batch`."""
+    """A source of batches; `Batch` describes its fields."""
 
     seq_len: int
     batch_size: int
@@ -68,8 +68,16 @@ class BatchSource(Protocol):
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
 
 
+def check_batch_shape(seq_len: int, batch_size: int, seed: int) -> None:
+    """Raise ValueError on numbers out of range."""
+    if seq_len < 1 or batch_size < 1 or seed < 0:
+        raise ValueError(
+            f"expected seq_len >= 1, batch_size >= 1 and seed >= 0, found {seq_len}, {batch_size} and {seed}"
+        )
+
+
 def rows_of_rank(order: np.ndarray, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:
-    """The rows that `rank` takes in `step` of an epoch whose rows are visited in `order`: (batch_size // world,) int64.
+    """Return the rows of `rank` in `step` of an epoch with this `order` of rows, (batch_size // world,) int64.
 
     -1 stands for a row that only fills the last step. Raises ValueError when the rows of a step do not divide over
     the ranks: an uneven split would change what a step trains on with the number of processes.
@@ -86,23 +94,23 @@ class PretrainData:
     """A batch source over token bins in which every token is a target exactly once an epoch, over all ranks.
 
     A bin is cut into windows of `seq_len` targets; the inputs are the tokens one place before, so windows overlap by
-    one token and none is lost between them. What comes before a bin's first token is its eos. The last window of
-    a bin is filled up with eos that has no target.
+    one token and none is lost between them. The input before a bin's first token is its eos. The last window of a bin
+    is filled up with eos that has no target.
 
     Args:
         bins: the token streams; their documents end with eos.
         seq_len: T, targets (and inputs) of a row.
         batch_size: rows of one optimizer step, over all ranks.
-        seed: of the order of the windows, which is another one in every epoch.
-        weights: how often each bin is visited an epoch. Of a fraction every epoch takes another part, so a bin of
+        seed: seed of the order of the windows, which changes every epoch.
+        weights: number of visits of each bin in an epoch. With a fraction, each epoch reads another part: a bin of
             weight 0.25 has been read exactly once after four epochs. None means 1 each.
-        shuffle: False visits bin after bin in order, for evaluation.
+        shuffle: False reads bin after bin in order, for evaluation.
         isolate_documents: number the documents of a row (doc_ids) and restart the positions at each. The eos before
-            a document then counts as its first input, so that the document's first token is predicted, too,
-            without a look at its neighbour. None of this is needed for a good pretraining loss.
+            a document then is its first input, so that the document's first token is predicted, too, without
+            attention to the document before. A good pretraining loss does not need this.
         headerless_eos_id: eos of bins without a header (and so without offsets: there, eos ends a document).
 
-    Raises ValueError on numbers that make no sense, and when the bins hold no token at all.
+    Raises ValueError on numbers out of range, and when the bins hold no token at all.
     """
 
     def __init__(
@@ -121,15 +129,12 @@ class PretrainData:
             raise ValueError(f"expected one weight for each of the {len(bins)} bins, found {len(weights)}")
         if not all(0 <= weight < float("inf") for weight in weights):
             raise ValueError(f"the weights of bins should be finite and not negative, found {weights}")
-        if seq_len < 1 or batch_size < 1 or seed < 0:
-            raise ValueError(
-                f"expected seq_len >= 1, batch_size >= 1 and seed >= 0, found {seq_len}, {batch_size} and {seed}"
-            )
+        check_batch_shape(seq_len, batch_size, seed)
         self.bins, self.seq_len, self.batch_size, self.seed = list(bins), seq_len, batch_size, seed
         self.shuffle, self.isolate_documents = shuffle, isolate_documents
         self.headerless_eos_id = headerless_eos_id
         self._windows = [-(-len(bin) // seq_len) for bin in bins]
-        self._first = np.cumsum([0, *self._windows])  # windows are numbered through all bins
+        self._first = np.cumsum([0, *self._windows])  # (bins + 1,) number of a bin's first window among those of all
         self._visits = [round(weight * n) for weight, n in zip(weights, self._windows)]
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         if not sum(self._visits):
@@ -137,16 +142,16 @@ class PretrainData:
         self.steps_per_epoch: int = -(-sum(self._visits) // batch_size)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The (batch_size // world, seq_len) rows of `rank` in the global `step`."""
+        """Return the (batch_size // world, seq_len) rows of `rank` in the global `step`."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
         windows = rows_of_rank(self._order[1], step_of_epoch, self.batch_size, rank, world)
-        # One column more than a row: columns 0..T-1 are the inputs, 1..T the targets.
+        # Arrays of (B, T+1): columns 0..T-1 are the inputs, 1..T the targets.
         ids = np.full((len(windows), self.seq_len + 1), self.headerless_eos_id, np.int64)
         exists = np.zeros((len(windows), self.seq_len + 1), bool)
         begins = np.zeros((len(windows), self.seq_len), bool)
-        owner = np.searchsorted(self._first, windows, side="right") - 1  # -1 for a row without a window
+        owner = np.searchsorted(self._first, windows, side="right") - 1  # (B,) bin of each; -1 without a window
         for i in np.unique(owner[owner >= 0]):
             ids[owner == i], exists[owner == i], begins[owner == i] = self._read(i, windows[owner == i])
         targets = np.where(exists[:, 1:], ids[:, 1:], IGNORE)
@@ -155,12 +160,12 @@ class PretrainData:
         return Batch(*(None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """The window numbers of one epoch in the order of their visit, int64."""
+        """Return the window numbers of one epoch in the order of training, (windows,) int64."""
         parts = []
         for i, (n, visits) in enumerate(zip(self._windows, self._visits)):
             if visits:
-                # Epochs walk on along one endless repetition of a fixed permutation, so that after any number of
-                # epochs no window of a bin has been visited twice more than another.
+                # Each epoch takes the next `visits` windows of a fixed permutation that repeats without end. So after
+                # any number of epochs each window of a bin has been read at most once more than any other.
                 part = np.arange(epoch * visits, (epoch + 1) * visits) % n
                 if visits % n:
                     part = np.random.default_rng((self.seed, 0, i)).permutation(n)[part]
@@ -169,7 +174,11 @@ class PretrainData:
         return np.random.default_rng((self.seed, 1, epoch)).permutation(order) if self.shuffle else order
 
     def _read(self, i: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Windows (b,) of bin i: ids (b, T+1), which of them exist, where an input starts a document (b, T)."""
+        """Read windows (b,) of bin i.
+
+        Returns ids (b, T+1); bool (b, T+1), False for an id outside the bin; bool (b, T), True for an input that
+        starts a document.
+        """
         bin, eos_id = self.bins[i], self.bins[i].meta.get("eos_id", self.headerless_eos_id)
         where = (windows - self._first[i])[:, None] * self.seq_len + np.arange(-1, self.seq_len)  # (b, T+1)
         exists = (where >= 0) & (where < len(bin))
@@ -178,15 +187,17 @@ class PretrainData:
             return ids, exists, np.False_
         if bin.offsets is None:
             return ids, exists, ids[:, :-1] == eos_id
-        # As int64: numpy compares uint64 with int64 as floats, and copies all of them to do so.
+        # The input before a document's first token starts it: its target is a document's offset. As int64, because
+        # numpy compares uint64 with int64 as floats, and copies all of them to do so.
         starts = np.asarray(bin.offsets).view(np.int64)
         nearest = starts[np.searchsorted(starts, where[:, 1:]).clip(max=len(starts) - 1)]
         return ids, exists, nearest == where[:, 1:]
 
 
 def number_documents(begins: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (B, T) int64 and doc_ids (B, T) int32 of rows, given where in them a document begins (B, T) bool."""
+    """Return positions (B, T) int64 and doc_ids (B, T) int32; `begins` (B, T) bool is True where a document starts."""
     columns = np.arange(begins.shape[1])
+    # The running maximum of the columns that start a document is the start of each token's own document.
     positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
     doc_ids = np.cumsum(begins, axis=1, dtype=np.int32)
     return positions, np.where(targets == IGNORE, np.int32(-1), doc_ids)

@@ -100,6 +100,7 @@ from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
 from training.heldout import evaluate
+from training.log import summary
 from training.precision import check_length, prepare, training_dtype
 from training.trainer import Trainer
 from tuning import mixture
@@ -154,7 +155,10 @@ def main(args: Args) -> dict[str, Any]:
                 print(*filter(None, [unmeasured, grown, adapters.describe(model)]), sep="\n", flush=True)
                 for path, name in zip(broken, task_names(list(broken))):
                     keep_aside(path, broken[path], args.out / f"broken_{name.replace('/', '_')}.jsonl")
-            return trainer.fit()
+            result = trainer.fit()
+            if backend.main:
+                print(summary(result), f"Try it: python eval.py --model {result['model']}", sep="\n", flush=True)
+            return result
 
 
 def adapt(

@@ -1,4 +1,4 @@
-"""What this machine can do: matrix rates, number formats, a compiler."""
+"""Describe this machine: its device, the rate of its matrix products, number formats, whether it has a compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PEAKS = {  # dense bfloat16 operations a second, from the makers' data sheets
+PEAKS = {  # dense bfloat16 operations a second, from the manufacturers' data sheets
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -24,9 +24,16 @@ PEAKS = {  # dense bfloat16 operations a second, from the makers' data sheets
 }
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is cuda where there is one, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Operations a second this device can do in a matrix product, and where the figure is from: a data sheet for a
-    known GPU, else a measurement (half a second)."""
+    """Return the operations a second of this device in matrix products, and the source of the figure: the data sheet of
+    a known GPU, else a measurement (0.3 seconds)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
@@ -36,29 +43,29 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1536, seconds: float = 0.3) -> float:
-    """Best rate of an n x n x n matrix product, in operations a second."""
-    own = torch.Generator(device)  # a run that is resumed goes on with the random numbers that were saved
+    """Return the best rate of an n x n x n matrix product within `seconds`, in operations a second."""
+    own = torch.Generator(device)  # the global one belongs to the run: a resumed run draws the same numbers from it
     a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < seconds or best == float("inf"):
         start = time.perf_counter()
         c = a @ b
         if device.type != "cpu":
-            c[0, 0].item()
+            c[0, 0].item()  # wait for the device, which works asynchronously
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast here."""
+    """Return whether the device has instructions for matrix products in bfloat16 (emulation does not count)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: Python's headers, and a C++ compiler on a CPU, Triton and a C compiler
-    (for what launches its kernels) on a GPU."""
+    """Return whether torch.compile can run here: it needs Python's headers, on a CPU also a C++ compiler, on a GPU also
+    Triton and a C compiler (for the code that launches Triton's kernels)."""
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return False
     if device.type == "cuda":
@@ -67,33 +74,32 @@ def can_compile(device: torch.device) -> bool:
 
 
 def fastest_dtype(device: torch.device, decodes: bool) -> torch.dtype:
-    """bfloat16 where the hardware has it, except for decoding on a CPU: single tokens take four times as long in it."""
+    """Return bfloat16 where the hardware has it, else float32. Decoding on a CPU gets float32: single tokens
+    take four times as long in bfloat16."""
     return torch.bfloat16 if has_bfloat16(device) and not (decodes and device.type == "cpu") else torch.float32
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-_told_to_compiler: list[tuple[str, Callable]] = []
+_waiting_for_compiler: list[tuple[str, Callable]] = []
 
 
 def for_compiler(what: str) -> Callable[[Callable], Callable]:
-    """Decorator: `torch.compiler.WHAT` (disable, assume_constant_result), applied when a model is first compiled.
-
-    Applied at once it would load the compiler, more than a second, at every start of every script.
-    """
+    """Return a decorator that applies `torch.compiler.WHAT` (disable, assume_constant_result) when a model is first
+    compiled. Applied at once, it would load the compiler, more than a second, at every start of every script."""
 
     def remember(function: Callable) -> Callable:
-        _told_to_compiler.append((what, function))
+        _waiting_for_compiler.append((what, function))
         return function
 
     return remember
 
 
 def start_compiler() -> None:
-    """Apply what `for_compiler` has remembered; called before a model is compiled."""
-    while _told_to_compiler:
-        what, function = _told_to_compiler.pop()
+    """Apply the decorators that `for_compiler` has collected; called before a model is compiled."""
+    while _waiting_for_compiler:
+        what, function = _waiting_for_compiler.pop()
         *path, name = function.__qualname__.split(".")
         owner = sys.modules[function.__module__]
         for part in path:

@@ -1,8 +1,8 @@
-"""Cross-entropy straight from hidden states: the logits of all tokens never exist at once.
+"""Cross-entropy directly from hidden states: the logits of all tokens never exist at once.
 
-For a vocabulary of 64 k the logits and their gradient are the largest tensors of a training step by far. Here a block
-of rows at a time goes through head, softmax and backward in one visit, so memory holds one block; the gradient of
-a *sum* of losses needs nothing from upstream but a scalar, so it can be made on the way forward.
+For a vocabulary of 64 k the logits and their gradient are the largest tensors of a training step by far. Here one block
+of rows at a time goes through head, softmax and backward, so memory holds one block. The gradient of a *sum* of losses
+depends on the upstream gradient by a scalar factor only, so it is computed in the forward pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # a target that is not trained on: no token id, so it cannot hide a real one (0 or pad would)
-BLOCK_SIZE = 2**22  # logits that exist at a time: 16 MiB of float32, which a processor's cache may hold
+BLOCK_SIZE = 2**22  # number of logits that exist at a time: 16 MiB of float32, which a processor's cache may hold
 
 
 def linear_cross_entropy(
@@ -22,26 +22,28 @@ def linear_cross_entropy(
     block_rows: int = 0,
     token_losses: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets or, with
-    `token_losses`, the loss of each of them.
+    """Return the sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets
+    or, with `token_losses`, the loss of each target.
 
     hidden (..., d) in the compute dtype, weight (V, d), targets (...) int64 with -100 where ignored, loss_weights (...)
-    float32 or None. block_rows: rows of logits that exist at a time; 0: as many as make BLOCK_SIZE of them. Returns a
-    float32 scalar, differentiable in hidden and weight, and an int64 scalar, or float32 losses (...): without their
-    weights, detached, 0 where nothing is trained.
+    float32 or None. block_rows: rows of logits that exist at a time; 0: as many as make BLOCK_SIZE of them. The sum is
+    a float32 scalar, differentiable in hidden and weight. The number is an int64 scalar; the losses are float32 (...),
+    unweighted, detached, 0 where the target is ignored.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
-    wanted = targets != IGNORE
-    scale = wanted.float() if loss_weights is None else wanted * loss_weights.float()
-    wants_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # not of a frozen head
+    is_target = targets != IGNORE
+    scale = is_target.float() if loss_weights is None else is_target * loss_weights.float()
+    needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # a frozen head needs none
     flat = hidden.flatten(0, -2), weight, targets.clamp(min=0).flatten(), scale.flatten()  # (N, d), (V, d), (N,), (N,)
-    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *wants_grad)
-    return loss, losses.view_as(targets) * wanted if token_losses else wanted.sum()
+    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *needs_grad)
+    return loss, losses.view_as(targets) * is_target if token_losses else is_target.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Weighted sum of the losses of N tokens, and the loss of each; both gradients are computed in `forward`."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, block_rows, wants_hidden, wants_weight):
+    def forward(ctx, hidden, weight, targets, scale, block_rows, needs_hidden, needs_weight):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)  # (V, d)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -53,13 +55,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_p = logits.gather(1, t) - lse  # (n, 1)
             total = total - (log_p * s).sum()
             losses.append(-log_p[:, 0])
-            if wants_hidden or wants_weight:
-                # d loss / d logits = s * (softmax - onehot), the target's column apart: p - 1 needs float32
-                d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # in the place of the logits
+            if needs_hidden or needs_weight:
+                # d loss / d logits = s * (softmax - onehot), the target's column separately: p - 1 needs float32
+                d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # (n, V), in the memory of the logits
                 d.scatter_(1, t, (log_p.expm1() * s).to(h.dtype))
-                if wants_hidden:
+                if needs_hidden:
                     grad_hidden.append(d @ w)  # (n, d)
-                if wants_weight:
+                if needs_weight:
                     block = (d.t() @ h).to(weight.dtype)  # (V, d)
                     grad_weight = block if grad_weight is None else grad_weight.add_(block)
         ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None, grad_weight)
@@ -77,26 +79,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, block_rows: int = 0
 ) -> torch.Tensor:
-    """`log softmax(hidden @ weight.T)[target]` of each token, (N,) float32 or wider; 0 where the target is ignored.
+    """Return `log softmax(hidden @ weight.T)[target]` of each token, (N,) float32 or wider; 0 where it is ignored.
 
-    Arguments as of `linear_cross_entropy`. What comes back for a token is known only in the backward pass, so there
-    each block of logits is made a second time.
+    hidden (N, d), weight (V, d), targets (N,) and block_rows as in `linear_cross_entropy`. The upstream gradient of
+    each token is known in the backward pass only, so each block of logits is computed a second time there.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     return _LinearLogProbs.apply(hidden, weight, targets.clamp(min=0), targets != IGNORE, block_rows)
 
 
 class _LinearLogProbs(torch.autograd.Function):
+    """Log-probabilities of N tokens; the logits are computed again in `backward`."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, wanted, block_rows):
-        w, lse, chosen = weight.to(hidden.dtype), [], []
+    def forward(ctx, hidden, weight, targets, is_target, block_rows):
+        w, lse, of_target = weight.to(hidden.dtype), [], []
         for h, t in zip(hidden.split(block_rows), targets.split(block_rows)):
             logits = F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
             lse.append(logits.logsumexp(dim=-1))
-            chosen.append(logits.gather(1, t[:, None])[:, 0])
+            of_target.append(logits.gather(1, t[:, None])[:, 0])  # (n,)
         lse = torch.cat(lse)  # (N,)
-        log_p = (torch.cat(chosen) - lse) * wanted
-        ctx.save_for_backward(hidden, weight, targets, wanted, lse, log_p)
+        log_p = (torch.cat(of_target) - lse) * is_target
+        ctx.save_for_backward(hidden, weight, targets, is_target, lse, log_p)
         ctx.block_rows = block_rows
         return log_p
 
@@ -105,11 +109,11 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, *_ = ctx.saved_tensors
         w, of_hidden, of_weight = weight.to(hidden.dtype), [], None
         columns = (*ctx.saved_tensors[2:], upstream)  # (N,) each
-        for h, t, wanted, lse, log_p, u in zip(*(x.split(ctx.block_rows) for x in (hidden, *columns))):
-            # d log p / d logits = onehot - softmax, the target's column apart: 1 - p needs float32
-            t, u = t[:, None], (u * wanted)[:, None]
+        for h, t, is_target, lse, log_p, u in zip(*(x.split(ctx.block_rows) for x in (hidden, *columns))):
+            # d log p / d logits = onehot - softmax, the target's column separately: 1 - p needs float32
+            t, u = t[:, None], (u * is_target)[:, None]  # (n, 1) each
             logits = F.linear(h, w).to(u.dtype)  # (n, V)
-            d = logits.sub_(lse[:, None]).exp_().mul_(-u).to(h.dtype)  # in the place of the logits
+            d = logits.sub_(lse[:, None]).exp_().mul_(-u).to(h.dtype)  # (n, V), in the memory of the logits
             d.scatter_(1, t, (-log_p[:, None].expm1() * u).to(h.dtype))
             if ctx.needs_input_grad[0]:
                 of_hidden.append(d @ w)  # (n, d)

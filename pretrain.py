@@ -1,4 +1,4 @@
-"""Pretrain a LLaMA2 model from scratch, or go on from a checkpoint, on token bins.
+"""Pretrain a LLaMA2 model on token bins, from scratch or from a checkpoint.
 
 python pretrain.py --config configs/tiny.yaml
 torchrun --nproc_per_node 2 pretrain.py --config configs/tiny.yaml --train.backend ddp
@@ -25,17 +25,17 @@ class DataArgs:
     """Token bins and batches."""
 
     train: tuple[Path, ...] = ()
-    """token bins to train on; default: every train*.bin in `dir`"""
+    """token bins to train on; default: every train*.bin in --data.dir"""
     weights: tuple[float, ...] = ()
-    """how often each bin of `train` is seen in an epoch; default: once"""
+    """number of times that each bin of --data.train is used in an epoch; default: once"""
     dir: Path = Path("data/tiny")
-    """where data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
+    """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
     seq_len: int = 128
-    """tokens in a row of a batch"""
+    """tokens per row of a batch"""
     batch_size: int = 64
-    """rows of an optimizer step, over all processes and micro-batches"""
+    """rows per optimizer step, in total over all processes and micro-batches"""
     isolate_documents: bool = False
-    """hide the other documents of a row from attention"""
+    """attend only to tokens of the same document, where a row contains several"""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Args:
     optim: OptimArgs = field(default_factory=OptimArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     out: Path = Path("out/tiny/pretrain")
-    """run directory: checkpoints, logs, the resolved config"""
+    """directory of the run: checkpoints, logs, the resolved config"""
     init_from: Path | None = None
-    """a model directory to go on from; what is set of `model` must agree with it, but for a longer max_seq_len"""
+    """checkpoint to continue training from; --model.* flags must match it, except for a larger --model.max_seq_len"""
     rope: RopeArgs = field(default_factory=RopeArgs)
     add_tokens: tuple[str, ...] = ()
-    """pieces of text (or a file of one a line) that become tokens of a model to go on from"""
+    """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
     add_special_tokens: tuple[str, ...] = ()
-    """likewise, tokens that no text gives, such as the markers of a chat"""
+    """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them."""
     vocab_multiple_of: int = 1
-    """round a vocabulary that grows up to a multiple of this"""
+    """when the vocabulary grows, round its size up to a multiple of this number"""
 
 
 if __name__ == "__main__":
@@ -83,11 +83,12 @@ from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
+from training.log import summary
 from training.trainer import Trainer
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Train to the end of the schedule; returns the final measures and where the model lies."""
+    """Train to the end of the schedule; return the final metrics and the directory of the model."""
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
@@ -104,13 +105,13 @@ def main(args: Args) -> dict[str, Any]:
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
         trainer = Trainer(
-            model,
-            build_optimizer(model, args.optim),
-            data,
-            backend,
-            args.train,
-            args.optim,
-            args.out,
+            model=model,
+            optimizer=build_optimizer(model, args.optim),
+            data=data,
+            backend=backend,
+            args=args.train,
+            optim=args.optim,
+            run=args.out,
             save=partial(save_model, model=model, tokenizer=tokenizer),
             load=partial(load_weights, model),
             identity=identity(args, bins),
@@ -121,18 +122,22 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 record_run(args.out, "pretrain", args, inputs=described)
-                print(*changes, f"{model.n_parameters():,} parameters", sep="\n", flush=True)
-            return trainer.fit()
+                size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
+                print(*changes, size, sep="\n", flush=True)
+            result = trainer.fit()
+            if backend.main:
+                print(summary(result), f"Try it: python eval.py --model {result['model']}", sep="\n", flush=True)
+            return result
 
 
 def tokenizer_directory(args: Args) -> Path:
-    """Where the data's tokenizer lies; data made with that of the model to go on from may have none beside it."""
+    """Return the directory of the tokenizer: the one beside the data, else that of --init_from."""
     beside = args.data.dir / "tokenizer"
     return beside if beside.exists() or args.init_from is None else args.init_from
 
 
 def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
-    """The bins to train on, and the held-out one if there is one."""
+    """Return the bins to train on, and a list of the held-out bin or of nothing."""
     paths = data.train or sorted(data.dir.glob("train*.bin"))
     if not paths:
         raise FileNotFoundError(f"no train*.bin in {data.dir}; make them with: python data_process.py --out {data.dir}")
@@ -141,8 +146,7 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 
 
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
-    """A fresh model whose vocabulary is the tokenizer's, or the checkpoint to go on from, changed as asked; and what
-    was changed, in sentences."""
+    """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
         if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
             raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
@@ -168,7 +172,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
 
 
 def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
-    """What fixes the order of the losses, so that a checkpoint is resumed by the same run only."""
+    """Return the settings that determine the sequence of losses; only the same settings resume a checkpoint."""
     same = {
         "seed": args.train.seed,
         "seq_len": args.data.seq_len,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a clean clone to a chat: bash run.sh. What it can do besides: bash run.sh --help
+# Run all stages from a fresh clone to a chat: bash run.sh. All switches: bash run.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -10,33 +10,33 @@ usage() {
   cat <<'END'
 usage: bash run.sh [switches] [-- arguments of the stage's script]
 
-Sets up .venv, trains a tokenizer, builds the data, pretrains, fine-tunes, evaluates, and ends in a chat. Done stages are skipped,
-an interrupted one goes on where it stopped.
+Sets up .venv, trains a tokenizer, builds the data, pretrains, fine-tunes, evaluates, and starts a chat. Finished stages are
+skipped; an interrupted stage continues where it stopped.
 
-  --preset NAME   the run that configs/NAME.yaml describes, in data/NAME and out/NAME:
-                    tiny (default)  minutes on two CPU cores: short Chinese poems
-                    bilingual       Chinese and English, an hour and a half or more of two cores
+  --preset NAME   use configs/NAME.yaml; results go to data/NAME and out/NAME:
+                    tiny (default)  short Chinese poems: minutes on two CPU cores
+                    bilingual       Chinese and English: an hour and a half or more on two CPU cores
                     small           one 24 GB GPU
                     base            eight GPUs
-  --stage NAME    all (default), or just one; a stage asked for by name runs even if it is done:
+  --stage NAME    all (default) or one stage; a stage that you name runs even if it is finished:
                     setup           .venv with pinned dependencies (setup.sh)
                     tokenizer       train_tokenizer.py
                     data            data_process.py
                     pretrain        pretrain.py
                     sft             fine_tuning.py
                     eval            eval.py --task loss and --task poems
-                    chat            eval.py; without a terminal it prints a few exchanges instead
-  --use HOW       how pretrain and sft run: single (default), ddp
-  --nproc N       processes for ddp (default: one a GPU; 2 on a CPU)
-  --background    go on after the terminal is closed, with the log in out/NAME/run.log
+                    chat            eval.py; without a terminal it prints a few example answers instead
+  --use HOW       processes of pretrain and sft: single (one, default) or ddp (several)
+  --nproc N       number of processes for ddp (default: one per GPU; 2 on a CPU)
+  --background    keep running after the terminal is closed; the log is out/NAME/run.log
   --dry_run       print the commands instead of running them
-  --help          this text
+  --help          print this text
 
-What follows -- goes to the script of the stage that --stage names:
+Arguments after -- go to the script of the stage that --stage names:
   bash run.sh --stage pretrain -- --train.max_steps 100
   bash run.sh --stage chat -- --prompt '写一首五言绝句'
 
-PYTHON=/path/to/python3.12 picks the interpreter; TORCH_ALLOW_PYPI=1 allows PyPI's torch where no CPU build is found.
+PYTHON=/path/to/python3.12 selects the interpreter; TORCH_ALLOW_PYPI=1 allows PyPI's torch if no CPU build is available.
 END
 }
 
@@ -45,12 +45,12 @@ fail() {
   exit 1
 }
 
-misused() { # a mistake on the command line
+misused() { # prints a mistake on the command line and exits
   printf 'error: %s (bash run.sh --help)\n' "$*" >&2
   exit 2
 }
 
-list() { # "a, b, c" from a b c
+list() { # prints "a, b, c" for the words a b c
   local joined
   joined=$(printf '%s, ' "$@")
   echo "${joined%, }"
@@ -65,9 +65,9 @@ contains() { # is the first word among the others?
   return 1
 }
 
-gpus() { # how many this process may use; 0 without a working driver
+gpus() { # prints the number of GPUs that this process may use; 0 without a working driver
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    # shellcheck disable=SC2086  # a list to be split; -1 hides all
+    # shellcheck disable=SC2086  # a list that has to be split; -1 hides all GPUs
     (IFS=,; set -- ${CUDA_VISIBLE_DEVICES#-1}; echo $#)
   else
     (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true
@@ -101,16 +101,16 @@ check_switches() {
   presets=("${presets[@]%.yaml}")
   contains "$preset" "${presets[@]}" || misused "unknown preset $preset; presets are $(list "${presets[@]}")"
   contains "$stage" all "${stages[@]}" || misused "unknown stage $stage; stages are $(list all "${stages[@]}")"
-  contains "$use" single ddp || misused "unknown --use $use; it is one of single, ddp"
+  contains "$use" single ddp || misused "--use should be single or ddp, found $use"
   [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
   if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp"; fi
   if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
-    misused "what follows -- goes to one script; name its stage with --stage: one of $(list "${stages[@]:1}")"
+    misused "arguments after -- go to one script; name its stage with --stage: one of $(list "${stages[@]:1}")"
   fi
 }
 
-# Runs a command with the terminal's input and Ctrl-C, and hands a SIGTERM on to it: training saves before it ends.
-# Plainly in the foreground it would not get one, as bash acts on a signal only after its command has ended.
+# Runs a command with the terminal's input and Ctrl-C, and passes SIGTERM on to it, because training saves before it ends.
+# A command in the foreground would not get the signal: bash handles a signal only after its command has ended.
 execute() {
   if [ -n "$dry_run" ]; then
     show "$@"
@@ -122,24 +122,26 @@ execute() {
   (trap - INT TERM; exec "$@") <&0 &
   child=$!
   wait "$child" || status=$?
-  while kill -0 "$child" 2>/dev/null; do # it was the signal that ended the wait, not the child
+  while kill -0 "$child" 2>/dev/null; do # the child still runs: a signal ended the wait
     status=0
     wait "$child" || status=$?
   done
   return "${stopped:-$status}"
 }
 
-show() { # a command as one could type it
+show() { # prints a command with quotes, so that it can be typed again
   local line
   line=$(printf '%q ' "$@")
   echo "${line% }"
 }
 
-script() { # a script of the pipeline with the preset's config
+script() { # runs a script with the preset's config
   execute "$py" "$1" --config "$config" "${@:2}" ${extra[@]+"${extra[@]}"}
 }
 
-train() { # a training script, by itself or in processes of torchrun (as a module: its script fails in a path with spaces)
+# Runs a training script in one process, or in several with torchrun. torchrun is called as a module, because its script
+# fails in a path with spaces.
+train() {
   if [ "$use" = single ]; then
     script "$1" --train.backend single
   else
@@ -161,7 +163,7 @@ run_stage() {
   esac
 }
 
-chat() { # ends this script: the chat gets the terminal and its signals for itself
+chat() { # replaces this script by the chat, which then gets the terminal and its signals
   local command=("$py" eval.py --config "$config" ${extra[@]+"${extra[@]}"})
   if [ ${#extra[@]} -eq 0 ] && ! { [ -t 0 ] && [ -t 1 ]; }; then command+=(--demo true); fi
   if [ -n "$dry_run" ]; then show "${command[@]}" && exit; fi
@@ -169,10 +171,10 @@ chat() { # ends this script: the chat gets the terminal and its signals for itse
   exec "${command[@]}"
 }
 
-# A stage is stamped with what it was made from: the preset's file and the stamp of the stage before it, which holds date and
-# process and so changes whenever that stage ran. Code is not among it: a changed comment must not retrain a model, and a stage
-# can be asked for by name. A key that differs costs seconds, not the work: every script compares its own section and inputs,
-# and returns at once if its output stands. The stamps are there to save starting Python six times.
+# A finished stage has a stamp file with a key: a checksum of the preset's file and of the previous stage's stamp, which holds
+# a date and a process number and so changes whenever that stage ran. The code is not part of the key: a changed comment
+# must not retrain a model, and --stage repeats a stage. A changed key costs seconds, because every script compares its own
+# section and inputs and returns at once if its output is complete. Stamps only avoid starting Python six times.
 key_of() {
   local name before=''
   for name in "${stages[@]}"; do
@@ -182,7 +184,7 @@ key_of() {
   { cat "$config" "$stamps/$before" 2>/dev/null || true; } | cksum | tr ' ' '-'
 }
 
-is_done() { # stamped with the present key, and nobody has removed the output
+is_done() { # has the stage a stamp with the present key, and does its output exist?
   local output key=''
   case $1 in
     tokenizer) output=$data/tokenizer ;;
@@ -194,7 +196,7 @@ is_done() { # stamped with the present key, and nobody has removed the output
   [ -e "$output" ] && [ "$key" = "$(key_of "$1")" ]
 }
 
-# Runs a stage under a header and writes down what it took: also when it stops, for it will go on from there.
+# Runs a stage, prints a header before it, and writes down its time, also if it stops, because it will continue from there.
 work_on() {
   local name=$1 key=$2 status=0 started=$SECONDS
   echo "${dry_run:+# }== $name (preset $preset)"
@@ -203,30 +205,31 @@ work_on() {
   note_time "$name" $((SECONDS - started)) "$status" "$key"
   case $status in
     0) ;;
-    130 | 143) printf 'stopped in stage %s; the same command goes on from there\n' "$name" >&2 ;;
-    *) printf 'error: stage %s ended with status %s (details above); mend that and the same command goes on\n' "$name" "$status" >&2 ;;
+    130 | 143) printf 'stopped in stage %s; repeat the command to continue\n' "$name" >&2 ;;
+    *) printf 'error: stage %s ended with status %s (details above); fix the cause, then repeat the command to continue\n' "$name" "$status" >&2 ;;
   esac
   if [ "$status" -ne 0 ]; then exit "$status"; fi
 }
 
-make() { # a stage and its stamp
+make() { # runs a stage unless it is done, and writes its stamp
   local name=$1 key
   if [ "$stage" = all ] && is_done "$name"; then
     echo "${dry_run:+# }== $name: done earlier"
     return
   fi
-  key=$(key_of "$name") # before the work: the config may be edited meanwhile
-  if [ ${#extra[@]} -gt 0 ]; then key=none; fi # not the preset's result: the next whole run has to look at it
+  key=$(key_of "$name") # computed before the work, because the config may be edited during it
+  if [ ${#extra[@]} -gt 0 ]; then key=none; fi # not the result of the preset: the next whole run has to check it
   if [ -z "$dry_run" ]; then rm -f "$stamps/$name"; fi
   work_on "$name" "$key"
   if [ -z "$dry_run" ]; then echo "$key $(date '+%Y-%m-%dT%H:%M:%S') $$" >"$stamps/$name"; fi
 }
 
-note_time() { # name, seconds, status, key; what took under a second leaves no row
+note_time() { # appends name, seconds, status and key to the table of times; no row for less than a second
   if [ "$2" -gt 0 ]; then printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$(date '+%Y-%m-%dT%H:%M:%S')" "$4" >>"$times"; fi
 }
 
-seconds_of() { # wall seconds of a stage with its present key: of the calls that were stopped and the first that completed it
+# Prints the wall time of a stage with its present key: the sum over all calls up to the first that completed it.
+seconds_of() {
   local name seconds status key sum=0 present
   present=$(key_of "$1")
   while IFS=$'\t' read -r name seconds status _ key; do
@@ -248,16 +251,16 @@ print_times() {
   printf '%-12s %8d   (calls are listed in %s)\n\n' total "$total" "$times"
 }
 
-writes() { # does what is asked for write where another run would?
+writes() { # does this call write to files that another run would write, too?
   ! contains "$stage" setup eval chat
 }
 
-check_lock() { # two runs that write to the same folders would spoil each other's work
+check_lock() { # fails if another run writes to the same folders, because both results would be damaged
   local holder
   holder=$(cat "$lock" 2>/dev/null || true)
   if [ -n "$holder" ] && [ "$holder" != $$ ] && kill -0 "$holder" 2>/dev/null; then
-    fail "process $holder is at work on preset $preset: wait for it or stop it (kill $holder);" \
-      "if that is another program's number by now, remove $lock"
+    fail "process $holder is running preset $preset: wait for it or stop it (kill $holder);" \
+      "if that process is another program, remove $lock"
   fi
 }
 
@@ -280,10 +283,11 @@ go_background() {
   fi
   check_lock
   "${command[@]}" >>"$log" 2>&1 </dev/null &
-  if writes; then echo $! >"$lock"; fi # nohup keeps its number; a second call must not have to wait for bash to start
-  echo "at work as process $!"
+  # Lock now, for a second call may come before the new bash has started; nohup keeps the process number.
+  if writes; then echo $! >"$lock"; fi
+  echo "running as process $!"
   echo "  follow it:  tail -f $(show "$log")"
-  echo "  stop it:    kill $!   (the same command goes on from there)"
+  echo "  stop it:    kill $!   (repeat the command to continue)"
 }
 
 main() {
@@ -301,10 +305,10 @@ main() {
   stopped='' child=''
   trap 'stopped=130' INT # the terminal sends Ctrl-C to the child as well
   trap 'stopped=143; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
-  export PYTHONUNBUFFERED=1 # a log shows what happens now
-  export PYTHONUTF8=1 # in the C locale torch itself fails where its path is Chinese
-  # By default OpenMP's threads spin while they wait for one another; beside any other busy program, that one then waits for
-  # a thread which cannot run because of the other's spinning, and training was seen seven times slower.
+  export PYTHONUNBUFFERED=1 # so that a log shows each line at once
+  export PYTHONUTF8=1 # in the C locale, torch fails if its path has Chinese characters
+  # By default, OpenMP threads keep a core busy while they wait for each other. Beside another busy program, they then wait
+  # for a thread that gets no core, and training was measured to be seven times slower.
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
   if [ -z "$dry_run" ] && writes; then take_lock; fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make .venv and install the pinned requirements into it. run.sh and test.sh call this; by hand:
+# Make .venv and install the pinned requirements into it. run.sh and test.sh call this script; to call it yourself:
 #
-#   bash setup.sh          what training and chatting need (requirements.txt)
-#   bash setup.sh --dev    what the test suite needs besides (requirements-dev.txt)
+#   bash setup.sh          packages for training and chatting (requirements.txt)
+#   bash setup.sh --dev    also packages for the test suite (requirements-dev.txt)
 #
-# A second call finds everything in place and returns at once.
-# PYTHON=/path/to/python3.12 picks the interpreter; TORCH_ALLOW_PYPI=1 allows PyPI's torch where no CPU build is found.
+# A second call returns at once if nothing changed.
+# PYTHON=/path/to/python3.12 selects the interpreter; TORCH_ALLOW_PYPI=1 allows PyPI's torch if no CPU build is available.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -22,7 +22,7 @@ is_recent() { # does this interpreter run, and is it at least Python 3.10?
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
-find_python() { # prints the path of the first interpreter that will do
+find_python() { # prints the path of the first interpreter that is recent enough
   local candidate version found='' candidates=(python3 python python3.13 python3.12 python3.11 python3.10)
   if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
   for candidate in "${candidates[@]}"; do
@@ -33,7 +33,7 @@ find_python() { # prints the path of the first interpreter that will do
     version=$("$candidate" --version 2>&1 | grep -o 'Python [0-9.]*') && found+=", $candidate which is $version"
   done
   found=${found#, }
-  fail "Python 3.10 or newer is needed, found ${found:-none}; install one, or name it: PYTHON=/path/to/python3.12 bash run.sh"
+  fail "expected Python 3.10 or newer, found ${found:-none}; install it, or give its path: PYTHON=/path/to/python3.12 bash run.sh"
 }
 
 have_uv() { uv --version >/dev/null 2>&1; }
@@ -43,25 +43,26 @@ make_venv() {
   python=$(find_python)
   rm -rf .venv
   if have_uv; then
-    uv venv --quiet --seed --python "$python" .venv || fail "uv could not make .venv with $python (its words are above)"
+    uv venv --quiet --seed --python "$python" .venv || fail "uv could not make .venv with $python (details above)"
   elif "$python" -c 'import venv, ensurepip' 2>/dev/null; then
-    "$python" -m venv .venv || fail "$python could not make .venv (its words are above)"
+    "$python" -m venv .venv || fail "$python could not make .venv (details above)"
   else
-    fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv) and call the same command again"
+    fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv), then repeat the command"
   fi
 }
 
-# uv where it is on PATH, many times faster; else pip. Pip too where uv fails: pip.conf (mirrors, certificates) is unknown to uv.
+# Installs with uv if it is on PATH, because it is many times faster; else, or if uv fails, with pip: uv does not read pip.conf
+# (mirrors, certificates).
 install() {
   if have_uv; then
     uv pip install --python "$py" "$@" && return
-    echo "uv could not install that; trying pip" >&2
+    echo "uv could not install these packages; trying pip" >&2
   fi
   "$py" -m pip --version >/dev/null 2>&1 || "$py" -m ensurepip >/dev/null || return
   "$py" -m pip install "$@"
 }
 
-torch_installed() { # the pinned version; where there is a GPU, any build of it but the CPU one
+torch_installed() { # is the pinned version installed? With a GPU, its CPU build does not count
   local info
   for info in .venv/lib/python*/site-packages/torch-"$torch_version"*.dist-info; do
     if [ -d "$info" ] && { [ "$torch_build" = cpu ] || [[ "$info" != *+cpu.dist-info ]]; }; then return 0; fi
@@ -69,39 +70,39 @@ torch_installed() { # the pinned version; where there is a GPU, any build of it 
   return 1
 }
 
-# The CPU build comes from the folder that find-links names, if it is there, else from PyTorch's index. It is installed without
-# its dependencies, which requirements.txt pins: so only one index takes part, and no CUDA library can slip in.
+# Installs the CPU build from the find-links folder if it is there, else from PyTorch's index. It is installed without its
+# dependencies, which requirements.txt pins, so that only one index is used and no CUDA library is installed.
 install_torch() {
   local cpu="torch==$torch_version+cpu"
   if [ "$torch_build" = cpu ]; then
     if install --no-deps --no-index "$cpu" >/dev/null 2>&1; then return; fi
     if install --no-deps --index-url "$cpu_index" "$cpu"; then return; fi
     [ "${TORCH_ALLOW_PYPI:-0}" = 1 ] ||
-      fail "no CPU build of torch $torch_version for Python $python_version was found in find-links or at $cpu_index" \
-        "(details above); mend the network, or allow PyPI's build and its CUDA libraries, several GB: TORCH_ALLOW_PYPI=1 bash run.sh"
+      fail "no CPU build of torch $torch_version for Python $python_version in find-links or at $cpu_index" \
+        "(details above); check the network, or allow PyPI's build with several GB of CUDA libraries: TORCH_ALLOW_PYPI=1 bash run.sh"
   fi
-  # by itself ==2.13.0 is satisfied by a 2.13.0+cpu from before the driver came
+  # ==2.13.0 alone would accept a 2.13.0+cpu that was installed before the GPU driver
   install -c requirements.txt "torch==$torch_version,!=$torch_version+cpu" ||
     fail "torch $torch_version could not be installed for Python $python_version (details above);" \
-      "mend that and call the same command again"
+      "fix the cause, then repeat the command"
 }
 
-# A set-up is up to date when the stamp holds word for word what would be installed: interpreter, torch and pins.
+# The set-up is up to date if the stamp file holds exactly the present versions of Python and torch and the present pins.
 up_to_date() {
   [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$torch_version $torch_build $python_version"$'\n'"$(cat "$1")" ]
 }
 
 install_requirements() {
-  install -r "$1" || fail "$1 could not be installed (details above); mend that and call the same command again"
+  install -r "$1" || fail "$1 could not be installed (details above); fix the cause, then repeat the command"
   "$py" -c 'import platform, torch; print(f"installed: Python {platform.python_version()}, torch {torch.__version__}")' ||
-    fail "torch was installed but cannot be imported (details above); remove .venv and call the same command again"
+    fail "torch was installed but cannot be imported (details above); remove .venv, then repeat the command"
   printf '%s\n' "$torch_version $torch_build $python_version" "$(cat "$1")" >".venv/installed-$1"
 }
 
-# uv has a variable of its own for the folders of local wheels, separated by commas where pip's are by spaces
+# uv has its own variable for folders of local wheels, separated by commas; pip's are separated by spaces
 if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"; fi
 
-torch_build=ordinary # PyPI's: CUDA on Linux, Metal on macOS
+torch_build=ordinary # the build on PyPI: CUDA on Linux, Metal on macOS
 if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then torch_build=cpu; fi
 
 is_recent "$py" || make_venv
@@ -111,7 +112,7 @@ requirements=(requirements.txt)
 case "${1:-}" in
   --dev) requirements+=(requirements-dev.txt) ;;
   '') ;;
-  *) fail "setup.sh knows only --dev, found $1" ;;
+  *) fail "setup.sh expects --dev or no argument, found $1" ;;
 esac
 for file in "${requirements[@]}"; do
   if up_to_date "$file"; then continue; fi

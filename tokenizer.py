@@ -1,16 +1,19 @@
-"""Tokenizers: text <-> ids behind one interface, whatever file the vocabulary came from.
+"""Tokenizers: convert text to ids and back, with one interface for all files of vocabularies.
 
-- `.model`: SentencePiece BPE, ours, LLaMA's and ChatGLM2's.
-- `tokenizer.json`: any byte-level or SentencePiece-style BPE of the `tokenizers` library (Llama 3, Qwen, SmolLM).
+- `.model`: SentencePiece BPE (ours, LLaMA's, ChatGLM2's).
+- `tokenizer.json`: byte-level or SentencePiece-style BPE of the `tokenizers` library (Llama 3, Qwen, SmolLM).
 
-Three promises hold for all of them. Special tokens written in a text are text: `encode("</s>")` never gives the id
-of `</s>`, so nobody can end a turn from inside it. `id_to_bytes` is exact: over `encode(text)` the bytes join to the
-text again, so a streamer can hold back half a character and a loss can be counted in bits per byte. And `save` writes
-a directory from which transformers reads the same ids.
+All tokenizers guarantee three things:
 
-Bytes and text are those the model sees: after its normalisation (NFC, NFKC, spaces dropped), where it has one; with a
-space before every text, if it has a `dummy_prefix` (LLaMA, ChatGLM2); without characters it does not know and cannot
-spell in bytes; and with a space for U+2581, because that is how SentencePiece writes one.
+- Special tokens written in a text are text: `encode("</s>")` never returns the id of `</s>`, so that a user's text
+  cannot end a turn.
+- `id_to_bytes` is exact: the bytes of `encode(text)` join to the text again. A streamer can therefore hold back half a
+  character, and a loss can be measured in bits per byte.
+- `save` writes a directory from which transformers reads a tokenizer with the same ids.
+
+"Text" above means the text that the model sees: after its normalisation (NFC, NFKC, spaces removed), if it has one;
+with a space at the beginning, if it has a `dummy_prefix` (LLaMA, ChatGLM2); without characters that it does not know
+and cannot write as bytes; and with a space for U+2581, which SentencePiece uses as its sign for a space.
 """
 
 from __future__ import annotations
@@ -30,23 +33,23 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import AddedToken, decoders, models, normalizers
 
-SPACE = "\u2581"  # SentencePiece's written form of a space
-MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-TEMPLATES = Path(__file__).parent / "chat" / "templates"
-SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # as tokenizer_config.json calls them
-# ChatGLM2 puts five pieces behind the SentencePiece model; nothing but its size tells its file from another's.
+SPACE = "\u2581"  # SentencePiece's sign for a space
+MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # special tokens of our chat template
+SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # keys of tokenizer_config.json
+# ChatGLM2 adds five pieces after those of its SentencePiece model. Only the size of the model identifies its file.
 CHATGLM2_PIECES = 64789
 CHATGLM2_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
 class Tokenizer:
-    """Text <-> ids; `load_tokenizer` makes one. Subclasses read a kind of file.
+    """Text to ids and back. `load_tokenizer` returns one; each subclass reads one kind of file.
 
-    Attributes: `vocab_size` (ids are below it); `bos_id`, `eos_id`, `pad_id`, `unk_id` (int, or None where the model
-    has none); `special` (piece -> id; text never gives one, unless it is unknown); `strips` (special tokens that take
-    white space beside them: whether to the left, whether to the right); `dummy_prefix` (the model puts a space before
-    every text and `decode` takes it away); `chat_template` (what came in its directory and `save` writes: a Jinja text,
-    several by name, or None, for which `save` writes our own if the vocabulary has its markers).
+    vocab_size: number of ids
+    bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
+    special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
+    strips: special tokens that remove white space beside them -> (on the left, on the right)
+    dummy_prefix: whether the model puts a space before every text, which `decode` removes
+    chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
     """
 
     def __init__(self, pieces: list[bytes], special: dict[str, int], ids: Iterable[int | None]) -> None:
@@ -55,35 +58,33 @@ class Tokenizer:
         self.special = special
         self.chat_template: Any = None
         self.strips: dict[str, tuple[bool, bool]] = {}
-        self._pieces = pieces  # id -> the bytes it stands for
+        self._pieces = pieces  # id -> its bytes
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         self._special_names = {i: piece for piece, i in special.items()}
         self.dummy_prefix = b"".join(map(self.id_to_bytes, self.encode("a"))).startswith(b" ")
-        if forged := [piece for piece, i in special.items() if i != self.unk_id and i in self.encode(piece)]:
-            raise ValueError(f"this tokenizer's model reads {', '.join(forged)} in plain text as special tokens")
+        if unsafe := [piece for piece, i in special.items() if i != self.unk_id and i in self.encode(piece)]:
+            raise ValueError(f"this tokenizer's model reads {', '.join(unsafe)} in plain text as special tokens")
 
     def encode(self, text: str, follows_special: bool = False) -> list[int]:
-        """Ids of plain text, without bos or eos. Raises ValueError for a lone surrogate, which has no UTF-8 form.
+        """Return the ids of plain text, without bos or eos. Raises ValueError for a lone surrogate (no UTF-8 form).
 
-        `follows_special`: it comes after a special token; some vocabularies put their space before the first text only.
+        follows_special: the text comes after a special token. Some vocabularies put a space before the first text only.
         """
         try:
             return self._encode(text, follows_special)
-        except (RuntimeError, TypeError):  # what the libraries say of it
-            text.encode()  # names the character
+        except (RuntimeError, TypeError):  # raised by the libraries for a surrogate
+            text.encode()  # raises UnicodeEncodeError, a ValueError, which names the character
             raise
 
     def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
-        """The ids of `encode`, and of each the characters of `text` it stands for: (n, 2) int64 of starts and stops."""
+        """Return the ids of `encode` and the characters of `text` that each covers: (n, 2) int64, start and stop."""
         raise NotImplementedError
 
     def save(self, directory: str | Path) -> None:
-        """Write what `load_tokenizer` and transformers read the same ids from; ValueError as in `to_tokenizers`."""
+        """Write a directory for `load_tokenizer` and transformers; raises ValueError as `to_tokenizers` does."""
         config, files = self._files()
         if self.chat_template:
             config["chat_template"] = self.chat_template
-        elif all(marker in self.special for marker in MARKERS):
-            config["chat_template"] = (TEMPLATES / "ours.jinja").read_text(encoding="utf8").rstrip("\n")
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -93,49 +94,55 @@ class Tokenizer:
         raise NotImplementedError
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What goes into tokenizer_config.json, and the other files by name."""
+        """Return the content of tokenizer_config.json, and the other files by name."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 come as U+FFFD. Special tokens are left out or written by name."""
+        """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8.
+
+        skip_special: leave out special tokens; False writes their names.
+        """
         raw = (self.id_to_bytes(i) or ("" if skip_special else self._special_names.get(i, "")).encode() for i in ids)
         text = b"".join(raw).decode("utf8", errors="replace")
         return text[1:] if self.dummy_prefix and text.startswith(" ") else text
 
     def id_to_bytes(self, i: int) -> bytes:
-        """The bytes that one id stands for, perhaps half a character; b"" for special tokens."""
+        """Return the bytes of one id, which may be a part of a character; b"" for special tokens."""
         if not 0 <= i < self.vocab_size:
-            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size} ids")
         return self._pieces[i]
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: the number of UTF-8 bytes each id stands for, 0 for special tokens."""
+        """Return the number of UTF-8 bytes of each id, (vocab_size,) int64; 0 for special tokens."""
         return self._lengths.copy()
 
     def special_names(self) -> dict[str, str]:
-        """The names of bos, eos, pad and unk, as far as there are, under the keys of tokenizer_config.json."""
+        """Return the names of those of bos, eos, pad and unk that exist, under the keys of tokenizer_config.json."""
         ids = zip(SPECIAL_KEYS, (self.bos_id, self.eos_id, self.pad_id, self.unk_id))
         return {key: self._special_names[i] for key, i in ids if i in self._special_names}
 
     def special_id(self, piece: str) -> int | None:
-        """The id of a special token by its name, None when there is no such special token."""
+        """Return the id of a special token by its name, None if there is no such special token."""
         return self.special.get(piece)
 
     def sha256(self) -> str:
-        """Hex identity of what the ids mean (the bytes and names of all of them), the same for every file format."""
+        """Return the hex SHA-256 of the bytes and names of all ids; the same for every file format."""
         table = [(self._special_names.get(i), piece) for i, piece in enumerate(self._pieces)]
         return hashlib.sha256(repr(table).encode()).hexdigest()
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`, given as its bytes; `name` is for messages. Raises ValueError when it is none."""
+    """A tokenizer from the bytes of a SentencePiece `.model`; `name` is used in errors.
+
+    Raises ValueError when the bytes are not such a model.
+    """
 
     def __init__(self, model: bytes, name: str | Path = "the model") -> None:
         proto = ModelProto()
         with contextlib.suppress(DecodeError):
             proto.ParseFromString(model)
-        if not proto.HasField("normalizer_spec"):  # the last of its parts: a file cut short may still parse
-            raise ValueError(f"{name} is not a SentencePiece model (damaged, cut short, or a git-lfs pointer)")
+        if not proto.HasField("normalizer_spec"):  # the last field of the file: a truncated file may still parse
+            raise ValueError(f"{name} is not a SentencePiece model (damaged, truncated, or a git-lfs pointer)")
         special = {p.piece: i for i, p in enumerate(proto.pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
         table = [b"" if p.piece in special else _piece_bytes(p.piece, p.type == p.BYTE) for p in proto.pieces]
         self._processor = sp = SentencePieceProcessor(model_proto=model)
@@ -150,12 +157,13 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
-        # By the bytes of the pieces: exact for every model that leaves the text as it is, as all chat models do.
+        # Count the bytes of the pieces: exact for every model that does not normalise the text; no chat model does.
         ids = self.encode(text)
         raw = np.frombuffer(text.encode(), np.uint8)
-        char_of = np.cumsum((raw & 0xC0) != 0x80) - 1  # (bytes,): those that go on with a character are 10xxxxxx
+        char_of = np.cumsum((raw & 0xC0) != 0x80) - 1  # (bytes,) index of its character; 10xxxxxx continues one
         lengths = self._lengths[ids]
-        stops = np.cumsum(lengths) - self.dummy_prefix
+        stops = np.cumsum(lengths) - self.dummy_prefix  # (n,) end of each token in bytes, without the added space
+        # first and last byte of each token; clipped, because the added space has no byte in the text
         first, last = (np.clip(at, 0, len(raw) - 1) for at in (stops - lengths, stops - 1))
         return ids, np.stack((char_of[first], char_of[last] + 1), axis=1)
 
@@ -166,28 +174,28 @@ class SentencePieceTokenizer(Tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        # By this, load_tokenizer takes the .model, which is faster, for as long as the two say the same.
+        # load_tokenizer compares this hash and reads the .model, which is faster, if tokenizer.json is unchanged.
         config["tokenizer_model_of"] = hashlib.sha256(same).hexdigest()
         return config, {"tokenizer.model": model, "tokenizer.json": same}
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; bos, eos, pad and the chat template come from `tokenizer_config.json` beside it."""
+    """A tokenizer from a `tokenizer.json`, with bos, eos and pad from the `tokenizer_config.json` beside it."""
 
     def __init__(self, path: Path) -> None:
         self._json = path.read_text(encoding="utf8")
         self._config = _read_config(path.parent)
         model = path.with_name("tokenizer.model")
-        self._model = model.read_bytes() if model.is_file() else None  # kept for those who want it, such as llama.cpp
+        self._model = model.read_bytes() if model.is_file() else None  # only copied by `save`, for llama.cpp and others
         try:
             self._backend = tokenizers.Tokenizer.from_str(self._json)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}") from None
-        self._backend.encode_special_tokens = True  # special tokens in a text are text
+        self._backend.encode_special_tokens = True  # encode special tokens in a text as text
         self._backend.no_truncation()
         self._backend.no_padding()
         if not isinstance(self._backend.model, models.BPE):
-            raise ValueError(f"{path} holds a {type(self._backend.model).__name__} model: only BPE is known here")
+            raise ValueError(f"{path}: expected a BPE model, found {type(self._backend.model).__name__}")
         vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
@@ -206,11 +214,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend.encode_special_tokens = True  # which pickling forgets
+        self._backend.encode_special_tokens = True  # pickling loses this setting
         self._following = self._backend_after_special()
 
     def _backend_after_special(self) -> tokenizers.Tokenizer:
-        """The same for text that follows a special token: there, a "first" space does not come."""
+        """Return the backend for text after a special token: without the space that "first" puts before a text."""
         settings = json.loads(self._json)
         split = settings["pre_tokenizer"] or {}
         spaces = [step for step in split.get("pretokenizers", [split]) if step.get("prepend_scheme") == "first"]
@@ -241,10 +249,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a directory, a `.model` file or a `tokenizer.json`.
+    """Load the tokenizer from a directory, a `.model` file or a `tokenizer.json`.
 
-    Of a directory with both, `tokenizer.json` counts, as for transformers: it may hold tokens added later.
-    Raises FileNotFoundError when there is none, ValueError when it is damaged or of a kind not known here.
+    In a directory with both files, `tokenizer.json` decides, as in transformers: it may contain tokens added later.
+    Raises FileNotFoundError if there is no tokenizer, ValueError if it is damaged or of an unknown kind.
     """
     path = Path(path)
     if path.is_dir():
@@ -253,7 +261,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if model.is_file() and (not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() == written_for):
             path = model
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path} (nor a .model there); train one with train_tokenizer.py")
+        raise FileNotFoundError(f"{path}: no such tokenizer (and no .model there); train one with train_tokenizer.py")
     is_json = path.suffix == ".json"
     tokenizer = HuggingFaceTokenizer(path) if is_json else SentencePieceTokenizer(path.read_bytes(), path)
     tokenizer.chat_template = _read_config(path.parent).get("chat_template")
@@ -261,7 +269,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` and the files older and newer writers put beside it, special tokens by name or None."""
+    """Read `tokenizer_config.json` and the files that older and newer versions of transformers write beside it.
+
+    Special tokens come as their names, or None.
+    """
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
@@ -279,10 +290,10 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
 
 
 def _bytes_of_decoder(decoder: dict[str, Any] | None, path: Path) -> Callable[[str], bytes]:
-    """The function from a piece to its bytes that a `tokenizer.json`'s decoder stands for."""
+    """Return the function from a piece to its bytes, according to the decoder in a `tokenizer.json`."""
     kinds = {step["type"] for step in (decoder.get("decoders", [decoder]) if decoder else [])}
     if "ByteLevel" in kinds:
-        # GPT-2's bytes_to_unicode: printable Latin-1 stands for itself, the other bytes for U+0100 onwards in order.
+        # GPT-2's bytes_to_unicode: a printable Latin-1 byte is that character, the others are U+0100 and following.
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         byte_of = {chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
         byte_of |= {chr(b): b for b in printable}
@@ -290,28 +301,31 @@ def _bytes_of_decoder(decoder: dict[str, Any] | None, path: Path) -> Callable[[s
     if kinds & {"Metaspace", "ByteFallback"}:
         byte = re.compile(r"<0x[0-9A-F]{2}>" if "ByteFallback" in kinds else r"(?!)")
         return lambda piece: _piece_bytes(piece, byte.fullmatch(piece) is not None)
-    raise ValueError(f"{path} decodes with {kinds or 'nothing'}: it is neither byte-level nor SentencePiece-style")
+    names = ", ".join(sorted(kinds)) or "none"
+    raise ValueError(f"{path}: expected a decoder ByteLevel, Metaspace or ByteFallback, found {names}")
 
 
 def to_tokenizers(proto: ModelProto, special: dict[str, int]) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE model as one of the `tokenizers` library, with the same ids for every text.
+    """Convert a SentencePiece BPE model to a tokenizer of the `tokenizers` library with the same ids for every text.
 
-    SentencePiece joins, of all neighbours that together are a piece, the pair with the best score, the leftmost first;
-    a merge table says the same when it lists every pair of pieces that joins to a piece, in the order of that piece's
-    score. (Of NFKC and its like, the library drops a combining mark after a ligature, and SentencePiece does not.)
-    Raises ValueError for what cannot be said so: unigram models, user-defined pieces, spaces as suffixes.
+    SentencePiece repeatedly joins the two neighbours whose joined piece has the best score, leftmost first. A merge
+    table does the same if it lists every pair of pieces that join to a piece, sorted by that piece's score.
+    (One difference: with NFKC, the library drops a combining mark after a ligature; SentencePiece keeps it.)
+    Raises ValueError for models that a merge table cannot express: unigram, user-defined pieces, spaces as suffixes.
     """
     spec, norm = proto.trainer_spec, proto.normalizer_spec
     odd = spec.treat_whitespace_as_suffix or any(p.type == p.USER_DEFINED for p in proto.pieces)
     if spec.model_type != TrainerSpec.BPE or odd or not norm.escape_whitespaces:
         raise ValueError("only SentencePiece BPE models without user-defined pieces can be written as tokenizer.json")
     score = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
+    # merge table: all ways to split each piece into two pieces, best score first
     pairs = [(w[:i], w[i:]) for w in score for i in range(1, len(w)) if w[:i] in score and w[i:] in score]
     pairs.sort(key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0])))
     vocab = {p.piece: i for i, p in enumerate(proto.pieces)} | special
     unk = next(p.piece for p in proto.pieces if p.type == p.UNKNOWN)
     model = models.BPE(vocab, pairs, unk_token=unk, byte_fallback=spec.byte_fallback, fuse_unk=True)
     tokenizer = tokenizers.Tokenizer(model)
+    # normalisation as SentencePiece does it: character map, spaces removed, space added in front, spaces escaped
     steps = [normalizers.Precompiled(norm.precompiled_charsmap)] if norm.precompiled_charsmap else []
     if norm.remove_extra_whitespaces:
         steps += [normalizers.Replace(tokenizers.Regex(old), new) for old, new in ((r"\A +| +\z", ""), (" {2,}", " "))]
@@ -319,7 +333,7 @@ def to_tokenizers(proto: ModelProto, special: dict[str, int]) -> tokenizers.Toke
     tokenizer.normalizer = normalizers.Sequence(steps)
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(back + [decoders.Strip(" ", 1, 0)] * norm.add_dummy_prefix)
-    # Pieces outside the model (ChatGLM2's) stay out of this list: transformers would find "sop" inside "philosophy".
+    # ChatGLM2's added pieces are not in this list: transformers would find "sop" inside the word "philosophy".
     inside = (piece for piece, i in special.items() if i < len(proto.pieces))
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in inside])
     return tokenizer

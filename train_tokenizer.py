@@ -19,6 +19,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 import corpora
 from bins.screen import screen
+from chat.template import TEMPLATES, read_template
 from cli.args import parse, run
 from cli.progress import Progress
 from cli.record import record_run
@@ -27,10 +28,10 @@ from tokenizer import MARKERS, SPACE, SentencePieceTokenizer, Tokenizer, load_to
 
 PAD = "<pad>"
 RESERVED = 4 + len(MARKERS) + 256  # <unk>, <s>, </s>, <pad>, our chat markers, the bytes
-MAX_LINE = 4000  # characters; SentencePiece drops longer lines than max_sentence_length bytes, so they are cut before
-WRITTEN = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "report.json", "config.yaml", "run.json")
+MAX_LINE = 4000  # characters; longer lines are cut, because SentencePiece drops those over max_sentence_length bytes
+OUTPUTS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "report.json", "config.yaml", "run.json")
 
-# What the report measures beside the held-out text of the corpus: everyday writing of four kinds.
+# Texts of four kinds on which the report measures a tokenizer, beside the held-out text of the corpus.
 SAMPLES = {
     "Chinese": (
         "清晨的集市已经热闹起来。卖豆腐的老人把木板一块块卸下，热气从棉布底下冒出来；隔壁的姑娘正在称新摘的黄瓜，顺手多添了一根。"
@@ -63,51 +64,52 @@ SAMPLES = {
 class Args(corpora.SourceArgs):
     """Train a SentencePiece BPE tokenizer on a corpus, or add the pieces of a corpus to another vocabulary (--merge).
 
-    It changes no character of a text and adds no space before it; what is not in the vocabulary is spelled in bytes,
-    digits stand alone, and no piece reaches over the end of a line. Held-out documents are never trained on.
+    Texts are not normalised and get no space in front. Characters outside the vocabulary are written as bytes, each
+    digit is a token of its own, and no piece contains the end of a line. Held-out documents are not trained on.
     """
 
     out: Path = Path("data/tiny/tokenizer")
-    """Directory to write: tokenizer.model, the same for transformers, report.json."""
+    """Directory to write: tokenizer.model, the same tokenizer for transformers, report.json."""
     vocab_size: int = 4800
     """Number of ids; 264 of them are special tokens and bytes."""
     character_coverage: float | None = None
-    """Share of the corpus's characters to have pieces, 0.98 to 1. None: what leaves an eighth of the ids to words."""
+    """Share of the text whose characters get ids, 0.98 to 1. None: at most 7/8 of the ids are characters, 1/8 words."""
     max_piece_length: int = 16
-    """The longest piece, in characters; 1 makes a character tokenizer."""
+    """Maximum length of a piece in characters; 1 makes a character tokenizer."""
     sample_bytes: int = 32 << 20
-    """Train on at most this much text, lines drawn evenly from the whole corpus; memory grows with it."""
+    """Maximum size of the training text in bytes, sampled evenly from the whole corpus. Memory grows with it."""
     held_out: float = 0.01
-    """Share of documents never trained on, chosen by the hash of their text as in data_process.py."""
+    """Share of documents that are not trained on, chosen by the hash of their text, as in data_process.py."""
     merge: Path | None = None
-    """A SentencePiece BPE .model (such as LLaMA's) to add the new pieces to; its own ids stay as they are."""
+    """SentencePiece BPE .model (such as LLaMA's) to which the new pieces are added; its own ids do not change."""
     compare: tuple[Path, ...] = ()
-    """Other tokenizers (directories, .model or tokenizer.json files) to show in the report."""
+    """Other tokenizers to compare in the report: directories, .model or tokenizer.json files."""
     seed: int = 0
-    """Seed of the draw of lines."""
+    """Random seed for the sample of lines."""
     threads: int = 2
-    """Threads of SentencePiece; the result does not depend on it."""
+    """Number of SentencePiece threads; the result does not depend on it."""
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Write the tokenizer to `args.out`; returns what report.json holds.
+    """Write the tokenizer to `args.out`; returns the content of report.json.
 
-    Raises ValueError when the corpus is empty or does not go with the vocabulary asked for.
+    Raises ValueError when the corpus is empty, or too large or too small for the size of the vocabulary.
     """
-    check(args)
+    check_arguments(args)
     base = read_base(args.merge) if args.merge else None
     others = {str(path): load_tokenizer(path) for path in (args.merge, *args.compare) if path}
     train, held_out, counts = read_sample(args)
     coverage = args.character_coverage or choose_coverage(train.lines, args.vocab_size)
     seconds = expected_seconds(train.bytes, args.vocab_size)
     size = f"{len(train.lines):,} lines, {train.bytes / 1e6:.1f} MB"
-    print(f"training {args.vocab_size} pieces on {size}: this takes about {seconds:.0f} s", flush=True)
+    print(f"training a vocabulary of {args.vocab_size} on {size}: about {seconds:.0f} s", flush=True)
     started = time.monotonic()
     model = train_model(train.lines, coverage, args)
     print(f"trained in {time.monotonic() - started:.1f} s")
     if base is not None:
         model = merge(base, model)
     tokenizer = SentencePieceTokenizer(model)
+    tokenizer.chat_template, _ = read_template(TEMPLATES / "ours.jinja")
     texts = SAMPLES | ({"held-out": "\n".join(held_out.lines)} if held_out.lines else {})
     report = {
         "vocab_size": tokenizer.vocab_size,
@@ -127,31 +129,31 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-def check(args: Args) -> None:
-    """Raise ValueError for arguments that cannot work, before anything is read."""
+def check_arguments(args: Args) -> None:
+    """Raise ValueError for arguments out of range, and for an --out that cannot be written, before any work."""
     if args.character_coverage is not None and not 0.98 <= args.character_coverage <= 1:
         raise ValueError(f"--character_coverage should be between 0.98 and 1, found {args.character_coverage}")
     for name in ("vocab_size", "max_piece_length", "sample_bytes", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} should be at least 1, found {getattr(args, name)}")
     if not 0 <= args.held_out < 1:
-        raise ValueError(f"--held_out is a share of the documents, at least 0 and below 1, found {args.held_out}")
+        raise ValueError(f"--held_out should be a share of at least 0 and below 1, found {args.held_out}")
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} should be a directory, and is a file")
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # found now, not after the training, that it cannot be
+        raise ValueError(f"--out {args.out} should be a directory, found a file")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
     if not os.access(args.out.parent, os.W_OK):
-        raise PermissionError(f"nothing can be written to {args.out.parent}; choose another --out")
-    if args.out.exists() and (strange := {path.name for path in args.out.iterdir()} - set(WRITTEN)):
+        raise PermissionError(f"--out {args.out}: no permission to write to {args.out.parent}; choose another --out")
+    if args.out.exists() and (others := {path.name for path in args.out.iterdir()} - set(OUTPUTS)):
         raise ValueError(
-            f"{args.out} holds what is not a tokenizer's ({', '.join(sorted(strange)[:3])}) and would be replaced; "
+            f"--out {args.out} would be replaced, but holds files of something else ({', '.join(sorted(others)[:3])}); "
             "choose another --out"
         )
 
 
 class Sample:
-    """Lines drawn evenly from a stream, in its order and in bounded memory.
+    """A random sample of the lines of a stream, in order, of at most `budget` bytes.
 
-    Each line is kept with the same probability `share`, which falls whenever more than `budget` bytes are held.
+    Each line is kept with the same probability, `share`, which falls whenever the sample exceeds the budget.
     """
 
     def __init__(self, budget: int, seed: int) -> None:
@@ -160,35 +162,39 @@ class Sample:
         self._kept: list[tuple[float, str]] = []
 
     def add(self, text: str) -> None:
-        """Offer every line of `text`."""
+        """Add each line of `text` to the sample with probability `share`."""
         for line in lines_of(text):
             draw = self._random.random()
             if draw >= self.share:
                 continue
             self._kept.append((draw, line))
             self.bytes += len(line.encode())
-            while self.bytes > self.budget:
+            while self.bytes > self.budget:  # a line stays if its own draw is below the new share
                 self.share *= 0.75
                 self._kept = [pair for pair in self._kept if pair[0] < self.share]
                 self.bytes = sum(len(line.encode()) for _, line in self._kept)
 
     @property
     def lines(self) -> list[str]:
+        """Lines of the sample, in the order of the stream."""
         return [line for _, line in self._kept]
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """The lines of a text without their ends, long ones cut."""
+    """Yield the lines of a text without line ends; lines longer than MAX_LINE come in pieces."""
     for line in text.split("\n"):
         yield from (line[i : i + MAX_LINE] for i in range(0, len(line), MAX_LINE))
 
 
 def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
-    """Lines to train on, lines of held-out documents for the report, and what was read."""
+    """Return a sample of lines to train on, one of held-out lines for the report, and the counts of documents.
+
+    Raises ValueError when there is no text to train on.
+    """
     train, held_out = Sample(args.sample_bytes, args.seed), Sample(1 << 18, args.seed)
     counts, first_bad = {"documents": 0, "held_out_documents": 0, "bad_records": 0}, ""
     batches = screen(corpora.read(args), min_chars=1, held_out=args.held_out, deduplicate=False)
-    with Progress("reading", "B", corpora.text_size(args)) as shown:
+    with Progress("reading", "B", corpora.text_size(args)) as bar:
         for batch in batches:
             counts["bad_records"] += len(batch.bad)
             for record in batch.bad[:1]:
@@ -196,15 +202,18 @@ def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
             for document in batch.documents:
                 counts["held_out_documents" if document.held_out else "documents"] += 1
                 (held_out if document.held_out else train).add(document.text)
-                shown.add(len(document.text.encode()))
+                bar.add(len(document.text.encode()))
     if not train.lines:
-        found = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in counts.items())
-        raise ValueError(f"there is no text to train on: {found}{first_bad}")
+        numbers = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in counts.items())
+        raise ValueError(f"no text to train on: {numbers}{first_bad}")
     return train, held_out, counts
 
 
 def choose_coverage(lines: list[str], vocab_size: int) -> float:
-    """The share of characters covered when seven eighths of the vocabulary are characters, 0.9995 at most."""
+    """Return the share of the text that the commonest characters cover if they fill 7/8 of the vocabulary.
+
+    Limited to 0.98 ... 0.9995.
+    """
     counts: Counter[str] = Counter()
     for line in lines:
         counts.update(line)
@@ -214,12 +223,15 @@ def choose_coverage(lines: list[str], vocab_size: int) -> float:
 
 
 def expected_seconds(n_bytes: int, vocab_size: int) -> float:
-    """About how long SentencePiece trains, as measured from 5 to 30 MB: to tell whether to wait or to have a coffee."""
+    """Return roughly how many seconds SentencePiece trains; the formula fits measurements with 5 to 30 MB of text."""
     return 1 + n_bytes / 1e6 * (0.06 + vocab_size / 36_000)
 
 
 def train_model(lines: list[str], coverage: float, args: Args) -> bytes:
-    """A SentencePiece model of `lines`, the same bytes for the same lines and settings."""
+    """Train a SentencePiece model on `lines` and return its bytes; the same lines and settings give the same bytes.
+
+    Raises ValueError when the vocabulary is too small or too large for the lines.
+    """
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -233,7 +245,7 @@ def train_model(lines: list[str], coverage: float, args: Args) -> bytes:
             pad_id=3,
             control_symbols=list(MARKERS),
             byte_fallback=True,
-            required_chars=SPACE,  # without it, a corpus without spaces would spell the escaped space in bytes
+            required_chars=SPACE,  # otherwise a corpus without spaces gives no id to the space
             split_digits=True,
             allow_whitespace_only_pieces=True,
             normalization_rule_name="identity",
@@ -243,48 +255,51 @@ def train_model(lines: list[str], coverage: float, args: Args) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise explained(str(error), coverage, args.vocab_size) from None
+        raise explain_error(str(error), coverage, args.vocab_size) from None
     proto = ModelProto.FromString(out.getvalue())
-    proto.trainer_spec.ClearField("num_threads")
+    proto.trainer_spec.ClearField("num_threads")  # the bytes should not depend on --threads
     return proto.SerializeToString(deterministic=True)
 
 
-def explained(error: str, coverage: float, vocab_size: int) -> Exception:
-    """SentencePiece's complaint about a vocabulary size as one sentence that says what would do."""
+def explain_error(error: str, coverage: float, vocab_size: int) -> Exception:
+    """Return SentencePiece's error about the size of a vocabulary as one sentence with a size that works."""
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         lower = ", or lower --character_coverage" if coverage > 0.98 else ""
         return ValueError(
-            f"--vocab_size {vocab_size} has no room for the characters of this corpus: to cover {coverage:.2%} of it "
-            f"takes {match[1]} ids at least; raise it{lower}"
+            f"--vocab_size {vocab_size} is too small: the characters that cover {coverage:.2%} of this corpus need "
+            f"at least {match[1]} ids; raise --vocab_size{lower}"
         )
     if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", error):
-        return ValueError(f"--vocab_size {vocab_size} is more than this corpus fills: at most {match[1]} here")
+        return ValueError(f"--vocab_size {vocab_size} is too large for this corpus: set it to at most {match[1]}")
     return RuntimeError(error)
 
 
 def read_base(path: Path) -> bytes:
-    """The file of a SentencePiece BPE model; of another type, scores are no order of merges. Raises ValueError."""
+    """Return the bytes of a SentencePiece BPE model.
+
+    Raises FileNotFoundError, and ValueError for other files and types; only in BPE models scores order the merges.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"--merge expects a SentencePiece .model file, and {path} is none")
+        raise FileNotFoundError(f"--merge {path}: no such file; expected a SentencePiece .model file")
     model = path.read_bytes()
-    SentencePieceTokenizer(model, path)  # refuses what is not a model at all
+    SentencePieceTokenizer(model, path)  # raises ValueError for a file that is no model
     if ModelProto.FromString(model).trainer_spec.model_type != TrainerSpec.BPE:
-        raise ValueError(f"--merge expects a SentencePiece BPE model, and {path} is of another type")
+        raise ValueError(f"--merge {path}: expected a SentencePiece BPE model, found another type")
     return model
 
 
 def merge(base: bytes, new: bytes) -> bytes:
-    """`base` with the chat markers, a pad token and the pieces of `new` that it lacks behind its own ids.
+    """Return the model `base` with a pad token, the chat markers and the pieces of `new` added after its own ids.
 
-    The new pieces score below all of the base's in their own order, so that a text is joined first as the base would
-    and then further.
+    The new pieces have lower scores than all pieces of `base`, in the order of `new`. A text is therefore first joined
+    as `base` joins it, and then further.
     """
     proto = ModelProto.FromString(base)
     known = {p.piece for p in proto.pieces}
     control = [] if any(p.piece == PAD for p in proto.pieces) else [PAD]
     for piece in [*control, *(marker for marker in MARKERS if marker not in known)]:
         proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.CONTROL)
-    # LLaMA gives its runs of spaces -1e9, where float32 cannot tell neighbours apart: those stay the last of all.
+    # LLaMA's runs of spaces have the score -1e9, where float32 cannot represent a difference of 1: they stay the last.
     lowest = min(p.score for p in proto.pieces if p.type == p.NORMAL and p.score > -(2**23))
     added = [p.piece for p in ModelProto.FromString(new).pieces if p.type == p.NORMAL and p.piece not in known]
     for n, piece in enumerate(added, start=1):
@@ -294,15 +309,15 @@ def merge(base: bytes, new: bytes) -> bytes:
 
 
 def compare(tokenizers: dict[str, Tokenizer], texts: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Characters per token of every text in every tokenizer; more is shorter."""
+    """Return the characters per token of every text in every tokenizer; a higher number means fewer tokens."""
     return {
-        name: {what: round(len(text) / len(tokenizer.encode(text)), 3) for what, text in texts.items()}
+        name: {kind: round(len(text) / len(tokenizer.encode(text)), 3) for kind, text in texts.items()}
         for name, tokenizer in tokenizers.items()
     }
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The report for a terminal."""
+    """Return the report as a table in text."""
     columns = list(next(iter(rows.values())))
     width = max(len(name) for name in [*rows, "characters per token"])
     head = "characters per token".ljust(width) + "".join(f"{column:>10}" for column in columns)

@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-NAMES = ("reference", "sdpa", "flash", "flex")  # the back-ends of backends.py; here for the argument parser
-Choice = Literal[("auto", *NAMES)]  # auto: the fastest that can do it
+NAMES = ("reference", "sdpa", "flash", "flex")  # keys of backends.BACKENDS; here for the argument parser, without torch
+Choice = Literal[("auto", *NAMES)]  # auto: the fastest back-end that can do the work

@@ -1,13 +1,15 @@
 """Scaled dot-product attention: one call, several back-ends that agree to rounding.
 
 `q` is (B, H, T, D); `k` and `v` are (B, K, S, D) with K dividing H: query head h reads key head h // (H/K)
-(grouped-query attention, Ainslie et al. 2023). What hides keys is said by a `Mask`; a query that may see nothing
-gets 0.
+(grouped-query attention, Ainslie et al. 2023). A `Mask` says which keys each query may see; the output of a query that
+sees none is 0.
 
-    reference   the formula as it is written; the fastest on a CPU in bfloat16 while rows are short
+    reference   the formula; the fastest on a CPU in bfloat16 while rows are short
     sdpa        PyTorch's fused kernels, everywhere
     flash       the flash-attn package: fp16 and bf16 on a CUDA GPU, packed documents without a T x T mask
     flex        PyTorch's flex_attention: the same on a GPU without flash-attn
+
+A new back-end is a file, a line in `BACKENDS` and its name in `attention.NAMES`.
 """
 
 from __future__ import annotations
@@ -28,36 +30,44 @@ __all__ = ["BACKENDS", "Mask", "ShiftedSparse", "attend", "check", "choose", "in
 
 
 class Backend(NamedTuple):
-    """layout(mask, T, S, device) makes of a mask what attend(q, k, v, mask, layout) takes."""
+    """The functions of one back-end."""
 
     layout: Callable[..., Any]
+    """layout(mask, T, S, device): the mask in the form that the kernel takes"""
     attend: Callable[..., torch.Tensor]
+    """attend(q, k, v, mask, layout): attention output (B, H, T, D)"""
+    is_fastest: Callable[..., bool] = lambda *case: False
+    """is_fastest(mask, T, S, head_dim, dtype, device): whether "auto" should choose it over SDPA"""
+    obstacle: Callable[..., str | None] = lambda *case: None
+    """obstacle(dtype, device, training): message about why it cannot run, or None"""
 
 
-BACKENDS = {
-    "reference": Backend(dense.layout, dense.reference),
+BACKENDS = {  # the first one that is fastest wins
+    "reference": Backend(dense.layout, dense.reference, dense.reference_is_fastest),
     "sdpa": Backend(dense.layout, dense.sdpa),
-    "flash": Backend(flash.layout, flash.attend),
-    "flex": Backend(flex.layout, flex.attend),
+    "flash": Backend(flash.layout, flash.attend, flash.is_fastest, flash.obstacle),
+    "flex": Backend(flex.layout, flex.attend, flex.is_fastest, flex.obstacle),
 }
 assert tuple(BACKENDS) == NAMES
-_in_use = "auto"  # set by `use` alone
+_in_use = "auto"  # changed by `use` only
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """Attention output (B, H, T, D). No mask means causal, the last query standing at the last key.
+    """Return the attention output (B, H, T, D) of q (B, H, T, D) over k, v (B, K, S, D).
 
-    `backend` auto: the one in use (`use`), else what is fastest here. Raises ValueError where there are more queries
-    than keys and no written mask says what they see.
+    mask: None means causal, aligned so that the last query sees the last key. backend: "auto" means the one that `use`
+    has set, or the fastest. Raises ValueError for more queries than keys without a dense mask.
     """
     mask = Mask() if mask is None else mask
     T, S = q.shape[2], k.shape[2]
-    square = mask.doc_ids is not None or mask.group is not None  # says something of each token, as query and as key
+    # ids and groups belong to tokens that are queries and keys at once
+    square = mask.doc_ids is not None or mask.group is not None
     if mask.dense is None and (T > S or (square and T != S)):
-        raise ValueError(f"attention of {T} queries over {S} keys needs a written mask")
+        raise ValueError(f"attention of {T} queries over {S} keys needs a dense mask")
     if mask.group is not None:
+        # each part of the row is an ordinary attention over fewer tokens
         full = partial(attend, backend=backend)
         return shifted_sparse.attend(full, q, k, v, shifted_sparse.parts(mask, T))
     if backend == "auto":
@@ -66,8 +76,10 @@ def attend(
 
 
 def prepare(mask: Mask, T: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Make what `attend` needs of a mask over T queries and keys, before the layers that share it. Without this call
-    the first of them makes it, which a compiled, checkpointed layer may not do for the others."""
+    """Compute the layout of a mask over T queries and keys before the layers that share it.
+
+    Without this call the first layer computes it; a compiled layer with gradient checkpointing cannot pass it on.
+    """
     if mask.group is not None:
         for part in itertools.chain(*shifted_sparse.parts(mask, T)):
             prepare(part.mask, part.length, head_dim, dtype, device)
@@ -76,7 +88,7 @@ def prepare(mask: Mask, T: int, head_dim: int, dtype: torch.dtype, device: torch
 
 
 def layout(mask: Mask, backend: str, T: int, S: int, device: torch.device) -> Any:
-    """What a back-end makes of a mask; made once, for all layers ask for the same."""
+    """Return the layout of a mask for a back-end, computed once and kept in the mask for all layers."""
     key = backend, T, S
     if key not in mask.layouts:
         mask.layouts[key] = BACKENDS[backend].layout(mask, T, S, device)
@@ -84,27 +96,26 @@ def layout(mask: Mask, backend: str, T: int, S: int, device: torch.device) -> An
 
 
 def choose(mask: Mask, T: int, S: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The back-end in use; when that is auto, the fastest one that can do it."""
+    """Return the name of the back-end that `use` has set; when that is "auto", the fastest one that can do the work."""
     if _in_use != "auto":
         return _in_use
-    if dense.fast_reference(dtype, device, S):
-        return "reference"
-    if flash.takes(dtype, device) and mask.dense is None and head_dim <= flash.MAX_HEAD_DIM and flash.installed():
-        return "flash"
-    return "flex" if flex.helps(mask, T, S, head_dim, dtype, device) else "sdpa"
+    for name, backend in BACKENDS.items():
+        if backend.is_fastest(mask, T, S, head_dim, dtype, device):
+            return name
+    return "sdpa"
 
 
 def in_use() -> str:
-    """The back-end that `use` has chosen; auto: none."""
+    """Return the name that `use` has set, "auto" outside of it."""
     return _in_use
 
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Let everything inside attend by this back-end (auto: by the fastest)."""
+    """Let every attention inside the block use this back-end ("auto": the fastest)."""
     global _in_use
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"there is no attention back-end {backend!r}: choose auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"attention should be one of auto, {', '.join(BACKENDS)}, found {backend!r}")
     before, _in_use = _in_use, backend
     try:
         yield
@@ -113,16 +124,7 @@ def use(backend: str) -> Iterator[None]:
 
 
 def check(backend: str, dtype: torch.dtype, device: torch.device, training: bool) -> None:
-    """Raises ValueError when a back-end that is asked for cannot do its work here."""
-    kind = str(dtype).removeprefix("torch.")
-    if backend == "flash" and not (flash.takes(dtype, device) and flash.installed()):
-        package = "installed" if flash.installed() else "not installed"
-        raise ValueError(
-            "attention by flash needs a CUDA GPU, fp16 or bf16, and the flash-attn package "
-            f"({flash.INSTALL}); found {device.type}, {kind}, package {package}: choose auto or sdpa"
-        )
-    if backend == "flex" and training and device.type != "cuda":
-        raise ValueError(
-            f"PyTorch's flex_attention is trained through on a CUDA GPU only, and this is {device.type}: "
-            "choose auto or sdpa"
-        )
+    """Raise ValueError when a back-end cannot run with this dtype on this device."""
+    message = None if backend == "auto" else BACKENDS[backend].obstacle(dtype, device, training)
+    if message:
+        raise ValueError(f"{message}: choose auto or sdpa")

@@ -1,12 +1,12 @@
-"""Key-value caches for decoding: what every earlier token leaves behind for the later ones.
+"""Key-value caches for decoding: the keys and values of earlier tokens, which later tokens attend to.
 
-A cache knows tensors only. `KVCache` keeps everything, slot = position: the token at position p of a row is stored in
-slot p, and a query at position p sees the slots j <= p. So a batch of unequal prompts is padded on the right: what the
-padding wrote lies beyond each row's own length, where no query of that row can see it, until the row's next tokens
-overwrite it. `Int8Cache` is the same in a quarter of float32's memory; `SinkCache` forgets, and never ends.
+A cache knows tensors only. `KVCache` keeps all tokens: the token at position p of a row is stored in slot p, and a
+query at position p sees the slots j <= p. So prompts of unequal length are padded on the right: the keys of padding lie
+beyond each row's own length, where no query of that row sees them, until the row's next tokens overwrite them.
+`Int8Cache` does the same in a quarter of float32's memory; `SinkCache` drops old tokens and is endless.
 
-Keys are stored as they turned (`rotated`) where the position encoding turns every token once and for all, and otherwise
-as they were before, to be turned at every use by the positions that `extend` gives.
+Keys are stored after rotation (`rotated`) when the position encoding rotates a token by the same angle at every length
+of the text, and otherwise before it, to be rotated at every use by the positions that `extend` returns.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ import torch
 
 @dataclass
 class View:
-    """What one forward pass of T tokens sees of a cache with S slots in use."""
+    """The data that one forward pass of T tokens needs from a cache with S slots in use."""
 
     positions: torch.Tensor
-    """of the queries, (B or 1, T) int64"""
+    """positions of the queries, (B or 1, T) int64"""
     mask: torch.Tensor | None
-    """which slots each query may see, (B or 1, 1, T, S) bool; None: what its window leaves of those before it, the last
-    query standing at the last slot"""
+    """visibility of the slots, (B or 1, 1, T, S) bool; None: causal with the model's window, the last query at the last
+    slot"""
     lengths: int | torch.Tensor
-    """of each row's text with these tokens, (B, 1) int64; one number where it is the same for all"""
+    """length of each row's text after these tokens, (B, 1) int64; one number when it is the same for all rows"""
     key_positions: torch.Tensor | None
-    """of the keys, (B or 1, S) int64; None where they are stored as they turned"""
+    """positions of the keys, (B or 1, S) int64; None when they are stored after rotation"""
 
 
 class KVCache:
     """Preallocated cache of keys and values, (n_layers, B, n_kv_heads, max_len, head_dim) each."""
 
+    can_rewind = True
+    """whether `truncate` keeps all tokens before the new length, which speculative decoding needs"""
+    endless = False
+    """whether a text may be longer than the memory, because old tokens are dropped"""
     stored = ("keys", "values")  # names of the tensors, (n_layers, B, n_kv_heads, slots, ...)
 
     def __init__(
@@ -53,66 +57,73 @@ class KVCache:
         rotated: bool = True,
         text_len: int | None = None,
     ) -> None:
-        """window: how far back attention looks (None: all the way). text_len: where frequencies depend on the text's
-        length, make them for a text of so many tokens from the start; None: for what has been read."""
+        """Allocate a cache for `batch` rows of up to `max_len` tokens.
+
+        window: number of positions that a query sees (None: all). rotated: keys are stored after rotation. text_len:
+        length of the text for encodings whose frequencies depend on it, in tokens (None: the tokens read so far).
+        Raises ValueError when text_len is below max_len.
+        """
         if text_len is not None and text_len < max_len:
-            raise ValueError(f"a cache of {max_len} places is too long for a text of text_len {text_len} tokens")
+            raise ValueError(f"text_len should be at least the cache's max_len {max_len}, found {text_len}")
         self.max_len, self.window, self.rotated, self.text_len, self.dtype = max_len, window, rotated, text_len, dtype
         self.allocate((n_layers, batch, n_kv_heads, max_len, head_dim), torch.device(device))
         self.length = 0  # highest position written so far, plus one
-        self._slots: slice | torch.Tensor = slice(0, 0)  # where the announced tokens go
-        self._used = 0  # slots that a pass looks at
+        self._slots: slice | torch.Tensor = slice(0, 0)  # slots of the tokens of the present pass
+        self._used = 0  # number of slots in use, S
 
     def allocate(self, shape: tuple[int, ...], device: torch.device) -> None:
-        """Make the tensors."""
+        """Allocate keys and values of `shape` (n_layers, B, n_kv_heads, slots, head_dim)."""
         self.keys = torch.zeros(shape, dtype=self.dtype, device=device)
         self.values = torch.zeros(shape, dtype=self.dtype, device=device)
 
     def passes(self, T: int) -> list[int]:
-        """How many of the next T tokens are to be fed in each of several forward passes: here all in one."""
+        """Return how many of the next T tokens each of one or more forward passes has to take: here all in one."""
         return [T]
 
     def extend(self, positions: torch.Tensor | None, T: int = 0, lengths: Sequence[int] | None = None) -> View:
-        """Announce the tokens of a forward pass before any layer stores them.
+        """Reserve slots for the tokens of a forward pass, before any layer stores them, and return their view.
 
-        positions (B, T) int64; None: T tokens that go on from `length` in every row, which spares a look at the
-        device. lengths: of each row's text with these tokens, where padding on the right makes it less than the last
-        position tells; that spares the look, too, when T == 1. Raises ValueError when a position lies outside.
+        positions (B, T) int64; None: T tokens that continue from `length` in every row. lengths: number of real tokens
+        in each row after this pass, needed when rows are padded on the right. Without positions, or with lengths and
+        T == 1, nothing is copied from the device. Raises ValueError for a position outside of the cache.
         """
         low, high, in_step = self._span(positions, T, lengths)
         if low < 0 or high >= self.max_len:
-            raise ValueError(f"the cache holds positions 0..{self.max_len - 1}, asked to store {low}..{high}")
+            raise ValueError(f"the cache holds positions 0..{self.max_len - 1}, found tokens at {low}..{high}")
         self.length = self._used = max(self.length, high + 1)
-        slots = torch.arange(self.length, device=self.keys.device)
+        slots = torch.arange(self.length, device=self.keys.device)  # (S,)
         if in_step:
+            # a slice is stored without an index tensor
             self._slots, positions = slice(low, high + 1), slots[None, low : high + 1]
         else:
             self._slots = positions
         mask = None
+        # a causal mask is enough only when all rows end at the last slot
         if not in_step or high + 1 < self.length:
             mask = slots <= positions[..., None]  # (B or 1, T, S)
             if self.window is not None:
                 mask &= slots > positions[..., None] - self.window
-            mask = mask[:, None]
+            mask = mask[:, None]  # (B or 1, 1, T, S)
         if self.rotated:
             return View(positions, mask, self.length, None)
         return View(positions, mask, self._text_lengths(positions, in_step, lengths), slots[None])
 
     def _span(self, positions: torch.Tensor | None, T: int, lengths: Sequence[int] | None) -> tuple[int, int, bool]:
-        """Lowest and highest position, and whether every row has the same run of them."""
+        """Return lowest and highest position, and whether every row has the same run of consecutive positions."""
         if positions is None:
             return self.length, self.length + T - 1, True
         T = positions.shape[1]
-        if T == 1 and lengths is not None:
+        if T == 1 and lengths is not None:  # one real token a row: its position is its length - 1
             low, high = min(lengths) - 1, max(lengths) - 1
             return low, high, low == high
-        low, high = int(positions.min()), int(positions.max())
+        low, high = int(positions.min()), int(positions.max())  # waits for the device
         run = torch.arange(low, high + 1, device=positions.device)
         return low, high, high - low + 1 == T and bool((positions == run).all())
 
     def _text_lengths(
         self, positions: torch.Tensor, in_step: bool, lengths: Sequence[int] | None
     ) -> int | torch.Tensor:
+        """Return `View.lengths` for keys that are rotated at every use."""
         if self.text_len is not None:
             return self.text_len
         if in_step and (lengths is None or positions.shape[1] == 1):
@@ -120,51 +131,60 @@ class KVCache:
         return row_lengths(positions, lengths)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, K, T, D) of one layer at the announced slots; return all so far, (B, K, S, D) each."""
+        """Store k, v (B, K, T, D) of one layer in the reserved slots; return all in use, (B, K, S, D) each."""
         return self._put(self.keys[layer], k), self._put(self.values[layer], v)
 
     def _put(self, stored: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Write x (B, K, T, ...) into one layer's (B, K, slots, ...); what a pass looks at, (B, K, S, ...)."""
+        """Write x (B, K, T, ...) into the tensor of one layer (B, K, slots, ...); return its (B, K, S, ...) in use."""
         if isinstance(self._slots, slice):
             stored[:, :, self._slots] = x
         else:
-            rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (B, 1) against the slots' (B or 1, T)
+            # index tensors (B, 1) and (B or 1, T) around a slice: their dimensions come first, (B, T, K, ...)
+            rows = torch.arange(x.shape[0], device=x.device)[:, None]
             stored[rows, :, self._slots] = x.transpose(1, 2)
         return stored[:, :, : self._used]
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position `length` on (they are overwritten by the next ones)."""
+        """Drop the tokens from position `length` on; the next tokens overwrite them."""
         self.length = min(self.length, length)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Let row i continue from what row `rows[i]` has seen (beam search, or dropping finished rows)."""
+        """Replace row i by a copy of row `rows[i]` (beam search, or dropping finished rows)."""
         for name in self.stored:
             setattr(self, name, getattr(self, name)[:, rows].contiguous())
 
 
 def keep_prefix(cache: KVCache, ids: Sequence[int], held: Sequence[int]) -> None:
-    """Forget what is no beginning of `ids`; `held` begins with the ids in the cache. At least one of `ids` is left to
-    feed, for the logits after it are wanted."""
+    """Truncate the cache to the longest common prefix of `ids` and `held`, which begins with the ids in the cache.
+
+    The last of `ids` is always left to be fed, so that there are logits to sample from.
+    """
     both = zip(held[: cache.length], ids[:-1])
     cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)))
 
 
 def row_lengths(positions: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
-    """How long each row's text is after tokens at `positions` (B or 1, T), some of them padding: (B or 1, 1) int64."""
-    reached = positions.amax(1, keepdim=True) + 1
+    """Return the length of each row's text after tokens at `positions` (B or 1, T), (B or 1, 1) int64.
+
+    lengths: number of real tokens in each row, when some of the positions are padding.
+    """
+    reached = positions.amax(1, keepdim=True) + 1  # (B or 1, 1)
     return reached if lengths is None else reached.minimum(torch.tensor(lengths, device=positions.device)[:, None])
 
 
 class Int8Cache(KVCache):
-    """Keys and values in 8 bits, with one float32 scale for each token and head: no number is off by more than 1/254
-    of the largest of its head's vector. Every pass sees them rounded, its own included, so that what comes out does
-    not depend on how a text is cut into passes."""
+    """Keys and values in 8 bits, with one float32 scale for each token and head.
+
+    The error of a number is at most 1/254 of the largest in its head's vector. Every pass reads rounded numbers, those
+    of its own tokens included, so that the result does not depend on how a text is cut into passes.
+    """
 
     stored = ("keys", "values", "key_scale", "value_scale")
 
     def allocate(self, shape: tuple[int, ...], device: torch.device) -> None:
         for name in self.stored:
             scale = name.endswith("scale")
+            # scales (n_layers, B, K, slots, 1) float32, codes (..., D)
             tensor = torch.zeros(*shape[:-1], 1) if scale else torch.zeros(shape, dtype=torch.int8)
             setattr(self, name, tensor.to(device))
 
@@ -173,69 +193,84 @@ class Int8Cache(KVCache):
         return tuple(self._rounded(codes[layer], scales[layer], x) for codes, scales, x in parts)
 
     def _rounded(self, codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Store x (B, K, T, D) of one layer as codes and scales; return all in use, (B, K, S, D), in `dtype`."""
+        # the largest number of a vector becomes 127; a vector of zeros must not divide by zero
         scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-30)  # (B, K, T, 1)
-        seen = self._put(codes, (x / scale).round().to(torch.int8))
-        return seen.to(self.dtype) * self._put(scales, scale).to(self.dtype)
+        all_codes = self._put(codes, (x / scale).round().to(torch.int8))  # (B, K, S, D)
+        return all_codes.to(self.dtype) * self._put(scales, scale).to(self.dtype)
 
 
 class SinkCache(KVCache):
     """StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): the first `sinks` tokens and the last ones, `max_len` in all.
 
-    A text may go on for ever: with every pass, decoding included, as many of the oldest tokens after the sinks go as
-    the new ones need room. Positions are places in the cache and not in the text, so keys are stored before they turn
-    and no distance exceeds the cache. A pass of several tokens makes room for all of them first, so what it sees of
-    the past depends on how a long text is cut; `passes` cuts it so that half of the recent tokens stay.
+    Every pass drops as many of the oldest tokens after the sinks as its own tokens need room. Positions are counted in
+    the cache and not in the text, so keys are stored before rotation and no distance exceeds the cache. A pass of
+    several tokens makes room for all of them first, so the past that it sees depends on how a long text is cut into
+    passes; `passes` cuts it so that half of the recent tokens stay.
     """
 
+    can_rewind = False
+    endless = True
+
     def __init__(self, *shape: int, sinks: int = 4, **options: Any) -> None:
+        """Allocate a cache; arguments as for `KVCache`. sinks: number of first tokens that are never dropped.
+
+        Raises ValueError when there is no room for a recent token, or the model has a window.
+        """
         super().__init__(*shape, **options | {"rotated": False})
         self.capacity, self.sinks, self.recent = self.max_len, sinks, self.max_len - sinks
         if sinks < 0 or self.recent < 1:
-            raise ValueError(f"a cache of {self.capacity} places has no room for {sinks} sinks and a recent token")
+            raise ValueError(f"sinks should lie in 0..{self.capacity - 1} in a cache of {self.capacity}, found {sinks}")
         if self.window is not None:
-            raise ValueError("a model that looks back a fixed window never sees sinks; use the static cache")
-        self.max_len = sys.maxsize  # of the text
+            raise ValueError(f"a cache with sinks goes with no sliding_window, found {self.window}: use static")
+        self.max_len = sys.maxsize  # limit of the text, not of the memory
         self._used = self.capacity
 
     def allocate(self, shape: tuple[int, ...], device: torch.device) -> None:
-        # One slot more than is kept: padding is written there, and nobody looks.
+        # one slot more than is read: padding is written there
         super().allocate((*shape[:3], shape[3] + 1, shape[4]), device)
 
     def passes(self, T: int) -> list[int]:
-        """As many as have room, then half of the recent ones at a time."""
+        """Return the sizes of passes: first as many tokens as have room, then half of the recent ones at a time."""
         first, step = min(T, max(self.capacity - self.length, 0)), max(1, self.recent // 2)
         rest = T - first
         return [n for n in (first, *[step] * (rest // step), rest % step) if n]
 
     def extend(self, positions: torch.Tensor | None, T: int = 0, lengths: Sequence[int] | None = None) -> View:
-        """As `KVCache.extend`; `positions` are those in the text, and the view's those in the cache."""
+        """Do the same as `KVCache.extend`; `positions` are counted in the text, those of the view in the cache."""
         if positions is None:
             positions = torch.arange(self.length, self.length + T, device=self.keys.device)[None]
         T, total = positions.shape[1], row_lengths(positions, lengths)  # total (B or 1, 1): tokens so far
         length = max(self.length, int(total.max()))
         if self.recent < T and length > self.capacity:
-            raise ValueError(f"a pass of {T} tokens overruns the {self.recent} recent ones that the cache keeps")
+            raise ValueError(f"a pass should have at most {self.recent} tokens in a full cache, found {T}")
         self.length = length
-        slots = torch.arange(self.capacity, device=positions.device)  # the sinks, then a ring
-        newest = total - 1 - (total - 1 - slots) % self.recent  # (B or 1, S): the last token to fall on a ring's slot
-        text = torch.where(slots < self.sinks, slots, newest)  # which token of the text each slot holds
+        # The first slots hold the sinks, the others are a ring: token p lies in slot sinks + (p - sinks) % recent.
+        slots = torch.arange(self.capacity, device=positions.device)  # (S,)
+        # the last token written to each slot of the ring: counted back from the newest one, total - 1
+        newest = total - 1 - (total - 1 - slots) % self.recent  # (B or 1, S)
+        text = torch.where(slots < self.sinks, slots, newest)  # (B or 1, S): position in the text of each slot's token
+        # a slot is visible when it has been written, and its token is not after the query
         mask = ((text >= slots) & (text < total))[:, None] & (text[:, None] <= positions[..., None])  # (B or 1, T, S)
         ring = self.sinks + (positions - self.sinks) % self.recent
         self._slots = torch.where(positions < self.sinks, positions, ring)
         self._slots = self._slots.masked_fill(positions >= total, self.capacity)  # padding
-        gone = (total - self.capacity).clamp(min=0)  # how many tokens were between the sinks and the recent ones
-        key_positions = torch.where(slots < self.sinks, slots, text - gone)
+        # positions in the cache: those of recent tokens fall by the number of dropped ones
+        dropped = (total - self.capacity).clamp(min=0)  # (B or 1, 1)
+        key_positions = torch.where(slots < self.sinks, slots, text - dropped)  # (B or 1, S)
         in_cache = self.text_len or total.clamp(max=self.capacity)
-        return View(positions - gone, mask[:, None], in_cache, key_positions)
+        return View(positions - dropped, mask[:, None], in_cache, key_positions)
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on; all of them where that would bring back some that have gone."""
+        """Drop the tokens from position `length` on; all tokens, when some before `length` are dropped already."""
         self.length = min(self.length, length) if self.length <= self.capacity or length >= self.length else 0
 
 
+KINDS: dict[str, type[KVCache]] = {"static": KVCache, "int8": Int8Cache, "sinks": SinkCache}
+
+
 def cache_class(kind: str) -> type[KVCache]:
-    """The class of caches of a kind; ValueError where there is none of that name."""
-    kinds = {"static": KVCache, "int8": Int8Cache, "sinks": SinkCache}
-    if kind not in kinds:
-        raise ValueError(f"there is no cache of kind {kind!r}; there are {', '.join(kinds)}")
-    return kinds[kind]
+    """Return the class of a kind of cache. Raises ValueError for an unknown name."""
+    if kind not in KINDS:
+        raise ValueError(f"cache should be one of {', '.join(KINDS)}, found {kind!r}")
+    return KINDS[kind]

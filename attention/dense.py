@@ -1,4 +1,4 @@
-"""The two back-ends that take a mask written out: the formula itself, and PyTorch's fused kernels."""
+"""The two back-ends that take a dense mask: the formula itself, and PyTorch's fused kernels."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ from attention.mask import Mask
 
 
 def layout(mask: Mask, T: int, S: int, device: torch.device) -> torch.Tensor | None:
-    """(B or 1, 1, T, S) bool; None where only what comes later is hidden, which the kernels know by themselves (on a
-    CPU, of as many queries as keys or a single one)."""
+    """Return the dense mask (B or 1, 1, T, S) bool, True where a query sees a key; None for a plain causal mask.
+
+    The kernels have the causal mask built in; on a CPU only for T == S or T == 1.
+    """
     known = mask.plain(S) and (T in (1, S) or device.type == "cuda")
     return None if known else mask.boolean(T, S, device)
 
 
-def fast_reference(dtype: torch.dtype, device: torch.device, S: int) -> bool:
-    """Whether plain matmuls beat the fused kernel: on CPU in bfloat16 they do while a head's scores fit in cache."""
+def reference_is_fastest(mask: Mask, T: int, S: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether plain matmuls beat the fused kernel: on a CPU in bfloat16, while a head's scores fit its cache."""
     return device.type == "cpu" and dtype == torch.bfloat16 and 1 < S <= 512
 
 
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, visible: torch.Tensor | None
 ) -> torch.Tensor:
-    """The formula as it is written: softmax(q kᵀ / √D) v, softmax in float32."""
+    """Return softmax(q kᵀ / √D) v (B, H, T, D), softmax in float32; 0 for queries that see no key."""
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    some = None if mask.dense is None else mask.dense.any(-1, keepdim=True)  # of the other masks, each row sees itself
+    # which queries see any key, (B or 1, 1, T, 1); with every other kind of mask each query sees at least itself
+    some = None if mask.dense is None else mask.dense.any(-1, keepdim=True)
     if visible is None and T > 1:
-        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]  # (1, 1, T, S)
     if some is not None:
         visible = visible | ~some  # a softmax over nothing would be NaN, and so would its gradient
-    q = q.reshape(B, K, H // K * T, D)  # the H/K query heads of one key head side by side
+    q = q.reshape(B, K, H // K * T, D)  # the H/K query heads of one key head side by side: k is not repeated
     scores = (q * (1 / math.sqrt(D))) @ k.transpose(-2, -1)  # (B, K, H/K * T, S)
-    scores = scores.view(B, K, H // K, T, S).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores.view(B, K, H // K, T, S).to(torch.promote_types(q.dtype, torch.float32))  # (B, K, H/K, T, S)
     if visible is not None:
-        scores = scores.masked_fill(~visible[:, :, None], -math.inf)
-    weights = scores.softmax(dim=-1).to(v.dtype).view(B, K, H // K * T, S)
-    out = (weights @ v).view(B, H, T, D)
+        scores = scores.masked_fill(~visible[:, :, None], -math.inf)  # (B or 1, 1, 1, T, S) broadcasts over heads
+    weights = scores.softmax(dim=-1).to(v.dtype).view(B, K, H // K * T, S)  # as q
+    out = (weights @ v).view(B, H, T, D)  # heads in the order of q
     return out if some is None else out.masked_fill(~some, 0)
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, visible: torch.Tensor | None) -> torch.Tensor:
-    """PyTorch's fused kernels (FlashAttention where there is one)."""
+    """Return the attention output (B, H, T, D) of PyTorch's fused kernels (FlashAttention on a GPU)."""
     T, S = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
-    if visible is None and 1 < T < S:  # `is_causal` would line the triangle up with the first key, not the last
+    if visible is None and 1 < T < S:  # `is_causal` would align the triangle with the first key, not the last
         from torch.nn.attention.bias import causal_lower_right  # takes seconds to import, and few need it
 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)

@@ -1,9 +1,9 @@
-"""Memory and speed of data_process.py against the size of its input: the first should not grow, the second not fall.
+"""Measure memory and speed of data_process.py for inputs of several sizes: neither should depend on the size.
 
     python bench/data_memory.py                       # 10 and 100 MB
     python bench/data_memory.py --sizes 10 100 1000   # and 1 GB: minutes
 
-Peaks are sums of resident memory (pages that processes share are counted in each), looked at twenty times a second.
+Peaks are sums of resident memory (pages that processes share are counted in each), sampled twenty times a second.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ REPOSITORY = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Args:
-    """Run data_process.py on made-up input of several sizes and print what memory and time it took."""
+    """Run data_process.py on random texts of several sizes and print its memory and time."""
 
     sizes: tuple[int, ...] = (10, 100)
-    """Sizes of the input, in MB."""
+    """sizes of the input, in MB"""
     document_chars: int = 600
-    """Characters of a document, half of them Chinese: 1.5 bytes each."""
+    """characters of a document; half of its sentences are Chinese"""
     processes: int = os.cpu_count() or 1
+    """worker processes of data_process.py"""
     tokenizer: Path | None = None
-    """Default: a SentencePiece model of 4000 pieces, trained on the spot."""
+    """tokenizer; None: a SentencePiece model of 4000 pieces is trained first"""
     deduplicate: bool = True
+    """drop duplicate documents"""
 
 
 def main(args: Args) -> None:
+    """Measure every size and print a table."""
     print(" input MB  documents  main MB  workers MB  all MB  seconds   MB/s")
     with tempfile.TemporaryDirectory(prefix="data_memory_") as name:
         folder = Path(name)
@@ -58,7 +61,7 @@ def main(args: Args) -> None:
 
 
 def watch(command: list[object]) -> dict[str, float]:
-    """Run a command to its end; the highest resident memory, in MB, of it, of its children together, and of all."""
+    """Run a command to its end; return its peak resident memory, that of its children, and of all, in MB."""
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
     main, peaks = psutil.Process(process.pid), {"main": 0.0, "workers": 0.0, "all": 0.0}
     while process.poll() is None:
@@ -74,6 +77,7 @@ def watch(command: list[object]) -> dict[str, float]:
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
+    """Return all descendants; none for a process that has just ended."""
     try:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
@@ -81,7 +85,7 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes, 0 for a process that has just ended."""
+    """Return the resident memory in bytes; 0 for a process that has just ended."""
     try:
         return process.memory_info().rss
     except psutil.NoSuchProcess:
@@ -89,7 +93,7 @@ def resident(process: psutil.Process) -> int:
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Made-up sentences, half of them of Chinese characters, with frequencies that fall as in a language."""
+    """Return random sentences, half of them of Chinese characters, with word frequencies that fall as in a language."""
     rng = random.Random(seed)
     characters = [chr(0x4E00 + i) for i in range(3000)]
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
@@ -100,7 +104,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 def write_input(path: Path, size: int, document_chars: int) -> int:
-    """JSON lines of `size` bytes, every document another mixture of sentences; returns how many there are."""
+    """Write JSON lines of `size` bytes, every document another mixture of sentences; return the number of documents."""
     pool, rng, written, count = sentences(20_000, seed=1), random.Random(2), 0, 0
     per_document = max(1, round(document_chars / (sum(map(len, pool)) / len(pool))))
     with path.open("wb") as file:
@@ -112,6 +116,7 @@ def write_input(path: Path, size: int, document_chars: int) -> int:
 
 
 def train_tokenizer(folder: Path) -> Path:
+    """Train a SentencePiece model on random sentences; return its path."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(4000, seed=3)),

@@ -1,14 +1,14 @@
-"""Tokens a second of greedy decoding against transformers' `generate`, with the same weights.
+"""Measure tokens a second of greedy decoding against transformers' `generate`, with the same weights.
 
     python bench/decode.py                              # 2, 15 and 60 million parameters, fp32 and bf16, 1 and 8 rows
     python bench/decode.py --sizes 15M --batch 1 --repeats 9
 
-All variants take turns in one process, one short answer each, so that a machine whose speed drifts slows them all; the
-ratio to transformers is the median of the ratios within a round. transformers decodes greedily without an end, in
-evaluation and inference mode, with its default cache; the share of ids that are the same as ours is told.
+All variants take turns in one process, one short answer each, so that a change of the machine's speed affects them all;
+the ratio to transformers is the median of the ratios within a round. transformers decodes greedily without an end, in
+evaluation and inference mode, with its default cache; the table has the share of its ids that are the same as ours.
 
 "of read rate" is the rate at which a step of one row reads the weights, as a share of the rate at which this machine
-reads memory, measured in the same rounds. At 1 nothing is left to gain; it is above 1 where the weights stay in the
+reads memory, measured in the same rounds. At 1 decoding cannot be faster; it is above 1 when the weights stay in the
 processor's cache.
 """
 
@@ -37,7 +37,7 @@ from model import Transformer
 PROMPT = 16  # tokens
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VARIANTS = ("ours", "ours uncompiled", "transformers", "transformers compiled")
-Answer = tuple[list[float], list[list[int]]]  # moments: of the start and after every step; ids, step by step
+Answer = tuple[list[float], list[list[int]]]  # times of the start and after every step; ids of every step
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Args:
     sizes: tuple[Literal["2M", "15M", "60M"], ...] = ("2M", "15M", "60M")
     """models to measure"""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """of the weights"""
+    """dtypes of the weights"""
     batch: tuple[int, ...] = (1, 8)
-    """rows that are decoded together"""
+    """numbers of rows that are decoded together"""
     variants: tuple[Literal[VARIANTS], ...] = VARIANTS[:3]  # type: ignore[valid-type]
-    """what takes turns; "ours uncompiled" goes without cpu_step.cpp; "transformers compiled" has a static cache and a
-    compiled forward pass, which takes about a minute more a row of the table"""
+    """variants to compare; "ours uncompiled" does not use cpu_step.cpp; "transformers compiled" has a static cache and
+    a compiled forward pass, which takes about a minute more for each row of the table"""
     tokens: int = 64
-    """length of an answer"""
+    """tokens in an answer"""
     repeats: int = 5
-    """measured answers of each variant, after one that is not"""
+    """measured answers of each variant, after one warm-up"""
     threads: int = field(default_factory=torch.get_num_threads)
     """processor cores"""
     out: Path | None = None
@@ -64,20 +64,21 @@ class Args:
 
 
 class Clock:
-    """A streamer for transformers' `generate` that notes when tokens come."""
+    """A streamer for transformers' `generate` that records the time of every token."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
 
     def put(self, ids: torch.Tensor) -> None:
-        self.moments.append(time.perf_counter())  # first comes the prompt, at once
+        """Record the time; the first call is for the prompt."""
+        self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is buffered."""
 
 
 def ours(model: Transformer, prompts: list[list[int]], tokens: int, fast: bool) -> Answer:
-    """The loop of `generate.decode` without sampling: what it costs is in no step of either side."""
+    """Decode greedily with our model: the loop of `generate.decode` without sampling."""
     moments, steps, runs, past = [time.perf_counter()], [], prompts, [0] * len(prompts)
     feed = Feeder(model, model.make_cache(len(prompts), PROMPT + tokens))
     if not fast:
@@ -92,7 +93,7 @@ def ours(model: Transformer, prompts: list[list[int]], tokens: int, fast: bool) 
 
 @torch.inference_mode()
 def theirs(model: nn.Module, prompts: list[list[int]], tokens: int, **options: Any) -> Answer:
-    """transformers' `generate`."""
+    """Decode greedily with transformers' `generate`."""
     clock, inputs = Clock(), torch.tensor(prompts)
     start = time.perf_counter()
     ids = model.generate(
@@ -108,7 +109,7 @@ def theirs(model: nn.Module, prompts: list[list[int]], tokens: int, **options: A
 
 
 def make(variant: str, model: Transformer, prompts: list[list[int]], tokens: int) -> Callable[[], Answer]:
-    """A function that decodes one answer to each prompt."""
+    """Return a function that decodes one answer to each prompt."""
     if variant.startswith("ours"):
         return lambda: ours(model, prompts, tokens, fast=variant == "ours")
     other = peer(model).to(model.lm_head.weight.dtype).eval()
@@ -119,14 +120,14 @@ def make(variant: str, model: Transformer, prompts: list[list[int]], tokens: int
 
 
 def read_rate(numbers: torch.Tensor) -> float:
-    """Bytes a second of reading all the numbers once."""
+    """Return the rate of reading all the numbers once, in bytes a second."""
     start = time.perf_counter()
     numbers.sum()
     return numbers.nbytes / (time.perf_counter() - start)
 
 
 def measure(name: str, dtype: str, batch: int, args: Args) -> list[dict]:
-    """Rows of the table for one size, dtype and batch."""
+    """Return the rows of the table for one size, dtype and batch."""
     torch.manual_seed(0)
     shape = SHAPES[name][0].replace(max_seq_len=1024)
     model = Transformer(shape).to(DTYPES[dtype]).eval()

@@ -1,12 +1,12 @@
-"""The rope lab: a model trained on short rows meets texts eight times as long, under every position encoding.
+"""Compare position encodings: a model trained on short rows reads texts eight times as long.
 
-    python bench/long_context.py                       # the better part of an hour on two cores
+    python bench/long_context.py                       # most of an hour on two cores
     python bench/long_context.py --encodings yarn linear --seeds 1
 
 One model is pretrained on a novel (三国演义, from a pip package) in rows of `window` tokens, with small passkey texts
-mixed in. Then, for every encoding: its loss by position, and how often it finds a passkey, in rows of `factor` times
-the window; as it is, and after continued training on long rows, with full and with shifted sparse attention (S2-Attn,
-in training only), over several seeds. Everything is the product's own commands, called in-process: `train_tokenizer`,
+mixed in. Then, for every encoding, loss by position and passkey retrieval are measured in rows of `factor` times the
+window: without tuning, and after continued training on long rows, with full and with shifted sparse attention (S2-Attn,
+in training only), over several seeds. All steps are our own scripts, called in-process: `train_tokenizer`,
 `data_process`, `pretrain`, `pretrain --init_from DIR --rope.type TYPE`.
 
 Writes a table and a picture into `out`.
@@ -43,21 +43,21 @@ from tokenizer import Tokenizer, load_tokenizer
 from training.trainer import TrainArgs
 
 ENCODINGS = ("default", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "clex")
-KEYS = string.ascii_uppercase + string.digits  # a passkey is one of these, none of which the novel holds
-TUNE_TOKENS = 1024  # of an optimizer step on long rows
-PROMPTS = 40  # with passkeys, for each length
+KEYS = string.ascii_uppercase + string.digits  # a passkey is one of these; none of them occurs in the novel
+TUNE_TOKENS = 1024  # tokens of an optimizer step on long rows
+PROMPTS = 40  # number of prompts with passkeys for each length
 
 
 @dataclass(frozen=True)
 class Args:
-    """Loss by position and passkey retrieval beyond the trained window, for every position encoding."""
+    """Measure loss by position and passkey retrieval beyond the trained window, for every position encoding."""
 
     encodings: tuple[str, ...] = ENCODINGS
     """position encodings to compare"""
     window: int = 128
     """tokens in a row of the first model's training"""
     factor: int = 8
-    """how many times longer the rows are that are asked for"""
+    """length of the long rows, as a multiple of the window"""
     base_steps: int = 600
     """optimizer steps of the first model, 4,096 tokens each"""
     tune_steps: int = 200
@@ -67,16 +67,16 @@ class Args:
     s2: bool = True
     """also train with shifted sparse attention"""
     out: Path = Path("out/long_context")
-    """where data, models, table and picture go"""
+    """directory of data, models, table and picture"""
     raw_dir: Path = Path("data/raw")
-    """where the package with the novel is kept"""
+    """directory of the package with the novel"""
 
 
 # ---- data
 
 
 def passkey_text(rng: random.Random, filler: str, times: int = 1) -> tuple[str, str]:
-    """`filler` with a key hidden in it at `times` places, asked for once more at the end; and the key."""
+    """Return `filler` with a key inserted at `times` places and a question for it at the end; and the key."""
     key = rng.choice(KEYS)
     cuts = sorted(rng.randrange(len(filler) + 1) for _ in range(times))
     parts = [filler[i:j] for i, j in zip([0, *cuts], [*cuts, len(filler)])]
@@ -84,7 +84,7 @@ def passkey_text(rng: random.Random, filler: str, times: int = 1) -> tuple[str, 
 
 
 def passkeys(novel: str, lengths: list[int], seed: int, most_times: int = 1) -> Iterator[tuple[str, str]]:
-    """Passkey texts with fillers of about so many characters, cut from the novel at random."""
+    """Yield passkey texts and keys; fillers of `lengths` characters are cut from the novel at random."""
     rng = random.Random(seed)
     for length in lengths:
         start = rng.randrange(len(novel) - length)
@@ -92,7 +92,7 @@ def passkeys(novel: str, lengths: list[int], seed: int, most_times: int = 1) -> 
 
 
 def make_data(args: Args) -> None:
-    """Tokenizer, the novel's bins (an eighth of its chapters held out), and passkey texts short and long."""
+    """Write the tokenizer, bins of the novel (an eighth of its chapters held out), and bins of passkey texts."""
     source: dict[str, Any] = {"raw_dir": args.raw_dir, "corpus": ("sanguo",)}
     common: dict[str, Any] = {"overwrite": True, "processes": 1}  # small texts
     tokenizer = args.out / "novel" / "tokenizer"
@@ -101,8 +101,8 @@ def make_data(args: Args) -> None:
         novel = {"tokenizer": tokenizer, "out": args.out / "novel", "held_out": 0.12, "save_all_text": True}
         data_process.main(data_process.Args(**source, **common, **novel))
     novel_text = (args.out / "novel" / "all_text.txt").read_text(encoding="utf8")
-    room = args.window - 40  # for the key, the question and rounding: a character is about a token
-    kinds = {  # name -> filler, longest filler, how often the key is said at most, how many texts
+    room = args.window - 40  # 40 for the key, the question and rounding: a character is about a token
+    kinds = {  # name -> filler, longest filler, most occurrences of the key, number of texts
         "blank": ("。" * 100, 12, 8, 12_000),
         "short": (novel_text, room, 4, 15_000),
         "long": (novel_text, room * args.factor, 4, 2_000),
@@ -116,26 +116,28 @@ def make_data(args: Args) -> None:
         folder.mkdir(parents=True)
         texts = [{"text": text + key + "。"} for text, key in passkeys(filler, lengths, seed=n, most_times=times)]
         (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf8")
-        made = {"input": (folder / "texts.jsonl",), "tokenizer": tokenizer, "out": args.out / f"bins_{name}"}
-        data_process.main(data_process.Args(**made, **common))
+        options = {"input": (folder / "texts.jsonl",), "tokenizer": tokenizer, "out": args.out / f"bins_{name}"}
+        data_process.main(data_process.Args(**options, **common))
 
 
 # ---- training
 
 
 def train_args(args: Args, steps: int, seed: int, **more: Any) -> TrainArgs:
+    """Return the arguments of the loop for a run that neither evaluates nor saves on the way."""
     return TrainArgs(max_steps=steps, log_interval=100, eval_interval=0, save_interval=0, keep=1, seed=seed, **more)
 
 
 def bin_of(args: Args, name: str) -> Path:
+    """Return the path of the training bin `name`."""
     return args.out / name / "train_00000.bin"
 
 
 def train_base(args: Args) -> Path:
-    """Pretrain the short-context model; returns its directory.
+    """Pretrain the short-context model; return its directory.
 
-    First on passkeys in blank fillers alone: among the tokens of a novel, a small model would not learn in minutes to
-    look back for a key (600 steps without left it guessing).
+    The first third of the steps sees only passkeys in blank fillers: among the tokens of a novel, a small model does
+    not learn within minutes to look back for a key (after 600 steps without them it still guessed).
     """
     before = None
     optim = OptimArgs(lr=4e-3, muon_lr=6e-3, schedule="constant")
@@ -160,24 +162,24 @@ def train_base(args: Args) -> Path:
 
 
 def start(args: Args, base: Path, encoding: str) -> Path:
-    """The base model under another position encoding, made for the long rows; returns its directory."""
+    """Save the base model with another position encoding, for the long rows; return its directory."""
     directory, length = args.out / "start" / encoding, args.window * args.factor
     model = load_model(base)
     stretched = Transformer(model.args.replace(max_seq_len=length, rope_scaling=scaling(args, encoding)))
-    stretched.load_state_dict(model.state_dict(), strict=False)  # CLEX adds weights of its own
+    stretched.load_state_dict(model.state_dict(), strict=False)  # CLEX has weights that the base has not
     save_model(directory, stretched, load_tokenizer(base))
     return directory
 
 
 def scaling(args: Args, encoding: str) -> dict[str, Any] | None:
-    """The `rope_scaling` for rows `factor` times as long, with the usual values of all else."""
+    """Return the `rope_scaling` for rows `factor` times as long, with the usual values of all other keys."""
     window, length = args.window, args.window * args.factor
-    pairs = 16  # of dimensions in a head
+    pairs = 16  # pairs of dimensions in a head
     if encoding == "default":
         return None
-    if encoding == "dynamic":  # NTK's base by the present length, as Hugging Face's at factor 1
+    if encoding == "dynamic":  # the base grows with the present length; factor 1 as in Hugging Face
         return {"rope_type": "dynamic", "factor": 1.0, "original_max_position_embeddings": window}
-    if encoding == "longrope":  # its factors come from a search; here the smoothest ones, from 1 to the whole factor
+    if encoding == "longrope":  # instead of a search: factors that grow smoothly from 1 to the whole factor
         smooth = [args.factor ** (i / (pairs - 1)) for i in range(pairs)]
         lists = {"short_factor": [1.0] * pairs, "long_factor": smooth}
         return {"rope_type": "longrope", "original_max_position_embeddings": window} | lists
@@ -185,7 +187,7 @@ def scaling(args: Args, encoding: str) -> dict[str, Any] | None:
 
 
 def tune(args: Args, start: Path, s2: bool, seed: int) -> Path:
-    """Continue training on long rows; returns the model's directory. What is finished is not done again."""
+    """Continue training on long rows; return the directory of the model. Finished runs are not repeated."""
     length = args.window * args.factor
     run = args.out / "tuned" / f"{start.name}{'_s2' if s2 else ''}_{seed}"
     more: dict[str, Any] = {"compile": "off"}  # a few dozen short runs, each of which would compile its own graph
@@ -214,19 +216,19 @@ def tune(args: Args, start: Path, s2: bool, seed: int) -> Path:
 
 @torch.inference_mode()
 def loss_by_position(model: Transformer, rows: torch.Tensor) -> torch.Tensor:
-    """Nats of each next token, (rows, T)."""
+    """Return the loss of each next token in nats, (rows, T), for rows (rows, T + 1)."""
     return torch.stack([F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none") for row in rows])
 
 
 @torch.inference_mode()
 def finds_passkey(model: Transformer, prompt: list[int], key: list[int]) -> bool:
-    """Whether greedy decoding would give the whole key."""
+    """Return whether greedy decoding gives the whole key after the prompt."""
     tokens = torch.tensor([prompt + key])
     return model(tokens[:, :-1])[0, -len(key) :].argmax(-1).tolist() == key
 
 
 def long_rows(args: Args, length: int) -> torch.Tensor:
-    """Rows (n, length + 1) of held-out chapters, none across two of them."""
+    """Return rows (n, length + 1) of held-out chapters; no row spans two chapters."""
     held_out = TokenBin(args.out / "novel" / "heldout.bin")
     spans = zip(held_out.offsets[:-1], held_out.offsets[1:])
     starts = [at for begin, end in spans for at in range(int(begin), int(end) - length, length)]
@@ -234,7 +236,7 @@ def long_rows(args: Args, length: int) -> torch.Tensor:
 
 
 def passkey_prompts(args: Args, tokenizer: Tokenizer, length: int) -> list[tuple[list[int], list[int]]]:
-    """Prompts of almost `length` tokens with the key's ids."""
+    """Return prompts of almost `length` tokens, each with the ids of its key."""
     text = tokenizer.decode(TokenBin(args.out / "novel" / "heldout.bin").tokens.tolist())
     prompts, seed = [], 0
     while len(prompts) < PROMPTS:
@@ -247,36 +249,36 @@ def passkey_prompts(args: Args, tokenizer: Tokenizer, length: int) -> list[tuple
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of the share hits / n (Wilson 1927)."""
     share, spread = hits / n, z * math.sqrt(hits * (n - hits) / n + z * z / 4) / (n + z * z)
     middle = (share * n + z * z / 2) / (n + z * z)
     return middle - spread, middle + spread
 
 
-# ---- the lab
+# ---- the comparison
 
 
 def measure(args: Args, model: Transformer, rows: torch.Tensor, prompts: dict[int, list]) -> dict[str, Any]:
-    """Mean loss of every bucket of positions, per row, and passkeys found at every length."""
+    """Return the mean loss of each row in every bucket of positions, and the number of correct passkeys by length."""
     model.eval()
     losses = loss_by_position(model, rows)  # (rows, T)
-    found = {length: sum(finds_passkey(model, *each) for each in some) for length, some in prompts.items()}
-    return {"loss": {end: losses[:, begin:end].mean(1).tolist() for begin, end in buckets(args)}, "found": found}
+    correct = {length: sum(finds_passkey(model, *each) for each in some) for length, some in prompts.items()}
+    return {"loss": {end: losses[:, begin:end].mean(1).tolist() for begin, end in buckets(args)}, "found": correct}
 
 
 def buckets(args: Args) -> list[tuple[int, int]]:
-    """Positions 0 to the window, then each doubling: 0-128, 128-256, 256-512, 512-1024."""
+    """Return the bounds of positions 0 to the window, then of each doubling: 0-128, 128-256, 256-512, 512-1024."""
     ends = [args.window * 2**i for i in range(int(math.log2(args.factor)) + 1)]
     return list(zip([0, *ends[:-1]], ends))
 
 
 def half_width(values: list[float]) -> float:
-    """Half the 95 % interval of the mean of some thirty values."""
+    """Return half the 95 % interval of the mean of about thirty values."""
     return 2.03 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def main(args: Args) -> list[dict[str, Any]]:
-    """All encodings, untuned and tuned; returns the rows of the table."""
+    """Measure all encodings without and with tuning; return the rows of the table."""
     make_data(args)
     base = train_base(args)
     tokenizer = load_tokenizer(base)
@@ -300,7 +302,7 @@ def main(args: Args) -> list[dict[str, Any]]:
 
 
 def table(args: Args, results: list[dict[str, Any]]) -> str:
-    """Loss by position, mean and 95 % interval, and passkeys found, as Markdown.
+    """Return loss by position (mean and 95 % interval) and passkey retrieval as a Markdown table.
 
     Losses of tuned models are means over the seeds; the interval is over the rows of text, which are the same for all.
     """
@@ -321,19 +323,19 @@ def table(args: Args, results: list[dict[str, Any]]) -> str:
 
 
 def loss_of(result: dict[str, Any], end: int) -> tuple[float, float]:
-    """Mean loss in the bucket of positions up to `end`, and half its interval over the rows of text."""
+    """Return the mean loss in the bucket of positions up to `end`, and half its interval over the rows of text."""
     rows = [statistics.fmean(row) for row in zip(*(run["loss"][end] for run in result["runs"]))]  # over the seeds
     return statistics.fmean(rows), half_width(rows)
 
 
 def seeds_apart(results: list[dict[str, Any]], end: int) -> float:
-    """The largest difference between two seeds of one kind of training, of the mean loss in a bucket."""
+    """Return the largest difference between two seeds of one kind of training, in the mean loss of a bucket."""
     means = [[statistics.fmean(run["loss"][end]) for run in result["runs"]] for result in results]
     return max(max(each) - min(each) for each in means)
 
 
 def draw(args: Args, results: list[dict[str, Any]], picture: Path) -> None:
-    """Loss by position, a panel for each kind of tuning, a line for each encoding."""
+    """Draw loss by position: a panel for each kind of tuning, a line for each encoding."""
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(result["tuning"] for result in results))

@@ -1,10 +1,10 @@
-"""Peak memory of a training step with a vocabulary of 64 k: ours against transformers' LlamaForCausalLM.
+"""Measure the peak memory of a training step with a vocabulary of 64 k, against transformers' LlamaForCausalLM.
 
     python bench/memory.py
     python bench/memory.py --vocab_size 32000 --rows 16
 
-Each variant runs in a process of its own: resident memory is read once the model exists, and its peak after two steps
-of forward, backward and AdamW. The last column is without gradients and optimizer states, which all variants share.
+Each variant runs in its own process: resident memory is read when the model exists, and its peak after two steps of
+forward, backward and AdamW. The last column excludes gradients and optimizer states, which all variants have.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Args:
     """Compare the peak memory of training steps."""
 
     vocab_size: int = 65536
-    """rows of the embedding and of the head"""
+    """number of rows of the embedding and of the head"""
     dim: int = 256
-    """width"""
+    """width of the model"""
     n_layers: int = 6
-    """blocks"""
+    """number of blocks"""
     rows: int = 8
     """sequences in a step"""
     length: int = 256
@@ -44,11 +44,11 @@ class Args:
     bf16: bool = True
     """bfloat16 activations (transformers: autocast)"""
     variant: str = ""
-    """measure only this one, in this process, and print JSON"""
+    """variant to measure in this process, with JSON as output; empty: all of them"""
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held. What getrusage tells begins with what its parent held."""
+    """Return the peak resident memory of this process in bytes. (That of getrusage starts at its parent's.)"""
     status = Path("/proc/self/status")
     if status.is_file():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -56,7 +56,7 @@ def peak_bytes() -> int:
 
 
 def measure(args: Args) -> dict[str, float]:
-    """MiB of this process: with the model, and at the peak of two steps."""
+    """Return the memory of this process in MiB: with the model, at the peak of two steps, and of a step alone."""
     shape = ModelArgs(dim=args.dim, n_layers=args.n_layers, n_heads=args.dim // 32, vocab_size=args.vocab_size)
     tokens = torch.randint(0, args.vocab_size, (args.rows, args.length))
     step, model = make_step(args.variant.replace("checkpointed", "eager"), shape, args.bf16, tokens)
@@ -71,7 +71,7 @@ def measure(args: Args) -> dict[str, float]:
 
 
 def main(args: Args) -> dict[str, dict[str, float]]:
-    """Measure every variant in a process of its own; print a table in MiB."""
+    """Measure every variant in its own process, print a table in MiB, and return its rows."""
     if args.variant:
         result = measure(args)
         print(json.dumps(result))

@@ -1,10 +1,10 @@
-"""Several tasks in one run under each way to weigh their losses: the held-out loss of every task, and how they differ.
+"""Compare ways to weigh the losses of several tasks in one run: the held-out loss of every task, and the spread.
 
     python bench/tasks.py --model DIR --data poems.jsonl alpaca.json medical.jsonl kdconv.jsonl
 
-Every run is full fine-tuning by `fine_tuning.main` on the same conversations in the same order; only --data.loss is
-another. A task is a file. Losses of different tasks differ by nature, so what a run has gained is also given as a share
-of each task's loss before: the spread is that between the task which gained most and the one which gained least.
+Every run is full fine-tuning by `fine_tuning.main` on the same conversations in the same order; only --data.loss
+differs. A task is a file. Losses of different tasks are not comparable, so the table also has the gain of each task as
+a share of its loss before training; the spread is the difference between the largest and the smallest gain.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Args:
     model: Path
     """the model to start from"""
     data: tuple[Path, ...]
-    """the tasks: a file of conversations each"""
+    """files of conversations, one for each task"""
     records: int = 2000
-    """conversations of a task, taken at random; a tenth as many are held out"""
+    """number of conversations of a task, drawn at random; a tenth as many are held out"""
     losses: tuple[str, ...] = tuple(LOSSES)
-    """what to compare, as fine_tuning.py's --data.loss"""
+    """values of fine_tuning.py's --data.loss to compare"""
     steps: int = 100
     """optimizer steps of a run"""
     rows: int = 8
@@ -50,15 +50,15 @@ class Args:
     lr: float = 3e-3
     """learning rate of AdamW"""
     seeds: int = 2
-    """runs of each"""
+    """number of runs of each"""
     jobs: int = 2
     """runs at a time, one thread each"""
     out: Path = Path("out/bench/tasks")
-    """where runs and results.json go"""
+    """directory of runs and results.json"""
 
 
 def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job:
-    """One run; the untrained model is one of a single step at a learning rate of 0."""
+    """Return the job of one run; the untrained model is measured by one step with a learning rate of 0."""
     lr, steps = (args.lr, args.steps) if loss != UNTRAINED else (0.0, 1)
     data = DataArgs(*map(tuple, zip(*files)), seq_len=args.seq_len, batch_size=args.rows)
     return placed(
@@ -75,16 +75,16 @@ def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job
 
 
 def markdown(names: list[str], losses: dict[str, dict[str, float]]) -> str:
-    """A row a way to weigh, a column a task."""
+    """Return a Markdown table with a row for each way to weigh and a column for each task."""
     before = losses[UNTRAINED]
     lines = ["| | " + " | ".join([*names, "their mean", "gained, of the loss before", "spread"]) + " |"]
     lines.append("|---" * (len(names) + 4) + "|")
-    for loss, found in losses.items():
-        cells = [f"{found[name]:.4f}" for name in names] + [f"{statistics.mean(found[name] for name in names):.4f}"]
-        gained = [1 - found[name] / before[name] for name in names]
-        cells += [f"{min(gained):.1%} to {max(gained):.1%}", f"{max(gained) - min(gained):.1%}"]
-        shown = f"{loss} ({LOSSES[loss]})" if loss in LOSSES else loss
-        lines.append(f"| {shown} | " + " | ".join(cells if loss != UNTRAINED else [*cells[:-2], "", ""]) + " |")
+    for loss, after in losses.items():
+        cells = [f"{after[name]:.4f}" for name in names] + [f"{statistics.mean(after[name] for name in names):.4f}"]
+        gains = [1 - after[name] / before[name] for name in names]
+        cells += [f"{min(gains):.1%} to {max(gains):.1%}", f"{max(gains) - min(gains):.1%}"]
+        label = f"{loss} ({LOSSES[loss]})" if loss in LOSSES else loss
+        lines.append(f"| {label} | " + " | ".join(cells if loss != UNTRAINED else [*cells[:-2], "", ""]) + " |")
     return "\n".join(lines)
 
 

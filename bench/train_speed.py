@@ -1,11 +1,11 @@
-"""Tokens a second of our training step against transformers' LlamaForCausalLM, on the same shapes, data and optimizer.
+"""Measure tokens a second of a training step against transformers' LlamaForCausalLM: same shapes, data and optimizer.
 
     python bench/train_speed.py                          # 2, 15 and 60 million parameters, float32 and bfloat16
     python bench/train_speed.py --sizes 2M --repeats 9
 
-All variants of one size and dtype take turns in one process, step by step, so that a machine whose speed drifts slows
-them all; the median step counts. A step is forward, backward, clip, fused AdamW. The machine's own matmul rate is
-measured in the same run, and model flops (see training/flops.py) are given as a share of it.
+All variants of one size and dtype take turns in one process, step by step, so that a change of the machine's speed
+affects them all; the table has the median step. A step is forward, backward, clip, fused AdamW. The machine's matmul
+rate is measured in the same run, and model flops (see training/flops.py) are printed as a share of it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Args:
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     """float32, or bfloat16 activations (transformers: autocast)"""
     variants: tuple[Literal[VARIANTS], ...] = VARIANTS  # type: ignore[valid-type]
-    """what takes turns"""
+    """variants to compare"""
     float32_matmul: Literal["highest", "medium"] = "highest"
-    """torch.set_float32_matmul_precision, for all of them"""
+    """torch.set_float32_matmul_precision, for all variants"""
     repeats: int = 7
-    """measured steps of each variant, after two that are not"""
+    """measured steps of each variant, after two of warm-up"""
     threads: int = torch.get_num_threads()
     """processor cores"""
     out: Path | None = None
@@ -59,7 +59,7 @@ class Args:
 
 
 def make_step(variant: str, args: ModelArgs, bf16: bool, tokens: torch.Tensor) -> tuple[Callable[[], float], nn.Module]:
-    """A function that does one training step and returns its loss per token."""
+    """Return a function that does one training step and returns its loss per token; and the model."""
     torch.manual_seed(0)
     ours = Transformer(args)
     targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
@@ -91,7 +91,7 @@ def make_step(variant: str, args: ModelArgs, bf16: bool, tokens: torch.Tensor) -
 
 
 def peer(ours: Transformer) -> nn.Module:
-    """transformers' model with the same shape and the same weights."""
+    """Return transformers' model with the same shape and weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**config_json.write(ours.args))
@@ -101,7 +101,7 @@ def peer(ours: Transformer) -> nn.Module:
 
 
 def measure(name: str, dtype: str, args: Args) -> list[dict]:
-    """Rows of the table for one size and dtype."""
+    """Return the rows of the table for one size and dtype."""
     shape, rows, length = SHAPES[name]
     tokens = torch.randint(0, shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     steps, losses = {}, {}

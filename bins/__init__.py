@@ -1,1 +1,1 @@
-"""Documents screened, tokenized and written as token bins."""
+"""Screen and tokenize documents, and write them as token bins."""

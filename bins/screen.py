@@ -1,4 +1,4 @@
-"""From a corpus' stream of documents to ids, in order: screening, exact duplicates, tokenizing in several processes."""
+"""Screen a stream of documents: drop short ones and exact duplicates, and choose the held-out ones."""
 
 from __future__ import annotations
 
@@ -11,40 +11,45 @@ import numpy as np
 
 from corpora import BadRecord, Document
 
-BATCH_CHARS, BATCH_ITEMS = 1 << 18, 1024  # a batch ends where either is reached
+BATCH_CHARS, BATCH_ITEMS = 1 << 18, 1024  # a batch ends at the first of these limits
 
 
 @dataclass
-class Batch:
-    """A stretch of the stream: the documents to keep, the bad records, and counts per source of the rest."""
+class ScreenedBatch:
+    """Consecutive items of the stream after screening."""
 
     end: int
-    """Items of the stream up to the end of this batch."""
+    """Number of items of the stream up to the end of this batch."""
     documents: list[Document] = field(default_factory=list)
-    """`held_out` is decided: True or False."""
+    """Documents to keep; their `held_out` is True or False, never None."""
     bad: list[BadRecord] = field(default_factory=list)
+    """Records that could not be read."""
     counts: dict[str, Counter[str]] = field(default_factory=dict)
-    """Per source, what was dropped: too_short, duplicate."""
+    """Number of dropped documents per source and reason (too_short, duplicate)."""
 
-    def count(self, source: str, **found: int) -> None:
-        self.counts.setdefault(source, Counter()).update(found)
+    def count(self, source: str, **numbers: int) -> None:
+        """Add numbers to the counts of a source."""
+        self.counts.setdefault(source, Counter()).update(numbers)
 
     def texts(self) -> list[str]:
+        """Return the texts of the documents."""
         return [document.text for document in self.documents]
 
 
 def screen(
     items: Iterable[Document | BadRecord], *, min_chars: int, held_out: float, deduplicate: bool
-) -> Iterator[Batch]:
-    """The stream in batches, without what is shorter than `min_chars`, seen before or not Unicode.
+) -> Iterator[ScreenedBatch]:
+    """Yield the stream in batches, without documents that are short, duplicates, or not Unicode.
 
-    A document that leaves it open is held out when the SHA-256 of its text falls into the share `held_out`.
-    Where a batch ends depends on the stream alone, so reading it again gives the same batches.
+    min_chars: documents with fewer characters, without the white space around them, are dropped.
+    held_out: share of the documents to hold out, chosen by the SHA-256 of the text, where the corpus does not decide.
+
+    The ends of batches depend on the stream alone, so that reading it again yields the same batches.
     """
     seen, end = SeenDigests(), 0
     for group in groups(items):
         end += len(group)
-        batch, candidates, digests = Batch(end), [], []
+        batch, candidates, digests = ScreenedBatch(end), [], []
         for item in group:
             if isinstance(item, BadRecord):
                 batch.bad.append(item)
@@ -54,7 +59,7 @@ def screen(
                 try:
                     digests.append(hashlib.sha256(item.text.encode("utf8")).digest())
                     candidates.append(item)
-                except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+                except UnicodeEncodeError as error:  # half a surrogate pair: JSON can write it, UTF-8 cannot
                     raw = ascii(item.text[max(error.start - 20, 0) : error.start + 20])
                     batch.bad.append(BadRecord(item.source, f"not Unicode at character {error.start + 1}", raw))
         new = seen.add([digest[:16] for digest in digests]) if deduplicate else [True] * len(digests)
@@ -62,7 +67,7 @@ def screen(
             if not is_new:
                 batch.count(document.source, duplicate=1)
             elif document.held_out is None:
-                share = int.from_bytes(digest[:8], "big") / 2**64
+                share = int.from_bytes(digest[:8], "big") / 2**64  # in [0, 1), the same on every machine
                 batch.documents.append(replace(document, held_out=share < held_out))
             else:
                 batch.documents.append(document)
@@ -70,7 +75,7 @@ def screen(
 
 
 def groups(items: Iterable[Document | BadRecord]) -> Iterator[list[Document | BadRecord]]:
-    """Cut a stream where BATCH_CHARS characters or BATCH_ITEMS items are reached."""
+    """Yield the stream in lists; a list ends when it has BATCH_CHARS characters or BATCH_ITEMS items."""
     group, chars = [], 0
     for item in items:
         group.append(item)
@@ -83,28 +88,31 @@ def groups(items: Iterable[Document | BadRecord]) -> Iterator[list[Document | Ba
 
 
 class SeenDigests:
-    """A set of 16-byte digests in 16 bytes each, where Python's own takes over a hundred.
+    """A set of 16-byte digests that needs 16 bytes each; a Python set needs more than 100.
 
-    Sorted runs of falling length, merged when they grow alike, as in a log-structured merge tree; twice as much while
-    two runs merge. Among n texts, two different ones are taken for the same with odds n^2 / 2^129.
+    It keeps sorted arrays ("runs"), each at least twice as long as the next one, as in a log-structured merge tree.
+    Memory doubles briefly while two runs are merged. The probability that two different texts among n have the same
+    digest is about n^2 / 2^129.
     """
 
     def __init__(self) -> None:
-        self.runs: list[np.ndarray] = []  # each sorted, dtype S16: compared byte by byte
+        self.runs: list[np.ndarray] = []  # each sorted, dtype S16, which numpy compares byte by byte
 
     def add(self, digests: list[bytes]) -> np.ndarray:
-        """(len(digests),) bool: True where a digest was never seen, in earlier calls or earlier in this one."""
+        """Add digests to the set; returns (len(digests),) bool, True at the first occurrence of a new digest."""
+        # S16 drops zero bytes at the end, in the set and in the query alike, so that comparisons stay exact.
         unique, first = np.unique(np.array(digests, "S16"), return_index=True)
         fresh = np.ones(len(unique), bool)
-        for run in self.runs:
+        for run in self.runs:  # binary search of all digests in each run
             at = np.searchsorted(run, unique)
             fresh &= run[np.minimum(at, len(run) - 1)] != unique
         if fresh.any():
             self.runs.append(unique[fresh])
+        # Merge runs of similar length, so that there are only O(log n) of them.
         while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
             merged = np.concatenate([self.runs.pop(), self.runs.pop()])
             merged.sort(kind="stable")
             self.runs.append(merged)
-        new = np.zeros(len(digests), bool)
+        new = np.zeros(len(digests), bool)  # back to the order of `digests`
         new[first[fresh]] = True
         return new

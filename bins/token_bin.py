@@ -1,12 +1,12 @@
-"""Token bins: documents as ids on disk, mapped by readers, streamed by writers.
+"""Token bins: documents as token ids on disk. Writers stream them, readers map them into memory.
 
-A bin is three files with one prefix:
+A bin is three files with the same prefix:
 
-    prefix.bin    the ids, documents one after another, little-endian uint16, or uint32 beyond 65536 entries
-    prefix.idx    where documents begin, in tokens: uint64, documents + 1 values, the last one the number of tokens
+    prefix.bin    ids of all documents in order, little-endian uint16, or uint32 for vocabularies above 65536
+    prefix.idx    first token of each document, uint64, documents + 1 values; the last one is the number of tokens
     prefix.json   dtype, tokens, documents, eos_id, vocab_size, tokenizer_sha256, sources {name: documents}, text_bytes
 
-A `.bin` alone, without the other two, is read as the headerless uint16 file of nanoGPT and baby-llama2.
+A `.bin` without the other two files is read as the headerless uint16 file of nanoGPT and baby-llama2.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-UINT16_IDS = 1 << 16  # a vocabulary of exactly 65536 still fits: its largest id is 65535
-_SCAN = 1 << 24  # ids looked at per step when a headerless file is checked: 32 MB
+UINT16_IDS = 1 << 16  # number of ids that fit uint16: the largest is 65535
+_SCAN = 1 << 24  # ids read at a time to check a headerless file: 32 MB
 
 
 class BinWriter:
-    """Streams documents to `prefix.bin`, `.idx` and `.json`; they appear under these names on `close`, complete.
+    """Stream documents to `prefix.bin`, `.idx` and `.json`, which appear under these names on `close`, complete.
 
-    As a context manager it closes at the end, or discards what it wrote when the block raises.
-    Until then everything lies in `prefix.bin.part` and `prefix.idx.part`. What `state()` returned, given back as
-    `state=`, goes on from there after a crash: whatever was written since is cut off, even if it was closed.
+    As a context manager it closes at the end, or discards its files when the block raises an exception.
+    Until `close` the data lies in `prefix.bin.part` and `prefix.idx.part`. To continue after a crash, pass the dict
+    that `state()` returned as `state`: documents written after that call are cut off, even if the bin was closed.
 
-    Raises ValueError when `dtype` cannot hold `vocab_size` ids.
+    Raises ValueError when `dtype` cannot hold `vocab_size` ids, or `eos_id` is outside the vocabulary.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class BinWriter:
             dtype = np.uint16 if vocab_size <= UINT16_IDS else np.uint32
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-            raise ValueError(f"token bins hold uint16 or uint32, not {np.dtype(dtype).name}")
+            raise ValueError(f"the dtype of a token bin should be uint16 or uint32, found {np.dtype(dtype).name}")
         if vocab_size > 1 << (8 * self.dtype.itemsize):
             raise ValueError(f"a vocabulary of {vocab_size} does not fit {self.dtype.name}: use uint32")
         if not 0 <= eos_id < vocab_size:
-            raise ValueError(f"eos_id {eos_id} lies outside the vocabulary of {vocab_size}")
+            raise ValueError(f"eos_id {eos_id} is outside the vocabulary of {vocab_size} ids")
         self.prefix = Path(prefix)
         self.vocab_size, self.eos_id, self.tokenizer_sha256 = vocab_size, eos_id, tokenizer_sha256
         state = state or {"tokens": 0, "documents": 0, "text_bytes": 0, "sources": {}}
@@ -59,25 +59,29 @@ class BinWriter:
         self.sources = Counter(state["sources"])
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         if self.documents:
-            self._unname()
+            self._reopen()
+        # .bin: 2 or 4 bytes per token; .idx: 8 bytes per document, and 8 for the zero at its start
         self._bin = open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
         self._idx = open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
         if not self.documents:
             self._idx.write(bytes(8))  # the first document begins at token 0
 
     def add(self, ids: Sequence[int] | np.ndarray, source: str = "", text_bytes: int = 0) -> None:
-        """Append one document: its ids, the last of them `eos_id`, the name it is counted under and its UTF-8 length.
+        """Append one document.
 
-        Raises ValueError, before a byte of the document is written, when an id lies outside the vocabulary.
+        ids: (n,) integers, the last one `eos_id`; source: name for the counts; text_bytes: size of the text in UTF-8.
+        Raises ValueError, before anything is written, when an id is outside the vocabulary or eos is missing.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise ValueError(f"a document is a flat, non-empty list of ids, found {ids.dtype} of shape {ids.shape}")
+            raise ValueError(
+                f"a document should be a flat, non-empty list of ids, found {ids.dtype} of shape {ids.shape}"
+            )
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab_size:
+        if low < 0 or high >= self.vocab_size:  # astype would wrap around such ids without an error
             wrong = low if low < 0 else high
             raise ValueError(
-                f"id {wrong} of document {self.documents} lies outside the vocabulary of {self.vocab_size}"
+                f"id {wrong} of document {self.documents} is outside the vocabulary of {self.vocab_size} ids"
             )
         if ids[-1] != self.eos_id:
             raise ValueError(f"document {self.documents} ends with id {ids[-1]}, expected eos_id {self.eos_id}")
@@ -89,27 +93,27 @@ class BinWriter:
         self._idx.write(self.tokens.to_bytes(8, "little"))
 
     def state(self) -> dict[str, Any]:
-        """Put what was added so far safely on disk; the dict, which JSON can hold, goes on from here as `state=`."""
+        """Flush all documents to the disk and return a dict for JSON; pass it as `state` to continue from here."""
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
         return {key: self._meta()[key] for key in ("tokens", "documents", "text_bytes", "sources")}
 
     def close(self) -> None:
-        """Give the files their names. A kill in between leaves something `TokenBin` refuses, never a mixture."""
+        """Rename the files to their final names. After a kill in between, `TokenBin` refuses the incomplete set."""
         self.state()
         self._bin.close()
         self._idx.close()
         meta = self._part(".json")
-        # A file name that is not Unicode may stand among the sources: escaped, which JSON reads as it was.
+        # Names of sources may be file names that are not Unicode; escaped, JSON reads them back unchanged.
         meta.write_bytes(json.dumps(self._meta(), ensure_ascii=False, indent=2).encode("utf8", "backslashreplace"))
-        # The json seals the set: it goes first when an older set is replaced, and comes last.
+        # The .json marks a complete set: remove an older one first, and write the new one last.
         self._name(".json").unlink(missing_ok=True)
         for suffix in (".idx", ".bin", ".json"):
             self._part(suffix).replace(self._name(suffix))
 
     def discard(self) -> None:
-        """Remove what was written; a finished bin of the same name stays as it was."""
+        """Remove the unfinished files; a finished bin of the same name stays unchanged."""
         self._bin.close()
         self._idx.close()
         for suffix in (".bin", ".idx", ".json"):
@@ -136,7 +140,8 @@ class BinWriter:
             "text_bytes": self.text_bytes,
         }
 
-    def _unname(self) -> None:
+    def _reopen(self) -> None:
+        """Undo `close`: rename finished files back to `.part`, so that more documents can be added."""
         self._name(".json").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             if not self._part(suffix).exists() and self._name(suffix).exists():
@@ -150,13 +155,16 @@ class BinWriter:
 
 
 def open_at(path: Path, size: int) -> BinaryIO:
-    """A file to go on writing at `size` bytes; what an interrupted run wrote beyond is cut off.
+    """Open a file for writing at byte `size`; bytes beyond, from an interrupted run, are cut off.
 
-    Raises ValueError when there are fewer.
+    Raises ValueError when the file is shorter.
     """
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
-        raise ValueError(f"cannot go on with {path}: {size} bytes were written, {found} are left")
+    actual = path.stat().st_size if path.exists() else 0
+    if actual < size:
+        raise ValueError(
+            f"{path}: expected at least {size} bytes from the interrupted run, found {actual}; "
+            "delete its folder and start again"
+        )
     file = path.open("r+b" if path.exists() else "w+b")
     file.truncate(size)
     file.seek(size)
@@ -164,31 +172,32 @@ def open_at(path: Path, size: int) -> BinaryIO:
 
 
 class TokenBin:
-    """A bin on disk, mapped read-only. Pickles by its path, so every process maps it anew.
+    """A bin on disk, mapped read-only. It is pickled as its path, so that every process maps the file itself.
 
-    `tokens` (n,) np.memmap of uint16 or uint32; `offsets` (documents + 1,) uint64, where document i is
-    `tokens[offsets[i] : offsets[i + 1]]` with its eos, or None for a headerless uint16 file; `meta` the
-    dict of `prefix.json`, `{}` for a headerless file; `len()` the number of tokens.
+    tokens: (n,) np.memmap of uint16 or uint32; `len()` returns n.
+    offsets: (documents + 1,) uint64; document i, with its eos, is `tokens[offsets[i] : offsets[i + 1]]`. None for a
+        headerless file.
+    meta: dict from `prefix.json`; {} for a headerless file.
 
-    Raises FileNotFoundError, and ValueError when the three files do not agree (a truncated copy).
+    Raises FileNotFoundError, and ValueError when the three files do not agree, as after an incomplete copy.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"no token bin at {self.path}; data_process.py makes them")
+            raise FileNotFoundError(f"{self.path}: no such token bin; make it with data_process.py")
         index, header = self.path.with_suffix(".idx"), self.path.with_suffix(".json")
         self.meta: dict[str, Any] = {}
         self.offsets: np.ndarray | None = None
         if header.is_file():
             self._read_described(index, header)
         elif index.is_file():
-            raise ValueError(f"{self.path} has an .idx but no .json: its writing was interrupted; make it again")
+            raise ValueError(f"{self.path} has an .idx but no .json: it is incomplete; make it again")
         else:
             size = self.path.stat().st_size
             if size % 2:
                 raise ValueError(
-                    f"{self.path} holds {size} bytes, not whole uint16 ids: it is truncated or no token bin"
+                    f"{self.path}: expected uint16 ids of 2 bytes, found {size} bytes; it is truncated or no token bin"
                 )
             self.tokens = _map(self.path, np.dtype("<u2"), size // 2)
 
@@ -199,13 +208,17 @@ class TokenBin:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{header} does not describe a token bin ({error!r}); make it again") from error
         for path, expected in ((self.path, n_tokens * dtype.itemsize), (index, (n_documents + 1) * 8)):
-            found = path.stat().st_size if path.is_file() else 0
-            if found != expected:
-                raise ValueError(f"{path} holds {found} bytes, {header.name} says {expected}: copy or make it again")
+            actual = path.stat().st_size if path.is_file() else 0
+            if actual != expected:
+                raise ValueError(
+                    f"{path}: expected {expected} bytes ({header.name}), found {actual}; copy it or make it again"
+                )
         self.tokens = _map(self.path, dtype.newbyteorder("<"), n_tokens)
         self.offsets = _map(index, np.dtype("<u8"), n_documents + 1)
         if self.offsets[0] != 0 or self.offsets[-1] != n_tokens:
-            raise ValueError(f"{index} ends at token {self.offsets[-1]}, {header.name} says {n_tokens}: make it again")
+            raise ValueError(
+                f"{index}: expected {n_tokens} tokens ({header.name}), found {self.offsets[-1]}; make it again"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -214,22 +227,25 @@ class TokenBin:
         return TokenBin, (self.path,)
 
     def check(self, tokenizer_sha256: str, vocab_size: int) -> None:
-        """Raise ValueError when the bin was made by another tokenizer, or, headerless, holds ids beyond `vocab_size`
-        (its tokenizer is not known, so its ids are looked at, once)."""
+        """Raise ValueError when the bin was made with another tokenizer.
+
+        A headerless bin does not name its tokenizer: all its ids are read, and an id above the vocabulary is refused.
+        """
         if not self.meta:
             highest = max((int(self.tokens[at : at + _SCAN].max()) for at in range(0, len(self), _SCAN)), default=0)
             if highest >= vocab_size:
                 raise ValueError(
-                    f"{self.path} holds id {highest}, the tokenizer has {vocab_size}: it was made by another"
+                    f"{self.path} holds id {highest}, but the tokenizer has {vocab_size} ids: "
+                    "it was made with another tokenizer; run data_process.py with this one"
                 )
         elif self.meta["vocab_size"] != vocab_size or self.meta["tokenizer_sha256"] != tokenizer_sha256:
             raise ValueError(
-                f"{self.path} was made by another tokenizer: vocabulary {self.meta['vocab_size']}, sha256 "
-                f"{self.meta['tokenizer_sha256'][:12]}, this one has {vocab_size}, {tokenizer_sha256[:12]}; "
+                f"{self.path} was made with another tokenizer: expected vocabulary {vocab_size}, sha256 "
+                f"{tokenizer_sha256[:12]}, found {self.meta['vocab_size']}, {self.meta['tokenizer_sha256'][:12]}; "
                 f"run data_process.py with this tokenizer"
             )
 
 
 def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
-    """`length` values of a file, read-only; an empty file cannot be mapped and is an empty array."""
+    """Map `length` values of a file, read-only; returns an empty array for an empty file, which cannot be mapped."""
     return np.memmap(path, dtype, "r", shape=(length,)) if length else np.zeros(0, dtype)

@@ -1,4 +1,4 @@
-"""Documents tokenized by several processes, in order."""
+"""Tokenize documents in several processes and return them in order."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from itertools import chain
 
 import numpy as np
 
-from bins.screen import Batch
+from bins.screen import ScreenedBatch
 from tokenizer import Tokenizer
 
 
 def tokenize(
-    batches: Iterator[Batch], tokenizer: Tokenizer, processes: int
-) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-    """Each batch with the ids of its documents, uint32, eos at their ends; in order, for any number of processes.
+    batches: Iterator[ScreenedBatch], tokenizer: Tokenizer, processes: int
+) -> Iterator[tuple[ScreenedBatch, list[np.ndarray]]]:
+    """Yield each batch with the ids of its documents, uint32 arrays that end with eos.
 
-    Bounded: at most two batches a process wait. Raises OSError when a process dies.
+    The order is that of `batches` for any number of processes. At most two batches per process wait in memory.
+    Raises OSError when a process dies.
     """
     if processes == 1:
         for batch in batches:
             yield batch, split(*encode(tokenizer, batch.texts()))
         return
-    # Spawned, not forked: a fork copies the threads' locks of this process as they happen to stand.
+    # Spawn, not fork: a forked process copies locks that other threads hold at that moment, and may wait forever.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawn, initializer=start_worker, initargs=(tokenizer,))
-    pending: deque[tuple[Batch, Future]] = deque()
+    pending: deque[tuple[ScreenedBatch, Future]] = deque()
     try:
         for batch in batches:
             pending.append((batch, submit(pool, batch.texts())))
@@ -42,14 +43,17 @@ def tokenize(
             yield take(pending)
     except BrokenProcessPool as error:
         raise OSError(
-            "a tokenizing process died, perhaps for lack of memory: run again with fewer processes"
+            "a tokenizing process died, perhaps because memory ran out; repeat the command with fewer --processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future:
-    """Ctrl-C is for the main process: one that starts here inherits, from its first instant, that it is blocked."""
+    """Send texts to the pool, with SIGINT blocked in a worker that starts now.
+
+    Processes inherit the signal mask, so that Ctrl-C never reaches a worker, only the main process.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(encode_in_worker, texts)
@@ -57,34 +61,37 @@ def submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def take(pending: deque[tuple[Batch, Future]]) -> tuple[Batch, list[np.ndarray]]:
+def take(pending: deque[tuple[ScreenedBatch, Future]]) -> tuple[ScreenedBatch, list[np.ndarray]]:
+    """Wait for the oldest batch and return it with the ids of its documents."""
     batch, future = pending.popleft()
     return batch, split(*future.result())
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all texts, each followed by eos, (n,) uint32, and where each text ends, (len(texts),) int64."""
+    """Return the ids of all texts, each with eos at its end, (n,) uint32, and the end of each, (len(texts),) int64."""
     documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
     return np.fromiter(chain.from_iterable(documents), np.uint32), ends
 
 
 def split(ids: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """Views of `ids`, one a document: one array crosses between processes far faster than a thousand."""
+    """Return one view of `ids` per document; sending one array between processes is much faster than sending many."""
     return np.split(ids, ends[:-1]) if len(ends) else []
 
 
 def start_worker(tokenizer: Tokenizer) -> None:
-    """Keep the tokenizer, sent once a process, and see to it that the process ends with the main one, even killed."""
+    """Store the tokenizer, which is sent once per process, and end this process when the main process ends or dies."""
     global _tokenizer
     threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenizer = tokenizer
 
 
 def end_with_parent() -> None:
+    """Wait for the main process to end, then end this process."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Call `encode` with the tokenizer of this process."""
     return encode(_tokenizer, texts)

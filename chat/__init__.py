@@ -1,1 +1,1 @@
-"""Conversations: forms of records, templates, encoded samples."""
+"""Read conversations of any form, apply chat templates, encode training samples."""

@@ -1,4 +1,4 @@
-"""Jinja as transformers renders chat templates."""
+"""A Jinja environment that renders chat templates as transformers does."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Noncharacters, which Unicode keeps for use inside a program: marks in a rendered text, and in no message.
+# Unicode reserves noncharacters for use inside programs. These mark places in a rendered text; messages with them are
+# refused. BREAK: the special token that follows is text; BEGIN, FINISH: around an answer.
 BREAK, BEGIN, FINISH = "\ufdd0", "\ufdd1", "\ufdd2"
-
-
 MARKS = re.compile(f"[{BREAK}{BEGIN}{FINISH}]")
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: what the model says, here between BEGIN and FINISH."""
+    """Render {% generation %} ... {% endgeneration %}, the text that a model generates, between BEGIN and FINISH."""
 
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own form)
+    tags = {"generation"}  # noqa: RUF012  (the form that jinja2 requires)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
         lineno = next(parser.stream).lineno
@@ -39,7 +38,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ):
-    """Jinja's own filter would escape HTML."""
+    """Return a value as JSON; Jinja's own filter would escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -107,7 +107,7 @@ def read_tokens(flag: Sequence[str]) -> list[str]:
     if len(flag) == 1 and Path(flag[0]).is_file():
         return [line for line in Path(flag[0]).read_text(encoding="utf8").splitlines() if line]
     if missing := [each for each in flag if "/" in each and each.endswith(".txt")]:
-        raise FileNotFoundError(f"there is no file of tokens {missing[0]}")
+        raise FileNotFoundError(f"--add_tokens, --add_special_tokens: there is no file of tokens {missing[0]}")
     return list(flag)
 
 
@@ -122,7 +122,10 @@ def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[str
     known = set(meanings(tokenizer))
     new = [*special, *texts]
     if refused := [each for n, each in enumerate(new) if known & {each, each.encode()} or not each or each in new[:n]]:
-        raise ValueError(f"the tokenizer has {refused[0]!r} already; tokens to add should be new, and no two alike")
+        raise ValueError(
+            f"--add_tokens, --add_special_tokens: the tokenizer has {refused[0]!r} already; "
+            "tokens to add should be new, and no two alike"
+        )
     with TemporaryDirectory() as folder:
         tokenizer.save(folder)
         path, config_path = Path(folder, "tokenizer.json"), Path(folder, "tokenizer_config.json")

@@ -146,7 +146,7 @@ class TransformersModel(nn.Module):
 
     @property
     def _takes_positions(self) -> bool:
-        """Whether positions can restart inside a row."""
+        """Whether the model takes positions, so that they can restart inside a row."""
         return "position_ids" in inspect.signature(self.inner.forward).parameters
 
     def _check_isolation(self, length: int) -> None:
@@ -253,6 +253,8 @@ class TokenCache:
     Slot = position, as in `attention.cache.KVCache`: rows of unequal length are padded on the right, where no token
     sees the padding.
     """
+
+    can_rewind, endless = True, False  # as of `cache.KVCache`
 
     def __init__(self, batch: int, max_len: int, device: torch.device | str = "cpu") -> None:
         self.ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)

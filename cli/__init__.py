@@ -1,1 +1,1 @@
-"""What stands around every script: arguments, progress, the record of a run."""
+"""Arguments, progress and the record of a run, shared by all scripts."""

@@ -1,13 +1,12 @@
-"""One run, one YAML file: dataclasses are the schema, YAML the values, flags override both.
+"""Parse the arguments of a script: a dataclass is the schema, a YAML preset has values, flags override them.
 
-A preset such as `configs/tiny.yaml` describes a whole run, with one section a script:
+A preset such as `configs/tiny.yaml` describes a whole run, with one section per script:
 
     train_tokenizer: {vocab_size: 4800}
     pretrain: {model: {dim: 160}, train: {max_steps: 2000}}
 
-`parse(Args, "pretrain")` reads its own section. A YAML value is nothing but a flag written down: the section is
-flattened into `--model.dim 160 ...` and put before the flags of the command line, so there is one parser,
-one validation and one error message, and the later value wins.
+`parse(Args, "pretrain")` reads the section of its name. The values become flags, `--model.dim 160 ...`, in front of
+those of the command line: one parser, one validation, one kind of error message, and the later value wins.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import difflib
 import errno
 import inspect
 import io
+import re
 import sys
 import traceback
 import typing
@@ -28,19 +28,25 @@ import tyro
 import yaml
 
 T = TypeVar("T")
+NUMBERS = {  # tyro's words for a flag of this type, and for one that may be None as well
+    r"invalid literal for int\(\) with base 10: '(.*?)'": "a whole number",
+    r"could not convert string to float: '(.*?)'": "a number",
+    r"no type matching \{None\}\|INT could be instantiated from \['(.*?)'\]": "a whole number or None",
+    r"no type matching \{None\}\|FLOAT could be instantiated from \['(.*?)'\]": "a number or None",
+}
 SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "eval")
 
 
 def fail(message: str) -> NoReturn:
-    """Print one sentence on stderr and exit with status 1: the way every script refuses bad input."""
+    """Print an error on stderr and exit with status 1; every script refuses bad input in this way."""
     sys.exit(f"error: {message}")
 
 
 def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
-    """An instance of the dataclass `cls` from `--config FILE` (its `section`) and flags; flags win.
+    """Return an instance of the dataclass `cls` with the values of `--config FILE` (its `section`) and of the flags.
 
-    Exits non-zero with one clear message on an unknown key, a wrong type, a value that a dataclass refuses in its
-    `__post_init__`, or an unreadable file.
+    Exits with an error message for an unknown key, a wrong type, a value that the `__post_init__` of a dataclass
+    refuses, or a file that cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     from_file, flags = [], []
@@ -48,17 +54,19 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         word = argv.pop(0)
         name, _, value = word.partition("=")
         if name != "--config":
-            said = value if name.startswith("--") else word  # YAML's true and false are Python's True and False
-            flags.append(word.removesuffix(said) + said.capitalize() if said in ("true", "false") else word)
+            last = value if name.startswith("--") else word  # the value: write YAML's true and false as Python does
+            flags.append(word.removesuffix(last) + last.capitalize() if last in ("true", "false") else word)
         elif value or argv:
             path = Path(value or argv.pop(0))
             from_file += as_flags(cls, read_section(path, section), where=f"{path}: {section}")
         else:
             fail("--config expects a YAML file, such as configs/tiny.yaml")
-    description = f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags win."
-    told = io.StringIO()
+    description = (
+        f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags override them."
+    )
+    errors, answer = Capture(), Capture()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(answer):  # stdout: only --help prints
             return tyro.cli(
                 cls,
                 args=from_file + flags,
@@ -68,16 +76,41 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stop:
-        if error := refused_by_dataclass(stop):
+        if error := dataclass_error(stop):
             fail(" ".join(str(error).split()))
-        sys.stderr.write(told.getvalue())
+        if error := type_error(errors.getvalue()):
+            fail(f"{error}; {section}.py --help explains each flag")
+        sys.stdout.write(plain_types(answer.getvalue()))
+        sys.stderr.write(plain_types(errors.getvalue()))
         raise
 
 
-def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str, Any]:
-    """Return the command that stands first on the command line and its parsed flags; `commands`: name -> dataclass.
+class Capture(io.StringIO):
+    """Text that is printed; it has the encoding of stdout, by which tyro decides whether it may draw lines."""
 
-    Without a command, or with an unknown one, exits with a sentence; --help prints `doc`.
+    encoding = property(lambda self: sys.__stdout__.encoding)
+
+
+def type_error(text: str) -> str | None:
+    """Return tyro's error about a value that is not a number as one sentence; None for another error."""
+    text = " ".join(re.sub("[╭╮╰╯│─]", " ", text).split())
+    for pattern, kind in NUMBERS.items():
+        if match := re.search(rf"Error parsing (\S+): {pattern}", text):
+            return f"{match[1]} expects {kind}, found {match[2]!r}"
+    return None
+
+
+def plain_types(text: str) -> str:
+    """Rewrite the types in tyro's help: `{None}|INT` as `INT`, `[PATH [PATH ...]]` as `PATH ...`; widths stay equal."""
+    text = re.sub(r"\{None\}\|(\w+)", r"\1       ", text)
+    return re.sub(r"\[(\w+) \[\1 \.\.\.\]\]", lambda match: f"{match[1]} ...".ljust(len(match[0])), text)
+
+
+def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str, Any]:
+    """Return the first word of the command line, a command, and the parsed flags after it.
+
+    commands: name of a command -> dataclass of its flags; doc: text that --help prints.
+    Exits with an error message when the command is missing or unknown.
     """
     words = sys.argv[1:]
     command = words[0] if words else ""
@@ -85,14 +118,15 @@ def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str
         print(f"{doc.strip()}\n\n{script}.py {next(iter(commands))} --help explains each flag.", file=sys.stdout)
         sys.exit()
     if command not in commands:
-        fail(f"{script}.py takes a command, {', '.join(commands)}, and its flags: {script}.py merge --help")
+        first = next(iter(commands))
+        fail(f"{script}.py expects a command ({', '.join(commands)}) and its flags, see {script}.py {first} --help")
     return command, parse(commands[command], script, words[1:])
 
 
-def refused_by_dataclass(stop: SystemExit) -> ValueError | None:
-    """The error raised in the `__post_init__` of a dataclass, if that is why tyro stopped.
+def dataclass_error(stop: SystemExit) -> ValueError | None:
+    """Return the error that the `__post_init__` of a dataclass raised, if that is why tyro exits; else None.
 
-    tyro draws a box around it and exits while it handles it, so it stands in the chain of contexts.
+    tyro exits while it handles the error, so the error is in the chain of contexts.
     """
     error = stop.__context__
     while error is not None:
@@ -104,19 +138,17 @@ def refused_by_dataclass(stop: SystemExit) -> ValueError | None:
 
 
 def read_section(path: Path, section: str) -> dict[str, Any]:
-    """The mapping under `section` in a YAML preset; `{}` when the preset leaves that script at its defaults."""
+    """Return the mapping under `section` in a YAML preset; {} if the preset has no such section."""
     try:
         whole = yaml.safe_load(path.read_text(encoding="utf8")) or {}
     except OSError as error:
-        fail(f"cannot read the config {path}: {error.strerror}; presets lie in configs/")
+        fail(f"--config: cannot read {path}: {error.strerror}; presets are in configs/")
     except UnicodeDecodeError:
         fail(f"{path} is not UTF-8 text")
     except yaml.YAMLError as error:
         fail(f"{path} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(whole, dict):
-        fail(
-            f"{path} should hold sections named after the scripts ({', '.join(SECTIONS)}), found {type(whole).__name__}"
-        )
+        fail(f"{path} should have sections named as scripts ({', '.join(SECTIONS)}), found {type(whole).__name__}")
     for name in whole:
         if name not in SECTIONS:
             fail(f"{path}: unknown section {name!r}{nearest(str(name), SECTIONS)}; sections are {', '.join(SECTIONS)}")
@@ -127,7 +159,10 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
 
 
 def as_flags(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
-    """YAML values as the command-line words that say the same, checked against the fields of the dataclass `cls`."""
+    """Return YAML values as words of a command line; exits with an error for a key that is no field of `cls`.
+
+    where: file and section, for errors; prefix: names of the enclosing fields, such as "model."
+    """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     words = []
@@ -152,25 +187,26 @@ def _words(value: Any) -> list[str]:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`"; did you mean 'max_steps'?"` or the empty string."""
+    """Return text such as `"; did you mean 'max_steps'?"`, or "" if no known name is similar."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def sentence(error: Exception) -> str:
-    """What an error says; one of the system's own (`[Errno 28] ...`), with what to do about it."""
+    """Return the message of an error; for an error of the system (`[Errno 28] ...`) with advice."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no room to write{where or ' on the disk'} ({error.strerror}); make some, and the same command goes on"
+        place = f"to write{where}" if where else "on the disk"
+        return f"no space left {place} ({error.strerror}); free some space, then repeat the command to continue"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"no access to{where or ' a file'} ({error.strerror}); choose another place, or change its permissions"
     return f"{error.strerror}:{where}" if where else error.strerror
 
 
 def run(main: typing.Callable[[Any], dict], args: Any) -> None:
-    """Call `main(args)`, and turn an error a user can mend into one sentence and exit status 1."""
+    """Call `main(args)`; exits with status 1 and one sentence for an error that the user can correct."""
     try:
         main(args)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a bar on a terminal; elsewhere (a log, a pipe) a plain line now and then."""
+"""Show the progress of long work on stderr: a bar on a terminal, a line from time to time in a log or a pipe."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 class Progress:
-    """How far some work is, with its rate and, where the total is known, the time left.
+    """A progress bar with the rate and, if the total is known, the remaining time.
 
-        with Progress("reading", "B", total=size) as shown:
+        with Progress("reading", "B", total=size) as bar:
             for text in texts:
-                shown.add(len(text))
+                bar.add(len(text))
 
-    what: the work, in a word or two; unit: what is counted, such as "documents", or "B" for bytes; total: how many
-    there are, perhaps roughly; done: how many were done in an earlier run, which do not count for the rate;
-    active: False shows nothing (for all processes of a run but one).
+    what: name of the work in a word or two
+    unit: name of the counted things, such as "documents", or "B" for bytes
+    total: their number, which may be an estimate
+    done: number of those that an earlier run completed; they do not count for the rate
+    active: False shows nothing (in all processes of a run but one)
     """
 
     def __init__(self, what: str, unit: str, total: int | None = None, done: int = 0, active: bool = True) -> None:
@@ -34,22 +36,22 @@ class Progress:
             initial=done,
             unit_scale=unit == "B",
             leave=False,
-            disable=None if active else True,  # None: shown on a terminal only
+            disable=None if active else True,  # None: a bar on a terminal only
         )
         self._before, self._began = done, time.monotonic()
-        self._told = self._began
+        self._last_line = self._began
 
     def add(self, amount: int = 1) -> None:
-        """So much more is done; cheap enough for every document."""
+        """Count `amount` more as done; cheap enough to be called for every document."""
         self.done += amount
         self.bar.update(amount)
         now = time.monotonic()
-        if self.bar.disable and self.active and now - self._told > PLAIN_LINE_SECONDS:
-            self._told = now
+        if self.bar.disable and self.active and now - self._last_line > PLAIN_LINE_SECONDS:
+            self._last_line = now
             say(self._line(now - self._began))
 
     def show(self, done: int, note: str) -> None:
-        """So much is done in all: shown at once, with a note of the caller's in place of the plain line's rate."""
+        """Set the number of things done and show it at once, followed by `note`."""
         self.done = self.bar.n = done
         if not self.bar.disable:
             self.bar.set_postfix_str(note)
@@ -57,7 +59,7 @@ class Progress:
             say(f"{self.unit} {done}/{self.total} {note}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar from the terminal."""
         self.bar.close()
 
     def __enter__(self) -> Progress:
@@ -67,33 +69,33 @@ class Progress:
         self.close()
 
     def _line(self, seconds: float) -> str:
-        """`reading: 12.3MB of 98.7MB, 1.20MB/s, 01:12 left`, without what is not known."""
+        """Return a line such as `reading: 12.3MB of 98.7MB, 1.20MB/s, 01:12 left`, without the unknown parts."""
         if self.unit == "B":
             done, total, name = tqdm.format_sizeof(self.done), tqdm.format_sizeof(self.total or 0), "B"
         else:
             done, total, name = f"{self.done:,}", f"{self.total or 0:,}", f" {self.unit}"
         rate = (self.done - self._before) / max(seconds, 1e-9)
         speed = f"{tqdm.format_sizeof(rate)}B/s" if name == "B" else f"{rate:,.1f}/s"
-        if self.total is None or self.done > self.total:  # a total that was only guessed
+        if self.total is None or self.done > self.total:  # the total was an estimate, and too low
             return f"{self.what}: {done}{name}, {speed}"
         left = f", {tqdm.format_interval((self.total - self.done) / rate)} left" if rate else ""
         return f"{self.what}: {done} of {total}{name}, {speed}{left}"
 
 
 def track(items: Iterable[T], what: str, unit: str, total: int | None = None, active: bool = True) -> Iterator[T]:
-    """The items, with progress: each is done when the next one is asked for."""
-    with Progress(what, unit, total, active=active) as shown:
+    """Yield the items and show progress; an item counts as done when the caller takes the next one."""
+    with Progress(what, unit, total, active=active) as bar:
         for item in items:
             yield item
-            shown.add()
+            bar.add()
 
 
 def say(text: str) -> None:
-    """One line on stderr, above the bars if there are any."""
+    """Print a line on stderr, above the progress bars."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
 def tell(notice: str) -> None:
-    """One line that is no answer."""
+    """Print a notice on stderr."""
     print(notice, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a run records of itself: the resolved settings, the command, versions, and the hashes of its inputs."""
+"""Record a run: its settings, its command, versions of libraries, and hashes of its inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cli.progress import Progress
 
 
 def to_plain(args: Any) -> Any:
-    """A dataclass (nested) as what YAML and JSON can hold: dicts, lists, numbers, strings."""
+    """Convert a dataclass, also a nested one, to values for YAML and JSON: dicts, lists, numbers, strings."""
     if dataclasses.is_dataclass(args):
         return {f.name: to_plain(getattr(args, f.name)) for f in dataclasses.fields(args)}
     if isinstance(args, dict):
@@ -31,18 +31,21 @@ def to_plain(args: Any) -> Any:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in blocks."""
+    """Return the hex SHA-256 of a file."""
     path, digest = Path(path), hashlib.sha256()
-    with path.open("rb") as file, Progress(f"hashing {path.name}", "B", path.stat().st_size) as shown:
+    with path.open("rb") as file, Progress(f"hashing {path.name}", "B", path.stat().st_size) as bar:
         while block := file.read(1 << 20):
             digest.update(block)
-            shown.add(len(block))
+            bar.add(len(block))
     return digest.hexdigest()
 
 
 def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path] = ()) -> None:
-    """Write `out/config.yaml` (the resolved values, itself a valid --config) and `out/run.json`:
-    command line, git commit, library versions and the SHA-256 of every input file."""
+    """Write `out/config.yaml` and `out/run.json`.
+
+    config.yaml has the values of all settings and is a valid --config. run.json has the command line, the git commit,
+    the versions of libraries and the SHA-256 of every input file.
+    """
     out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({section: to_plain(args)}, allow_unicode=True, sort_keys=False)
     (out / "config.yaml").write_text(text, encoding="utf8")

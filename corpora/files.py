@@ -1,11 +1,11 @@
-"""The user's own texts: files and folders in the usual formats, and a Python file with a generator.
+"""Read the user's own texts: files and folders in the usual formats, and a Python file with a generator.
 
-txt, json (an array, or one value a line), jsonl, csv, tsv and parquet; all but parquet also as .gz or .zst. Everything
-streams in bounded memory, and a record that cannot be read becomes a BadRecord with its place.
+Formats: txt, json (an array, or one value per line), jsonl, csv, tsv, parquet; all but parquet also as .gz or .zst.
+Everything streams in bounded memory. A record that cannot be read becomes a BadRecord that names its file and line.
 
-- txt: where the first megabyte has blank lines between lines, blank lines separate documents; otherwise one a line.
-- csv: comma, quotes as in RFC 4180; tsv: tabs and no quoting. Both begin with a header row.
-- A file without suffix is read as JSON lines when it begins with `{`.
+- txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document.
+- csv: commas, quotes as in RFC 4180; tsv: tabs, no quotes. Both begin with a header row.
+- A file without suffix is read as JSON lines if it begins with `{`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from corpora.registry import RAW_CHARS, BadRecord, Document
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
 PACKED = ("gz", "zst")
-UNPACKED_RATIO = 3  # about what packed text grows to: Chinese, English and JSON by 2.5 to 4
+UNPACKED_RATIO = 3  # estimate: compressed Chinese, English and JSON text grows to 2.5 to 4 times its size
 _EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError)
 
 
 class Record(NamedTuple):
-    """What a file holds at one place: a str (txt), a dict (csv, parquet), or any JSON value."""
+    """One record of a file and its place: the value is a str (txt), a dict (csv, parquet) or any JSON value."""
 
     where: str
     value: Any
 
 
 def bad(where: str, reason: str, raw: str) -> BadRecord:
-    """A BadRecord whose raw text is short and can be written as UTF-8, whatever bytes it came from."""
+    """Return a BadRecord; its raw text is cut, and escaped where it is not UTF-8, so that it can be written."""
     return BadRecord(where, reason, raw[:RAW_CHARS].encode("utf8", "backslashreplace").decode())
 
 
@@ -53,7 +53,7 @@ def bad(where: str, reason: str, raw: str) -> BadRecord:
 
 
 def format_of(path: Path) -> str | None:
-    """One of FORMATS, or None for a file that is none of ours."""
+    """Return the format of a file, one of FORMATS, or None if it has no such format."""
     suffixes = [suffix[1:].lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in PACKED
     suffix = suffixes[-2 if packed else -1] if len(suffixes) > packed else ""
@@ -66,7 +66,10 @@ def format_of(path: Path) -> str | None:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The readable files at `path`, a file or a folder searched in depth, in a fixed order; never an empty list."""
+    """Return the readable files at `path`, a file or a folder with its subfolders, sorted; never an empty list.
+
+    Raises FileNotFoundError for a missing path, ValueError for a folder without such files or an unknown format.
+    """
     if path.is_dir():
         inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
         files = sorted(p for p in inside if p.is_file() and format_of(p))
@@ -74,13 +77,13 @@ def find_files(path: Path) -> list[Path]:
             raise ValueError(f"the folder {path} has no file to read; expected {_EXPECTED}")
         return files
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
+        raise FileNotFoundError(f"{path}: no file or folder of this name")
     _reader(path)
     return [path]
 
 
 def text_size(path: Path) -> int:
-    """About how many bytes of text lie at `path`, a file or a folder; raises what `find_files` raises."""
+    """Return roughly how many bytes of text a file or folder holds; raises the errors of `find_files`."""
     size = 0
     for file in find_files(path):
         packed = file.suffix[1:].lower() in (*PACKED, "parquet")
@@ -92,9 +95,9 @@ def text_size(path: Path) -> int:
 
 
 def records(path: Path, columns: list[str] | None = None) -> Iterator[Record | BadRecord]:
-    """Every record of one file; `columns` limits what is read of a parquet file and must be there in a csv, too.
+    """Yield every record of one file. Raises ValueError for a file of unknown format.
 
-    Raises ValueError for a file of unknown format.
+    columns: the only columns to read from a parquet file; a csv or parquet file without one of them is a BadRecord.
     """
     place = str(path)
     read = _reader(path)
@@ -108,14 +111,14 @@ def records(path: Path, columns: list[str] | None = None) -> Iterator[Record | B
 
 def _reader(path: Path) -> Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]:
     if format_of(path) is None:
-        raise ValueError(f"cannot tell the format of {path} by its name; expected {_EXPECTED}")
+        raise ValueError(f"{path}: its name shows no known format; expected {_EXPECTED}")
     return _READERS[format_of(path)]
 
 
 def _open_text(path: Path, newline: str = "\n") -> TextIO:
-    """UTF-8 with or without a byte order mark, or UTF-16 with one.
+    """Open a file as text: UTF-8 with or without a byte order mark, or UTF-16 with one.
 
-    Bytes that are not UTF-8 pass as surrogates, which `to_documents` refuses.
+    Bytes that are not UTF-8 are read as lone surrogates; `to_documents` reports them later.
     """
     suffix = path.suffix.lower()
     if suffix == ".gz":
@@ -131,7 +134,7 @@ def _open_text(path: Path, newline: str = "\n") -> TextIO:
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """Lines with their ends; one longer than MAX_CHARS comes in pieces of that size."""
+    """Yield lines with their line ends; a line longer than MAX_CHARS comes in pieces of that size."""
     return iter(lambda: file.readline(MAX_CHARS), "")
 
 
@@ -147,7 +150,10 @@ def _read_txt(path: Path, columns: list[str] | None) -> Iterator[Record]:
 
 
 def _blocks(path: Path, numbered: Iterable[tuple[int, str]]) -> Iterator[Record]:
-    """Lines up to a blank one are a document; so are MAX_CHARS of them, for a file that has no more blank lines."""
+    """Yield the lines between blank lines as one record.
+
+    A record ends at MAX_CHARS characters, too: otherwise a file without further blank lines would fill the memory.
+    """
     block, start, size = [], 1, 0
     for number, line in itertools.chain(numbered, [(0, "")]):
         if block and (not line.strip() or size + len(line) > MAX_CHARS):
@@ -173,7 +179,7 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[Record | BadRecord]:
             return
         if len(line) == MAX_CHARS and not line.endswith("\n"):
             yield bad(where, f"a line longer than {MAX_CHARS} characters", line)
-            while line and not line.endswith("\n"):
+            while line and not line.endswith("\n"):  # skip the rest of this line
                 line = next(lines, "")
         elif line.strip():
             try:
@@ -224,7 +230,7 @@ def _read_tsv(path: Path, columns: list[str] | None) -> Iterator[Record | BadRec
 
 
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
-    # Row batches through a small buffer: a column of a row group may be gigabytes.
+    # Read in batches of rows through a small buffer: one column of a row group may be gigabytes.
     with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
         names = file.schema_arrow.names
         if missing := [name for name in columns or () if name not in names]:
@@ -238,7 +244,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Ba
 
 
 def _no_column(name: str, names: list[str]) -> str:
-    return f"no column {name!r}; the columns are {', '.join(map(repr, names))}"
+    return f"no column {name!r} (set by --text_key); the columns are {', '.join(map(repr, names))}"
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]] = {
@@ -258,7 +264,7 @@ _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Record | BadReco
 def to_documents(
     stream: Iterable[Record | BadRecord], text_of: Callable[[Any], str], source: str, held_out: bool | None = None
 ) -> Iterator[Document | BadRecord]:
-    """`text_of` of each record's value as a Document; what it cannot read, or what is no Unicode, as a BadRecord."""
+    """Yield a Document with `text_of(value)` for each record, or a BadRecord where that fails or is not Unicode."""
     for record in stream:
         if isinstance(record, BadRecord):
             yield record
@@ -278,13 +284,14 @@ def to_documents(
 
 
 def _not_utf8(error: UnicodeEncodeError) -> str:
-    is_byte = "\udc80" <= error.object[error.start] <= "\udcff"  # else JSON's spelling of half a surrogate pair
+    # U+DC80 to U+DCFF: a byte that is not UTF-8. Other surrogates: half a pair, written as an escape in JSON.
+    is_byte = "\udc80" <= error.object[error.start] <= "\udcff"
     hint = "; convert the file, for instance with iconv -f gb18030 -t utf-8" if is_byte else ""
     return f"not UTF-8 at character {error.start + 1}{hint}"
 
 
 def text_under(key: str) -> Callable[[Any], str]:
-    """Reads the text from a value that is a string, or a mapping with it under `key`."""
+    """Return a function that reads the text of a value: the value itself if a string, or a dict's entry `key`."""
 
     def text_of(value: Any) -> str:
         if isinstance(value, str):
@@ -292,34 +299,34 @@ def text_under(key: str) -> Callable[[Any], str]:
         if not isinstance(value, dict):
             raise TypeError(f"expected a text or an object with the key {key!r}, found {type(value).__name__}")
         if key not in value:
-            raise ValueError(f"no key {key!r}; the keys are {', '.join(map(repr, value))}")
+            raise ValueError(f"no key {key!r} (set by --text_key); the keys are {', '.join(map(repr, value))}")
         return value[key]
 
     return text_of
 
 
 def read_files(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
-    """Every document of a file, or of the files in a folder; the source is the name of `path`.
+    """Yield every document of a file or of the files in a folder; their source is the name of `path`.
 
-    Raises at once what `find_files` raises.
+    Raises the errors of `find_files` at once, before the first document.
     """
     streams = (to_documents(records(file, [text_key]), text_under(text_key), path.name) for file in find_files(path))
     return itertools.chain.from_iterable(streams)
 
 
 def read_loader(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
-    """Every document that the `data_loader()` of the Python file `path` yields, as a str or as a dict.
+    """Yield every document from the `data_loader()` of the Python file `path`, which yields strings or dicts.
 
-    FileNotFoundError at once when there is no such file. It is a program, so its errors are not bad records: they
-    come as one ValueError.
+    Raises FileNotFoundError at once when there is no such file. An error inside the loader is an error of a program
+    and not a bad record: it ends the iteration with a ValueError.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no loader {path}; expected a Python file with a data_loader() generator")
-    return to_documents(loaded(path), text_under(text_key), path.name)
+        raise FileNotFoundError(f"--loader {path}: no such file; expected a Python file with a data_loader() generator")
+    return to_documents(loader_records(path), text_under(text_key), path.name)
 
 
-def loaded(path: Path) -> Iterator[Record]:
-    """What the `data_loader()` of a Python file yields, as it is; errors of it as one ValueError."""
+def loader_records(path: Path) -> Iterator[Record]:
+    """Yield each value from the `data_loader()` of a Python file; raises ValueError when the loader raises anything."""
     count = 0
     try:
         spec = importlib.util.spec_from_file_location("user_data_loader", path)

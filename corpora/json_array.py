@@ -1,7 +1,7 @@
-"""The elements of a JSON array of any size, one at a time, without ever holding the array.
+"""Read the elements of a JSON array of any size one at a time, without holding the array in memory.
 
-A window slides over the text; `json`'s own decoder reads one element from it, and the window grows only when an
-element does not end inside it. A malformed element is reported and skipped up to where the next one seems to begin.
+A window slides over the text and Python's JSON decoder reads one element from it; the window grows only when an element
+does not end inside it. A malformed element is reported, and reading continues where the next one seems to begin.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 CHUNK = 1 << 20
 MAX_CHARS = 1 << 24
-"""Longest record read, in characters, here and in the line formats: what bounds the memory."""
+"""Maximum length of a record in characters, also in the formats with one record per line; it limits the memory."""
 
 _DECODER = json.JSONDecoder()
 # Where the next element begins after a malformed one, by the first character of the malformed one.
@@ -29,20 +29,26 @@ _NOT_SPACE = re.compile(r"\S")
 
 @dataclass(frozen=True)
 class Malformed:
-    """What stands where an element should; `raw` is how it begins."""
+    """Text in the place of an element that is not valid JSON; `raw` is its beginning."""
 
     reason: str
     raw: str
 
 
 class _Window:
-    """`text[at:]` is read from the file but not consumed; `line` is the line of `at`, counted from 1."""
+    """A window over the text of a file.
+
+    `text[at:]` is read from the file but not consumed yet; `line` is the line number at `at`, counted from 1.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.at, self.line = file, "", 0, 1
 
     def grow(self) -> bool:
-        """Drop what is consumed and read at least as much as is left, so that a long element costs linear time."""
+        """Drop the consumed text and read more; returns False at the end of the file.
+
+        The window at least doubles, so that a long element, decoded again after each growth, costs linear time.
+        """
         self.text = self.text[self.at :]
         self.at = 0
         more = self.file.read(max(CHUNK, len(self.text)))
@@ -50,11 +56,12 @@ class _Window:
         return bool(more)
 
     def consume(self, end: int) -> None:
+        """Move `at` forward to `end` and count the lines between."""
         self.line += self.text.count("\n", self.at, end)
         self.at = end
 
     def peek(self) -> str:
-        """The next character that is not white space, not consumed; empty at the end of the file."""
+        """Return the next character that is not white space without consuming it; "" at the end of the file."""
         while not (match := _NOT_SPACE.search(self.text, self.at)):
             self.consume(len(self.text))
             if not self.grow():
@@ -63,33 +70,36 @@ class _Window:
         return match.group()
 
     def decode(self) -> Any:
-        """The element that begins at `at`, or a Malformed."""
+        """Return the element that begins at `at` and consume it, or return a Malformed."""
         while True:
             length = len(self.text) - self.at
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except (ValueError, RecursionError) as error:
                 pos, message = getattr(error, "pos", self.at), str(error)
-                # An element cut by the edge of the window fails there, or at the start of its open string.
+                # An element cut by the end of the window fails near that end, or at the start of an open string.
                 cut = pos > len(self.text) - 12 or message.startswith("Unterminated string")
                 if cut and length <= MAX_CHARS and self.grow():
                     continue
                 if cut and length > MAX_CHARS:
                     return self.skip(f"longer than {MAX_CHARS} characters", pos)
                 return self.skip(f"not JSON: {message}", pos)
-            # `1` before the edge may be the beginning of `12`, and `1e+` that of `1e+5`.
+            # A number at the end of the window may continue: `1` may be the start of `12`, `1e+` of `1e+5`.
             size = end - self.at
             if end + 3 <= len(self.text) or not self.grow():
                 self.consume(self.at + size)
                 return value
 
     def skip(self, reason: str, pos: int) -> Malformed:
-        """Consume up to where the next element seems to begin at or after `pos`, or the whole file."""
+        """Consume up to where the next element at or after `pos` seems to begin, else the whole file.
+
+        Returns a Malformed with `reason` and the beginning of the skipped text.
+        """
         malformed = Malformed(reason, self.text[self.at : self.at + CHUNK])
         boundary = _BOUNDARY.get(self.text[self.at], _COMMA)
         pos = max(pos, self.at)
         while not (match := boundary.search(self.text, pos)):
-            # The boundary itself may lie across the edge of the window.
+            # Keep 64 characters: the boundary itself may lie across the end of the window.
             self.consume(max(self.at, len(self.text) - 64))
             if not self.grow():
                 self.consume(len(self.text))
@@ -100,9 +110,10 @@ class _Window:
 
 
 def elements(file: TextIO) -> Iterator[tuple[int, Any]]:
-    """`(line, element)` for each element of the array that `file` begins with; a Malformed stands for a bad one.
+    """Yield `(line, element)` for each element of the array in `file`, with a Malformed for an element that is invalid.
 
-    Nothing is lost in silence: text behind the closing bracket and a missing bracket are Malformed too.
+    Text after the closing bracket and a missing closing bracket are yielded as Malformed, too.
+    Raises ValueError when the file does not begin with an array.
     """
     window = _Window(file)
     if window.peek() != "[":

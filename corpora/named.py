@@ -1,7 +1,7 @@
-"""Corpora by name whose files the user has downloaded: each lies in `raw_dir/NAME/`, as it was published.
+"""Read named corpora whose files the user downloads: each in `raw_dir/NAME/`, as it was published.
 
-A corpus is one function from a record to its text. Any of the formats of `files` will do, plain or packed, in folders
-or not: a record is a dict where the publisher wrote JSON, CSV or parquet, and a str where it is plain text.
+A corpus is one function from a record to its text. Files may have any format of `corpora.files`, compressed or not, in
+subfolders or not. A record is a dict for JSON, CSV and parquet files, and a str for plain text.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ HELD_OUT_CONVERSATIONS = 0.01
 def _files(raw_dir: Path, name: str, origin: str) -> list[Path]:
     folder = raw_dir / name
     if not folder.is_dir():
-        raise FileNotFoundError(f"the corpus {name} is not here: put its files into {folder}/; they come from {origin}")
+        raise FileNotFoundError(
+            f"{folder}/ is missing: download the corpus {name} from {origin} and put its files there"
+        )
     return find_files(folder)
 
 
 def _is_reserved(path: Path) -> bool:
-    """Whether the publisher meant a file for validation or testing: its texts are held out."""
+    """Return whether the publisher intends a file for validation or testing, so that its texts are held out."""
     return path.name.startswith(("valid", "test", "dev"))
 
 
@@ -36,9 +38,9 @@ def _named(
     origin: str,
     pairs: Callable[[dict], tuple[str, str]] | None = None,
 ) -> Callable:
-    """Register the corpus `name`, whose text of one record is the decorated function.
+    """Register the corpus `name`; the decorated function returns the text of one record.
 
-    `pairs` gives a record's question and answer, or raises KeyError for a record that is no such pair.
+    pairs: returns the question and the answer of a record, or raises KeyError for a record without them.
     """
 
     def enter(text_of: Callable[[Any], str]) -> Callable:
@@ -61,7 +63,7 @@ def _named(
 
 
 def _conversation(record: Record | BadRecord, pairs: Callable, name: str, reserved: bool) -> Iterator[Conversation]:
-    """One conversation, or none: what is no pair of texts is read, or reported, among the documents."""
+    """Yield the conversation in a record, or nothing if it has none; `documents` reports records that are broken."""
     if isinstance(record, BadRecord):
         return
     try:
@@ -81,7 +83,7 @@ def _conversation(record: Record | BadRecord, pairs: Callable, name: str, reserv
     "pleisto/wikipedia-cn-20230720-filtered on Hugging Face",
 )
 def wikipedia_cn(record: dict) -> str:
-    """`[{"completion": text, "source": "wikipedia.zh2307"}, ...]`."""
+    """Return the text of `{"completion": text, "source": "wikipedia.zh2307"}`."""
     return record["completion"]
 
 
@@ -92,7 +94,7 @@ def wikipedia_cn(record: dict) -> str:
     "xuqinyang/BaiduBaike-5.63M on Hugging Face (563w_baidubaike.json)",
 )
 def baidu_baike(record: dict) -> str:
-    """`{"title", "summary", "sections": [{"title", "content"}]}` a line; the summary may be null."""
+    """Return the text of `{"title", "summary", "sections": [{"title", "content"}]}`; the summary may be null."""
     parts = [f"{record['title']}：{record['summary']}"] if record.get("summary") else []
     parts += [f"{section['title']}：{section['content']}" for section in record["sections"]]
     return "\n".join(parts) or record["title"]
@@ -112,7 +114,7 @@ def _medical_pair(record: dict) -> tuple[str, str]:
     pairs=_medical_pair,
 )
 def medical(record: dict) -> str:
-    """Three forms, a JSON object a line; of a comparison only the chosen answer is text worth learning.
+    """Return the text of a record in one of three forms; of two compared answers only the chosen one is used.
 
     pretrain: `{"text"}`; finetune: `{"instruction", "input", "output"}`, in English without the instruction; reward:
     `{"question", "response_chosen", "response_rejected"}`.
@@ -127,7 +129,7 @@ def medical(record: dict) -> str:
     "allenai/c4 on Hugging Face (multilingual/c4-zh.*.json.gz)",
 )
 def c4_zh(record: dict) -> str:
-    """`{"text", "timestamp", "url"}` a line."""
+    """Return the text of `{"text", "timestamp", "url"}`."""
     return record["text"]
 
 
@@ -135,7 +137,7 @@ def c4_zh(record: dict) -> str:
     "c4", "the English part of C4", "ODC-BY; texts of the web", "allenai/c4 on Hugging Face (en/c4-train.*.json.gz)"
 )
 def c4(record: dict) -> str:
-    """`{"text", "timestamp", "url"}` a line."""
+    """Return the text of `{"text", "timestamp", "url"}`."""
     return record["text"]
 
 
@@ -146,7 +148,7 @@ def c4(record: dict) -> str:
     "WuDaoCorpora of BAAI (WuDaoCorpus2.0_base_200G)",
 )
 def wudao(record: dict) -> str:
-    """`[{"id", "uniqueKey", "titleUkey", "dataType", "title", "content"}, ...]` in each file."""
+    """Return title and content of `{"id", "uniqueKey", "titleUkey", "dataType", "title", "content"}`."""
     return f"{record['title']}\n{record['content']}" if record.get("title") else record["content"]
 
 
@@ -157,7 +159,7 @@ def wudao(record: dict) -> str:
     "CLUEbenchmark/CLUECorpus2020 on GitHub",
 )
 def clue_corpus_small(record: dict | str) -> str:
-    """Text files with blank lines between documents, or JSON lines with `text`, or with `title` and `content`."""
+    """Return the text of a block of a text file, or of a JSON line with `text`, or with `title` and `content`."""
     if isinstance(record, str):
         return record
     return record["text"] if "text" in record else f"{record['title']}\n{record['content']}"
@@ -170,7 +172,8 @@ def clue_corpus_small(record: dict | str) -> str:
     "liwu/MNBVC on Hugging Face (jsonl, gz)",
 )
 def mnbvc(record: dict) -> str:
-    """Four kinds: `text`; `段落` (a file's paragraphs, repeated ones left out); `问` and `答`; `主题` with `回复`."""
+    """Return the text of a record in one of four forms: `text`; `段落` (paragraphs, without those marked as repeated);
+    `问` and `答`; `主题` with `回复`."""
     if "text" in record:
         return record["text"]
     if "段落" in record:

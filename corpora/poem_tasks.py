@@ -1,6 +1,6 @@
-"""What people ask a little poet, made from poems: one conversation a poem, the same one every time.
+"""Make conversations from poems: one conversation for each poem, always the same one.
 
-The form asked for is always the form of the answer; the answer to a request for a poem is the verse alone.
+The form in the request is always the form of the answer. The answer to a request for a poem is the verse alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from corpora.verse import Poem
 T = TypeVar("T")
 
 MAX_TITLE = 12
-"""Longer titles are not asked for: they tell an occasion rather than name a theme."""
+"""Longest title, in characters, that a request uses; longer ones describe an occasion rather than name a theme."""
 
 SHORT_FORMS = {"五言绝句": "五绝", "七言绝句": "七绝", "五言律诗": "五律", "七言律诗": "七律"}
-# Titles that only point to another poem, and names that name nobody.
+# Titles that only refer to another poem, and names for unknown authors.
 _POINTING = {"又", "和", "再和", "次韵", "再次韵", "又次韵", "用韵", "前韵", "诗", "五言", "七言", "缺题", "失题"}
 _NAMELESS = {"无名氏", "佚名", "不详", "阙名", "失名"}
 
@@ -88,11 +88,12 @@ CHAT = (
 
 
 def _pick(rng: random.Random, options: Sequence[T]) -> T:
-    # Only random() is promised to give the same numbers in every version of Python.
+    # Of Python's generator, only random() returns the same numbers in every version.
     return options[int(rng.random() * len(options))]
 
 
 def _ask(rng: random.Random, task: str, poem: Poem, line: str = "") -> str:
+    """Return a user message for a task, in a random phrasing."""
     form = poem.form if rng.random() < 0.75 else SHORT_FORMS[poem.form]
     if task == "title" and len(poem.title) <= 3 and rng.random() < 0.3:
         task = "theme"
@@ -103,13 +104,14 @@ def _turns(*contents: str) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * len(contents), contents)]
 
 
-def _stopped(poem: Poem, i: int) -> str:
+def _punctuated(poem: Poem, i: int) -> str:
+    """Return line i with its comma or full stop."""
     return poem.lines[i] + "，。"[i % 2]
 
 
-def _quoted(rng: random.Random, poem: Poem, i: int) -> str:
-    """Line i as people type it: mostly without its stop."""
-    return poem.lines[i] if rng.random() < 0.7 else _stopped(poem, i)
+def _quote(rng: random.Random, poem: Poem, i: int) -> str:
+    """Return line i as people type it: mostly without its punctuation."""
+    return poem.lines[i] if rng.random() < 0.7 else _punctuated(poem, i)
 
 
 def _write(task: str) -> Callable[[random.Random, Poem], list[dict]]:
@@ -118,25 +120,25 @@ def _write(task: str) -> Callable[[random.Random, Poem], list[dict]]:
 
 def _next_line(rng: random.Random, poem: Poem) -> list[dict]:
     i = int(rng.random() * (len(poem.lines) - 1))
-    return _turns(_ask(rng, "next_line", poem, _quoted(rng, poem, i)), _stopped(poem, i + 1))
+    return _turns(_ask(rng, "next_line", poem, _quote(rng, poem, i)), _punctuated(poem, i + 1))
 
 
 def _previous_line(rng: random.Random, poem: Poem) -> list[dict]:
     i = 1 + int(rng.random() * (len(poem.lines) - 1))
-    return _turns(_ask(rng, "previous_line", poem, _quoted(rng, poem, i)), _stopped(poem, i - 1))
+    return _turns(_ask(rng, "previous_line", poem, _quote(rng, poem, i)), _punctuated(poem, i - 1))
 
 
 def _two_lines(rng: random.Random, poem: Poem) -> list[dict]:
     i = int(rng.random() * (len(poem.lines) - 2))
-    first = _ask(rng, "next_line", poem, _quoted(rng, poem, i))
-    return _turns(first, _stopped(poem, i + 1), _ask(rng, "go_on", poem), _stopped(poem, i + 2))
+    first = _ask(rng, "next_line", poem, _quote(rng, poem, i))
+    return _turns(first, _punctuated(poem, i + 1), _ask(rng, "go_on", poem), _punctuated(poem, i + 2))
 
 
 def _which_form(rng: random.Random, poem: Poem) -> list[dict]:
     return _turns(_ask(rng, "title", poem), poem.text, _ask(rng, "which_form", poem), f"这是一首{poem.form}。")
 
 
-def _greeted(rng: random.Random, poem: Poem) -> list[dict]:
+def _greeting(rng: random.Random, poem: Poem) -> list[dict]:
     greetings, replies = CHAT[0]
     return _turns(_pick(rng, greetings), _pick(rng, replies), _ask(rng, "title", poem), poem.text)
 
@@ -146,7 +148,7 @@ def _chat(rng: random.Random, poem: Poem) -> list[dict]:
     return _turns(_pick(rng, questions), _pick(rng, answers))
 
 
-# task -> (weight, what the poem must have, how it is made)
+# task -> (weight in the draw, what the poem must have, function that makes the conversation)
 TASKS: dict[str, tuple[float, str, Callable[[random.Random, Poem], list[dict]]]] = {
     "title": (46, "title", _write("title")),
     "title_author": (20, "title author", _write("title_author")),
@@ -156,16 +158,16 @@ TASKS: dict[str, tuple[float, str, Callable[[random.Random, Poem], list[dict]]]]
     "previous_line": (3, "", _previous_line),
     "two_lines": (3, "", _two_lines),
     "which_form": (1.5, "title", _which_form),
-    "greeted": (1.5, "title", _greeted),
+    "greeted": (1.5, "title", _greeting),
     "chat": (1, "training", _chat),
 }
 
 
 def conversation(poem: Poem) -> Conversation:
-    """The one conversation of a poem: a function of the poem alone.
+    """Return the one conversation of a poem; it depends on the poem alone.
 
-    A held-out poem gives a held-out conversation, so its title and author stand in no other one; plain talk, which
-    is the same everywhere, is never held out.
+    A held-out poem makes a held-out conversation, so its title and author occur in no training conversation. Small
+    talk ("chat") does not depend on the poem and is therefore made from training poems only.
     """
     has = {
         "title": len(poem.title) <= MAX_TITLE and poem.title not in _POINTING,
@@ -175,6 +177,7 @@ def conversation(poem: Poem) -> Conversation:
     possible = [name for name, (_, needs, _) in TASKS.items() if all(has[need] for need in needs.split())]
     seed = hashlib.sha256(f"{poem.title}\n{poem.author}\n{poem.text}".encode()).digest()
     rng = random.Random(int.from_bytes(seed[:8], "big"))
+    # draw a task with a probability proportional to its weight
     point = rng.random() * sum(TASKS[name][0] for name in possible)
     for name in possible:
         point -= TASKS[name][0]

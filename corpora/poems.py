@@ -1,7 +1,7 @@
-"""The default corpus: short poems of Tang and Song, in simplified script, from the npm package chinese-poetry.
+"""The default corpus: short poems of Tang and Song in simplified script, from the npm package chinese-poetry.
 
 Only the four strict forms (`forms`) are kept: four or eight lines of five or seven characters each. The poems are
-converted once, to `raw_dir/poems.jsonl`; every later stage starts from there.
+converted once to `raw_dir/poems.jsonl`, which later runs read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import opencc
 
+from cli.progress import say
 from corpora.packages import FetchError, npm_tarball
 from corpora.poem_tasks import conversation
 from corpora.registry import Conversation, Document, register, stable_share
@@ -26,8 +26,8 @@ __all__ = ["Poem", "convert", "document", "form_of", "forms", "load_poems", "spl
 
 
 LICENCE = "MIT (the collection); the poems are in the public domain"
-# Where the poems lie in the package. The two anthologies come first: of a poem that is known in several wordings,
-# the first one met is kept, and theirs is the familiar one.
+# Paths of the poems in the package. The two anthologies come first: the first version of a poem is kept, and the
+# anthologies have the version that readers know.
 _SOURCES = (
     re.compile(r"package/dist/mengxue/tangshisanbaishou\.json"),
     re.compile(r"package/dist/mengxue/qianjiashi\.json"),
@@ -40,7 +40,7 @@ _SOURCES = (
 
 
 def _entries(content: list | dict) -> Iterator[tuple[str, str, str]]:
-    """(title, author, text) of each poem of one file; the anthologies are nested by form."""
+    """Yield (title, author, text) for each poem of one file; the anthologies are nested by form."""
     if isinstance(content, dict):
         for part in content["content"]:
             for poem in part["content"]:
@@ -53,29 +53,32 @@ def _entries(content: list | dict) -> Iterator[tuple[str, str, str]]:
 
 
 def _read_tarball(path: Path) -> list[tuple[str, str, str]]:
-    """(title, author, text) of every poem with one of the forms, in traditional script, the anthologies first."""
-    found: list[list] = [[] for _ in _SOURCES]
+    """Return (title, author, text) of every poem in one of the forms, in traditional script, the anthologies first.
+
+    Raises ValueError for a broken or incomplete tarball.
+    """
+    entries_of_source: list[list] = [[] for _ in _SOURCES]
     try:
         with tarfile.open(path, "r|gz") as tar:
             for member in tar:
-                for source, entries in zip(_SOURCES, found):
+                for source, entries in zip(_SOURCES, entries_of_source):
                     if source.fullmatch(member.name):
                         content = json.load(tar.extractfile(member))
                         entries += (entry for entry in _entries(content) if form_of(entry[2]))
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is broken ({error}); delete it, and it is fetched again") from error
-    if not all(found):
-        raise ValueError(f"{path} lacks some of the poems; delete it, and it is fetched again")
-    return [entry for entries in found for entry in entries]
+        raise ValueError(f"{path} is broken ({error}); delete it, and the next run downloads it again") from error
+    if not all(entries_of_source):
+        raise ValueError(f"{path} lacks some of the poems; delete it, and the next run downloads it again")
+    return [entry for entries in entries_of_source for entry in entries]
 
 
 def convert(tarball: Path) -> list[Poem]:
-    """The distinct poems of the package, in simplified script, shuffled once and for all by their hash.
+    """Return the distinct poems of the package in simplified script, in the order of their hashes.
 
-    A poem is dropped as a copy when at least half of its lines have been met before, so a variant of a poem in the
-    training set is not held out.
+    A poem is dropped as a copy when at least half of its lines occurred before. Otherwise a variant of a training poem
+    could be held out.
     """
-    # All in one text: a call for each poem would take longer than the conversion.
+    # Convert all poems in one text: a call for each poem would take longer than the conversion itself.
     rows = (
         "\t".join([*(re.sub(r"\s", " ", name) for name in (title, author)), *split_lines(text)])
         for title, author, text in _read_tarball(tarball)
@@ -93,7 +96,7 @@ def convert(tarball: Path) -> list[Poem]:
 
 
 def load_poems(raw_dir: Path) -> Iterator[Poem]:
-    """Every poem, from `raw_dir/poems.jsonl`, which is made at the first call."""
+    """Yield every poem of `raw_dir/poems.jsonl`; the first call downloads and writes this file."""
     path = raw_dir / "poems.jsonl"
     if not path.exists():
         _write_poems(path, convert(_fetch(raw_dir)))
@@ -108,7 +111,7 @@ def _fetch(raw_dir: Path) -> Path:
         return npm_tarball("chinese-poetry", "2.0.1", raw_dir, LICENCE)
     except FetchError as error:
         raise FetchError(
-            f"{error} Without it, corpora that need only pip are sanguo, laws, definitions, wiki_en and dialogues: "
+            f"{error}. Corpora that need only pip are sanguo, laws, definitions, wiki_en and dialogues: "
             "--corpus sanguo laws definitions"
         ) from error
 
@@ -121,14 +124,14 @@ def _write_poems(path: Path, poems: list[Poem]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    print(f"{len(poems)} poems converted to {path}", file=sys.stderr)
+    say(f"{len(poems)} poems converted to {path}")
 
 
 # --- the corpus -------------------------------------------------------------------------------------------------
 
 
 def document(poem: Poem) -> Document:
-    """`五言绝句《江上》李白` and the verse below it."""
+    """Return the document of a poem: a line such as `五言绝句《江上》李白`, then the verse."""
     return Document(f"{poem.form}《{poem.title}》{poem.author}\n{poem.text}", "poems", poem.held_out)
 
 
@@ -144,5 +147,5 @@ def _conversations(raw_dir: Path) -> Iterator[Conversation]:
     text_bytes=41_000_000,
 )
 def poems(raw_dir: Path) -> Iterator[Document]:
-    """Every poem with its form, title and author; held out by title and author."""
+    """Yield every poem with its form, title and author; held out by title and author."""
     return map(document, load_poems(raw_dir))

@@ -1,7 +1,7 @@
-"""What a corpus is, and the registry of those known by name.
+"""Define what a corpus is, and keep the registry of named corpora.
 
-A corpus gives documents (for pretraining) and perhaps conversations (for fine-tuning), both as streams.
-Adding one is adding one function:
+A corpus yields documents (for pretraining) and perhaps conversations (for fine-tuning), both as streams.
+To add a corpus, write one function:
 
     @register("sanguo", description="...", licence="...")
     def sanguo(raw_dir: Path) -> Iterator[Document | BadRecord]: ...
@@ -21,20 +21,20 @@ class Document:
 
     text: str
     source: str
-    """The corpus' or file's name, for counting."""
+    """Name of the corpus or file, used for the counts per source."""
     held_out: bool | None = None
-    """True: never to be trained on. None: the caller decides by the hash of the text."""
+    """True: not for training. None: the caller decides by the hash of the text."""
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that could not be read; counted and kept aside, never an exception."""
+    """A record that could not be read. Yielded instead of raised, so that one broken record does not end a run."""
 
     where: str
-    """`file:line`; for parquet the row, counted from 1."""
+    """Place of the record, `file:line`; for parquet the row, counted from 1."""
     reason: str
     raw: str
-    """The record as found, cut to RAW_CHARS characters."""
+    """Original text of the record, cut to RAW_CHARS characters."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Conversation:
     """`[{"role": "user" | "assistant" | "system", "content": str}, ...]`."""
     held_out: bool
     task: str
-    """What kind of exchange this is, such as "poem"."""
+    """Kind of the exchange, such as "title" or "dialogue"."""
 
 
 RAW_CHARS = 2000
@@ -53,7 +53,7 @@ RAW_CHARS = 2000
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named corpus; both streams take the folder of raw files and fetch there what they need."""
+    """A named corpus. Both functions take the folder of raw files and download into it what they need."""
 
     name: str
     description: str
@@ -61,7 +61,7 @@ class Corpus:
     documents: Callable[[Path], Iterator[Document | BadRecord]]
     conversations: Callable[[Path], Iterator[Conversation]] | None = None
     text_bytes: int | None = None
-    """About how much text there is, to show how far reading it is; None: as much as the files in raw_dir/NAME hold."""
+    """Rough size of the text in bytes, for a progress bar; None: the size of the files in raw_dir/NAME."""
 
 
 CORPORA: dict[str, Corpus] = {}
@@ -75,7 +75,7 @@ def register(
     conversations: Callable[[Path], Iterator[Conversation]] | None = None,
     text_bytes: int | None = None,
 ) -> Callable:
-    """Enter the decorated function, `documents(raw_dir)`, in CORPORA under `name`."""
+    """Register the decorated function, `documents(raw_dir)`, in CORPORA under `name`."""
 
     def enter(documents: Callable[[Path], Iterator[Document | BadRecord]]) -> Callable:
         CORPORA[name] = Corpus(name, description, licence, documents, conversations, text_bytes)
@@ -85,5 +85,8 @@ def register(
 
 
 def stable_share(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone: the same on every machine and in every process."""
+    """Return a number in [0, 1) that depends on `key` alone: the same on every machine and in every process.
+
+    It is the first 8 bytes of the key's SHA-256 as an integer, divided by 2^64.
+    """
     return int.from_bytes(hashlib.sha256(key.encode("utf8")).digest()[:8], "big") / 2**64

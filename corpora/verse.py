@@ -1,4 +1,4 @@
-"""The four strict forms of short Chinese verse: writing them down, reading them back, telling which one it is."""
+"""The four strict forms of short Chinese verse: write a poem as text, split a text, find its form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from corpora.registry import stable_share
 
 forms: dict[str, tuple[int, int]] = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
-"""Form -> (lines, characters a line)."""
+"""Form -> (number of lines, characters per line)."""
 
 HELD_OUT_TITLES, HELD_OUT_AUTHORS = 0.02, 0.01
 
@@ -25,7 +25,7 @@ _PATTERNS = {
 
 
 class Poem(NamedTuple):
-    """One poem in one of the `forms`; `lines` are without punctuation."""
+    """A poem in one of the `forms`; `lines` have no punctuation."""
 
     title: str
     author: str
@@ -34,7 +34,7 @@ class Poem(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether the title or the author is among those that training never sees."""
+        """Whether the poem is held out: 2 % of the titles and 1 % of the authors are, by their hashes."""
         return (
             stable_share(f"title:{self.title}") < HELD_OUT_TITLES
             or stable_share(f"author:{self.author}") < HELD_OUT_AUTHORS
@@ -42,36 +42,39 @@ class Poem(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The verse alone, as `verse` writes it."""
+        """The verse without title and author, as written by `verse`."""
         return verse(self.lines)
 
 
 def verse(lines: Iterable[str]) -> str:
-    """Two lines a text line: `床前明月光，疑是地上霜。`"""
+    """Return the lines of a poem as text, two of them per text line: `床前明月光，疑是地上霜。`"""
     lines = list(lines)
     return "\n".join(f"{a}，{b}。" for a, b in zip(lines[::2], lines[1::2]))
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a verse, without punctuation; the inverse of `verse`, and forgiving about the marks used."""
+    """Return the lines of a verse without punctuation: the inverse of `verse`, for any punctuation marks."""
     return [line for line in re.split(f"{_STOP}+", text) if line]
 
 
 def form_of(text: str) -> str | None:
-    """The form of a verse by its lines and characters; None if it has none of the `forms`, or a gap or a note."""
+    """Return the form of a verse by its number of lines and characters.
+
+    None if it is none of the `forms`, or contains a gap or a note.
+    """
     return next((form for form, pattern in _PATTERNS.items() if pattern.fullmatch(text)), None)
 
 
 def is_name(author: str) -> bool:
-    """Whether an author's name has no gap, note or second name."""
+    """Return whether an author's name is one name, without a gap, a note or a second name."""
     return _NAME.fullmatch(author) is not None
 
 
 def clean_title(title: str) -> str:
-    """A title as one would say it, or "" if nothing sayable is left.
+    """Return a title as people say it, or "" if nothing of it is left.
 
-    Of `相和歌辞 关山月` the poem's own name, the last part; without numbers in a series (`秋兴八首 一`, `杂诗  其三`),
-    notes in parentheses, and the brackets of editors.
+    Keeps the last part of a title such as `相和歌辞 关山月`. Removes the number in a series (`秋兴八首 一`,
+    `杂诗  其三`), notes in parentheses, and editors' brackets.
     """
     title = re.sub(r"[（(〔].*?[）)〕]", "", title)
     title = re.sub(r"[\[\]〖〗《》「」『』〈〉“”]", "", title)

@@ -1,8 +1,9 @@
-// One decoding step of a LLaMA on a CPU: a few tokens in for each of B rows, logits out. engine.py compiles and calls it.
+// One decoding step of a LLaMA on a CPU: a few tokens in for each of B rows, logits out. cpu_step.py compiles and calls
+// it.
 //
-// Every weight is read once and used for all tokens of the step: while they are few, it takes as long as that reading.
-// All of a step is one parallel region: a thread owns rows of every matrix, and waits for the others only where it
-// reads what they wrote. W is the type in which weights, keys and values are kept; everything else is computed in A.
+// Every weight is read once and used for all tokens of the step; while they are few, reading the weights takes all the
+// time. A step is one parallel region: a thread computes some rows of every matrix, and waits for the others only
+// before it reads their results. W is the type of weights, keys and values; everything else is computed in A.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +22,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-// Mirrored, field by field, in engine.py. Missing biases and norms are null.
+// The same fields in the same order stand in cpu_step.py. Missing biases and norms are null.
 struct Layer {
     const void *input_norm, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o, *mlp_norm, *gate, *up, *down;
 };
@@ -34,11 +35,11 @@ struct Model {
     const float *cos, *sin;  // (max_len, head_dim / 2)
 };
 
-// How far ahead weights are asked for. The processor's own guess fails where much is computed between two loads: eight
-// rows of x ran at a third of the speed without.
+// Distance of prefetched weights. The processor's own prefetcher fails when much is computed between two loads: without
+// this, eight rows of x ran at a third of the speed.
 constexpr int AHEAD = 8192;  // bytes
 
-// One vector register, and how many of them may hold sums while the others hold what is added.
+// Size of a vector register, and the number of registers for sums; the others hold the operands.
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, SUMS = 16;
 #elif defined(__AVX__)
@@ -49,7 +50,8 @@ constexpr int BYTES = 16, SUMS = 8;
 
 template <class A, int LANES> struct Vector {
     typedef A type __attribute__((vector_size(LANES * sizeof(A))));
-    typedef A anywhere __attribute__((vector_size(LANES * sizeof(A)), aligned(alignof(A)), may_alias));  // in memory
+    // in memory, without alignment
+    typedef A anywhere __attribute__((vector_size(LANES * sizeof(A)), aligned(alignof(A)), may_alias));
 };
 template <class A> constexpr int LANES = BYTES / sizeof(A);
 template <class A> using V = typename Vector<A, LANES<A>>::type;
@@ -63,6 +65,7 @@ inline V<float> load(const bf16 *p) {  // a bfloat16 is the upper half of a floa
 
 template <class A> inline void store(A *p, V<A> v) { *(typename Vector<A, LANES<A>>::anywhere *)p = v; }
 
+// Sum of the N numbers of a vector: the halves are added until two numbers are left.
 template <class A, int N = LANES<A>> inline A sum(typename Vector<A, N>::type v) {
     if constexpr (N == 2) {
         return v[0] + v[1];
@@ -90,7 +93,7 @@ inline void round_to(bf16 &to, float x) {  // to nearest, ties to even
     to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// Numbers that begin where a cache line does: a vector that lies across two lines takes twice as long to load.
+// An array that begins at a cache line: a vector that lies across two lines takes twice as long to load.
 template <class A> class Buffer {
     A *start;
 
@@ -102,6 +105,7 @@ template <class A> class Buffer {
     A &operator[](int64_t i) { return start[i]; }
 };
 
+// w . x for n numbers: whole vectors first, then the rest.
 template <class W, class A> A dot(const W *w, const A *x, int64_t n) {
     V<A> total = {};
     int64_t i = 0;
@@ -114,6 +118,7 @@ template <class W, class A> A dot(const W *w, const A *x, int64_t n) {
 // out[b][r] = w[r] . x[b] for R rows of w and N rows of x of n numbers each: a weight is loaded once for all N.
 template <int R, int N, class W, class A>
 inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) {
+    // R * N running sums, all in registers: SUMS bounds the product
     V<A> total[N][R] = {};
     int64_t i = 0;
     for (; i + LANES<A> <= n; i += LANES<A>) {
@@ -132,6 +137,7 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
     for (int b = 0; b < N; b++)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) out[b * out_stride + r] = sum<A>(total[b][r]);
+    // the numbers after the last whole vector
     for (; i < n; i++)
         for (int b = 0; b < N; b++)
             for (int r = 0; r < R; r++) out[b * out_stride + r] += value(w[r * n + i]) * x[b * n + i];
@@ -146,7 +152,7 @@ inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64
     for (; row < rows; row++) tile<1, N>(w + row * n, x, n, out + row, out_stride);
 }
 
-// What of `rows` rows is the part of one thread: from `first` to `last`.
+// The rows of one thread, of `rows` in all: first <= row < last.
 struct Share {
     int64_t first, last;
     Share(int64_t rows, int me, int threads) {
@@ -155,12 +161,13 @@ struct Share {
     }
 };
 
-// out[b][r] = w[r] . x[b] for the rows r of w (rows, n) that are `mine`, all rows b of x (batch, n); out (batch, rows).
+// out[b][r] = w[r] . x[b] for the rows r of w (rows, n) in `mine`, and all rows b of x (batch, n); out (batch, rows).
 template <class W, class A>
 __attribute__((noinline)) void matmul(const W *w, const A *x, int64_t rows, int64_t n, int64_t batch, Share mine,
                                       A *out) {
-    for (int64_t row = mine.first; row < mine.last; row += 8) {  // rows that stay in the nearest cache for all of x
+    for (int64_t row = mine.first; row < mine.last; row += 8) {  // few enough to stay in the nearest cache for all of x
         int64_t count = std::min<int64_t>(8, mine.last - row), b = 0;
+        // the number of rows of x in a tile is a constant of the compiler: eights, then what remains as 4, 2 and 1
         auto run = [&](auto width) {
             for (; b + width() <= batch; b += width())
                 tiles<width()>(w + row * n, x + b * n, count, n, out + b * rows + row, rows);
@@ -172,12 +179,13 @@ __attribute__((noinline)) void matmul(const W *w, const A *x, int64_t rows, int6
     }
 }
 
+// out = x / sqrt(mean(x^2) + eps) * weight, n numbers each; out may be x.
 template <class W, class A> void rms_norm(const A *x, const W *weight, int64_t n, A eps, A *out) {
     A scale = 1 / std::sqrt(dot(x, x, n) / n + eps);
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * value(weight[i]);
 }
 
-// Norm (where there is one) and rotation of one head.
+// Norm (null: none) and rotation of one head x (head_dim) into out: the pairs are (i, i + half), as in rope/base.py.
 template <class W, class A>
 void place(const Model &m, const A *x, const void *norm, int64_t position, A *out) {
     int64_t half = m.head_dim / 2;
@@ -190,15 +198,17 @@ void place(const Model &m, const A *x, const void *norm, int64_t position, A *ou
     }
 }
 
-// Attention of one query head over the cached slots first..position: out = softmax(q k / sqrt(D)) v.
+// Attention of one query head q (D) over `count` slots of keys, values (count, D): out = softmax(q k / sqrt(D)) v.
 template <class W, class A>
 void attend(const A *q, const W *keys, const W *values, int64_t count, int64_t D, A *scores, A *out) {
+    // the largest score is subtracted before exp, so that nothing overflows
     A largest = -INFINITY, total = 0, scale = 1 / std::sqrt((A)D);
     for (int64_t j = 0; j < count; j++) {
         scores[j] = dot(keys + j * D, q, D) * scale;
         largest = std::max(largest, scores[j]);
     }
     for (int64_t j = 0; j < count; j++) total += scores[j] = std::exp(scores[j] - largest);
+    // weighted sum of the values, one vector of dimensions at a time
     int64_t d = 0;
     for (; d + LANES<A> <= D; d += LANES<A>) {
         V<A> sums = {};
@@ -212,11 +222,11 @@ void attend(const A *q, const W *keys, const W *values, int64_t count, int64_t D
     }
 }
 
-// What a step feeds: to row b the tokens starts[b]..starts[b+1]-1, the first of them at position past[b].
+// The tokens of a step: those of row b are starts[b]..starts[b+1]-1, the first of them at position past[b].
 struct Input {
     int64_t batch;
     const int64_t *starts, *past, *tokens;
-    int64_t last;  // of each row, the tokens whose logits are wanted
+    int64_t last;  // number of tokens at the end of each row whose logits are returned
 };
 
 template <class W, class A>
@@ -224,7 +234,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
     const int64_t dim = m.dim, D = m.head_dim, H = m.n_heads, K = m.n_kv_heads, F = m.hidden_dim, L = m.max_len;
     const int64_t B = in.batch, T = in.starts[B];
     const A eps = m.norm_eps;
-    // The residual stream, and what the threads make for each other.
+    // The residual stream x, and the results that threads exchange; T rows each.
     Buffer<A> x(T * dim), q(T * H * D), k(T * K * D), v(T * K * D), attention(T * H * D), gate(T * F), up(T * F);
     Buffer<A> change(T * dim);
 #pragma omp parallel num_threads(threads)
@@ -234,23 +244,26 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
 #else
         const int me = 0, n = 1;
 #endif
-        Buffer<A> normed(T * dim), head(D), scores(L);  // each thread makes the norms for itself: cheaper than waiting
+        Buffer<A> normed(T * dim), head(D), scores(L);  // each thread computes all norms itself: cheaper than waiting
         auto norm = [&](const void *weight) {
             for (int64_t t = 0; t < T; t++)
                 rms_norm(&x[t * dim], (const W *)weight, dim, eps, &normed[t * dim]);
         };
+        // this thread's columns of out (T, rows) = normed (T, dim) wᵀ + bias
         auto project = [&](const void *w, const void *bias, int64_t rows, A *out) {
             Share mine(rows, me, n);
             matmul((const W *)w, normed.data(), rows, dim, T, mine, out);
             for (int64_t t = 0; bias && t < T; t++)
                 for (int64_t r = mine.first; r < mine.last; r++) out[t * rows + r] += value(((const W *)bias)[r]);
         };
+        // x (T, dim) += in (T, columns) wᵀ, for this thread's columns of x
         auto add = [&](const void *w, const A *in, int64_t columns) {
             Share mine(dim, me, n);
             matmul((const W *)w, in, dim, columns, T, mine, change.data());
             for (int64_t t = 0; t < T; t++)
                 for (int64_t r = mine.first; r < mine.last; r++) x[t * dim + r] += change[t * dim + r];
         };
+        // embeddings
         for (int64_t i = me; i < T * dim; i += n)
             x[i] = value(((const W *)m.embedding)[in.tokens[i / dim] * dim + i % dim]);
 #pragma omp barrier
@@ -263,9 +276,11 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
 #pragma omp barrier
             for (int64_t item = me; item < B * K; item += n) {  // a key head and the query heads that read it
                 const int64_t b = item / K, kv = item % K;
+                // the slots of this layer, row and head: (max_len, D)
                 W *row = keys + (i * B * K + item) * L * D, *value_row = values + (i * B * K + item) * L * D;
                 for (int64_t t = in.starts[b]; t < in.starts[b + 1]; t++) {
                     const int64_t position = in.past[b] + t - in.starts[b];
+                    // a window hides the slots before `first`
                     const int64_t first = std::max<int64_t>(0, position + 1 - m.window);
                     place<W>(m, &k[(t * K + kv) * D], layer.k_norm, position, head.data());
                     for (int64_t d = 0; d < D; d++) {
@@ -285,6 +300,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
             norm(layer.mlp_norm);
             project(layer.gate, nullptr, F, gate.data());
             project(layer.up, nullptr, F, up.data());
+            // SwiGLU, on the columns that this thread has just computed: no barrier
             Share mine(F, me, n);
             for (int64_t t = 0; t < T; t++)
                 for (int64_t f = t * F + mine.first; f < t * F + mine.last; f++)
@@ -293,6 +309,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
             add(layer.down, up.data(), F);
 #pragma omp barrier
         }
+        // norm of the tokens that logits are returned for, gathered into the first rows of `normed`
         for (int64_t r = 0; r < B * in.last; r++) {
             int64_t t = in.starts[r / in.last + 1] - in.last + r % in.last;
             rms_norm(&x[t * dim], (const W *)m.norm, dim, eps, &normed[r * dim]);
@@ -302,8 +319,8 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
 }
 
 // starts (batch + 1) begins with 0, past (batch), tokens (starts[batch]); keys, values (n_layers, batch, n_kv_heads,
-// max_len, head_dim), where the slots of the tokens are written; logits (batch, last, vocab_size), float or, for a model
-// in double, double; last is at most the number of tokens of any row.
+// max_len, head_dim), whose slots at the tokens' positions are written; logits (batch, last, vocab_size), float, or
+// double for a model in double; last is at most the number of tokens of any row.
 extern "C" void decode_step(const Model *m, int64_t batch, const int64_t *starts, const int64_t *past,
                             const int64_t *tokens, int64_t last, void *keys, void *values, void *logits, int threads) {
     const Input in = {batch, starts, past, tokens, last};

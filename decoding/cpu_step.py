@@ -1,10 +1,10 @@
-"""Fast decoding on a CPU: a few tokens through the whole model in one call of compiled code (cpu_step.cpp).
+"""Fast decoding on a CPU: one call of compiled code (cpu_step.cpp) feeds a few tokens through the whole model.
 
 A step of a small model is short: PyTorch spends more time between its operations than in them, and its product of a
-matrix and one vector reads weights at half the speed the memory has. The compiled step reads the model's own weights
-where they lie, so it costs no memory and sees every change of them. It is compiled once, at first use, in a few
-seconds, and kept in the user's cache directory. Where it cannot help, `stepper` gives None and decoding goes the plain
-way: the results are the same to rounding.
+matrix and one vector reads weights at half the memory's speed. The compiled step reads the model's parameters in place,
+so it needs no memory of its own and sees every change of them. It is compiled at first use, in a few seconds, and kept
+in the user's cache directory. When it cannot be used, `stepper` returns None and decoding calls the model itself: the
+results are the same to rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Trans
 from model_args import ModelArgs
 
 PLAIN = {Transformer, Decoder, Block, Attention, FeedForward, Linear, RMSNorm, nn.Embedding, nn.ModuleList}
-KNOWN = {  # what cpu_step.cpp knows of an architecture; in all else it has to be the default
+KNOWN = {  # fields of ModelArgs that cpu_step.cpp supports; all others must have their defaults
     "dim",
     "n_layers",
     "n_heads",
@@ -53,7 +53,7 @@ KNOWN = {  # what cpu_step.cpp knows of an architecture; in all else it has to b
     "sliding_window",
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-# With more a step is bound by arithmetic, and PyTorch has the processor's own products of bfloat16.
+# A step of more tokens is limited by arithmetic, where PyTorch is faster: it uses the processor's bfloat16 products.
 MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
@@ -74,7 +74,7 @@ LAYER = (  # the fields of `Layer` in cpu_step.cpp
     "mlp.down_proj.weight",
 )
 
-INTEGERS = (  # of `Model` in cpu_step.cpp
+INTEGERS = (  # the integer fields of `Model` in cpu_step.cpp
     "dtype",
     "n_layers",
     "dim",
@@ -102,20 +102,23 @@ class _Model(ctypes.Structure):
 
 
 def stepper(model: Transformer, cache: KVCache) -> Step | None:
-    """A function `step(runs, past, n) -> logits (B, n, V)` that feeds a run of ids to each of the cache's B rows, that
-    of row i from position past[i] on, and gives what `model` would after the last n ids of each; None where the
-    compiled step does not apply (see `supports`) or cannot be compiled. It sees changes made in the parameters, but not
-    that others have taken their place; the cache's tensors may be replaced.
+    """Return the function `step(runs, past, n) -> logits (B, n, V)`, or None when it cannot be used or compiled.
+
+    runs: ids to feed to each of the cache's B rows, from position past[i] on in row i. The logits are those of `model`
+    after the last n ids of each row, float32 or wider. In-place changes of the parameters are seen, replaced
+    parameters are not; the tensors of the cache may be replaced. See `supports`.
     """
     if not supports(model, cache):
         return None
     function = compiled_step()
     if function is None:
         return None
+    # the struct holds addresses only: everything it points to has to live as long as `step` (`alive`)
     a, weight = model.args, model.embedding.weight
     layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
         *(_address(block, name) for block in model.model.layers for name in LAYER)
     )
+    # rotary tables of all positions, float32 as the C++ code expects
     cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
     struct = _Model(
         *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
@@ -123,26 +126,29 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
         *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
     )
-    kept = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])  # as long as the step is
+    alive = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _kept: tuple = kept) -> torch.Tensor:
+    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _alive: tuple = alive) -> torch.Tensor:
+        # the compiled code checks nothing: an id or position out of range would read or write foreign memory
         batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
         if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
             raise ValueError(
-                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens; asked to store {batch} rows "
+                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens, found {batch} rows "
                 f"at positions {min(past)}..{max(lengths) - 1}"
             )
         ids = [id for run in runs for id in run]
         if min(ids) < 0 or max(ids) >= a.vocab_size:
-            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, asked for {min(ids)}..{max(ids)}")
+            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, found {min(ids)}..{max(ids)}")
         if n > min(map(len, runs)):
-            raise ValueError(f"asked for the logits after the last {n} of {min(map(len, runs))} ids")
+            raise ValueError(f"n should be at most {min(map(len, runs))}, the length of the shortest run, found {n}")
+        # the runs concatenated, and where each begins
         logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
         starts = list(itertools.accumulate(map(len, runs), initial=0))
         arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (starts, past, ids)]
         pointers = (cache.keys.data_ptr(), cache.values.data_ptr(), logits.data_ptr())
         function(ctypes.byref(struct), batch, *arrays, n, *pointers, torch.get_num_threads())
+        # the compiled code has written keys and values into the cache's tensors
         cache.length = max(cache.length, *lengths)
         return logits
 
@@ -150,9 +156,11 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
 
 
 def supports(model: Transformer, cache: KVCache) -> bool:
-    """Whether the compiled step computes what `model` does with `cache`: on a CPU, an architecture it knows, made of
-    its own modules (nothing injected, quantized or hooked), one dtype throughout, a plain cache, and attention by
-    whatever is fastest."""
+    """Return whether the compiled step computes the same as `model` with `cache`.
+
+    It does on a CPU, for an architecture it knows, built of unchanged modules (nothing injected, quantized or hooked),
+    with one dtype throughout, a plain cache, and no attention back-end chosen by name.
+    """
     if type(model) is not Transformer or type(cache) is not KVCache or backends.in_use() != "auto":
         return False
     weight = model.embedding.weight
@@ -160,7 +168,7 @@ def supports(model: Transformer, cache: KVCache) -> bool:
         weight.dtype in DTYPES
         and model.compute_dtype in (None, weight.dtype)
         and all(getattr(model.args, f.name) == f.default for f in fields(ModelArgs) if f.name not in KNOWN)
-        and all(type(m) in PLAIN and not touched(m) for m in model.modules())
+        and all(type(m) in PLAIN and not is_modified(m) for m in model.modules())
         and all(p.device.type == "cpu" and p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
         and cache.rotated
         and cache.keys.device.type == "cpu"
@@ -168,15 +176,17 @@ def supports(model: Transformer, cache: KVCache) -> bool:
     )
 
 
-def touched(module: nn.Module) -> bool:
-    """Whether calling the module does something else than its class says."""
+def is_modified(module: nn.Module) -> bool:
+    """Return whether calling the module does anything other than its class defines."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @functools.cache
 def compiled_step() -> Callable[..., None] | None:
-    """`decode_step` of cpu_step.cpp, compiled if it has not been yet; None, and one line on stderr, where that fails.
-    Nothing is said where there is no compiler, or where the environment says LITTLE_LLAMA_ENGINE=off."""
+    """Return `decode_step` of cpu_step.cpp, compiled if necessary; None, with one line on stderr, when that fails.
+
+    None without a line when there is no compiler, or LITTLE_LLAMA_ENGINE=off in the environment.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None or os.environ.get("LITTLE_LLAMA_ENGINE") == "off":
         return None
@@ -186,6 +196,7 @@ def compiled_step() -> Callable[..., None] | None:
         why = getattr(error, "stderr", None) or error
         print(f"decoding goes without its compiled step: {str(why).strip()[:500]}", file=sys.stderr)
         return None
+    # struct, batch, starts, past, tokens, last; keys, values, logits; threads
     pointer = ctypes.c_void_p
     number = ctypes.c_int64
     function.argtypes = [*(pointer, number, pointer, pointer, pointer, number), *[pointer] * 3, ctypes.c_int]
@@ -194,31 +205,32 @@ def compiled_step() -> Callable[..., None] | None:
 
 
 def _library(compiler: str) -> Path:
-    """The compiled library: from the cache directory, where its name says of what source, compiler and processor."""
+    """Return the path of the compiled library in the cache directory; compile it if it is missing."""
+    # its name is a hash of all that its machine code depends on
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = "".join((SOURCE.read_text(), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    inputs = "".join((SOURCE.read_text(), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
-    library = cache / f"cpu_step-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    library = cache / f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
-            made = Path(directory) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            output = Path(directory) / library.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
                 subprocess.run(command, capture_output=True, text=True, check=True)
-            made.replace(library)
+            output.replace(library)
     return library
 
 
 def _processor() -> str:
-    """What tells this processor from others that may share the cache directory."""
+    """Return a text that distinguishes this processor from others that share the cache directory."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _address(block: nn.Module, name: str) -> int | None:
-    """Where the parameter `name` of a block lies; None where the block has none of that name."""
+    """Return the address of the parameter `name` of a block; None when the block has no such parameter."""
     part = block
     for step in name.split("."):
         part = getattr(part, step, None)

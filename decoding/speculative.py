@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from attention.cache import KVCache, SinkCache, keep_prefix
+from attention.cache import KVCache, keep_prefix
 from decoding.generate import Feeder, evaluating, open_cache
 from decoding.params import SamplingParams
 from decoding.sampling import draw, probabilities, process_logits
@@ -125,7 +125,7 @@ class Speculator:
         """Ids that follow one prompt, of the distribution of `generate.stream`; arguments and errors are the same,
         and a cache that forgets is refused."""
         cache = open_cache(self.model, [prompt], params.max_new_tokens, cache)
-        if isinstance(cache, SinkCache):
+        if not cache.can_rewind:
             raise ValueError("a cache with sinks cannot take guesses back; use the static or int8 cache with a draft")
         return self._stream(list(prompt), params, frozenset(stop_ids), Feeder(self.model, cache))
 

@@ -1,27 +1,25 @@
-"""The choice of the backend that a run asks for."""
+"""Choose the backend of a run by its name."""
 
 from __future__ import annotations
 
 import os
 
-import torch
-
 from distributed.ddp import DataParallel
 from distributed.single import SingleProcess
+from hardware import choose_device
 
 
 def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
-    """The backend called `name` on `device` ("auto": cuda, else mps, else cpu); ValueError if it cannot run here."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Return the backend called `name` on `device` ("auto": cuda, else mps, else cpu), with a loss scale for `fp16`.
+
+    Raises ValueError when it does not fit how the processes were started, or is unknown.
+    """
     if name == "single":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "torchrun started several processes, and --train.backend is single; say --train.backend ddp"
-            )
-        return SingleProcess(torch.device(device), fp16)
+            raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
+        return SingleProcess(choose_device(device), fp16)
     if name == "ddp":
         if "RANK" not in os.environ:
             raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
-        return DataParallel(device, fp16)
-    raise ValueError(f"there is no backend {name!r}; choose single or ddp")
+        return DataParallel(choose_device(device), fp16)
+    raise ValueError(f"--train.backend should be single or ddp, found {name!r}")

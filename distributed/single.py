@@ -1,28 +1,42 @@
-"""Where a step runs: one process, or several with DistributedDataParallel, behind one interface.
+"""The interface between the training loop and the processes that share a step, and its form for one process.
 
-    backend.wrap(model, optimizer)      what to call for a forward pass
-    backend.accumulating(last)          a context for each micro-batch; gradients are exchanged in the last one
-    backend.backward(loss)              loss: this micro-batch's share of the mean over the whole step
-    backend.step(max_norm)              clip, update, zero; returns the gradient norm before clipping
-    backend.sum(values)                 integers or floats summed over all ranks
-    backend.gather(value)               one object of every rank, in a list
-    backend.rank, backend.world, backend.main, backend.device
+    wrap(model, optimizer)              return the callable that runs a forward pass in training
+    forward_backward(call, micro_batches, n_targets)
+                                        run all micro-batches of a step; gradients are exchanged once, at the end
+    step(max_norm)                      clip, update, zero; return the gradient norm before clipping
+    state(model, optimizer)             return what resumes the optimizer, gathered on the main rank; None elsewhere
+    load_state(model, optimizer, state) restore it
+    save(model, write, directory)       call `write(directory)` on the main rank, with whole weights in the model
+    load(model, read, directory)        call `read(directory)`, which copies weights into the model
+    sum(values), sum_named(values)      add numbers over the data ranks
+    gather(value)                       return the objects of all ranks in a list
+    barrier()                           wait for all ranks
+    rank, world, main, device           of this process
+    data_rank, data_world               of the share of the data that this process trains on
 
-A backend is a context manager: leaving it leaves the process group.
+The loop calls every method on every rank, at the same point of the run; `save` gets `directory` None on the ranks that
+do not write. A backend whose ranks hold parts of the model can therefore exchange them inside any of these methods. The
+loop calls `wrap` before all others.
 
-The trainer knows only this. Another way to distribute is another class here.
+Ranks that hold parts of one copy of the model train on the same rows: they share a `data_rank`. In data parallelism
+alone, data ranks and process ranks are equal.
+
+A backend is a context manager; leaving it leaves the process group. Another way to distribute is another class here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from optim.optimizers import Optimizers
+
+Named = dict[str, float | torch.Tensor]
 
 
 class SingleProcess:
@@ -37,22 +51,57 @@ class SingleProcess:
 
     @property
     def main(self) -> bool:
-        """Whether this rank writes files and talks."""
+        """Whether this rank writes files and notices."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Number of the share of each batch that this process trains on."""
+        return self.rank
+
+    @property
+    def data_world(self) -> int:
+        """Number of shares that a batch is divided into."""
+        return self.world
+
+    # ---- a step
+
     def wrap(self, model: nn.Module, optimizer: Optimizers) -> Callable:
+        """Prepare a model and its optimizer for training; return what to call for a forward pass."""
         self.optimizer = optimizer
         return model
 
+    def forward_backward(
+        self, call: Callable, micro_batches: Sequence[dict[str, Any]], n_targets: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Run all micro-batches of a step; gradients are those of the summed losses of all ranks over `n_targets`.
+
+        Args:
+            call: what `wrap` returned; it returns the sum of the losses of a micro-batch and one tensor more.
+            micro_batches: the keyword arguments of each call.
+            n_targets: number of targets of the whole step, over micro-batches and ranks.
+
+        Returns the two tensors of each call, without gradients.
+        """
+        outputs = []
+        for number, inputs in enumerate(micro_batches, 1):
+            with self.accumulating(last=number == len(micro_batches)):
+                loss, more = call(**inputs)
+                self.backward(loss / max(1, n_targets))
+            outputs.append((loss.detach(), more.detach()))
+        return outputs
+
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
+        """Return the context of one micro-batch; gradients are exchanged in the last one of a step."""
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, a share of the mean over the whole step."""
         self.scaler.scale(loss).backward()
 
     def step(self, max_norm: float) -> float:
-        """Clip to `max_norm` (0: only measure), update and zero the gradients; a step whose norm is not finite is
-        skipped. Returns the norm over all parameters before clipping."""
+        """Clip to `max_norm` (0: only measure), update, and zero the gradients; skip the update when the norm is not
+        finite. Return the norm over all parameters before clipping."""
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm or float("inf"))
@@ -65,15 +114,61 @@ class SingleProcess:
         self.optimizer.zero_grad()
         return norm.item()
 
+    # ---- checkpoints
+
+    def state(self, model: nn.Module, optimizer: Optimizers) -> dict[str, Any] | None:
+        """Return the optimizer's moments and the loss scale on the main rank, None on the others."""
+        if not self.main:
+            return None
+        return {"optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, model: nn.Module, optimizer: Optimizers, state: dict[str, Any]) -> None:
+        """Restore what `state` returned; every rank passes the whole of it."""
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty where the loss was not scaled, in another dtype than float16
+            self.scaler.load_state_dict(state["scaler"])
+
+    def save(self, model: nn.Module, write: Callable[[Path], None], directory: Path | None) -> None:
+        """Call `write(directory)` on the main rank, while the model there holds whole weights."""
+        if self.main:
+            write(directory)
+
+    def load(self, model: nn.Module, read: Callable[[Path], None], directory: Path) -> None:
+        """Call `read(directory)`, which copies whole weights into the model."""
+        read(directory)
+
+    # ---- messages between ranks
+
     def sum(self, values: Sequence[float]) -> list[float]:
+        """Return each value summed over the data ranks, in float64. Ranks that share a data rank count once together:
+        a number above 0 on one of them alone counts in part, and stays above 0."""
         return list(values)
 
+    def sum_named(self, values: Named) -> Named:
+        """Return each number or float64 tensor summed over the data ranks, element by element, under its name.
+
+        One exchange for all of them; every rank passes the same names and shapes in the same order.
+        """
+        parts = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
+        sums = iter(self.sum([number for part in parts.values() for number in part.flatten().tolist()]))
+        return {name: _take(sums, part) for name, part in parts.items()}
+
     def gather(self, value: Any) -> list[Any]:
-        """One object of every rank, in order of rank."""
+        """Return one object of every rank, in order of rank."""
         return [value]
+
+    def barrier(self) -> None:
+        """Wait until every rank has come to this point."""
 
     def __enter__(self) -> SingleProcess:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Leave the process group, if there is one."""
+
+
+def _take(numbers: Iterator[float], like: torch.Tensor) -> float | torch.Tensor:
+    """Return the next number, or as many as fill a tensor of the shape of `like`."""
+    if like.dim() == 0:
+        return float(next(numbers))
+    return torch.tensor([next(numbers) for _ in range(like.numel())], dtype=torch.float64).view(like.shape)

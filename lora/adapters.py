@@ -1,9 +1,9 @@
-"""LoRA and its family on any tree of `nn.Linear` and `nn.Embedding`.
+"""LoRA and its variants on any tree of `nn.Linear` and `nn.Embedding`.
 
-adapters.apply(model, LoraArgs(method="dora"))          freeze the model, add an adapter (quantize the base, if asked)
-adapters.set_active(model, "poet")                      switch to another one; None: the base model
-with adapters.disabled(model): ...                      the base model for a moment
-adapters.merge(model), adapters.unmerge(model)          one plain weight a layer, and back, bit for bit
+adapters.apply(model, LoraArgs(method="dora"))          freeze the model, add an adapter (and quantize the base)
+adapters.set_active(model, "poet")                      switch to another adapter; None: to the base model
+with adapters.disabled(model): ...                      use the base model inside the block
+adapters.merge(model), adapters.unmerge(model)          one plain weight for each layer; and back, bit for bit
 
 checkpoint/peft.py writes adapters as PEFT directories, and loads them.
 """
@@ -39,10 +39,10 @@ __all__ = [
 
 
 def apply(model: nn.Module, args: LoraArgs, dtype: torch.dtype | None = None) -> None:
-    """Make `model` train as `args` say: its base quantized and frozen, an adapter "default" added; or all of it.
+    """Quantize and freeze `model` and add the adapter "default", as `args` say; method none: leave all as it is.
 
-    `dtype`: of the products in training, if it is known. Frozen weights that are not quantized are kept in it (but for
-    PiSSA, which changes them): the products are the same, at half the memory.
+    dtype: of the matrix products in training, None when unknown. Frozen weights that are not quantized are cast to it,
+    except for PiSSA, which changes them: the products are the same, at half the memory.
     """
     if args.method == "none":
         return

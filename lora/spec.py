@@ -1,4 +1,7 @@
-"""What an adapter is: the registry of methods, and what of it PEFT's `adapter_config.json` records."""
+"""The methods, the description of one adapter, and the flags `--lora.*`; without torch, for the argument parser.
+
+A new method is a file with a class, a field of `LoraSpec`, a line in `METHODS` and one in `inject.CLASSES`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-METHODS: dict[str, dict[str, Any]] = {  # name on the command line -> how its LoraSpec differs from plain LoRA's
+from quant.kinds import KINDS
+
+METHODS: dict[str, dict[str, Any]] = {  # name on the command line -> fields of LoraSpec that differ from plain LoRA
     "lora": {},
     "rslora": {"rslora": True},
     "dora": {"dora": True},
@@ -16,30 +21,39 @@ METHODS: dict[str, dict[str, Any]] = {  # name on the command line -> how its Lo
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """One adapter. `targets` as in PEFT: a regular expression over whole module names, or ends of names."""
+    """Description of one adapter, as PEFT's `adapter_config.json` records it."""
 
     r: int = 8
+    """rank"""
     alpha: float = 16.0
+    """numerator of the scaling"""
     dropout: float = 0.0
+    """probability of dropout on the input of the adapter"""
     targets: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    train: tuple[str, ...] = ()  # whole names of modules trained in full (PEFT: modules_to_save)
+    """layers with an adapter: a regular expression over whole module names, or ends of names"""
+    train: tuple[str, ...] = ()
+    """whole names of modules that are trained in full (PEFT: modules_to_save)"""
     rslora: bool = False
+    """whether scaling is alpha / sqrt(r)"""
     dora: bool = False
+    """whether the length of the weight's rows is trained, too"""
     pissa: bool = False
+    """whether the factors are initialized with singular directions of the weight"""
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a number out of range, and for dora with pissa."""
         if self.r < 1:
-            raise ValueError(f"the rank r of an adapter should be at least 1, found {self.r}")
+            raise ValueError(f"r should be at least 1, found {self.r}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha should be above 0 and finite, found {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"an adapter's dropout should lie in [0, 1), found {self.dropout}")
+            raise ValueError(f"dropout should lie in [0, 1), found {self.dropout}")
         if self.dora and self.pissa:
             raise ValueError("dora and pissa do not combine: both redefine the base weight; choose one")
 
     @property
     def scaling(self) -> float:
-        """What multiplies B A: alpha / r; in rsLoRA alpha / sqrt(r), whose updates do not shrink as r grows."""
+        """Return the factor on B A: alpha / r; in rsLoRA alpha / sqrt(r), whose updates do not shrink as r grows."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
@@ -47,41 +61,53 @@ class LoraSpec:
 class LoraArgs:
     """Adapters instead of full fine-tuning."""
 
-    method: Literal["none", "lora", "rslora", "dora", "pissa"] = "none"
+    method: Literal[("none", *METHODS)] = "none"  # type: ignore[valid-type]
     """none: train all parameters; lora (Hu 2021), rslora (Kalajdzievski 2023), dora (Liu 2024), pissa (Meng 2024)"""
     r: int = 8
     """rank"""
     alpha: float = 16.0
     """the update is scaled by alpha / r (rslora: alpha / sqrt(r))"""
     dropout: float = 0.0
-    """on the input of the adapters, in training"""
+    """probability of dropout on the input of the adapters, in training"""
     targets: str = "attention,mlp"
-    """any of attention, mlp, linear (all but the head), embedding, head, ends of module names, with commas between;
-    or one regular expression over whole module names"""
+    """layers with an adapter: any of attention, mlp, linear (all except the head), embedding, head, ends of module
+    names, separated by commas; or one regular expression over whole module names"""
     train_embed_norm: bool = False
-    """train embeddings and norms in full besides (LongLoRA); where the head is tied to the embedding, it too"""
-    base: Literal["full", "nf4", "fp4", "int8"] = "full"
-    """how the frozen weights of the linear layers are kept; full: in the dtype of the training; nf4 is QLoRA (nf4 and
-    fp4 take bitsandbytes)"""
+    """also train embeddings and norms in full (LongLoRA), and a head that is tied to the embedding"""
+    base: Literal[("full", *KINDS)] = "full"  # type: ignore[valid-type]
+    """format of the frozen weights of the linear layers; full: the dtype of the training; nf4 is QLoRA (nf4 and fp4
+    need bitsandbytes)"""
     double_quant: bool = True
-    """nf4, fp4: quantize the scales too, 0.127 instead of 0.5 bits a weight"""
+    """quantize the scales of nf4 and fp4, too: 0.127 instead of 0.5 bits for each weight"""
 
     def __post_init__(self) -> None:
+        """Raise ValueError for numbers out of range and for flags that have no effect or contradict each other."""
         if self.method == "none":
-            if self.base != "full":
-                raise ValueError(
-                    f"weights kept in {self.base} cannot be trained in full: "
-                    "choose an adapter with --lora.method lora, or --lora.base full"
-                )
-            if self.train_embed_norm:
-                raise ValueError("train_embed_norm goes with an adapter (--lora.method); without one everything trains")
-            if others := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
-                raise ValueError(f"--lora.{others[0]} is of an adapter: name one with --lora.method, or leave it out")
-        elif self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; there are {', '.join(METHODS)}")
+            self._check_none()
+            return
+        if self.method not in METHODS:
+            raise ValueError(f"--lora.method should be one of none, {', '.join(METHODS)}, found {self.method!r}")
         if self.method == "pissa" and self.base != "full":
-            raise ValueError("pissa changes the base weights, and quantized ones are frozen: use lora or dora there")
-        if not self.double_quant and self.base not in ("nf4", "fp4"):
-            raise ValueError(f"double_quant is of the scales of nf4 and fp4, not of {self.base}: leave it out")
-        if self.method != "none":
-            LoraSpec(self.r, self.alpha, self.dropout)  # refuses numbers that make no sense
+            raise ValueError(
+                f"--lora.method pissa changes the base weights, which --lora.base {self.base} freezes: use lora or dora"
+            )
+        double = [name for name, kind in KINDS.items() if kind.double_quant]
+        if not self.double_quant and self.base not in double:
+            raise ValueError(
+                f"--lora.double_quant needs --lora.base {' or '.join(double)} (it quantizes their scales), "
+                f"found {self.base}: remove it"
+            )
+        try:
+            LoraSpec(self.r, self.alpha, self.dropout)  # checks the numbers
+        except ValueError as error:
+            raise ValueError(f"--lora.{error}") from None
+
+    def _check_none(self) -> None:
+        """Raise ValueError when any flag of an adapter is set."""
+        if self.base != "full":
+            raise ValueError(
+                f"--lora.base {self.base} needs an adapter, because quantized weights cannot be trained: "
+                "add --lora.method lora, or use --lora.base full"
+            )
+        if flags := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
+            raise ValueError(f"--lora.{flags[0]} has no effect with --lora.method none: choose a method or remove it")

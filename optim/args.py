@@ -1,4 +1,4 @@
-"""The flags of optimizer and schedule, `--optim.*`."""
+"""The flags of optimizer and schedule, `--optim.*`; without torch, for the argument parser."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+OPTIMIZERS = ("muon", "adamw")  # keys of optimizers.OPTIMIZERS
+
 
 @dataclass(frozen=True)
 class OptimArgs:
     """Optimizer and schedule."""
 
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: Muon on the matrices of the blocks, AdamW on embeddings, head, norms and adapters; adamw: on everything"""
+    optimizer: Literal[OPTIMIZERS] = "muon"  # type: ignore[valid-type]
+    """muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and adapters; adamw: for all"""
     lr: float = 4e-3
     """peak learning rate of AdamW"""
     muon_lr: float = 6e-3
     """peak learning rate of Muon, scaled so that its updates have the size of AdamW's"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments"""
+    """decay rates of AdamW's two moments"""
     eps: float = 1e-8
-    """AdamW's epsilon"""
+    """epsilon of AdamW"""
     weight_decay: float = 0.1
     """decoupled weight decay, on matrices only"""
     momentum: float = 0.95
-    """Muon's momentum"""
+    """momentum of Muon"""
     lora_lr_ratio: float = 1.0
-    """learning rate of an adapter's lora_B as a multiple of lr, which lora_A has; LoRA+ (Hayou 2024) takes 16"""
+    """learning rate of an adapter's lora_B as a multiple of lr, the rate of lora_A; LoRA+ (Hayou 2024) uses 16"""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """shape after the warm-up; wsd: constant, then linear over the last `decay_share` of the steps"""
     warmup_steps: int = 20
-    """optimizer steps of linear warm-up"""
+    """number of optimizer steps of linear warm-up"""
     decay_share: float = 0.5
-    """share of all steps that wsd spends decaying"""
+    """share of all steps in which wsd decays"""
     min_lr_ratio: float = 0.0
     """learning rate at the end, as a share of the peak"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a number that no schedule or optimizer makes sense of."""
+        """Raise ValueError for a number out of range."""
         for name in ("lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "lora_lr_ratio"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} should be 0 or more, and finite, found {getattr(self, name)}")
+                raise ValueError(f"--optim.{name} should be 0 or more, and finite, found {getattr(self, name)}")
         shares = {"momentum": self.momentum, "decay_share": self.decay_share, "min_lr_ratio": self.min_lr_ratio}
         for name, value in shares.items() | {("betas", beta) for beta in self.betas}:
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} should lie between 0 and 1, found {value}")
+                raise ValueError(f"--optim.{name} should lie between 0 and 1, found {value}")

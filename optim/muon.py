@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is orthogonalised."""
+"""Muon: momentum whose update is orthogonalized."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from optim.adamw import adamw
+from optim.args import OptimArgs
+
+
+def muon(parameters: dict[str, list[nn.Parameter]], args: OptimArgs) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices among `parameters` (role -> parameters) and AdamW for all others."""
+    if not parameters["matrix"]:
+        return adamw(parameters, args)
+    first = Muon(parameters["matrix"], args.muon_lr, args.weight_decay, args.momentum)
+    return [first, *adamw(parameters | {"matrix": []}, args)]
+
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (Jordan 2024, kellerjordan.github.io/posts/muon), for 2-D parameters.
+    """Momentum whose update is orthogonalized (Jordan 2024, kellerjordan.github.io/posts/muon), for 2-D parameters.
 
     The update of a matrix (r, c) is scaled by 0.2 sqrt(max(r, c)), which gives it the root mean square of a typical
     AdamW update (Liu et al. 2025, arXiv:2502.16982), so that AdamW's learning rates and decay carry over. Matrices of
-    one shape are orthogonalised together.
+    one shape are orthogonalized together.
     """
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
     ) -> None:
+        """Take the matrices `params`. Raises ValueError for a parameter that is not 2-D."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for group in self.param_groups:
             for p in group["params"]:
@@ -29,6 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
@@ -37,30 +50,34 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 updates = torch.stack([self._momentum(p, group["momentum"]) for p in params])  # (n, r, c)
                 updates = orthogonalize(updates).to(params[0].dtype)
+                # an orthogonal (r, c) has root mean square 1 / sqrt(max(r, c)); AdamW's updates have about 0.2
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Update the running mean of the gradients of `p`; return Nesterov's look-ahead of it, in the shape of `p`."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(state["momentum"], momentum)  # Nesterov
+        return p.grad.lerp(state["momentum"], momentum)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly U Vᵀ for each matrix U S Vᵀ of `matrices` (n, r, c): Newton-Schulz in bfloat16, where it is stable.
+    """Return approximately U Vᵀ for each matrix U S Vᵀ of `matrices` (n, r, c), bfloat16, by Newton-Schulz iteration.
 
-    The quintic's coefficients trade exactness for speed: singular values land in about [0.7, 1.2], not on 1.
+    The quintic's coefficients trade exactness for speed: singular values end in about [0.7, 1.2], not at 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.bfloat16()  # the iteration is stable in it
     tall = x.shape[-2] > x.shape[-1]
-    if tall:
+    if tall:  # the smaller Gram matrix
         x = x.mT
+    # the Frobenius norm bounds the largest singular value: all start in [0, 1], where the iteration converges
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
+        # each singular value s becomes a s + b s^3 + c s^5
         gram = x @ x.mT  # (n, r, r), r <= c
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

@@ -1,73 +1,78 @@
-"""Optimizers and learning-rate schedules: which parameters get what, and how fast, as pure functions of the step."""
+"""The optimizers of a model: the role of each parameter, and which optimizer it gets.
+
+A new optimizer is a file with a function, a line in `OPTIMIZERS` and its name in `args.OPTIMIZERS`.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from optim.adamw import adamw
 from optim.args import OptimArgs
-from optim.muon import Muon
+from optim.muon import muon
+
+# name -> function of (parameters by role, args) that returns optimizers over all of them
+OPTIMIZERS: dict[str, Callable[[dict[str, list[nn.Parameter]], OptimArgs], list[torch.optim.Optimizer]]] = {
+    "muon": muon,
+    "adamw": adamw,
+}
+ROLES = ("matrix", "outer", "lora_B", "vector")  # outer: embeddings, heads and other matrices that are not Muon's
 
 
 def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
-    """The optimizers of a model's trainable parameters; tied parameters are seen once, 1-D ones are not decayed."""
+    """Return the optimizers of a model's trainable parameters.
+
+    A tied parameter is updated once; weight decay is not used on 1-D parameters. Raises ValueError when nothing
+    trains, and for --optim.lora_lr_ratio without an adapter.
+    """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter")
+    # embeddings are found by their class: their names differ between models
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    kinds = defaultdict(list)
+    parameters: dict[str, list[nn.Parameter]] = {each: [] for each in ROLES}
     for name, p in trainable.items():
-        kinds["outer" if p in tables else _kind(name, p)].append(p)
-    if args.lora_lr_ratio != 1.0 and not kinds["lora_B"]:
-        raise ValueError("lora_lr_ratio is for adapters, and the model has no trainable lora_B")
-    matrices = kinds["matrix"]
-    parts: list[torch.optim.Optimizer] = []
-    if args.optimizer == "muon" and matrices:
-        parts.append(Muon(matrices, args.muon_lr, args.weight_decay, args.momentum))
-        matrices = []
-    groups = [
-        {"params": matrices + kinds["outer"], "weight_decay": args.weight_decay},
-        {"params": kinds["lora_B"], "weight_decay": args.weight_decay, "lr": args.lr * args.lora_lr_ratio},
-        {"params": kinds["vector"], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
-        parts.append(torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=fused))
-    return Optimizers(parts)
+        parameters["outer" if p in tables else role(name, p)].append(p)
+    if args.lora_lr_ratio != 1.0 and not parameters["lora_B"]:
+        raise ValueError(
+            f"--optim.lora_lr_ratio {args.lora_lr_ratio:g} needs an adapter, found no trainable lora_B: remove it"
+        )
+    return Optimizers(OPTIMIZERS[args.optimizer](parameters, args))
 
 
-def _kind(name: str, p: nn.Parameter) -> str:
-    """Which optimizer and settings a parameter gets that is no embedding."""
+def role(name: str, p: nn.Parameter) -> str:
+    """Return the role, one of `ROLES`, of a parameter that is not an embedding."""
     if p.dim() != 2:
         return "vector"
     if name.endswith("lora_B"):
         return "lora_B"
-    # Rows of embeddings, which have no name of their own in all models, and of heads (GPT-NeoX calls its own embed_out)
-    # are looked up or compared one by one: no matrix to orthogonalise. Of an adapter it is the product B A that moves a
-    # weight, and orthogonal steps of B and of A are no such step of their product. CLEX's proj_down starts at zero, and
-    # a step of Muon's has one size whatever the gradient's.
+    # Muon is not used for embeddings and heads (their rows act independently; GPT-NeoX calls its head embed_out), nor
+    # for LoRA factors (orthogonal steps of A and B do not make an orthogonal step of B A), nor for CLEX (proj_down
+    # starts at zero, and Muon's steps have one size, however small the gradient).
     return "outer" if any(part in name for part in ("lm_head", "embed_out", "lora_", "rope.proj_")) else "matrix"
 
 
 class Optimizers:
-    """Several optimizers over disjoint parameters, behind the interface of one."""
+    """Several optimizers over disjoint parameters, with the interface of one."""
 
     def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
+        """Take the optimizers; their present learning rates become the peaks of the schedule."""
         self.parts = list(parts)
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of all optimizers."""
         return [group for part in self.parts for group in part.param_groups]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all optimizers."""
         return [p for group in self.param_groups for p in group["params"]]
 
     def set_lr(self, factor: float) -> None:
@@ -76,21 +81,31 @@ class Optimizers:
             group["lr"] = group["peak_lr"] * factor
 
     def step(self) -> None:
+        """Update the parameters of every optimizer."""
         for part in self.parts:
             part.step()
 
     def zero_grad(self) -> None:
+        """Remove all gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of every optimizer."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the moments; learning rates, decay and the like stay what they were set to here."""
+        """Load the moments of `state`; learning rates, decay and other settings keep their present values.
+
+        Raises ValueError for the state of another set of optimizers.
+        """
         if len(state["parts"]) != len(self.parts):
-            raise ValueError("the saved optimizer state is of another optimizer; resume with the one it was made by")
+            raise ValueError(
+                f"the saved optimizer state has {len(state['parts'])} parts, "
+                f"--optim.optimizer makes {len(self.parts)}: resume with the optimizer that saved it"
+            )
         for part, saved in zip(self.parts, state["parts"]):
+            # load_state_dict would replace the settings of the groups, too
             settings = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(saved)
             for group, own in zip(part.param_groups, settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
@@ -9,14 +10,17 @@ from torch import nn
 
 from quant.linear import QuantizedLinear
 
-BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale; scales that share one
+BLOCK, SCALES_BLOCK = 64, 256  # number of weights that share a scale; number of scales that share one
 
 
 class FourBitLinear(QuantizedLinear):
-    """NF4 or FP4, packed as bitsandbytes does: the first value of a pair in the high half of a byte."""
+    """NF4 or FP4 weights, packed like bitsandbytes: the first value of a pair in the high half of a byte."""
 
     def __init__(self, base: nn.Linear, kind: Literal["nf4", "fp4"], double: bool) -> None:
+        """Quantize the weight (out, in) of `base`; double: its scales, too."""
         super().__init__(base)
+        # no warning, when it is imported, about an optional kernel that it would fetch from a model hub
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from bitsandbytes import functional as bnb
 
         packed, state = bnb.quantize_4bit(
@@ -24,12 +28,14 @@ class FourBitLinear(QuantizedLinear):
         )
         self.kind, self.double = kind, double
         self.register_buffer("packed", packed)  # (out * in / 2, 1) uint8
-        self.register_buffer("absmax", state.absmax.view(torch.uint8))  # one scale a block, in 1 or 4 bytes
+        self.register_buffer("absmax", state.absmax.view(torch.uint8))  # one scale a block, 1 or 4 bytes each
         if double:
+            # the scales less their mean, in 8 bits; one float32 scale for each block of 256 of them
             self.register_buffer("nested_absmax", state.state2.absmax.view(torch.uint8))
-            self.register_buffer("offset", state.offset.reshape(1).view(torch.uint8))  # the mean of the scales
+            self.register_buffer("offset", state.offset.reshape(1).view(torch.uint8))  # mean of the scales
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight (out, in) in `dtype`, computed in float32."""
         from bitsandbytes import functional as bnb
 
         absmax, nested, offset = self.absmax, None, None
@@ -39,16 +45,16 @@ class FourBitLinear(QuantizedLinear):
             nested = bnb.QuantState(nested_absmax, code=code, blocksize=SCALES_BLOCK, dtype=torch.float32)
         else:
             absmax = absmax.view(torch.float32)
-        # As one row: bitsandbytes' CPU kernel begins a new block with every row of a matrix, which quantizing does not.
+        # as one row: bitsandbytes' CPU kernel would begin a new block with every row of a matrix, unlike its quantizer
         shape = torch.Size((1, 2 * self.packed.numel()))
         kind = {"quant_type": self.kind, "blocksize": BLOCK, "dtype": torch.float32}
         state = bnb.QuantState(absmax, shape=shape, offset=offset, state2=nested, **kind)
-        row = bnb.dequantize_4bit(self.packed, state).flatten()
+        row = bnb.dequantize_4bit(self.packed, state).flatten()  # (out * in,), and one more when that is odd
         return row[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
 
 
 def scale_levels(device: torch.device) -> torch.Tensor:
-    """The 256 levels of a scale in double quantization, dense near zero (Dettmers 2015, arXiv:1511.04561)."""
+    """Return the 256 levels of a scale in double quantization, dense near zero (Dettmers 2015, arXiv:1511.04561)."""
     if device not in _levels:
         from bitsandbytes import functional as bnb
 

@@ -1,8 +1,9 @@
-"""Frozen linear layers in 4 or 8 bits, with gradients to their input: the base of QLoRA (Dettmers 2023, 2305.14314).
+"""Frozen linear layers in 4 or 8 bits, with gradients to their input: the base of QLoRA (Dettmers et al. 2023,
+arXiv:2305.14314).
 
-nf4, fp4: blocks of 64 weights share a scale, each weight is one of 16 levels; bitsandbytes does the coding. With double
-quantization the scales are kept in 8 bits too. int8: each output row has a scale of its own.
-A layer is unpacked where it is used and again in the backward pass, so that no dense copy outlives its product.
+nf4, fp4: blocks of 64 weights share a scale, each weight is one of 16 levels; bitsandbytes encodes them. With double
+quantization the scales are kept in 8 bits, too. int8: each output row has its own scale.
+The weight is dequantized for the product and again in the backward pass, so that no dense copy stays in memory.
 """
 
 from __future__ import annotations
@@ -15,27 +16,32 @@ from torch import nn
 
 
 class QuantizedLinear(nn.Module):
-    """In the place of a linear layer: `dequantize(dtype)` is its weight (out, in). Scales are kept as bytes, so that
-    `model.to(bfloat16)` leaves them as they are."""
+    """Base class of layers that replace a linear layer. Scales are stored as bytes, because `model.to(bfloat16)` would
+    round them as float32."""
 
     kind: str
+    """name of the quantizer"""
     double = False
+    """whether the scales are quantized, too"""
 
     def __init__(self, base: nn.Linear) -> None:
+        """Take over shape, bias and class of `base`."""
         super().__init__()
         self.in_features, self.out_features, self.origin = base.in_features, base.out_features, type(base)
         self.bias = base.bias
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight (out, in)."""
+        """Return the weight (out, in) in `dtype`."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Wᵀ + bias (..., out) for x (..., in), in the dtype of x."""
         out = _Product.apply(x, self)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def dense(self, weight: torch.Tensor) -> nn.Linear:
-        """A layer of the kind this one was made from, holding `weight`."""
+        """Return a layer of the class that this one has replaced, with `weight` (out, in) and the same bias."""
+        # on "meta", so that no weight is allocated only to be replaced
         layer = self.origin(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return layer
@@ -45,13 +51,13 @@ class QuantizedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ, keeping nothing but the layer for the backward pass."""
+    """The product x Wᵀ, which saves only the layer for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-        ctx.layer = layer
+        ctx.layer = layer  # not its dense weight, which autograd would keep
         return F.linear(x, layer.dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+        return grad @ ctx.layer.dequantize(grad.dtype), None  # (..., out) @ (out, in)

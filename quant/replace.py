@@ -1,70 +1,79 @@
-"""Put quantized layers into a tree of modules, in the places of linear ones."""
+"""Replace linear layers in a tree of modules by quantized ones. A new quantizer is a file with a class, a line in
+`QUANTIZERS` and its name in `kinds.KINDS`."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from quant.four_bit import FourBitLinear
 from quant.int8 import Int8Linear
+from quant.kinds import KINDS
 from quant.linear import QuantizedLinear
+
+QUANTIZERS: dict[str, Callable[..., QuantizedLinear]] = {  # name -> class, which is called with the linear layer
+    "nf4": partial(FourBitLinear, kind="nf4"),
+    "fp4": partial(FourBitLinear, kind="fp4"),
+    "int8": Int8Linear,
+}
+assert QUANTIZERS.keys() == KINDS.keys()
 
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight of a layer without any adapter, quantized or not."""
+    """Return the weight (out, in) of a layer without its adapter; of a quantized layer, dequantized to float32."""
     return layer.dequantize() if isinstance(layer, QuantizedLinear) else layer._parameters["weight"]
 
 
 def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> None:
-    """Put every linear layer of `model` but the head (embeddings and norms stay, too) into `kind`, nf4, fp4 or int8;
-    before `inject`. "full": leave them.
+    """Quantize every linear layer of `model` except the head, and freeze it; embeddings and norms stay as they are.
 
-    Raises ValueError when bitsandbytes is missing, or the model has adapters already.
+    kind: "full" (no change) or a key of `QUANTIZERS`; double_quant: quantize the scales, too, if the kind can. Call it
+    before `lora.inject`. Raises ValueError for an unknown kind, a missing package, or a model with adapters.
     """
     if kind == "full":
         return
-    if kind in ("nf4", "fp4") and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"weights in {kind} need bitsandbytes: pip install 'bitsandbytes>=0.50', or say int8")
-    if kind not in ("nf4", "fp4", "int8"):
-        raise ValueError(f"unknown quantization {kind!r} of the base; there are nf4, fp4, int8")
+    if kind not in KINDS:
+        raise ValueError(f"--lora.base should be one of full, {', '.join(KINDS)}, found {kind!r}")
+    package = KINDS[kind].package
+    if package and importlib.util.find_spec(package.partition(">=")[0]) is None:
+        raise ValueError(f"--lora.base {kind} needs a package: pip install '{package}', or choose int8")
     if any(hasattr(module, "lora") for module in model.modules()):
         raise ValueError("the model has adapters already: quantize its base before they are added")
-    # It warns that a product for other uses, which it would fetch from a model hub, is not there.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    options = {"double": double_quant} if KINDS[kind].double_quant else {}
     for path, module in base_layers(model):
-        module.requires_grad_(False)
-        layer = Int8Linear(module) if kind == "int8" else FourBitLinear(module, kind, double_quant)
-        replace(model, path, layer)
+        module.requires_grad_(False)  # the bias, which the quantized layer takes over, is frozen, too
+        replace(model, path, QUANTIZERS[kind](module, **options))
 
 
 def kind_of_base(model: nn.Module) -> tuple[str, bool]:
-    """What `quantize_base` made of a model: the kind, "full" if nothing, and whether scales were quantized, too."""
+    """Return the kind and double_quant of the `quantize_base` that a model went through; ("full", False) for none."""
     layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     return next(((layer.kind, layer.double) for layer in layers), ("full", False))
 
 
 def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of the layers that `quantize_base` would quantize in `dtype`, frozen, where that is smaller."""
+    """Cast the weights that `quantize_base` would quantize to `dtype` and freeze them, if that makes them smaller."""
     for _, module in base_layers(model):
         if dtype.itemsize < module.weight.dtype.itemsize:
             module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
 
 
 def base_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Every linear layer of a model but the head, by name."""
+    """Return names and modules of all linear layers of a model except the head."""
     return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and not is_head(path)]
 
 
 def is_head(path: str) -> bool:
-    """Whether a module makes the logits: it is not quantized, and its loss may be computed from its weight."""
+    """Return whether the module computes the logits. It is not quantized: the loss reads its weight directly."""
     return path.rpartition(".")[2] in ("lm_head", "embed_out")
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` into the tree of `model` under the name `path`, in the mode of what was there."""
+    """Put `module` into the tree of `model` under the name `path`, in the training mode of the module it replaces."""
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     module.train(getattr(holder, name).training)

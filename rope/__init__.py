@@ -1,30 +1,31 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-split layout of Hugging Face's LLaMA, and the ways
-to stretch it over longer texts: one small file a family.
+"""Rotary position embedding (Su et al. 2021, RoFormer), in the half-split layout of Hugging Face's LLaMA, and the
+methods that stretch it over longer texts: one small file for each.
 
-Dimension i of a head is paired with dimension i + D/2, and the pair turns by `position * theta^(-2i/D)`. Meta's
-checkpoints pair neighbours (2i, 2i+1) instead; the two differ by a permutation of the rows of W_q and W_k.
+Dimension i of a head is paired with dimension i + D/2; the pair is rotated by the angle `position * theta^(-2i/D)`.
+Meta's checkpoints pair neighbours (2i, 2i+1) instead; the two layouts differ by a permutation of the rows of W_q, W_k.
 
-Nothing here is a buffer of the model: `model.bfloat16()` would round a stored frequency and turn positions in the
-thousands by whole radians. Angles are made in float32 from Python floats, at every call.
+Nothing here is a buffer of the model: `model.bfloat16()` would round a stored frequency, and the angles of positions in
+the thousands would be wrong by whole radians. Angles are computed in float32 from Python floats, at every call.
 
-Two lengths are told apart. `max_seq_len` is the longest text a model is made for; a scaling entry's
-`original_max_position_embeddings`, the window, is what it was trained on before it was stretched.
+Two lengths are distinguished. `max_seq_len` is the length of the longest text that a model accepts. The window
+(`original_max_position_embeddings` of a scaling entry) is the length of its training texts before it was stretched.
 
 Frequencies of `dynamic`, `longrope` and `clex` depend on the length of the text. When a text grows token by token, all
-keys turn with the frequencies of its present length, but what the layers below have made of earlier tokens was made
-with the frequencies of its time; a forward pass over the whole text uses its full length throughout. Within the window
-the two are the same; beyond it they are the same when the full length is said beforehand (`text_len` of a cache).
+keys are rotated with the frequencies of the present length, but the layers below computed their states for earlier
+tokens with the frequencies of shorter texts; a forward pass over the whole text uses its full length everywhere. Within
+the window both give the same; beyond it, they do when the full length is fixed beforehand (`text_len` of a cache).
 """
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import math
+import pkgutil
 from typing import Any
 
-from rope import clex, dynamic, linear, llama3, longrope, ntk, yarn  # noqa: F401  (they register themselves)
 from rope.base import FAMILIES, Rope, cos_sin, fixed, ntk_theta, register, rotate, text_lengths
 from rope.clex import Clex
+from rope.keys import COUNT, WINDOW, check_keys, is_number, nearest
 
 __all__ = [
     "FAMILIES",
@@ -41,17 +42,26 @@ __all__ = [
     "text_lengths",
 ]
 
+for _name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"rope.{_name}")  # every file registers its family
+
 
 def rope_type(scaling: dict[str, Any] | None) -> str:
-    """The type named by a `rope_scaling` mapping, under its present key `rope_type` or the older `type`."""
+    """Return the type of a `rope_scaling` entry, from its key `rope_type` or the older `type`; "default" for None."""
     scaling = scaling or {}
     return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
-def make(head_dim: int, theta: float, scaling: dict[str, Any] | None, max_seq_len: int) -> Rope | Clex:
-    """The encoding of a `rope_scaling` entry as config.json writes it (None: plain), for texts up to `max_seq_len`.
+def without_type(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the keys of a `rope_scaling` entry other than its type."""
+    return {key: value for key, value in (scaling or {}).items() if key not in ("rope_type", "type")}
 
-    Raises ValueError for an unknown type or key, one that is missing, or numbers that contradict each other.
+
+def make(head_dim: int, theta: float, scaling: dict[str, Any] | None, max_seq_len: int) -> Rope | Clex:
+    """Make the position encoding of a `rope_scaling` entry as config.json writes it (None: no scaling).
+
+    head_dim: D, dimensions of a head; theta: base of the frequencies; max_seq_len: length of the longest text.
+    Raises ValueError for an unknown type or key, a missing key, or values that contradict each other.
     """
     name = rope_type(scaling)
     if not isinstance(name, str):
@@ -59,93 +69,59 @@ def make(head_dim: int, theta: float, scaling: dict[str, Any] | None, max_seq_le
     if not (is_number(theta) and theta > 1):
         raise ValueError(f"rope_theta should be a number above 1, found {theta!r}")
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"rope_scaling asks for type {name!r}; {hint}known types are {', '.join(sorted(FAMILIES))}")
-    given = {key: value for key, value in (scaling or {}).items() if value is not None}
-    if given.get("type", name) != name:
-        raise ValueError(f"rope_scaling names two types, rope_type {name!r} and type {given['type']!r}; drop one")
-    given = {key: value for key, value in given.items() if key not in ("rope_type", "type")}
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"rope_scaling asks for type {name!r}; {nearest(name, FAMILIES)}known types are {known}")
+    if (older := (scaling or {}).get("type")) not in (None, name):
+        raise ValueError(f"rope_scaling names two types, rope_type {name!r} and type {older!r}; remove one")
+    # files of Hugging Face write null for a key that is absent
+    entry = {key: value for key, value in without_type(scaling).items() if value is not None}
     family = FAMILIES[name]
-    if missing := sorted(family.required - given.keys()):
-        raise ValueError(f"rope_scaling of type {name!r} needs {', '.join(missing)}, found {sorted(given)}")
-    known = family.required | family.optional
-    if unknown := sorted(given.keys() - known):
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"rope_scaling of type {name!r} does not know {', '.join(unknown)}; "
-            f"{hint}its keys are {', '.join(sorted(known)) or 'none'}"
-        )
-    for key, value in given.items():
-        check_value(name, key, value, max_seq_len)
+    check_keys(name, entry, family.required, family.optional, max_seq_len)
     try:
-        return family.make(head_dim, theta, given, max_seq_len)
+        return family.make(head_dim, theta, entry, max_seq_len)
     except (OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"rope_scaling of type {name!r} has no frequencies for {given} ({error})") from None
-
-
-def check_value(name: str, key: str, value: Any, max_seq_len: int) -> None:
-    """Raise ValueError unless `value` is one that `key` can have, whatever the others are."""
-    whole = key in ("original_max_position_embeddings", "max_factor", "param_factor")
-    least = 1 if whole or key == "factor" else 0
-    if key in ("truncate", "finetuned"):
-        right, wanted = isinstance(value, bool), "true or false"
-    elif key == "act":
-        right, wanted = isinstance(value, str), "a name"
-    elif key in ("short_factor", "long_factor"):
-        right = isinstance(value, list | tuple) and all(is_number(v) and v > 0 for v in value)
-        wanted = "a list of numbers above 0"
-    else:
-        right = is_number(value) and (value >= least if least else value > 0) and (not whole or type(value) is int)
-        wanted = f"{'a whole' if whole else 'a'} number, {f'at least {least}' if least else 'above 0'}"
-    if not right:
-        raise ValueError(f"rope_scaling of type {name!r}: {key} should be {wanted}, found {value!r}")
-    if key == "original_max_position_embeddings" and value > max_seq_len:
-        raise ValueError(
-            f"rope_scaling of type {name!r} stretches a window of {value} positions, "
-            f"yet max_seq_len is only {max_seq_len}"
-        )
-
-
-def is_number(value: Any) -> bool:
-    """A finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        raise ValueError(f"rope_scaling of type {name!r} has no frequencies for {entry} ({error})") from None
 
 
 def extend(
     scaling: dict[str, Any] | None, old_len: int, new_len: int, type: str | None = None, factor: float | None = None
 ) -> dict[str, Any]:
-    """The `rope_scaling` entry that takes a checkpoint from texts of `old_len` tokens to texts of `new_len`.
+    """Return the `rope_scaling` entry that stretches a checkpoint from texts of `old_len` tokens to `new_len`.
 
-    scaling: the checkpoint's own entry (None: plain). type: of the new entry; None: as the checkpoint's, else yarn.
-    factor: how much longer than the original window; None: as much as new_len asks for. Raises ValueError when there
-    is nothing to extend, the factor does not reach new_len, or the checkpoint was stretched in another way already.
+    scaling: entry of the checkpoint (None: no scaling); type: of the new entry (None: the checkpoint's, or yarn);
+    factor: new length / window (None: exactly what new_len needs). Raises ValueError when there is nothing to extend,
+    the factor does not reach new_len, or the checkpoint is stretched by another type.
     """
-    old = {key: value for key, value in (scaling or {}).items() if key not in ("rope_type", "type")}
-    old_type = rope_type(scaling)
+    old, old_type = without_type(scaling), rope_type(scaling)
     name = type or (old_type if old_type != "default" else "yarn")
-    if old_type not in ("default", name):
-        raise ValueError(f"the checkpoint's positions are stretched by {old_type!r} already; go on with that type")
-    if name not in FAMILIES or name in ("default", "longrope"):
-        reason = "its factors are found by a search" if name == "longrope" else "it stretches nothing"
-        reason = reason if name in FAMILIES else "there is no such type"
-        raise ValueError(
-            f"positions cannot be extended by type {name!r}: {reason}; "
-            f"types that can are {', '.join(sorted(FAMILIES.keys() - {'default', 'longrope'}))}"
-        )
+    check_extension(name, old_type)
+    family = FAMILIES[name]
     if factor is None and new_len <= old_len:
         raise ValueError(f"max_seq_len {new_len} is no longer than the checkpoint's {old_len}: nothing to extend")
-    stretched = old.get("factor", 1) if name in ("linear", "ntk") else 1  # these two do not note their window
-    window = old.get("original_max_position_embeddings") or max(1, round(old_len / stretched))
+    # an entry without a window states only its factor; the window follows from it
+    has_window = WINDOW in family.required | family.optional
+    window = old.get(WINDOW) or max(1, round(old_len / (1 if has_window else old.get("factor", 1))))
     factor = new_len / window if factor is None else factor
-    if name not in ("dynamic", "llama3") and factor < new_len / window:
+    # the frequencies of some families (dynamic, llama3) reach beyond factor * window
+    if family.bounded and factor < new_len / window:
         raise ValueError(
             f"factor {factor:g} on a window of {window} covers {math.floor(factor * window)} positions, "
             f"max_seq_len is {new_len}; ask for {new_len / window:g}"
         )
-    if name in ("linear", "ntk"):
-        return {"rope_type": name, "factor": factor}
-    known = {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}.get(name, {}) | old
-    size = {"max_factor": math.ceil(factor)} if name == "clex" else {"factor": factor}
-    return {"rope_type": name} | known | size | {"original_max_position_embeddings": window}
+    # CLEX counts whole windows in `max_factor`; every other family stretches by a number `factor`
+    size_key = "factor" if "factor" in family.required else "max_factor"
+    size = {size_key: math.ceil(factor) if family.required[size_key] is COUNT else factor}
+    if not has_window:
+        return {"rope_type": name} | size
+    return {"rope_type": name} | dict(family.defaults) | old | size | {WINDOW: window}
+
+
+def check_extension(name: str, old_type: str) -> None:
+    """Raise ValueError unless a checkpoint of type `old_type` can be extended by the type `name`."""
+    if old_type not in ("default", name):
+        raise ValueError(f"--rope.type {name} does not go with a checkpoint stretched by {old_type!r}: keep that type")
+    family = FAMILIES.get(name)
+    reason = "there is no such type" if family is None else family.not_extendable
+    if reason:
+        extendable = ", ".join(sorted(key for key, each in FAMILIES.items() if not each.not_extendable))
+        raise ValueError(f"--rope.type {name}: {reason}; choose one of {extendable}")

@@ -28,9 +28,10 @@ INTRODUCTION = """# What every algorithm is checked against
 
     python -m tests.oracles --write
 
-The tests compare more shapes than these, random ones too, and much that is no number. fp64: both sides compute in
-float64, so that only another formula would differ; fp32: what rounding in another order makes of it. A bound of 0 means
-bit for bit. Errors are absolute, of large numbers relative.
+The command above measures this table. The tests compare more shapes than these, random ones among them, and also
+results that are not numbers. fp64 means that both sides compute in float64: rounding is negligible there, so a larger
+error would mean another formula. fp32 means that both sides compute in float32: the error is that of rounding in
+another order. A bound of 0 means equal bit for bit. Errors are absolute; for large numbers they are relative.
 
 """
 

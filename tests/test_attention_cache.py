@@ -117,10 +117,10 @@ def test_writing_past_the_end_is_refused_and_changes_nothing(model):
     tokens = random_tokens(1, 13)
     cache = model.make_cache(1)
     model(tokens[:, :12], cache=cache)
-    with pytest.raises(ValueError, match=r"holds positions 0\.\.11, asked to store 12\.\.12"):
+    with pytest.raises(ValueError, match=r"holds positions 0\.\.11, found tokens at 12\.\.12"):
         model(tokens[:, 12:], cache=cache)
     assert cache.length == 12
-    with pytest.raises(ValueError, match=r"asked to store -1\.\.0"):
+    with pytest.raises(ValueError, match=r"found tokens at -1\.\.0"):
         model(tokens[:, :2], positions=torch.tensor([[-1, 0]]), cache=cache)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rope
-from attention.cache import Int8Cache, SinkCache
+from attention.cache import KINDS, Int8Cache, SinkCache
 from model import Transformer
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 5}
@@ -173,18 +173,28 @@ def test_memory_does_not_grow():
 
 @pytest.mark.parametrize("size, sinks", [(4, 4), (3, 4), (5, -1)])
 def test_a_cache_without_recent_tokens_is_refused(size, sinks):
-    with pytest.raises(ValueError, match=f"cache of {size} places has no room for {sinks} sinks"):
+    with pytest.raises(ValueError, match=f"sinks should lie in .* in a cache of {size}, found {sinks}"):
         MODELS["plain"].make_cache(1, size, "sinks", sinks=sinks)
 
 
 def test_what_sinks_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="looks back a fixed window never sees sinks"):
+    with pytest.raises(ValueError, match="a cache with sinks goes with no sliding_window, found 4"):
         sensitive_model(sliding_window=4).make_cache(1, kind="sinks")
     cache = SinkCache(1, 1, 1, 2, 6, sinks=2)
-    with pytest.raises(ValueError, match="a pass of 5 tokens overruns the 4 recent ones"):
+    with pytest.raises(ValueError, match="a pass should have at most 4 tokens in a full cache, found 5"):
         cache.extend(torch.arange(3, 8)[None])
-    with pytest.raises(ValueError, match="no cache of kind 'paged'; there are static, int8, sinks"):
+    with pytest.raises(ValueError, match="cache should be one of static, int8, sinks, found 'paged'"):
         MODELS["plain"].make_cache(1, kind="paged")
+
+
+def test_what_callers_may_ask_of_a_kind():
+    """Only a cache that keeps every token can go back to any of them."""
+    made = {kind: MODELS["plain"].make_cache(1, 9, kind) for kind in KINDS}
+    assert {kind: (c.can_rewind, c.endless) for kind, c in made.items()} == {
+        "static": (True, False),
+        "int8": (True, False),
+        "sinks": (False, True),
+    }
 
 
 # ---- 8 bits

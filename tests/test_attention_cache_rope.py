@@ -146,10 +146,10 @@ def test_a_growing_text_is_not_the_full_forward_pass(name):
 
 
 def test_a_text_longer_than_said_is_refused():
-    with pytest.raises(ValueError, match="24 places is too long for a text of text_len 20"):
+    with pytest.raises(ValueError, match="text_len should be at least the cache's max_len 24, found 20"):
         MODELS["dynamic"].make_cache(1, 24, text_len=20)
     cache = MODELS["clex"].make_cache(1, 40)
-    with pytest.raises(ValueError, match=r"texts of 24 tokens .* asked for 30"):
+    with pytest.raises(ValueError, match=r"texts of 24 tokens .* found a text of 30"):
         MODELS["clex"](random_tokens(1, 30), cache=cache)
 
 
@@ -189,7 +189,7 @@ def test_causal_from_the_first_key_is_seen(cuts, monkeypatch):
 
 
 def test_keys_that_keep_the_frequencies_of_their_time_are_seen(monkeypatch):
-    """What transformers does: keys are cached as they turned when the text was shorter."""
+    """What transformers does: keys are cached as rotated when the text was shorter."""
     model, cuts = MODELS["dynamic"], [9, 1, 1, 1, 1, 1]
     tokens = random_tokens(1, sum(cuts))
     expected = reference.logits(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bins.outputs import finished, publish, unfinished
+from bins.outputs import publish, read_checkpoint, read_summary
 from bins.token_bin import BinWriter, TokenBin
 from files import write_json
 
@@ -63,11 +63,11 @@ def test_publishing_can_be_stopped_at_every_step(tmp_path, monkeypatch):
         for name, tokens in readable(out).items():
             assert tokens in ([*old.get(name, ["refused"]), EOS], [*new.get(name, ["refused"]), EOS], ["refused"])
         if stopped:
-            assert finished(out, summary["made_from"], overwrite=True) is None
+            assert read_summary(out, summary["made_from"], overwrite=True) is None
             publish(work, out, summary)
         assert readable(out) == {name: [*ids, EOS] for name, ids in new.items()}
         assert {path.name for path in out.iterdir()} == {*summary["files"], "summary.json"}
-        assert finished(out, summary["made_from"], overwrite=False) == summary
+        assert read_summary(out, summary["made_from"], overwrite=False) == summary
         if not stopped:
             break
     assert stop == 1 + 1 + 3 + 2 + 7 + 1  # summary; all_text; train_00001's three; two .json; seven moves; summary
@@ -80,14 +80,14 @@ def out_made(out: Path) -> Path:
 
 def test_a_checkpoint_is_for_the_same_arguments(tmp_path):
     work = tmp_path / "work"
-    assert unfinished(work, {"min_chars": 1}, overwrite=False) is None
+    assert read_checkpoint(work, {"min_chars": 1}, overwrite=False) is None
     work.mkdir()
     (work / "left.bin.part").write_bytes(b"worthless without a checkpoint")
-    assert unfinished(work, {"min_chars": 1}, overwrite=False) is None and not work.exists()
+    assert read_checkpoint(work, {"min_chars": 1}, overwrite=False) is None and not work.exists()
     work.mkdir()
     progress = {"made_from": {"min_chars": 1}, "items": 5}
     write_json(work / "progress.json", progress)
-    assert unfinished(work, {"min_chars": 1}, overwrite=False) == progress
+    assert read_checkpoint(work, {"min_chars": 1}, overwrite=False) == progress
     with pytest.raises(ValueError, match="unfinished run with other min_chars"):
-        unfinished(work, {"min_chars": 2}, overwrite=False)
-    assert unfinished(work, {"min_chars": 2}, overwrite=True) is None and not work.exists()
+        read_checkpoint(work, {"min_chars": 2}, overwrite=False)
+    assert read_checkpoint(work, {"min_chars": 2}, overwrite=True) is None and not work.exists()

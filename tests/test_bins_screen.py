@@ -181,6 +181,6 @@ def test_a_process_that_dies_is_one_clear_error(tokenizer, monkeypatch):
                     os.kill(child.pid, signal.SIGKILL)
             yield batch
 
-    with pytest.raises(OSError, match=r"process died.*fewer processes"):
+    with pytest.raises(OSError, match=r"process died.*fewer --processes"):
         list(tokenize(batches(), tokenizer, 2))
     assert not multiprocessing.active_children()

@@ -128,15 +128,21 @@ def test_every_form_of_a_pair_is_one_prompt_and_two_answers(record):
 @pytest.mark.parametrize(
     "record, reason",
     [
-        ({"prompt": "q", "chosen": "a"}, "no chosen and rejected under the keys prompt, chosen"),
+        ({"prompt": "q", "chosen": "a"}, "expected the keys chosen and rejected, found prompt, chosen"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "the same"),
-        ({"prompt": "q", "chosen": "a", "rejected": ""}, r"message 2 \(assistant\) has no text"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, r"message 2 \(assistant\) should not be empty"),
         ({"chosen": exchange("q", "a"), "rejected": exchange("p", "b")}, "differ before their last answer"),
         ({"chosen": "a", "rejected": "b"}, "no prompt under the keys chosen, rejected, nor before the last answer"),
-        ({"prompt": "q", "chosen": exchange("q"), "rejected": "b"}, "end with the assistant's turn"),
-        ({"prompt": exchange("q", "a"), "chosen": "a", "rejected": "b"}, "the last is of role 'assistant'"),
-        ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: p", "rejected": "b"}, "end with the assistant's turn"),
-        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"}, "has no text"),
+        ({"prompt": "q", "chosen": exchange("q"), "rejected": "b"}, "end with the assistant's"),
+        (
+            {"prompt": exchange("q", "a"), "chosen": "a", "rejected": "b"},
+            "the last message .* found 'assistant'",
+        ),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: p", "rejected": "b"},
+            "end with the assistant's",
+        ),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"}, "should not be empty"),
     ],
 )
 def test_broken_pairs_say_why(record, reason):
@@ -146,8 +152,8 @@ def test_broken_pairs_say_why(record, reason):
 
 def test_what_stands_before_whole_answers_belongs_to_their_prompt():
     system, answers = {"role": "system", "content": "s"}, {"chosen": exchange("q", "a"), "rejected": exchange("q", "b")}
-    for told in ({"system": "s"}, {"system": "s", "prompt": "q"}, {"prompt": [system, QUESTION]}):
-        assert to_pair(told | answers).prompt == [system, QUESTION]
+    for record in ({"system": "s"}, {"system": "s", "prompt": "q"}, {"prompt": [system, QUESTION]}):
+        assert to_pair(record | answers).prompt == [system, QUESTION]
     assert to_pair({"prompt": exchange("p", "c", "q")} | answers).prompt == exchange("p", "c", "q")
     longer = {name: exchange("p", "c", "q", last) for name, last in (("chosen", "a"), ("rejected", "b"))}
     assert to_pair({"prompt": "p"} | longer).prompt == exchange("p", "c", "q")
@@ -173,22 +179,22 @@ def test_real_pairs_are_read_almost_whole(shared, name, n):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (["q", "a"], "the record is list, expected an object"),
-        ("q", "the record is str"),
-        ({}, r"under the keys \(none\)"),
-        ({"prompt": "q"}, "no question and answer under the keys prompt"),
-        ({"prompt": "q", "answer": ""}, r"message 1 \(assistant\) has no text: ''"),
-        ({"prompt": "q", "answer": " \n"}, r"message 1 \(assistant\) has no text"),
-        ({"question": "q", "answer": None}, r"string, found .*None"),
-        ({"question": "q", "answer": 3}, r"string, found .*3"),
-        ({"instruction": "", "input": "", "output": "a"}, r"message 0 \(user\) has no text"),
+        (["q", "a"], "the record should be an object .*, found list"),
+        ("q", "the record should be an object .*, found str"),
+        ({}, r"its keys are \(none\)"),
+        ({"prompt": "q"}, "no question and answer .*; its keys are prompt"),
+        ({"prompt": "q", "answer": ""}, r"message 1 \(assistant\) should not be empty, found ''"),
+        ({"prompt": "q", "answer": " \n"}, r"message 1 \(assistant\) should not be empty"),
+        ({"question": "q", "answer": None}, r"string as content, found .*None"),
+        ({"question": "q", "answer": 3}, r"string as content, found .*3"),
+        ({"instruction": "", "input": "", "output": "a"}, r"message 0 \(user\) should not be empty"),
         ({"question": "q", "answer": "a\ud800"}, r"message 1 \(assistant\) is not UTF-8"),
         ({"messages": []}, "at least one message"),
         ({"conversations": []}, "at least one message"),
-        ({"messages": exchange("q")}, "nothing is answered"),
-        ({"messages": [{"role": "system", "content": "s"}, *exchange("q")]}, "nothing is answered"),
-        ({"messages": ["q", "a"]}, "a turn is str, expected an object with 'role' and 'content'"),
-        ({"messages": [{"role": "user"}]}, "string, found .*None"),
+        ({"messages": exchange("q")}, "has no answer"),
+        ({"messages": [{"role": "system", "content": "s"}, *exchange("q")]}, "has no answer"),
+        ({"messages": ["q", "a"]}, "a turn should be an object with 'role' and 'content', found str"),
+        ({"messages": [{"role": "user"}]}, "string as content, found .*None"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 0 should be of role system or user, found 'tool'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 0 should be of role"),
         ({"messages": exchange("q", "a")[::-1]}, "message 0 should be of role system or user, found 'assistant'"),
@@ -198,11 +204,11 @@ def test_real_pairs_are_read_almost_whole(shared, name, n):
             "message 2 should be of role user, found 'system'",
         ),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 0 should be"),
-        ({"prompt": "q", "answer": "a", "response": "b"}, "not clear which is the answer: answer or response"),
-        ({"prompt": "q", "question": "p", "answer": "a"}, "not clear which is the question: prompt or question"),
-        ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "history should be pairs"),
-        ({"messages": [{"role": "user", "content": "q", "loss": "no"}]}, "true or false, 1 or 0, found 'no'"),
-        ({"text": " "}, r"message 0 \(text\) has no text"),
+        ({"prompt": "q", "answer": "a", "response": "b"}, "several keys for the answer: answer, response"),
+        ({"prompt": "q", "question": "p", "answer": "a"}, "several keys for the question: prompt, question"),
+        ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "history should be a list of pairs"),
+        ({"messages": [{"role": "user", "content": "q", "loss": "no"}]}, "true, false, 1 or 0, found 'no'"),
+        ({"text": " "}, r"message 0 \(text\) should not be empty"),
     ],
 )
 def test_broken_records_say_why(record, reason):
@@ -296,31 +302,31 @@ def test_broken_records_are_kept_with_their_place(tmp_path):
     broken = []
     assert list(file_conversations(path, broken)) == EXPECTED
     assert [record.where for record in broken] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
-    for record, reason in zip(broken, ("not JSON", "is list", "has no text", "not UTF-8")):
+    for record, reason in zip(broken, ("not JSON", "found list", "should not be empty", "not UTF-8")):
         assert reason in record.reason
 
 
 def test_files_without_an_answer_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "q"}, {"prompt": "q", "answer": ""}])
-    with pytest.raises(ValueError, match=r"no usable answer in 2 records; the first, .*a.jsonl:1: no question"):
+    with pytest.raises(ValueError, match=r"no usable answer in 2 records; the first, .*a.jsonl:1: .* no question"):
         list(file_conversations(path, []))
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl has no usable answer in 0 records"):
         list(file_conversations(tmp_path / "empty.jsonl", []))
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="expected json, jsonl, csv, tsv or parquet, found plain text"):
+    with pytest.raises(ValueError, match=r"expected .* json, jsonl, csv, tsv or parquet, found only plain text"):
         list(file_conversations(tmp_path / "a.txt", []))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list(file_conversations(tmp_path / "nowhere.jsonl", []))
 
 
 def test_pairs_and_conversations_are_told_apart(tmp_path):
-    asked = {"conversations": [{"from": "human", "value": "q"}]}
-    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, asked | {"chosen": "a", "rejected": "b"}]
+    question = {"conversations": [{"from": "human", "value": "q"}]}
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, question | {"chosen": "a", "rejected": "b"}]
     for record in pairs:
-        with pytest.raises(ValueError, match="a pair of answers, which are for preference tuning: --objective dpo"):
+        with pytest.raises(ValueError, match="a pair of answers for preference tuning: use --objective dpo"):
             to_messages(record)
-    with pytest.raises(ValueError, match=r"no chosen and rejected under the keys q, a; .* --objective sft"):
+    with pytest.raises(ValueError, match=r"expected the keys chosen and rejected, found q, a; .* --objective sft"):
         to_pair({"q": "q", "a": "a"})
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in pairs))

@@ -11,11 +11,9 @@ from helpers.character_template import ANSWER, BOS, END, ROLE_ID, CharTemplate, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat import samples
 from chat.conversations import file_conversations
 from chat.samples import encode_samples, read_samples
 from chat.template import ChatTemplate, load_template
-from cli.args import parse
 from corpora.registry import BadRecord
 from dataset import IGNORE
 from dataset_sft import SFTData
@@ -159,25 +157,6 @@ def test_why_nothing_is_left_to_train_is_one_sentence(tmp_path, chat_template):
     for seq_len in (2, 40):
         with pytest.raises(ValueError, match=r'no conversation has an answer that is trained: .* "loss": false'):
             read_samples(path, chat_template, seq_len)
-
-
-# --- to look at samples
-
-
-def test_the_viewer_marks_what_is_trained(tmp_path, chat_template, capsys, monkeypatch):
-    chat_template.tokenizer.save(tmp_path / "model")
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "明月", "answer": "江</s>"}\n{"prompt": "q"}\n')
-    args = ["--data", str(path), "--model", str(tmp_path / "model"), "--show", "2"]
-    found = samples.main(parse(samples.Args, "dataset_sft", args))
-    said = capsys.readouterr().out
-    assert "<s><|user|>明月<|end|><|assistant|>⟦江</s><|end|>⟧" in said and "\x1b" not in said
-    assert (found["samples"], found["turns"], found["broken"]) == (1, 1, 1) and f"broken: {path}:2" in said
-    assert "beyond: 0" in said
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    samples.main(parse(samples.Args, "dataset_sft", args))
-    assert "<|assistant|>\x1b[32m江</s><|end|>\x1b[0m" in capsys.readouterr().out
 
 
 def test_a_wrong_word_for_too_long_samples_is_refused():

@@ -1,5 +1,6 @@
 """Every chat template against transformers: equal ids and equal masks, whatever the messages say."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat.conversations import file_conversations
-from chat.template import ChatTemplate, load_template
-from tokenizer import TEMPLATES, Tokenizer, load_tokenizer
+from chat.template import TEMPLATES, ChatTemplate, load_template, read_template
+from tokenizer import MARKERS, Tokenizer, load_tokenizer
 
 # Of each template a vocabulary that can carry it.
 CARRIERS = {"ours": ("ours",), "plain": ("byte_level", "llama", "chatglm2", "stories"), "chatml": ("byte_level",)}
@@ -208,14 +209,14 @@ def test_templates_by_name(ours, byte_level, tmp_path):
         match=r"chatml needs the special tokens <\|im_start\|>, <\|im_end\|>.*--add_special_tokens '<\|im_st",
     ):
         load_template(ours, "chatml")
-    with pytest.raises(ValueError, match="brings no chat template of its own"):
+    with pytest.raises(ValueError, match="the model has no chat template of its own"):
         load_template(ours, "own")
     file = tmp_path / "mine.jinja"
     file.write_text((TEMPLATES / "ours.jinja").read_text().replace("<s>", "</s>"))
     ids, _ = load_template(ours, str(file)).encode(TALK)
     assert ids[0] == ours.eos_id
     file.write_text("{% for %}")
-    with pytest.raises(ValueError, match=r"mine\.jinja is no Jinja that can be read"):
+    with pytest.raises(ValueError, match=r"mine\.jinja is not a valid Jinja template"):
         load_template(ours, str(file))
 
 
@@ -223,7 +224,7 @@ def test_a_template_needs_a_token_that_ends_a_turn(tmp_path):
     (tmp_path / "bare").mkdir()
     full = write_byte_level(tmp_path / "full")
     (tmp_path / "bare" / "tokenizer.json").write_bytes((full / "tokenizer.json").read_bytes())
-    with pytest.raises(ValueError, match="no turn could end"):
+    with pytest.raises(ValueError, match=r"writes no special token .* at the end of an answer"):
         load_template(load_tokenizer(tmp_path / "bare"))
 
 
@@ -236,9 +237,9 @@ def test_a_template_needs_a_token_that_ends_a_turn(tmp_path):
         ([("user", "x"), ("system", "y")], False, "message 1 should be of role assistant, found 'system'"),
         ([("system", "x"), ("assistant", "y")], False, "message 1 should be of role user, found 'assistant'"),
         ([("user", "x"), ("user", "y")], False, "message 1 should be of role assistant, found 'user'"),
-        ([("user", None)], False, "message 0 should have a role and a content that is a string"),
-        ([("user", "x"), ("assistant", "y")], True, "the last is of role 'assistant'"),
-        ([("system", "x")], True, "the last is of role 'system'"),
+        ([("user", None)], False, "message 0 should have a role and a string as content"),
+        ([("user", "x"), ("assistant", "y")], True, "the last message should be of role 'user' .*, found 'assistant'"),
+        ([("system", "x")], True, "the last message should be of role 'user' .*, found 'system'"),
         ([("user", "x\ufdd0")], False, r"message 0 contains U\+FDD0, a noncharacter"),
     ],
 )
@@ -254,7 +255,19 @@ def test_messages_that_are_no_dicts_are_refused(ours):
             load_template(ours).encode([message])
 
 
-def test_a_saved_vocabulary_carries_our_template_if_it_has_the_markers(ours, stories, tmp_path):
+def test_a_template_file_names_the_special_tokens_it_needs_in_a_line_that_is_not_saved(ours, tmp_path):
+    jinja, needs = read_template(TEMPLATES / "ours.jinja")
+    assert needs == ["<s>", *MARKERS] and jinja.startswith("{{- '<s>' -}}")
+    assert load_template(ours, "ours").jinja == jinja
+    (tmp_path / "mine.jinja").write_text("{#- special tokens: <|x|> <s> -#}\n" + jinja)
+    with pytest.raises(ValueError, match=r"mine\.jinja needs the special tokens <\|x\|>, which this vocabulary lacks"):
+        load_template(ours, str(tmp_path / "mine.jinja"))
+    assert read_template(TEMPLATES / "llama2.jinja")[1] == []
+
+
+def test_a_saved_vocabulary_carries_its_template(ours, stories, tmp_path):
+    ours = copy.copy(ours)  # the fixture is shared
+    ours.chat_template = load_template(ours).jinja
     ours.save(tmp_path / "ours")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     with pytest.raises(Exception, match="unknown role tool"):

@@ -98,21 +98,21 @@ def test_what_a_models_own_template_trains(own):
 
 
 def test_what_cannot_be_told_is_refused(byte_level):
-    def made(jinja: str) -> ChatTemplate:
+    def template(jinja: str) -> ChatTemplate:
         return ChatTemplate(byte_level, jinja)
 
-    with pytest.raises(ValueError, match="changes an answer, and has no"):
-        made("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}")
-    with pytest.raises(ValueError, match=r"has not one .* block for each"):
-        made("{% generation %}{{ messages[-1].content }}<|im_end|>{% endgeneration %}").encode(TALK)
-    strict = made(
+    with pytest.raises(ValueError, match="changes an answer and has no"):
+        template("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}")
+    with pytest.raises(ValueError, match=r"should have one .* block for each"):
+        template("{% generation %}{{ messages[-1].content }}<|im_end|>{% endgeneration %}").encode(TALK)
+    strict = template(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ m.role + m.content }}<|im_end|>{% endfor %}"
     )
     with pytest.raises(ValueError, match="refuses this conversation: no system"):
         strict.encode(TALK)
     with pytest.raises(ValueError, match="refuses this conversation"):  # the sandbox holds
-        made("{{ messages.__class__.__base__.__subclasses__() }}<|im_end|>{{ messages.append(1) }}")
+        template("{{ messages.__class__.__base__.__subclasses__() }}<|im_end|>{{ messages.append(1) }}")
 
 
 def test_a_space_before_the_first_text_alone(tmp_path):

@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 
 import files
-from checkpoint.directory import load_model, load_weights, save_model
+from checkpoint import peft
+from checkpoint.directory import load_model, load_weights, load_whole_model, save_model
 from files import written_aside
+from lora import adapters
 from model import Transformer
 from model_args import ModelArgs
 from training import state
@@ -120,6 +122,55 @@ def test_loading_into_a_model_changes_nothing_else(tmp_path):
     assert all(p is q for p, q in zip(model.parameters(), parameters))  # an optimizer still holds the very same
     tokens = torch.randint(37, (1, 5))
     assert torch.equal(model(tokens), load_model(directory)(tokens))
+
+
+# ---- adapter directories
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """tmp_path/adapter, which names tmp_path/model as its base; the model with the adapter beside its weights."""
+    model = load_model(saved(tmp_path))
+    adapters.apply(model, adapters.LoraArgs("lora", r=2, train_embed_norm=True))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) * p.requires_grad
+    peft.save(tmp_path / "adapter", model, base=str(tmp_path / "model"))
+    return model
+
+
+def test_an_adapter_is_loaded_into_the_base_that_it_names_or_another(tmp_path, adapted):
+    tokens = torch.randint(37, (2, 9))
+    merged = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=0, atol=1e-5)
+    assert not any(hasattr(module, "lora") for module in merged.modules())
+    half = load_model(tmp_path / "adapter", dtype=torch.bfloat16)
+    assert torch.equal(half.lm_head.weight, merged.lm_head.weight.bfloat16())  # the sum is made in float32
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="which is no model directory here"):
+        load_model(tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter", base=tmp_path / "moved")
+    assert torch.equal(again(tokens), merged(tokens))
+
+
+def test_what_is_no_adapter_or_has_to_be_a_whole_model_is_refused(tmp_path, adapted):
+    with pytest.raises(FileNotFoundError, match="holds an adapter, not a model"):
+        load_whole_model(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"--base is for an adapter, and .* is a whole model: leave it out"):
+        load_model(tmp_path / "model", base=tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_both_classes_of_models_answer_by_the_same_names(tmp_path, family):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.AutoConfig.for_model(family, vocab_size=37, max_position_embeddings=32, **shape)
+    peer = transformers.AutoModelForCausalLM.from_config(config)
+    peer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, "cpu", torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert model.embedding.weight.shape == (37, 16)
+    names = {name for name, _ in model.module_tree.named_parameters()}
+    assert names == {name for name, _ in peer.named_parameters()}
 
 
 # ---- training state
@@ -286,5 +337,5 @@ def test_what_a_run_goes_on_from(tmp_path):
     assert state.newest(tmp_path) == tmp_path / "last"
     (tmp_path / "last").unlink()
     (tmp_path / "last").mkdir()
-    with pytest.raises(ValueError, match=r"last should be a link to a checkpoint, and is a folder: .*; remove"):
+    with pytest.raises(ValueError, match=r"last should be a link to a checkpoint, found a folder .*: remove"):
         state.newest(tmp_path)

@@ -204,5 +204,5 @@ def test_a_larger_vocabulary_needs_the_models_own_tokenizer(tmp_path):
         ValueError, match=r"differs from that of the model in .*: id \d+ is b'second' there and b'first' here"
     ):
         extend.check_tokenizer(other, add_tokens(tokenizer, ["second"]), tmp_path, tmp_path)
-    with pytest.raises(ValueError, match=r"id \d+ is nothing and b'first'"):
+    with pytest.raises(ValueError, match=r"id \d+ is nothing there and b'first' here"):
         extend.check_tokenizer(other, tokenizer, tmp_path, tmp_path)

@@ -37,7 +37,7 @@ def refused(adapter: Path, message: str, **shape: int) -> None:
         ({"peft_type": "IA3"}, "should describe an adapter of peft_type LORA, found IA3"),
         ({"r": None}, "should set r to a number, found None"),
         ({"r": "2"}, "should set r to a number, found '2'"),
-        ({"r": 0}, "rank r of an adapter should be at least 1"),
+        ({"r": 0}, "r should be at least 1"),
         ({"r": 3}, r"q_proj.lora_A.weight is \(2, 24\) there and \(3, 24\) here"),
         ({"lora_alpha": "16"}, "should set lora_alpha to a number"),
         ({"lora_dropout": None}, "should set lora_dropout to a number"),

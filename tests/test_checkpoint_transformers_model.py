@@ -106,7 +106,7 @@ def test_the_loop_trains_saves_and_resumes_it(tmp_path, kind):
     trainer.forward = trainer.backend.wrap(cut, trainer.optimizer)
     trainer._step()
     trainer._step()
-    trainer._save()
+    trainer.checkpoints.save(trainer.state)
     again = load_model(directory)
     assert trainer_of(again, tmp_path / "cut", data).fit()["loss"] == pytest.approx(result["loss"], rel=1e-5)
     peer, info = transformers.AutoModelForCausalLM.from_pretrained(result["model"], output_loading_info=True)

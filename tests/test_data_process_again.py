@@ -82,13 +82,13 @@ def test_bins_of_other_origin_are_not_replaced_unasked(make, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train_00000.bin").write_bytes(b"\1\0\2\0")
     (tmp_path / "out" / "train_poems.bin").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="other programs"):
+    with pytest.raises(ValueError, match="made by another program"):
         make(made_up_texts(30))
     out, _ = make(made_up_texts(30), overwrite=True)
     assert (out / "train_poems.bin").read_bytes() == b"mine" and len(TokenBin(out / "train_00000.bin")) > 2
 
 
-def test_an_unfinished_run_is_gone_on_with_or_dropped_only_when_told(make, monkeypatch, capsys):
+def test_an_unfinished_run_continues_or_is_dropped_only_with_overwrite(make, monkeypatch, capsys):
     texts = made_up_texts(60)
     fresh, _ = make(texts, "fresh", tokens_per_file=500)
     with monkeypatch.context() as patch:
@@ -98,7 +98,7 @@ def test_an_unfinished_run_is_gone_on_with_or_dropped_only_when_told(make, monke
     with pytest.raises(ValueError, match=r"unfinished run with other tokens_per_file;.*--overwrite true"):
         make(texts, tokens_per_file=600)
     out, _ = make(texts, tokens_per_file=500)
-    assert "going on" in capsys.readouterr().out and contents(out) == contents(fresh)
+    assert "continuing" in capsys.readouterr().err and contents(out) == contents(fresh)
     assert not (out / "data_process.part").exists()
 
 
@@ -141,19 +141,19 @@ def start(*words: object, pause: float = 0, **options) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return out
+    return out + err
 
 
 def test_what_is_read_again_shows_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
-    batches = [screen.Batch(end) for end in (5, 10, 15, 20)]
-    assert [batch.end for batch in data_process.behind(batches, 10)] == [15, 20]
+    batches = [screen.ScreenedBatch(end) for end in (5, 10, 15, 20)]
+    assert [batch.end for batch in data_process.skip_written(batches, 10)] == [15, 20]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [
-        "reading again what is done: 5 of 10 records",
-        "reading again what is done: 10 of 10 records",
+        "reading finished records again: 5 of 10 records",
+        "reading finished records again: 10 of 10 records",
     ]
-    assert [batch.end for batch in data_process.behind(batches, 0)] == [5, 10, 15, 20]
+    assert [batch.end for batch in data_process.skip_written(batches, 0)] == [5, 10, 15, 20]
     assert capsys.readouterr().err == ""
 
 
@@ -180,13 +180,13 @@ def test_killed_again_and_again_the_bytes_are_those_of_an_uninterrupted_run(make
             time.sleep(0.005)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        said, _ = process.communicate(timeout=20)
-        assert ("going on" in said) == bool(kept) and not list(out.glob("*.bin"))
+        _, said = process.communicate(timeout=20)
+        assert ("continuing" in said) == bool(kept) and not list(out.glob("*.bin"))
         assert not psutil.wait_procs(workers, timeout=20)[1]  # the workers end with the one who started them
         finished = {p: p.stat().st_mtime_ns for p in (out / "data_process.part").glob("train_*.bin")}
         assert kept.items() <= finished.items()
         kept = {p: date for p, date in finished.items() if p.name < f"train_{part:05d}.bin"}
-    assert "going on" in finish(start(*words, "--processes", 1))
+    assert "continuing" in finish(start(*words, "--processes", 1))
     assert contents(out) == contents(whole)
     assert all((out / path.name).stat().st_mtime_ns == date for path, date in kept.items())
 
@@ -199,9 +199,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(make
     # No file may grow beyond 20 kB: what a disk without room is to a program.
     full = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2))
     _, err = full.communicate()
-    assert full.returncode == 1 and re.fullmatch(r"error: no room for .*\n", err), err
+    assert full.returncode == 1 and re.fullmatch(r"error: .*data_process.part: the disk is full .*\n", err), err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["data_process.part"]
-    assert "going on" in finish(start(*words))
+    assert "continuing" in finish(start(*words))
     assert contents(tmp_path / "out") == contents(whole)
 
 

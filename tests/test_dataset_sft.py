@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pickle
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from chat.samples import Samples
 from dataset import IGNORE
-from dataset_sft import SFTData, best_fit
+from dataset_sft import PACKINGS, PairData, SFTData, best_fit
 from model import Transformer
 from model_args import ModelArgs
+from tuning.args import Packing
 
 
 def samples_of(lengths: list[int], seed: int = 0) -> Samples:
@@ -117,15 +119,48 @@ def test_padding_takes_less_by_length_and_best_fit_the_least():
     assert none < 0.62 and 0.8 < bucket < best_fit  # 0.57, 0.86 and 0.99 in fact
 
 
-def test_rows_of_best_fit_are_what_they_were():
+@pytest.mark.parametrize(
+    ("kind", "packing", "sha256"),
+    [
+        (SFTData, "best_fit", "ac220a80cc60dc38e6af9fe4e56b0137b8107a650e35ca54575d0014d6510553"),
+        (SFTData, "concat", "7cbe2dcd8e3567bb5fca746c7b33e3c905db5d1853d6d33b028558c2cea1f3b5"),
+        (SFTData, "bucket", "981fa6c0cfeb2bd802196ecc525086b2f58f1737ecefbb773f3517010280a185"),
+        (SFTData, "none", "9a057df1c3b8c966cfcfad26f8536a398ad0e511efe21c361337174fdc6881c2"),
+        (PairData, "best_fit", "6e9388be3d81b6d6021abc9c379d3c8f5650512b91005d61a79c35643c41d888"),
+        (PairData, "none", "49913c7e02c2b7c08ddf516d9917baef4ee8018410cbeb067239aaf7650f767e"),
+    ],
+)
+def test_batches_of_each_packing_are_what_they_were(kind, packing, sha256):
     """A change of these bytes is a change of every run: of its losses, and of what a checkpoint goes on with."""
     samples = samples_of(np.random.default_rng(5).integers(2, 40, 300).tolist())
-    data, seen = SFTData(samples, 64, 4, 7), hashlib.sha256()
+    data, digest = kind(samples, 64, 4, 7, packing), hashlib.sha256()
     for step in range(3 * data.steps_per_epoch):
-        batch = data.batch(step)
-        for tensor in (batch.tokens, batch.targets, batch.positions, batch.doc_ids):
-            seen.update(tensor.numpy().tobytes())
-    assert seen.hexdigest() == "ac220a80cc60dc38e6af9fe4e56b0137b8107a650e35ca54575d0014d6510553"
+        for tensor in vars(data.batch(step)).values():
+            if tensor is not None:
+                digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest() == sha256
+
+
+def test_the_flag_offers_the_packings_there_are():
+    assert get_args(Packing) == tuple(PACKINGS) == SFTData.packings
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=30),
+    packing=st.sampled_from(list(PACKINGS)),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+def test_every_packer_divides_all_positions_among_rows_that_hold_them(sizes, packing, batch_size, seed):
+    packer = PACKINGS[packing](np.array(sizes), 20, batch_size)
+    rows, n_rows = packer.rows_of_epoch(np.random.default_rng(seed)), len(packer.rows_of_epoch(None).order)
+    assert sorted(rows.order.tolist()) == list(range(n_rows))  # as many in every epoch
+    pieces = [rows.row(number) for number in range(n_rows)]
+    assert all(1 <= (row[:, 2] - row[:, 1]).sum() <= 20 and (packer.shares_rows or len(row) == 1) for row in pieces)
+    positions = [(i, at) for i, first, last in np.concatenate(pieces).tolist() for at in range(first, last)]
+    assert sorted(positions) == [(i, at) for i, size in enumerate(sizes) for at in range(size)]
+    assert len(rows.row(-1)) == 0
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "bucket", "none"])
@@ -222,11 +257,12 @@ def test_packing_wastes_little_of_short_samples():
     ("options", "sentence"),
     [
         ({"packing": "greedy"}, "best_fit, concat, bucket, none, found 'greedy'"),
-        ({"seq_len": 4}, "2 to 5 ids for rows of 4, found 2 to 6; encode them with the same seq_len"),
+        ({"seq_len": 4}, "2 to 5 ids with seq_len 4, found 2 to 6; encode them with the same seq_len"),
         ({"samples": samples_of([1, 3])}, "found 1 to 3"),
-        ({"samples": samples_of([])}, "no sample to train on"),
+        ({"samples": samples_of([])}, "expected samples to train on, found none"),
         ({"batch_size": 0}, "batch_size >= 1"),
         ({"seed": -1}, "seed >= 0"),
+        ({"groups": np.zeros(3, int)}, "a group for each of the 2 samples, found 3"),
     ],
 )
 def test_options_without_sense_are_refused(options, sentence):

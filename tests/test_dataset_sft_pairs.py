@@ -1,5 +1,6 @@
 """Pairs of answers on their way into batches: every pair once an epoch, whole, and seen as if it were alone."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat.conversations import PreferencePair, preference_pairs
-from chat.pairs import encode_pairs, read_pairs
-from chat.samples import Samples
+from chat.samples import Samples, encode_pairs, read_pairs
 from chat.template import load_template
 from dataset import IGNORE
 from dataset_sft import PairData
@@ -154,13 +154,22 @@ def test_the_order_is_of_seed_and_epoch_alone():
     assert data.packing_efficiency > PairData(samples, 8, 4, 3, packing="none").packing_efficiency
 
 
+def odd(samples: Samples) -> Samples:
+    """The samples without the last one."""
+    return dataclasses.replace(samples, offsets=samples.offsets[:-1])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"seq_len": 4}, "pairs of 2 to 5 ids for texts of 4, found 2 of 6 to 7"),
-        ({"packing": "concat"}, "'best_fit' or 'none', found 'concat'"),
+        ({"seq_len": 4}, "2 to 5 ids with seq_len 4, found 6 to 7; encode them with the same seq_len"),
+        ({"packing": "concat"}, "packing is one of best_fit, none, found 'concat'"),
         ({"batch_size": 0}, "batch_size >= 1"),
-        ({"samples": Samples(np.empty(0), np.empty(0), np.zeros(1, np.uint64), {})}, "there is no pair to train on"),
+        (
+            {"samples": Samples(np.empty(0), np.empty(0), np.zeros(1, np.uint64), {})},
+            "expected samples to train on, found none",
+        ),
+        ({"samples": odd(made_up([(5, 6), (5, 6)]))}, "expected 2 samples for each pair, found 3 in all"),
     ],
 )
 def test_refused(arguments, message):

@@ -144,7 +144,7 @@ def test_what_does_not_fit_the_cache_is_refused():
         ([[1], [2]], [0, -1], 1, ten),
         ([[1]], [0], 1, ten),
         ([[1], [2, 101]], [0, 0], 1, r"ids 0\.\.100"),
-        ([[1], [2, 3]], [0, 0], 2, "the last 2 of 1 ids"),
+        ([[1], [2, 3]], [0, 0], 2, "n should be at most 1, the length of the shortest run, found 2"),
     ]:
         with pytest.raises(ValueError, match=match):
             step(runs, past, n)

@@ -109,7 +109,7 @@ class Chain:
         self.device, self.dtype = table.device, torch.bool  # no dtype that there is a compiled step for
 
     def make_cache(self, batch: int, max_len: int = 100, kind: str = "static") -> SimpleNamespace:
-        cache = SimpleNamespace(length=0, max_len=max_len)
+        cache = SimpleNamespace(length=0, max_len=max_len, can_rewind=KVCache.can_rewind)
         cache.truncate = partial(KVCache.truncate, cache)
         return cache
 

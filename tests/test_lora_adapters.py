@@ -324,10 +324,10 @@ def test_neftune_in_training_alone():
         ({"targets": "c_attn"}, r"no layer matches the target 'c_attn'.* called .*, q_proj, up_proj"),
         ({"targets": r".*\.9\..*"}, r"no layer matches the target '\.\*"),
         ({"targets": "(q_proj"}, r"neither names nor a regular expression"),
-        ({"targets": ""}, r"has to have targets"),
+        ({"targets": ""}, r"--lora.targets should name layers, such as attention,mlp, found none"),
         (
             {"r": 17, "targets": "mlp,k_proj"},
-            r"rank 17 is larger than the smaller side of model.*k_proj, which is \(16, 24\)",
+            r"--lora.r 17 is larger than the smaller side of model.*k_proj, which is \(16, 24\)",
         ),
         ({"targets": "embedding", "tied": True}, r"model\.embed_tokens and lm_head are one tied matrix"),
         ({"targets": "embedding,head", "tied": True}, r"are one tied matrix.*train_embed_norm"),
@@ -348,15 +348,24 @@ def test_refused(args, message):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ({"method": "vera"}, "unknown method 'vera'; there are lora, rslora, dora, pissa"),
-        ({"base": "nf4"}, "weights kept in nf4 cannot be trained in full: choose an adapter with --lora.method lora"),
-        ({"train_embed_norm": True}, "train_embed_norm goes with an adapter"),
-        ({"r": 4}, "--lora.r is of an adapter: name one with --lora.method"),
-        ({"method": "lora", "double_quant": False}, "double_quant is of the scales of nf4 and fp4, not of full"),
-        ({"method": "pissa", "base": "int8"}, "pissa changes the base weights, and quantized ones are frozen"),
-        ({"method": "lora", "r": 0}, "the rank r of an adapter should be at least 1, found 0"),
-        ({"method": "lora", "alpha": 0}, "alpha should be above 0 and finite, found 0"),
-        ({"method": "lora", "dropout": 1.0}, r"dropout should lie in [0, 1), found 1.0"),
+        ({"method": "vera"}, "--lora.method should be one of none, lora, rslora, dora, pissa, found 'vera'"),
+        (
+            {"base": "nf4"},
+            "--lora.base nf4 needs an adapter, because quantized weights cannot be trained",
+        ),
+        ({"train_embed_norm": True}, "--lora.train_embed_norm has no effect with --lora.method none"),
+        ({"r": 4}, "--lora.r has no effect with --lora.method none: choose a method or remove it"),
+        (
+            {"method": "lora", "double_quant": False},
+            "double_quant needs --lora.base nf4 or fp4 (it quantizes their scales), found full",
+        ),
+        (
+            {"method": "pissa", "base": "int8"},
+            "pissa changes the base weights, which --lora.base int8 freezes",
+        ),
+        ({"method": "lora", "r": 0}, "--lora.r should be at least 1, found 0"),
+        ({"method": "lora", "alpha": 0}, "--lora.alpha should be above 0 and finite, found 0"),
+        ({"method": "lora", "dropout": 1.0}, r"--lora.dropout should lie in [0, 1), found 1.0"),
     ],
 )
 def test_arguments_that_make_no_sense(args, message):
@@ -373,7 +382,7 @@ def test_names_of_adapters():
             adapters.inject(model, LoraSpec(2), name)
     with pytest.raises(ValueError, match="no adapter 'poet'; it has default"):
         adapters.set_active(model, "poet")
-    with pytest.raises(ValueError, match="a pissa adapter changes the base weights: it cannot stand beside others"):
+    with pytest.raises(ValueError, match="a pissa adapter changes the base weights: no other can be used with it"):
         adapters.inject(model, LoraSpec(2, pissa=True), "b")
 
 

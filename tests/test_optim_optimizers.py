@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from model_args import ModelArgs
 from optim import muon
 from optim.args import OptimArgs
 from optim.muon import Muon, orthogonalize
-from optim.optimizers import build_optimizer
+from optim.optimizers import OPTIMIZERS, build_optimizer
 from optim.schedule import lr_factor
 
 transformers = pytest.importorskip("transformers")
@@ -167,6 +168,10 @@ def test_only_matrices_to_train():
     assert [type(part) for part in build_optimizer(model, OptimArgs()).parts] == [Muon]
 
 
+def test_the_flag_offers_what_is_registered():
+    assert get_args(get_type_hints(OptimArgs)["optimizer"]) == tuple(OPTIMIZERS)
+
+
 def test_set_lr_scales_every_peak():
     built = build_optimizer(tiny_model(), OptimArgs(lr=0.1, muon_lr=0.3))
     for factor in (0.5, 0.25):  # of the peak, not of the last one
@@ -205,7 +210,7 @@ def test_a_state_brings_moments_and_not_settings():
 
 def test_state_of_another_optimizer_is_refused():
     muon, adamw = (build_optimizer(tiny_model(), OptimArgs(optimizer=name)) for name in ("muon", "adamw"))
-    with pytest.raises(ValueError, match="of another optimizer"):
+    with pytest.raises(ValueError, match=r"has 2 parts, --optim\.optimizer makes 1: resume with the optimizer"):
         adamw.load_state_dict(muon.state_dict())
 
 
@@ -323,5 +328,5 @@ def test_lora_plus_is_a_learning_rate_of_its_own_for_lora_b():
 
 
 def test_lora_plus_without_an_adapter_is_refused():
-    with pytest.raises(ValueError, match="lora_lr_ratio is for adapters, and the model has no trainable lora_B"):
+    with pytest.raises(ValueError, match="lora_lr_ratio 16 needs an adapter, found no trainable lora_B"):
         build_optimizer(tiny_model(), OptimArgs(lora_lr_ratio=16))

@@ -76,8 +76,8 @@ def test_another_model_to_go_on_from_is_another_run(folder):
     "flags, message",
     [
         (["--data.seq_len", "300"], r"seq_len 300 is longer than the model's max_seq_len 256"),
-        (["--data.dir", "nowhere"], r"no tokenizer at nowhere"),
-        (["--data.train", "nowhere.bin"], r"no token bin at nowhere\.bin"),
+        (["--data.dir", "nowhere"], r"nowhere.*: no such tokenizer"),
+        (["--data.train", "nowhere.bin"], r"nowhere\.bin: no such token bin"),
         (["--data.weights", "1", "2"], r"expected one weight for each of the 1 bins"),
         (["--train.backend", "ddp"], r"is started by torchrun"),
     ],
@@ -236,14 +236,14 @@ def test_a_run_copied_without_its_links_goes_on(folder, capsys):
     copy = copied(folder, follow_links=False)
     weights = load_model(folder / "run" / "last").state_dict()
     result = run(folder, "--train.save_interval", "1", "--train.max_steps", "4", "--out", str(copy))
-    assert "has no link `last`: going on from its newest checkpoint, step_00000004" in capsys.readouterr().out
+    assert "there is no link `last`: from its newest checkpoint, step_00000004" in capsys.readouterr().err
     assert all(torch.equal(p, weights[name]) for name, p in load_model(result["model"]).state_dict().items())
     assert (copy / "last").resolve() == (copy / "best").resolve() == copy / "step_00000004"
 
 
 def test_a_run_copied_with_its_links_followed_says_what_to_do(folder):
     copy = copied(folder, follow_links=True)
-    with pytest.raises(ValueError, match=r"last should be a link .*; remove .*last and .*best, and it goes on"):
+    with pytest.raises(ValueError, match=r"last should be a link .*: remove .*last and .*best, and the run goes on"):
         run(folder, "--train.save_interval", "1", "--train.max_steps", "4", "--out", str(copy))
 
 

@@ -1,6 +1,7 @@
 """Quantized bases: NF4 and FP4 bit for bit as written out in nf4_reference.py, int8 by its error, gradients through."""
 
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lora.adapters import LoraArgs
 from quant.four_bit import FourBitLinear
 from quant.int8 import Int8Linear
 from quant.linear import QuantizedLinear
+from quant.replace import QUANTIZERS
 
 KINDS = ["nf4", "fp4", "int8"]
 
@@ -159,7 +161,7 @@ def test_merged_for_good_everything_is_dense(kind):
 
 def test_refused(monkeypatch):
     model = our_model()
-    with pytest.raises(ValueError, match="unknown quantization 'int3' of the base; there are nf4, fp4, int8"):
+    with pytest.raises(ValueError, match=r"--lora\.base should be one of full, nf4, fp4, int8, found 'int3'"):
         adapters.quantize_base(model, "int3")
     adapters.apply(model, LoraArgs("lora", r=2, base="int8"))
     with pytest.raises(ValueError, match="has adapters already: quantize its base before"):
@@ -170,5 +172,10 @@ def test_refused(monkeypatch):
         adapters.inject(quantized_model, adapters.LoraSpec(2, pissa=True))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"weights in nf4 need bitsandbytes: pip install 'bitsandbytes>=0\.50'"):
+    with pytest.raises(ValueError, match=r"--lora\.base nf4 needs a package: pip install 'bitsandbytes>=0\.50'"):
         adapters.quantize_base(our_model(), "nf4")
+
+
+def test_the_flag_offers_what_is_registered():
+    assert get_args(get_type_hints(LoraArgs)["base"]) == ("full", *QUANTIZERS)
+    assert get_args(get_type_hints(LoraArgs)["method"]) == ("none", *adapters.METHODS)

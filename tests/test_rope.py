@@ -2,13 +2,19 @@
 
 import cmath
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hardware
 import rope
+from rope.keys import POSITIVE
 
 transformers = pytest.importorskip("transformers")
 
@@ -19,7 +25,7 @@ def plain(head_dim: int, theta: float = 10000.0) -> tuple[list[float], float]:
 
 
 def rotated(x: torch.Tensor, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    """x (T, D) turned by `positions` (T,) through the module's own functions."""
+    """x (T, D) rotated by `positions` (T,) through the module's own functions."""
     cos, sin = rope.cos_sin(positions, *plain(x.shape[-1], theta))
     return rope.rotate(x[None, :, None], cos[None, :, None], sin[None, :, None])[0, :, 0]
 
@@ -81,14 +87,14 @@ def test_metas_pairs_are_ours_after_permuting_rows():
     ours = meta.view(H, D // 2, 2, dim).transpose(1, 2).reshape(H * D, dim)
     pairs = (x @ meta.T).view(T, H, D // 2, 2)
     angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2).double() / D)  # (T, D/2)
-    turned = torch.view_as_complex(pairs) * torch.polar(torch.ones(()).double(), angles)[:, None]
-    expected = torch.cat((turned.real, turned.imag), dim=-1)  # Meta's pairs, laid out as halves
+    product = torch.view_as_complex(pairs) * torch.polar(torch.ones(()).double(), angles)[:, None]
+    expected = torch.cat((product.real, product.imag), dim=-1)  # Meta's pairs, laid out as halves
     for h in range(H):
         y = rotated((x @ ours.T).view(T, H, D)[:, h], torch.arange(T))
         torch.testing.assert_close(y, expected[:, h], atol=1e-5, rtol=0)  # float32 angles
 
 
-def test_half_precision_is_turned_in_float32():
+def test_half_precision_is_rotated_in_float32():
     x = torch.randn(50, 16).bfloat16()
     y = rotated(x, torch.arange(50))
     assert y.dtype == torch.bfloat16
@@ -113,8 +119,25 @@ def test_a_registered_family_is_found(monkeypatch):
     monkeypatch.setattr(rope.base, "FAMILIES", dict(rope.FAMILIES))
     monkeypatch.setattr(rope, "FAMILIES", rope.base.FAMILIES)
 
-    @rope.register("halved", required=["by"])
+    @rope.register("halved", required={"by": POSITIVE})
     def halved(head_dim, theta, scaling, max_seq_len):
         return rope.fixed([f / scaling["by"] for f in plain(head_dim, theta)[0]])
 
     assert rope.make(4, 100.0, {"rope_type": "halved", "by": 2.0}, 64).frequencies(1) == ([0.5, 0.05], 1.0)
+    with pytest.raises(ValueError, match="'halved': by should be a number, above 0, found -1"):
+        rope.make(4, 100.0, {"rope_type": "halved", "by": -1}, 64)
+
+
+def test_a_new_file_is_all_that_a_new_family_needs(tmp_path):
+    shutil.copytree(Path(rope.__file__).parent, tmp_path / "rope")
+    shutil.copy(hardware.__file__, tmp_path)
+    (tmp_path / "rope" / "thirds.py").write_text(
+        "from rope.base import fixed, plain, register\n"
+        "@register('thirds')\n"
+        "def thirds(head_dim, theta, scaling, max_seq_len):\n"
+        "    return fixed([f / 3 for f in plain(head_dim, theta)])\n"
+    )
+    code = "import rope; print(rope.make(4, 100.0, {'type': 'thirds'}, 8).frequencies(1), sorted(rope.FAMILIES))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    expected = ([1 / 3, 0.1 / 3], 1.0), sorted([*rope.FAMILIES, "thirds"])
+    assert done.stdout.strip() == f"{expected[0]} {expected[1]}", done.stderr

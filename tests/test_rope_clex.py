@@ -84,10 +84,10 @@ def test_t_follows_the_length_and_ends():
     for length, t in ((0, 1), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3), (64, 4)):
         assert encoding.frequencies(length) == (table[t - 1], 1.0)
     assert encoding.limit == 64
-    with pytest.raises(ValueError, match=r"texts of 64 tokens \(4 times 16\), asked for 65"):
+    with pytest.raises(ValueError, match=r"texts of 64 tokens \(max_factor 4 times 16\), found a text of 65"):
         encoding.frequencies(65)
     model = Transformer(ModelArgs(**SHAPE, rope_scaling=SCALING)).eval()
-    with pytest.raises(ValueError, match="asked for 65"):
+    with pytest.raises(ValueError, match="found a text of 65"):
         model(torch.zeros(1, 65, dtype=torch.long))
 
 

@@ -125,7 +125,7 @@ def test_dynamic_grows_with_the_text_only():
 
 
 def test_longrope_has_no_frequencies_beyond_the_length_it_is_made_for():
-    with pytest.raises(ValueError, match="made for texts of 256 tokens, asked for 257"):
+    with pytest.raises(ValueError, match="cover texts of 256 tokens, found a text of 257"):
         rope.make(16, 10000.0, LONGROPE, 256).frequencies(257)
 
 
@@ -223,8 +223,8 @@ def test_survives_config_json(scaling):
         ({"rope_type": "linear", "factor": "2"}, "factor should be a number, at least 1, found '2'"),
         ({"rope_type": "dynamic", "factor": math.nan}, "factor should be a number, at least 1, found nan"),
         (YARN | {"original_max_position_embeddings": 64.5}, "should be a whole number, at least 1, found 64.5"),
-        (YARN | {"original_max_position_embeddings": 512}, "window of 512 positions, yet max_seq_len is only 256"),
-        (LLAMA3 | {"original_max_position_embeddings": 8192}, "window of 8192 positions, yet max_seq_len is only 256"),
+        (YARN | {"original_max_position_embeddings": 512}, "embeddings 512 is longer than max_seq_len 256"),
+        (LLAMA3 | {"original_max_position_embeddings": 8192}, "embeddings 8192 is longer than max_seq_len 256"),
         (YARN | {"factor": 2.0}, "covers 128 positions, max_seq_len is 256; raise the factor to 4"),
         (YARN | {"beta_fast": 1, "beta_slow": 1}, "beta_fast must be larger than beta_slow, found 1 and 1"),
         (YARN | {"truncate": 1}, "truncate should be true or false, found 1"),
@@ -235,7 +235,7 @@ def test_survives_config_json(scaling):
         (LONGROPE | {"long_factor": 4.0}, "long_factor should be a list of numbers above 0, found 4.0"),
         (CLEX | {"max_factor": 2}, "covers 128 positions, max_seq_len is 256; raise max_factor to 4"),
         (CLEX | {"max_factor": 4.5}, "max_factor should be a whole number, at least 1, found 4.5"),
-        (CLEX | {"act": "tan"}, "knows the act tanh, silu, relu, found 'tan'"),
+        (CLEX | {"act": "tan"}, "act should be one of tanh, silu, relu, found 'tan'"),
         ({"type": "ntk", "factor": 1e308}, "type 'ntk' has no frequencies for {'factor': 1e.308}"),
         (LONGROPE | {"original_max_position_embeddings": 1}, "type 'longrope' has no frequencies for "),
     ],
@@ -288,10 +288,10 @@ def test_extending_what_is_stretched_already_counts_from_the_first_window():
     [
         (None, (256, 256), {}, "256 is no longer than the checkpoint's 256"),
         (None, (256, 1024), {"type": "yarn", "factor": 2.0}, "covers 512 positions, max_seq_len is 1024; ask for 4"),
-        (YARN, (256, 1024), {"type": "linear"}, "stretched by 'yarn' already"),
+        (YARN, (256, 1024), {"type": "linear"}, "--rope.type linear does not go with a checkpoint stretched by 'yarn'"),
         (None, (256, 1024), {"type": "longrope"}, "its factors are found by a search"),
         (None, (256, 1024), {"type": "default"}, "it stretches nothing"),
-        (None, (256, 1024), {"type": "yam"}, "there is no such type; types that can are clex, dynamic, linear"),
+        (None, (256, 1024), {"type": "yam"}, "there is no such type; choose one of clex, dynamic, linear"),
     ],
 )
 def test_extensions_that_make_no_sense_are_refused(scaling, lengths, asked, message):

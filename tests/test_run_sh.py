@@ -1,4 +1,4 @@
-"""run.sh on a copy of the house whose Python scripts are stubs: nothing is installed or trained."""
+"""run.sh on a copy of the scripts with stubs of the Python scripts: nothing is installed or trained."""
 
 import os
 import pty
@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.stub_scripts import REPOSITORY, STAGES, House, program
+from helpers.stub_scripts import REPOSITORY, STAGES, StubScripts, program
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
+def stubs(tmp_path: Path) -> StubScripts:
     """For run.sh: set-up has nothing to do, and .venv's Python is this one."""
-    house = House(tmp_path)
-    program(house.root / "setup.sh", "exit 0")
-    program(house.root / ".venv/bin/python", f'exec {shlex.quote(sys.executable)} -S "$@"')
-    return house
+    stubs = StubScripts(tmp_path)
+    program(stubs.root / "setup.sh", "exit 0")
+    program(stubs.root / ".venv/bin/python", f'exec {shlex.quote(sys.executable)} -S "$@"')
+    return stubs
 
 
 @pytest.mark.parametrize("script", ["run.sh", "setup.sh", "test.sh", ".ci/run"])
@@ -31,26 +31,26 @@ def test_bash_can_parse_the_scripts(script: str) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_switch_stage_and_preset(house: House) -> None:
-    told = house.bash("run.sh", "--help")
-    assert told.returncode == 0
+def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--help")
+    assert answer.returncode == 0
     presets = [path.stem for path in (REPOSITORY / "configs").glob("*.yaml")]
     switches = ["--preset", "--stage", "--use", "--nproc", "--background", "--dry_run", "-- "]
     for word in [*switches, *presets, "ddp", "setup", *STAGES]:
-        assert word in told.stdout
-    assert not (house.root / "out").exists()
+        assert word in answer.stdout
+    assert not (stubs.root / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["--presett", "tiny"], "--presett"),
         (["tiny"], "--preset, --stage, --use"),
         (["--preset", "huge"], "presets are base, tiny"),
         (["--preset", "tin"], "presets are base, tiny"),
         (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat"),
-        (["--use", "fsdp"], "single, ddp"),
-        (["--use", "deepspeed"], "single, ddp"),  # not built yet, so not offered
+        (["--use", "fsdp"], "single or ddp"),
+        (["--use", "deepspeed"], "single or ddp"),  # not built yet, so not offered
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
         (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
         (["--nproc", "2"], "--use ddp"),
@@ -58,11 +58,11 @@ def test_help_names_every_switch_stage_and_preset(house: House) -> None:
         (["--", "--train.max_steps", "1"], "--stage"),
     ],
 )
-def test_misuse_is_one_sentence_and_status_2(house: House, words: list[str], told: str) -> None:
-    answer = house.bash("run.sh", *words)
+def test_misuse_is_one_sentence_and_status_2(stubs: StubScripts, words: list[str], expected: str) -> None:
+    answer = stubs.bash("run.sh", *words)
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and told in answer.stderr
-    assert house.calls() == [] and not (house.root / "out").exists()
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and expected in answer.stderr
+    assert stubs.calls() == [] and not (stubs.root / "out").exists()
 
 
 def commands(output: str) -> list[list[str]]:
@@ -70,12 +70,12 @@ def commands(output: str) -> list[list[str]]:
     return [shlex.split(line) for line in output.splitlines() if not line.startswith("#")]
 
 
-def test_dry_run_prints_the_commands_and_does_nothing(house: House) -> None:
-    told = house.bash("run.sh", "--dry_run", "--preset=base")
-    assert told.returncode == 0, told.stderr
+def test_dry_run_prints_the_commands_and_does_nothing(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--dry_run", "--preset=base")
+    assert answer.returncode == 0, answer.stderr
     config = ["--config", "configs/base.yaml"]
     py = ".venv/bin/python"
-    assert commands(told.stdout) == [
+    assert commands(answer.stdout) == [
         ["bash", "setup.sh"],
         [py, "train_tokenizer.py", *config],
         [py, "data_process.py", *config],
@@ -85,14 +85,14 @@ def test_dry_run_prints_the_commands_and_does_nothing(house: House) -> None:
         [py, "eval.py", *config, "--task", "poems"],
         [py, "eval.py", *config, "--demo", "true"],
     ]
-    assert house.calls() == [] and not (house.root / "out").exists()
+    assert stubs.calls() == [] and not (stubs.root / "out").exists()
 
 
-def test_processes_are_started_by_torchrun(house: House) -> None:
-    told = house.bash(
+def test_processes_are_started_by_torchrun(stubs: StubScripts) -> None:
+    answer = stubs.bash(
         "run.sh", "--dry_run", "--stage", "pretrain", "--use", "ddp", "--nproc", "2", "--", "--note", "a b"
     )
-    _, words = commands(told.stdout)
+    _, words = commands(answer.stdout)
     assert words[0] == "env" and words[1].startswith("OMP_NUM_THREADS=") and int(words[1].partition("=")[2]) >= 1
     launcher = [".venv/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "ddp", "--note", "a b"]
@@ -109,160 +109,160 @@ def test_processes_are_started_by_torchrun(house: House) -> None:
         (4, {"CUDA_VISIBLE_DEVICES": "-1"}, "2"),
     ],
 )
-def test_processes_default_to_the_gpus(house: House, gpus: int, env: dict[str, str], nproc: str) -> None:
+def test_processes_default_to_the_gpus(stubs: StubScripts, gpus: int, env: dict[str, str], nproc: str) -> None:
     lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(gpus))
-    program(house.root / "bin/nvidia-smi", lines or "exit 9")
-    told = house.bash("run.sh", "--dry_run", "--stage", "sft", "--use", "ddp", OMP_NUM_THREADS="5", **env)
-    words = commands(told.stdout)[-1]
+    program(stubs.root / "bin/nvidia-smi", lines or "exit 9")
+    answer = stubs.bash("run.sh", "--dry_run", "--stage", "sft", "--use", "ddp", OMP_NUM_THREADS="5", **env)
+    words = commands(answer.stdout)[-1]
     assert words[words.index("--nproc_per_node") + 1] == nproc
     assert words[1] == "OMP_NUM_THREADS=5"
 
 
-def test_arguments_reach_the_script_unchanged(house: House) -> None:
+def test_arguments_reach_the_script_unchanged(stubs: StubScripts) -> None:
     words = ["--a", "b c", "*", "it's", "", "$HOME", "--stage", "\\n", "写诗"]
-    answer = house.bash("run.sh", "--stage", "pretrain", "--", *words)
+    answer = stubs.bash("run.sh", "--stage", "pretrain", "--", *words)
     assert answer.returncode == 0, answer.stderr
-    (call,) = house.calls()
+    (call,) = stubs.calls()
     assert call == ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "single", *words]
 
 
-def test_scripts_speak_utf8_whatever_the_locale(house: House) -> None:
-    (house.root / "eval.py").write_text("import sys; print(sys.flags.utf8_mode, '写诗')")
-    told = house.bash("run.sh", "--stage", "chat", LC_ALL="C", LANG="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    assert told.stdout.splitlines()[-1] == "1 写诗", told.stderr
+def test_scripts_speak_utf8_whatever_the_locale(stubs: StubScripts) -> None:
+    (stubs.root / "eval.py").write_text("import sys; print(sys.flags.utf8_mode, '写诗')")
+    answer = stubs.bash("run.sh", "--stage", "chat", LC_ALL="C", LANG="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert answer.stdout.splitlines()[-1] == "1 写诗", answer.stderr
 
 
-def test_chat_takes_arguments_instead_of_the_demo(house: House) -> None:
-    house.bash("run.sh", "--stage", "chat", "--", "--prompt", "a b")
-    assert house.calls() == [["eval.py", "--config", "configs/tiny.yaml", "--prompt", "a b"]]
+def test_chat_takes_arguments_instead_of_the_demo(stubs: StubScripts) -> None:
+    stubs.bash("run.sh", "--stage", "chat", "--", "--prompt", "a b")
+    assert stubs.calls() == [["eval.py", "--config", "configs/tiny.yaml", "--prompt", "a b"]]
 
 
 # --- stages, and what is skipped --------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_ends_in_the_chat_and_a_second_one_only_chats(house: House) -> None:
-    first = house.bash("run.sh")
+def test_a_whole_run_ends_in_the_chat_and_a_second_one_only_chats(stubs: StubScripts) -> None:
+    first = stubs.bash("run.sh")
     assert first.returncode == 0, first.stderr
-    assert house.calls()[-1] == ["eval.py", "--config", "configs/tiny.yaml", "--demo", "true"]
-    assert house.stages_called() == STAGES
+    assert stubs.calls()[-1] == ["eval.py", "--config", "configs/tiny.yaml", "--demo", "true"]
+    assert stubs.stages_called() == STAGES
     assert "total" in first.stdout and "out/tiny/times.tsv" in first.stdout
-    second = house.bash("run.sh")
-    assert second.returncode == 0 and house.stages_called() == ["chat"]
+    second = stubs.bash("run.sh")
+    assert second.returncode == 0 and stubs.stages_called() == ["chat"]
     assert second.stdout.count("done earlier") == 5
-    assert "# == pretrain: done earlier" in house.bash("run.sh", "--dry_run").stdout
+    assert "# == pretrain: done earlier" in stubs.bash("run.sh", "--dry_run").stdout
 
 
-def test_on_a_terminal_the_chat_is_interactive(house: House) -> None:
-    house.bash("run.sh")
-    house.stages_called()
+def test_on_a_terminal_the_chat_is_interactive(stubs: StubScripts) -> None:
+    stubs.bash("run.sh")
+    stubs.stages_called()
     ours, theirs = pty.openpty()
-    subprocess.run(["bash", house.root / "run.sh"], env=house.env, stdin=theirs, stdout=theirs, check=True, timeout=60)
+    subprocess.run(["bash", stubs.root / "run.sh"], env=stubs.env, stdin=theirs, stdout=theirs, check=True, timeout=60)
     os.close(theirs)
     os.close(ours)
-    assert house.calls() == [["eval.py", "--config", "configs/tiny.yaml"]]
+    assert stubs.calls() == [["eval.py", "--config", "configs/tiny.yaml"]]
 
 
-def test_a_changed_config_calls_every_stage_again(house: House) -> None:
-    house.bash("run.sh")
-    house.stages_called()
-    (house.root / "configs/tiny.yaml").write_text("pretrain: {seed: 1}\n")
-    house.bash("run.sh")
-    assert house.stages_called() == STAGES
+def test_a_changed_config_calls_every_stage_again(stubs: StubScripts) -> None:
+    stubs.bash("run.sh")
+    stubs.stages_called()
+    (stubs.root / "configs/tiny.yaml").write_text("pretrain: {seed: 1}\n")
+    stubs.bash("run.sh")
+    assert stubs.stages_called() == STAGES
 
 
-def test_a_removed_output_calls_its_stage_and_what_follows(house: House) -> None:
-    house.bash("run.sh")
-    house.stages_called()
-    shutil.rmtree(house.root / "out/tiny/pretrain")
-    house.bash("run.sh")
-    assert house.stages_called() == STAGES[2:]
+def test_a_removed_output_calls_its_stage_and_what_follows(stubs: StubScripts) -> None:
+    stubs.bash("run.sh")
+    stubs.stages_called()
+    shutil.rmtree(stubs.root / "out/tiny/pretrain")
+    stubs.bash("run.sh")
+    assert stubs.stages_called() == STAGES[2:]
 
 
-def test_a_stage_asked_for_by_name_runs_alone_though_it_is_done(house: House) -> None:
-    house.bash("run.sh")
-    house.stages_called()
-    house.bash("run.sh", "--stage", "eval")
-    assert house.stages_called() == ["eval", "eval"]
+def test_a_stage_asked_for_by_name_runs_alone_though_it_is_done(stubs: StubScripts) -> None:
+    stubs.bash("run.sh")
+    stubs.stages_called()
+    stubs.bash("run.sh", "--stage", "eval")
+    assert stubs.stages_called() == ["eval", "eval"]
     # with arguments of its own the result is not the preset's, so a whole run looks at it and at what follows again
-    house.bash("run.sh", "--stage", "sft", "--", "--train.max_steps", "1")
-    house.stages_called()
-    house.bash("run.sh")
-    assert house.stages_called()[:1] == ["sft"]
+    stubs.bash("run.sh", "--stage", "sft", "--", "--train.max_steps", "1")
+    stubs.stages_called()
+    stubs.bash("run.sh")
+    assert stubs.stages_called()[:1] == ["sft"]
 
 
-def test_a_failed_stage_stops_the_run_and_the_next_goes_on_there(house: House) -> None:
-    house.behave(pretrain="fail")
-    answer = house.bash("run.sh")
+def test_a_failed_stage_stops_the_run_and_the_next_goes_on_there(stubs: StubScripts) -> None:
+    stubs.behave(pretrain="fail")
+    answer = stubs.bash("run.sh")
     assert answer.returncode == 3
     assert answer.stderr.splitlines()[-1].startswith("error: stage pretrain ended with status 3")
-    assert house.stages_called() == STAGES[:3]
-    house.behave()
-    assert house.bash("run.sh").returncode == 0
-    assert house.stages_called() == STAGES[2:]
+    assert stubs.stages_called() == STAGES[:3]
+    stubs.behave()
+    assert stubs.bash("run.sh").returncode == 0
+    assert stubs.stages_called() == STAGES[2:]
 
 
 # --- signals, locks, background ---------------------------------------------------------------------------------------
 
 
-def test_sigterm_reaches_the_script_and_the_next_call_goes_on(house: House) -> None:
-    house.behave(pretrain="wait")
-    process = house.start()
+def test_sigterm_reaches_the_script_and_the_next_call_goes_on(stubs: StubScripts) -> None:
+    stubs.behave(pretrain="wait")
+    process = stubs.start()
     time.sleep(1.1)  # so that it leaves a row in times.tsv
     process.send_signal(signal.SIGTERM)  # to bash alone
     assert process.wait(30) == 143
-    assert (house.root / "saved").exists()
-    assert not (house.root / "out/tiny/.lock").exists()
-    house.stages_called()
-    house.behave()
-    assert "pretrain" in house.bash("run.sh").stdout
-    assert house.stages_called() == STAGES[2:]
-    rows = [line.split("\t") for line in (house.root / "out/tiny/times.tsv").read_text().splitlines()]
+    assert (stubs.root / "saved").exists()
+    assert not (stubs.root / "out/tiny/.lock").exists()
+    stubs.stages_called()
+    stubs.behave()
+    assert "pretrain" in stubs.bash("run.sh").stdout
+    assert stubs.stages_called() == STAGES[2:]
+    rows = [line.split("\t") for line in (stubs.root / "out/tiny/times.tsv").read_text().splitlines()]
     rows = [row for row in rows if row[0] == "pretrain"]
     assert rows[0][2] == "143" and int(rows[0][1]) >= 1
-    table = house.bash("run.sh").stdout.partition("seconds\n")[2].splitlines()
+    table = stubs.bash("run.sh").stdout.partition("seconds\n")[2].splitlines()
     assert table[3].split() == ["pretrain", str(sum(int(row[1]) for row in rows))]  # both calls count
 
 
-def test_ctrl_c_stops_the_run_even_if_the_script_ends_well(house: House) -> None:
-    house.behave(pretrain="wait")
-    process = house.start()
+def test_ctrl_c_stops_the_run_even_if_the_script_ends_well(stubs: StubScripts) -> None:
+    stubs.behave(pretrain="wait")
+    process = stubs.start()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(30) == 130
-    house.stages_called()
-    house.behave()
-    house.bash("run.sh")
-    assert house.stages_called() == STAGES[2:]
+    stubs.stages_called()
+    stubs.behave()
+    stubs.bash("run.sh")
+    assert stubs.stages_called() == STAGES[2:]
 
 
-def test_two_runs_do_not_write_to_the_same_folders(house: House) -> None:
-    house.behave(pretrain="wait")
-    process = house.start()
+def test_two_runs_do_not_write_to_the_same_folders(stubs: StubScripts) -> None:
+    stubs.behave(pretrain="wait")
+    process = stubs.start()
     for words in (["--background"], ["--stage", "data"], []):
-        answer = house.bash("run.sh", *words)
-        assert answer.returncode == 1 and f"process {process.pid} is at work on preset tiny" in answer.stderr
+        answer = stubs.bash("run.sh", *words)
+        assert answer.returncode == 1 and f"process {process.pid} is running preset tiny" in answer.stderr
     process.send_signal(signal.SIGKILL)  # its lock stays behind
     process.wait(30)
     os.killpg(process.pid, signal.SIGKILL)
-    assert (house.root / "out/tiny/.lock").exists()
-    house.behave()
-    assert house.bash("run.sh").returncode == 0
+    assert (stubs.root / "out/tiny/.lock").exists()
+    stubs.behave()
+    assert stubs.bash("run.sh").returncode == 0
 
 
-def test_a_second_background_run_is_refused_at_once(house: House) -> None:
-    house.behave(pretrain="wait")
-    first = house.bash("run.sh", "--background", "--stage", "pretrain")
-    pid = first.stdout.split()[4]
-    second = house.bash("run.sh", "--background", "--stage", "pretrain")
-    assert second.returncode == 1 and f"process {pid} is at work" in second.stderr
-    house.wait_for(lambda: house.calls())
+def test_a_second_background_run_is_refused_at_once(stubs: StubScripts) -> None:
+    stubs.behave(pretrain="wait")
+    first = stubs.bash("run.sh", "--background", "--stage", "pretrain")
+    pid = first.stdout.split()[3]
+    second = stubs.bash("run.sh", "--background", "--stage", "pretrain")
+    assert second.returncode == 1 and f"process {pid} is running" in second.stderr
+    stubs.wait_for(lambda: stubs.calls())
     os.kill(int(pid), signal.SIGTERM)
-    house.wait_for(lambda: not (house.root / "out/tiny/.lock").exists())
+    stubs.wait_for(lambda: not (stubs.root / "out/tiny/.lock").exists())
 
 
-def test_background_run_logs_and_says_how_to_follow_it(house: House) -> None:
-    told = house.bash("run.sh", "--background", "--stage", "sft", "--", "--note", "a b")
-    assert told.returncode == 0 and "tail -f out/tiny/run.log" in told.stdout and "kill " in told.stdout
-    house.wait_for(lambda: (house.root / "out/tiny/sft/last").exists())
-    assert house.calls()[0][-2:] == ["--note", "a b"]
-    house.wait_for(lambda: not (house.root / "out/tiny/.lock").exists())
-    assert "== sft (preset tiny)" in (house.root / "out/tiny/run.log").read_text()
+def test_background_run_logs_and_says_how_to_follow_it(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--background", "--stage", "sft", "--", "--note", "a b")
+    assert answer.returncode == 0 and "tail -f out/tiny/run.log" in answer.stdout and "kill " in answer.stdout
+    stubs.wait_for(lambda: (stubs.root / "out/tiny/sft/last").exists())
+    assert stubs.calls()[0][-2:] == ["--note", "a b"]
+    stubs.wait_for(lambda: not (stubs.root / "out/tiny/.lock").exists())
+    assert "== sft (preset tiny)" in (stubs.root / "out/tiny/run.log").read_text()

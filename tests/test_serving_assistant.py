@@ -54,7 +54,7 @@ def test_finds_a_model_a_run_and_the_newest(directory, tmp_path, monkeypatch, ca
 
 def test_a_directory_without_a_tokenizer_is_one_sentence(directory, tmp_path):
     shutil.copytree(directory, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*model"):
+    with pytest.raises(FileNotFoundError, match=r"model.*: no such tokenizer"):
         load_assistant(tmp_path / "model", *CPU)
 
 

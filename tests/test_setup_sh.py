@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.stub_scripts import House, program
+from helpers.stub_scripts import StubScripts, program
 
 # Notes what it is asked to install; fails where the file `refuse` holds a part of it; leaves torch's folder behind.
 FAKE_PYTHON = """
@@ -25,7 +25,7 @@ FROM_PYPI = "-c requirements.txt torch==2.13.0,!=2.13.0+cpu"
 PINS = "-r requirements.txt"
 
 
-class SetUp(House):
+class SetUp(StubScripts):
     """setup.sh itself, with an interpreter in .venv that only notes what it is asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -94,15 +94,15 @@ def test_setup_says_what_could_not_be_installed_and_tries_it_again(set_up: SetUp
 
 
 @pytest.mark.parametrize(
-    ("python", "told"),
+    ("python", "expected"),
     [
-        ('[ "$1" != --version ] || { echo Python 3.8.2; exit 0; }; exit 1', "Python 3.10 or newer is needed"),
+        ('[ "$1" != --version ] || { echo Python 3.8.2; exit 0; }; exit 1', "expected Python 3.10 or newer, found"),
         ('case "$2" in *venv*) exit 1 ;; *executable*) echo "$0" ;; esac', "has no venv module"),
     ],
 )
-def test_setup_refuses_an_interpreter_that_will_not_do(set_up: SetUp, python: str, told: str) -> None:
+def test_setup_refuses_an_interpreter_that_will_not_do(set_up: SetUp, python: str, expected: str) -> None:
     shutil.rmtree(set_up.root / ".venv")
     program(set_up.root / "bin/python3.99", python)
     assert set_up.installs(status=1, PYTHON="python3.99") == []
-    assert told in set_up.answer.stderr and "python3.99" in set_up.answer.stderr
+    assert expected in set_up.answer.stderr and "python3.99" in set_up.answer.stderr
     assert set_up.answer.stderr.startswith("error: ") and set_up.answer.stderr.count("\n") == 1

@@ -242,9 +242,9 @@ def test_metaspace_and_its_bytes(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*: no such tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json \(nor a \.model there\)"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such tokenizer \(and no \.model there\)"):
         load_tokenizer(tmp_path)
     for content in (b"", b"version https://git-lfs.github.com/spec/v1", sp_model()[:900]):
         (tmp_path / "bad.model").write_bytes(content)
@@ -257,8 +257,8 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path):
     words = tokenizers.Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
     words.decoder = decoders.BPEDecoder()
     for backend, error in (
-        (unigram, "a Unigram model: only BPE"),
-        (words, "neither byte-level nor SentencePiece-style"),
+        (unigram, "expected a BPE model, found Unigram"),
+        (words, "expected a decoder ByteLevel, .*, found BPEDecoder"),
     ):
         backend.save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ValueError, match=error):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import corpora
 import train_tokenizer
 from bins.screen import screen
+from chat.template import load_template
 from cli.args import parse
 from corpora import BadRecord, Document
 from tokenizer import MARKERS, SentencePieceTokenizer, load_tokenizer
@@ -49,7 +50,7 @@ def args(tmp_path: Path, **changes) -> Args:
 def test_trains_saves_and_reports(corpus, tmp_path, capsys):
     report = main(args(tmp_path))
     out = tmp_path / "tokenizer"
-    assert {path.name for path in out.iterdir()} == set(train_tokenizer.WRITTEN)
+    assert {path.name for path in out.iterdir()} == set(train_tokenizer.OUTPUTS)
     assert json.loads((out / "report.json").read_text()) == report
     tokenizer = load_tokenizer(out)
     assert report["vocab_size"] == tokenizer.vocab_size == 460 and report["sha256"] == tokenizer.sha256()
@@ -58,6 +59,7 @@ def test_trains_saves_and_reports(corpus, tmp_path, capsys):
     assert rates == {k: round(len(t) / len(tokenizer.encode(t)), 3) for k, t in SAMPLES.items()}
     assert "characters per token" in capsys.readouterr().out
     assert [tokenizer.special_id(piece) for piece in ("<unk>", "<s>", "</s>", "<pad>", *MARKERS)] == [*range(8)]
+    assert tokenizer.chat_template == load_template(tokenizer, "ours").jinja
 
 
 def test_a_text_comes_back_as_it_was(corpus, tmp_path):
@@ -208,18 +210,21 @@ def test_coverage_leaves_room_for_pieces_of_more_than_a_character(corpus, tmp_pa
 @pytest.mark.parametrize(
     "changes, error",
     [
-        ({"vocab_size": 100_000}, r"--vocab_size 100000 is more than this corpus fills: at most \d+ here"),
+        ({"vocab_size": 100_000}, r"--vocab_size 100000 is too large for this corpus: set it to at most \d+$"),
         (
             {"vocab_size": 300, "character_coverage": 1.0},
-            r"no room for .* takes \d+ ids .*or lower --character_coverage$",
+            r"too small: .* need at least \d+ ids; raise --vocab_size, or lower --character_coverage$",
         ),
-        ({"vocab_size": 10}, r"no room for the characters of this corpus: .* takes \d+ ids at least; raise it$"),
+        ({"vocab_size": 10}, r"--vocab_size 10 is too small: .* need at least \d+ ids; raise --vocab_size$"),
         ({"character_coverage": 0.5}, r"--character_coverage should be between 0\.98 and 1, found 0\.5"),
         ({"max_piece_length": 0}, r"--max_piece_length should be at least 1, found 0"),
         ({"sample_bytes": -1}, r"--sample_bytes should be at least 1, found -1"),
-        ({"held_out": 1.0}, r"--held_out is a share of the documents, at least 0 and below 1, found 1"),
-        ({"compare": (Path("nowhere"),)}, r"no tokenizer at nowhere"),
-        ({"merge": Path("nowhere.model")}, r"--merge expects a SentencePiece \.model file, and nowhere\.model is none"),
+        ({"held_out": 1.0}, r"--held_out should be a share of at least 0 and below 1, found 1"),
+        ({"compare": (Path("nowhere"),)}, r"nowhere: no such tokenizer"),
+        (
+            {"merge": Path("nowhere.model")},
+            r"--merge nowhere\.model: no such file; expected a SentencePiece",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(corpus, tmp_path, changes, error):
@@ -231,7 +236,7 @@ def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(corpus, tmp_path
 def test_the_largest_vocabulary_named_in_the_error_works(corpus, tmp_path):
     with pytest.raises(ValueError, match="at most") as caught:
         main(args(tmp_path, vocab_size=100_000))
-    largest = int(str(caught.value).split()[-2])
+    largest = int(str(caught.value).split()[-1])
     assert main(args(tmp_path, vocab_size=largest))["vocab_size"] == largest
 
 
@@ -254,7 +259,7 @@ def test_a_corpus_of_bad_records_is_refused_with_the_first_of_them(corpus, tmp_p
 def test_a_folder_of_other_things_is_not_replaced(corpus, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"holds what is not a tokenizer's \(model\.safetensors\)"):
+    with pytest.raises(ValueError, match=r"holds files of something else \(model\.safetensors\)"):
         main(args(tmp_path))
     assert (tmp_path / "tokenizer" / "model.safetensors").exists()
 
@@ -336,7 +341,7 @@ def test_merging_into_a_unigram_model_is_refused(corpus, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(PROSE * 5), model_prefix=str(prefix), vocab_size=34, minloglevel=2
     )
-    with pytest.raises(ValueError, match="--merge expects a SentencePiece BPE model"):
+    with pytest.raises(ValueError, match=r"--merge .*unigram\.model: expected a SentencePiece BPE model"):
         main(args(tmp_path, merge=prefix.with_suffix(".model")))
     assert not (tmp_path / "tokenizer").exists()
 
@@ -355,8 +360,8 @@ def test_flags_and_presets(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(ValueError, match="should be a directory, and is a file"):
-        train_tokenizer.check(train_tokenizer.Args(out=tmp_path / "file"))
+    with pytest.raises(ValueError, match="should be a directory, found a file"):
+        train_tokenizer.check_arguments(train_tokenizer.Args(out=tmp_path / "file"))
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match="nothing can be written to"):
-        train_tokenizer.check(train_tokenizer.Args(out=tmp_path / "new"))
+    with pytest.raises(PermissionError, match="no permission to write to"):
+        train_tokenizer.check_arguments(train_tokenizer.Args(out=tmp_path / "new"))

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training import log as training_log
-from training.log import RunLog, draw_losses, read_metrics
+from training.log import RunLog, draw_losses, read_metrics, summary
 
 
 @pytest.fixture
@@ -104,3 +104,12 @@ def test_picture_of_several_runs_some_of_them_empty(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_losses({name: tmp_path / f"{name}.jsonl" for name in "ab"}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_line_of_a_run_names_the_best_checkpoint():
+    result = {"steps": 1200, "tokens": 5, "model": "run/best", "loss": 4.469, "bits_per_byte": 2.0841}
+    best = "Best checkpoint: run/best; on all held-out data: loss 4.4690, bits per byte 2.0841."
+    assert summary(result) == f"Finished after 1,200 steps. {best}"
+    assert summary({"steps": 3, "tokens": 5, "model": "run/last"}).endswith(
+        "Model: run/last (no held-out data to compare on)."
+    )

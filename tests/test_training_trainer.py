@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from model import Transformer
 from model_args import ModelArgs
 from optim.args import OptimArgs
 from optim.schedule import lr_factor
-from training import trainer
+from training import state
 from training.heldout import evaluate
 from training.log import read_metrics
 from training.state import checkpoints, load_state
@@ -202,6 +203,18 @@ def test_rows_of_the_log(tmp_path):
         assert row["loss"] == pytest.approx(expected, rel=1e-12)
 
 
+def test_first_lines_of_a_run(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    n = data.steps_per_epoch
+    optim = OptimArgs(warmup_steps=2 * n)
+    toy_trainer(tmp_path / "run", data, optim, epochs=2.0, eval_data=data, eval_interval=n, eval_batches=2).fit()
+    said = capsys.readouterr().err
+    assert f"in float32 on 1 CPU process: {2 * n} steps of 6 rows (2 epochs of {n} steps).\n" in said
+    assert "(mfu below: share of 1,000 GFLOP/s, not measured.)" in said and "torch.compile" not in said
+    assert f"The run has {2 * n} steps, and {2 * n} are for warming up" in said
+    assert re.search(rf"step {n}: held-out loss \d\.\d{{4}} \(first 2 batches\), best so far\n", said)
+
+
 @pytest.mark.parametrize("changes, steps", [({"epochs": 2.0}, 2), ({"epochs": 0.5}, 0.5), ({"max_steps": 3}, None)])
 def test_length_of_a_run(tmp_path, changes, steps):
     data = toy_data(tmp_path)
@@ -242,7 +255,7 @@ def test_without_held_out_data_the_last_is_the_best(tmp_path):
 def test_what_last_leads_to_is_never_rewritten(tmp_path, monkeypatch):
     """Else a kill between removing the old and naming the new would leave nothing."""
     written = []
-    aside = trainer.written_aside
+    aside = state.written_aside
 
     def spy(directory):
         last = directory.with_name("last")
@@ -250,7 +263,7 @@ def test_what_last_leads_to_is_never_rewritten(tmp_path, monkeypatch):
         written.append(directory.name)
         return aside(directory)
 
-    monkeypatch.setattr(trainer, "written_aside", spy)
+    monkeypatch.setattr(state, "written_aside", spy)
     data = toy_data(tmp_path)
     optim = OptimArgs(lr=0.0, muon_lr=0.0)
     changes = {"eval_interval": 2, "save_interval": 3, "eval_data": data, "patience": 2}

@@ -26,12 +26,13 @@ class Stop(Exception):
     pass
 
 
-def test_a_finished_run_returns_at_once(tmp_path):
+def test_a_finished_run_returns_at_once(tmp_path, capsys):
     data = toy_data(tmp_path)
     result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
     again = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data)
-    again.data = again.eval_data = again.log = None  # nothing of these is touched
+    again.data = again.heldout = again.log = None  # nothing of these is touched
     assert again.fit() == result
+    assert "run is finished (4 steps): nothing to do" in capsys.readouterr().err
     longer = toy_trainer(tmp_path / "run", data, max_steps=6, eval_data=data).fit()
     assert longer["steps"] == 6
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == longer
@@ -89,10 +90,10 @@ def test_processes_that_find_different_checkpoints_are_refused(tmp_path):
     data = toy_data(tmp_path)
     ours = toy_trainer(tmp_path / "run", data, max_steps=2)
     ours.backend.gather = lambda step: [step, 4]  # as on a second machine with a disk of its own
-    with pytest.raises(ValueError, match=r"checkpoints of different steps \(0, 4\) in .*/run: let it lie on"):
+    with pytest.raises(ValueError, match=r"checkpoints of different steps \(0, 4\) in .*/run: put it on"):
         trainer.Trainer(
             *(ours.model, ours.optimizer, data, ours.backend, ours.args, ours.optim, ours.run),
-            **{"save": ours.save_weights, "load": ours.load_weights, "identity": ours.identity},
+            **{"save": ours.checkpoints.write, "load": ours.checkpoints.read, "identity": {"seed": 0}},
         )
 
 
@@ -118,12 +119,12 @@ def test_a_last_that_leads_nowhere_is_refused_not_started_anew(tmp_path):
     toy_trainer(run, data, max_steps=6, save_interval=2).fit()
     shutil.rmtree(run / "step_00000006")
     with pytest.raises(
-        ValueError, match=r"last leads to step_00000006, which is not there \(.*: step_00000002, step_0000"
+        ValueError, match=r"last leads to step_00000006, which does not exist \(.*: step_00000002, step_0000"
     ):
         toy_trainer(run, data, max_steps=6)
     assert toy_trainer(run, data, max_steps=6, resume="never").fit()["steps"] == 6
     shutil.rmtree(run / "step_00000006")
-    with pytest.raises(ValueError, match=r"checkpoints that are: none"):
+    with pytest.raises(ValueError, match=r"existing checkpoints: none"):
         toy_trainer(run, data, max_steps=6)
 
 
@@ -133,4 +134,4 @@ def test_a_damaged_last_checkpoint_is_named(tmp_path):
     weights = (tmp_path / "run" / "last").resolve() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
-        toy_trainer(tmp_path / "run", data, max_steps=3)
+        toy_trainer(tmp_path / "run", data, max_steps=3).fit()

@@ -11,8 +11,8 @@ from helpers.tiny_training_run import Changed, losses, quick, rows, toy_data, to
 
 from checkpoint.directory import load_model
 from dataset import IGNORE
-from training import trainer
-from training.state import load_state
+from training.log import Clock
+from training.state import TrainState, load_state
 from training.trainer import TrainArgs
 
 
@@ -27,7 +27,7 @@ def test_asked_to_stop_at_any_moment_of_a_step(tmp_path, number, moment, monkeyp
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
 
     def ask(*_):
-        if ours.progress.step == (4 if moment == "save" else 5):
+        if ours.state.step == (4 if moment == "save" else 5):
             os.kill(os.getpid(), number)
 
     if moment == "batch":
@@ -37,8 +37,8 @@ def test_asked_to_stop_at_any_moment_of_a_step(tmp_path, number, moment, monkeyp
     elif moment == "backward":
         ours.model.model.norm.weight.register_hook(ask)
     else:
-        save = ours.save_weights
-        ours.save_weights = lambda directory: ask() or save(directory)
+        save = ours.checkpoints.write
+        ours.checkpoints.write = lambda directory: ask() or save(directory)
     with pytest.raises(SystemExit) as stop:
         ours.fit()
     assert stop.value.code == 128 + number
@@ -106,9 +106,9 @@ def test_twenty_such_gradients_in_a_row_end_the_run(tmp_path):
     good = 4
     bad = set(range(good, 100))
     ours = toy_trainer(tmp_path / "run", Changed(data, weighted(bad)), max_steps=50, save_interval=2, log_interval=0)
-    with pytest.raises(ValueError, match="20 steps in a row had no finite gradient; lower the learning"):
+    with pytest.raises(ValueError, match="20 steps in a row had no finite gradient: lower the learning"):
         ours.fit()
-    assert ours.progress.step == good + 19
+    assert ours.state.step == good + 19
     weights = load_model(tmp_path / "run" / "last").state_dict()
     assert all(p.isfinite().all() for p in weights.values())
     # nineteen in a row do not
@@ -137,11 +137,11 @@ def test_held_out_data_without_any_target(tmp_path):
 
 
 def test_time_left_and_rate():
-    progress = trainer.Progress(step=10, tokens=1000)
-    clock = trainer.Clock(progress, total_steps=30, peak=2e6)
+    state = TrainState(step=10, tokens=1000)
+    clock = Clock(state, total_steps=30, flops_per_token=500.0, peak=2e6)
     clock.time -= 4.0
-    progress.step, progress.tokens = 15, 1800
-    rate, left, mfu = clock.read(progress, flops_per_token=500.0)
+    state.step, state.tokens = 15, 1800
+    rate, left, mfu = clock.read(state)
     assert rate == pytest.approx(200, rel=0.01)  # 800 tokens in 4 seconds
     assert left == pytest.approx(12, rel=0.01)  # 15 steps more, 0.8 seconds each
     assert mfu == pytest.approx(0.05, rel=0.01)

@@ -224,15 +224,15 @@ def test_loss_and_gradients_as_of_texts_one_by_one(objective, packing):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-def test_measures_are_sums_over_the_pairs_since_they_were_taken():
+def test_metrics_are_sums_over_the_pairs_since_they_were_taken():
     model, data, objective = our_model(), small_data(), ORPO(0.4)
     tuned = PreferenceModel(model, objective)
-    assert tuned.take_measures() == dict.fromkeys(objective.measures, 0.0)
+    assert tuned.take_metrics() == dict.fromkeys(objective.measures, 0.0)
     epoch(tuned, data, 1)
     sums, counts = one_by_one(model, data)
     expected = sum(-total.item() / count for total, count in zip(sums[0::2], counts[0::2]))
-    assert tuned.take_measures()["sft_loss"] == pytest.approx(expected, rel=1e-9)
-    assert not any(tuned.take_measures().values())
+    assert tuned.take_metrics()["sft_loss"] == pytest.approx(expected, rel=1e-9)
+    assert not any(tuned.take_metrics().values())
 
 
 def test_a_batch_without_pairs_has_a_loss_of_zero_and_gradients_of_zero():
@@ -267,7 +267,7 @@ def test_at_the_start_the_loss_is_log_2(tmp_path):
     for source in (data, heldout):
         loss, count = epoch(tuned, source)
         assert loss.item() / count == pytest.approx(math.log(2), abs=1e-12)  # the same float32 numbers, step by step
-    assert tuned.take_measures()["margin"] == pytest.approx(0, abs=1e-12)
+    assert tuned.take_metrics()["margin"] == pytest.approx(0, abs=1e-12)
     expected = torch.stack(one_by_one(model, data)[0])
     torch.testing.assert_close(tuned.reference, expected.repeat(2), atol=1e-4, rtol=1e-5)
 

@@ -11,65 +11,65 @@ from attention import Choice
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """The loop."""
+    """Training loop."""
 
     max_steps: int = 0
-    """optimizer steps; 0: as many as `epochs` takes"""
+    """number of optimizer steps; 0: as many as `epochs` takes"""
     epochs: float = 1.0
     """passes over the data, when max_steps is 0"""
     micro_batch_size: int = 0
-    """rows a process takes through the model at once (gradients are accumulated); 0: all of its rows"""
+    """rows that a process runs through the model at once (gradients are accumulated over a step); 0: all of its rows"""
     grad_clip: float = 1.0
-    """clip the gradient norm to this; 0: never"""
+    """largest gradient norm; larger gradients are scaled down to it; 0: no limit"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """of activations and matrix products (parameters stay fp32); auto: bf16 where the hardware has it"""
+    """dtype of activations and matrix products (parameters stay fp32); auto: bf16 where the hardware has it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on where a C++ compiler or a GPU is found"""
+    """torch.compile; auto: on where it can run (it needs a C++ compiler, on a GPU Triton and a C compiler)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: a third more work, far less memory"""
     attention: Choice = "auto"
-    """what computes attention; auto: the fastest that can do it here"""
+    """attention backend; auto: the fastest one that can run here"""
     s2_group: int = 0
-    """attend in shifted groups of so many tokens (LongLoRA's S2-Attn) while training; 0: in full"""
+    """attend in shifted groups of this many tokens while training (LongLoRA's S2-Attn); 0: full attention"""
     s2_min_len: int = 0
-    """and only over rows of this many tokens or more"""
+    """use s2_group only for rows of at least this many tokens"""
     float32_matmul: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
     backend: Literal["single", "ddp"] = "single"
     """single: one process; ddp: several, started with torchrun"""
     device: str = "auto"
-    """auto: cuda, else mps, else cpu"""
+    """cpu, cuda or mps; auto: cuda, else mps, else cpu"""
     seed: int = 0
-    """of initialisation and of the order of the data"""
+    """random seed of the initial weights and of the order of the data"""
     log_interval: int = 20
     """steps between lines of the log"""
     eval_interval: float = 250
     """steps between evaluations on held-out data; below 1: a share of an epoch; 0: only at the end"""
     eval_batches: int = 20
-    """batches of an evaluation on the way; the last one takes all, and so does each where the metric is of tasks; 0:
-    always all"""
+    """number of held-out batches of each evaluation; 0: all. The last evaluation always takes all, and so does every
+    one with `metric` task_mean or loss/NAME"""
     save_interval: float = 500
-    """steps between checkpoints, or a share of an epoch; the best and the last are saved besides"""
+    """steps between checkpoints; below 1: a share of an epoch; 0: only the best and the last, which are always saved"""
     keep: int = 3
-    """checkpoints to keep (the best and the last always stay)"""
+    """number of checkpoints to keep (the best and the last always stay)"""
     patience: int = 0
     """stop after this many evaluations without a new best; 0: never"""
     metric: str = "loss"
-    """the held-out measure that makes the best: loss (each token counts alike), bits_per_byte; of several tasks also
-    task_mean (the mean of their losses: each task counts alike), or loss/NAME of one"""
+    """held-out metric that decides which checkpoint is the best. loss: every token counts the same; bits_per_byte; with
+    several tasks also task_mean: every task counts the same, or loss/NAME: the loss of one task"""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the last checkpoint in the run directory; never: start anew, replacing it"""
+    """auto: go on from the last checkpoint in the run directory; never: start anew and replace it"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a number below 0 (as a norm to clip to, it would turn all gradients around), or none."""
-        for name, value in vars(self).items():
+        """Raise ValueError for numbers that are negative or not finite, and for a run of no steps."""
+        for name, value in vars(self).items():  # a negative norm to clip to would reverse all gradients
             if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} should be 0 or more, and finite, found {value}")
+                raise ValueError(f"--train.{name} should be 0 or more, and finite, found {value}")
         if not self.max_steps and not self.epochs:
-            raise ValueError("max_steps and epochs are both 0: there is nothing to train")
+            raise ValueError("--train.max_steps and --train.epochs are both 0: there is nothing to train; set one")
         for name in ("eval_interval", "save_interval"):
             if (value := getattr(self, name)) > 1 and value != int(value):
-                raise ValueError(f"{name} should be whole steps, or a share of an epoch below 1, found {value}")
+                raise ValueError(f"--train.{name} should be whole steps, or a share of an epoch below 1, found {value}")
         if self.s2_group % 2:
             raise ValueError(
                 "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "

@@ -1,8 +1,9 @@
-"""What a run leaves to be read: console lines, `metrics.jsonl`, TensorBoard events and a picture of the loss."""
+"""Log a run: console lines, `metrics.jsonl`, TensorBoard events and a picture of the loss."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from cli.progress import Progress, say
+from training.state import TrainState
 
 
 class RunLog:
-    """The log of one run directory. Rank 0 alone should own one; the other ranks pass `active=False`.
+    """The log of one run directory; all ranks but the main one pass `active=False`, which does nothing.
 
-    A run that resumes at `first_step` forgets what an interrupted one had logged of that step and later, so that
-    `metrics.jsonl` reads as if there had been no interruption.
+    A run that resumes after `first_step` removes the rows of later steps, so that `metrics.jsonl` reads as if there had
+    been no interruption.
     """
 
     def __init__(self, directory: Path, first_step: int, total_steps: int, active: bool = True) -> None:
@@ -31,36 +33,70 @@ class RunLog:
         aside.replace(self.path)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(directory / "tensorboard", purge_step=first_step + 1)
-        self.shown = Progress("training", "step", total_steps, first_step)
+        self.progress_bar = Progress("training", "step", total_steps, first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row of `metrics.jsonl`, and the same numbers to TensorBoard."""
+        """Write one row of `metrics.jsonl`, and the same numbers to TensorBoard."""
         if self.active:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """One line for the person who waits: above the bar on a terminal, plain otherwise."""
+        """Write one line on stderr, above the bar if there is one."""
         if self.active:
             say(text)
 
     def progress(self, step: int, values: dict[str, str]) -> None:
-        """Move the bar on a terminal; print one plain line elsewhere."""
+        """Move the bar on a terminal; write one plain line elsewhere."""
         if self.active:
-            self.shown.show(step, " ".join(f"{name} {value}" for name, value in values.items()))
+            self.progress_bar.show(step, " ".join(f"{name} {value}" for name, value in values.items()))
 
     def close(self) -> None:
         """Draw `loss.png` and close the files."""
         if self.active:
-            self.shown.close()
+            self.progress_bar.close()
             self.file.close()
             self.board.close()
             draw_losses({"": self.path}, self.path.with_name("loss.png"))
 
 
+class Clock:
+    """Measure the rate since the last reading, and the time left.
+
+    peak: operations a second that all devices of the run can do together.
+    """
+
+    def __init__(self, state: TrainState, total_steps: int, flops_per_token: float, peak: float) -> None:
+        self.total_steps, self.flops_per_token, self.peak = total_steps, flops_per_token, peak
+        self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+
+    def read(self, state: TrainState) -> tuple[float, float, float]:
+        """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call."""
+        now = time.perf_counter()
+        seconds, steps, tokens = now - self.time, state.step - self.step, state.tokens - self.tokens
+        self.step, self.tokens, self.time = state.step, state.tokens, now
+        rate = tokens / seconds
+        return rate, seconds / steps * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return what `Trainer.fit` returned as one line: where the best model lies, and how good it is."""
+    metrics = {name: value for name, value in result.items() if name not in ("steps", "tokens", "model")}
+    if not metrics:
+        return f"Finished after {result['steps']:,} steps. Model: {result['model']} (no held-out data to compare on)."
+    best = f"Best checkpoint: {result['model']}; on all held-out data: {format_metrics(metrics)}."
+    return f"Finished after {result['steps']:,} steps. {best}"
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Return metrics as one line, `loss 4.4594, bits per byte 2.0841`; names of tasks (loss/NAME) stay as they are."""
+    names = [name if "/" in name else name.replace("_", " ") for name in metrics]
+    return ", ".join(f"{name} {value:.4f}" for name, value in zip(names, metrics.values()))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """Return the rows of a `metrics.jsonl`, without a last line that a kill has cut off; [] where there is no file."""
     if not path.is_file():
         return []
     rows = []
@@ -73,8 +109,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(runs: dict[str, Path], picture: Path) -> None:
-    """Loss against steps of one or more runs (label -> metrics.jsonl), training and held out, as a PNG."""
-    from matplotlib.figure import Figure  # a third of a second to import, wanted once a run
+    """Draw the training and held-out losses of one or more runs (label -> metrics.jsonl) against steps, as a PNG."""
+    from matplotlib.figure import Figure  # takes a third of a second to import, and is needed once a run
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

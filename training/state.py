@@ -1,41 +1,260 @@
-"""The checkpoints of a run, and what in them resumes training."""
+"""The state of a run and its checkpoints: what they hold, which are kept, and how training resumes from one."""
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cli.progress import say
+from distributed.single import SingleProcess
+from files import point, written_aside
+from optim.optimizers import Optimizers
+from training.protocols import Adaptive, TrainableModel
+
 STEP_DIR = re.compile(r"step_(\d{8})")
+MOST_SKIPPED = 20  # steps in a row
+
+
+class Diverged(ValueError):
+    """A run whose numbers are no longer finite."""
+
+
+@dataclass
+class TrainState:
+    """Progress of a run and the sums for the next line of its log; saved with the weights."""
+
+    step: int = 0
+    """number of steps done"""
+    tokens: int = 0
+    """number of tokens in the batches of these steps"""
+    metric: str = "loss"
+    """name of the held-out metric that `best` is a value of"""
+    best: float = math.inf
+    """least value of that metric so far"""
+    evals_since_best: int = 0
+    """number of evaluations since that value"""
+    evaluated: int = -1
+    """step of the last evaluation"""
+    skipped: int = 0
+    """number of steps in a row, up to the last one, whose gradient was not finite"""
+    loss_sum: float = 0.0
+    """sum of the losses since the last reset"""
+    targets: int = 0
+    """number of targets since the last reset"""
+    group_losses: list[float] = field(default_factory=list)
+    """sum of the losses of each group since the last reset"""
+    group_targets: list[float] = field(default_factory=list)
+    """number of targets of each group since the last reset"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """sums of the model's own metrics since the last reset"""
+
+    def add(
+        self, norm: float, n_tokens: int, n_targets: int, loss: float, groups: torch.Tensor, metrics: dict[str, float]
+    ) -> None:
+        """Count a step; all values but `norm`, the gradient norm, are sums over all ranks.
+
+        groups (2, groups) holds the losses and the targets of each group. A step whose norm is not finite was skipped:
+        its sums are left out. Raises Diverged at the twentieth such step in a row.
+        """
+        if math.isfinite(norm):
+            self.loss_sum, self.targets, self.skipped = self.loss_sum + loss, self.targets + n_targets, 0
+            losses, targets = groups.tolist()
+            self.group_losses = [a + b for a, b in zip_longest(self.group_losses, losses, fillvalue=0.0)]
+            self.group_targets = [a + b for a, b in zip_longest(self.group_targets, targets, fillvalue=0.0)]
+            self.metrics = {name: self.metrics.get(name, 0.0) + value for name, value in metrics.items()}
+        else:
+            self.skipped += 1
+            if self.skipped >= MOST_SKIPPED:
+                raise Diverged(
+                    f"{MOST_SKIPPED} steps in a row had no finite gradient: lower the learning rate (--optim.lr, "
+                    "--optim.muon_lr), or use --train.dtype bf16"
+                )
+        self.step += 1
+        self.tokens += n_tokens
+
+    def averages(self, group_names: Sequence[str]) -> dict[str, float]:
+        """Return the means over the targets since the last reset: loss, loss/NAME of each group, and metrics."""
+        groups = zip(group_names, self.group_losses, self.group_targets)
+        return (
+            {"loss": self.loss_sum / self.targets if self.targets else math.nan}
+            | {f"loss/{name}": nats / n for name, nats, n in groups if n}
+            | {name: value / self.targets for name, value in self.metrics.items() if self.targets}
+        )
+
+    def reset(self) -> None:
+        """Set the sums to zero."""
+        self.loss_sum, self.targets, self.group_losses, self.group_targets, self.metrics = 0.0, 0, [], [], {}
+
+    def judge(self, value: float) -> bool:
+        """Record an evaluation after this step; return whether `value` is the best so far."""
+        self.evaluated, is_best = self.step, value < self.best
+        self.best, self.evals_since_best = (value, 0) if is_best else (self.best, self.evals_since_best + 1)
+        return is_best
+
+    def forget_best(self, metric: str) -> None:
+        """Let the next evaluation be the best, by `metric`."""
+        self.best, self.evals_since_best, self.evaluated, self.metric = math.inf, 0, -1, metric
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the fields as a dict for a checkpoint, where `metrics` keeps its older name, `measures`."""
+        return {"measures" if name == "metrics" else name: value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> TrainState:
+        """Return the state that `to_plain` has turned into a dict, in this version or an older one."""
+        return cls(**{"metrics" if name == "measures" else name: value for name, value in plain.items()})
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of a run: directories `step_N` in `run`, and the links `last` and `best` to two of them.
+
+    All ranks call each method at the same point of the run; the main rank writes. `write(directory)` writes the trained
+    weights, `read(directory)` copies them back. `identity` names what determines the order of the losses.
+    """
+
+    run: Path
+    keep: int
+    """number of checkpoints that are kept, beside those that `last` and `best` lead to"""
+    backend: SingleProcess
+    model: TrainableModel
+    optimizer: Optimizers
+    write: Callable[[Path], None]
+    read: Callable[[Path], None]
+    identity: dict[str, Any]
+    adaptive: Adaptive | None = None
+    saved_step: int = -1
+    """step of the checkpoint that `last` leads to"""
+    _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
+
+    @property
+    def best(self) -> Path:
+        """Link to the best checkpoint."""
+        return self.run / "best"
+
+    @property
+    def last(self) -> Path:
+        """Link to the last checkpoint."""
+        return self.run / "last"
+
+    def find(self, metric: str) -> TrainState:
+        """Return the state of the checkpoint that the run goes on from, a fresh one if there is none.
+
+        Nothing is restored yet: see `resume`. Raises ValueError when the checkpoint belongs to a run of another
+        identity, or when the ranks find different checkpoints.
+        """
+        state = TrainState(metric=metric)
+        if (last := newest(self.run)) is not None:
+            stored = load_state(last)
+            self._check_identity(stored["identity"])
+            state, self._found = TrainState.from_plain(stored["progress"]), (last, stored)
+            self.saved_step = state.step if last.name == "last" else -1
+            if not self.best.exists() or state.metric != metric:  # the best is lost, or was chosen by another metric
+                state.forget_best(metric)
+        if len(steps := set(self.backend.gather(state.step))) > 1:
+            raise ValueError(
+                f"the processes find checkpoints of different steps ({', '.join(map(str, sorted(steps)))}) in "
+                f"{self.run}: put it on a file system that all machines share"
+            )
+        return state
+
+    def _check_identity(self, stored: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"{self.run} holds a run with {name} {stored.get(name)!r}, and this one has {value!r}: it cannot "
+                    "be continued; choose another --out, or use --train.resume never to replace it"
+                )
+
+    def resume(self) -> None:
+        """Restore the weights, the optimizer and the random generators from the checkpoint that `find` has found."""
+        if self._found is None:
+            return
+        (last, stored), self._found = self._found, None
+        backend = self.backend
+        backend.load(self.model, self.read, last)
+        backend.load_state(self.model, self.optimizer, stored)
+        if len(stored["rng"]) == backend.world:
+            set_rng_state(stored["rng"][backend.rank], backend.device)
+        if self.adaptive is not None:
+            self.adaptive.load_state_dict(stored["adaptive"])
+        if backend.main:
+            link = "" if last.name == "last" else f" (there is no link `last`: from its newest checkpoint, {last.name})"
+            say(f"going on from step {stored['progress']['step']} of {self.run}{link}")
+
+    def save(self, state: TrainState, is_best: bool = False) -> None:
+        """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it."""
+        backend, directory = self.backend, self.run / f"step_{state.step:08d}"
+        if state.step != self.saved_step:  # what `last` leads to is never rewritten: a kill could leave nothing
+            resumable = backend.state(self.model, self.optimizer)
+            rng = backend.gather(rng_state(backend.device))
+            with written_aside(directory) if backend.main else nullcontext() as aside:
+                backend.save(self.model, self.write, aside)
+                if backend.main:
+                    resumable |= {"progress": state.to_plain(), "rng": rng, "identity": self.identity}
+                    if self.adaptive is not None:
+                        resumable["adaptive"] = self.adaptive.state_dict()
+                    save_state(aside, resumable)
+        if backend.main:
+            for link in [self.best, self.last] if is_best else [self.last]:
+                point(link, directory)
+            prune(self.run, self.keep)
+        self.saved_step = state.step
+
+    def load_best(self) -> None:
+        """Load the weights of the best checkpoint into the model."""
+        self.backend.barrier()  # until the main rank has written it
+        self.backend.load(self.model, self.read, self.best)
+
+    def clear(self, everything: bool) -> None:
+        """Remove the result of a shorter run; with `everything`, also all checkpoints."""
+        if self.backend.main:
+            (self.run / "result.json").unlink(missing_ok=True)
+            for link in (self.last, self.best) if everything else ():
+                link.unlink(missing_ok=True)
+            if everything:
+                prune(self.run, keep=0)
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
-    """Write what resumes training (tensors, numbers, strings, containers of them) into a checkpoint directory."""
+    """Write what resumes training (tensors, numbers, strings, and containers of them) into a checkpoint directory."""
     path = directory / "training_state" / "state.pt"
     path.parent.mkdir()
     torch.save(state, path)
 
 
 def load_state(directory: Path) -> dict[str, Any]:
-    """The training state in a checkpoint; never unpickles anything but tensors and plain containers."""
+    """Return the training state in a checkpoint. Only tensors and plain containers are unpickled.
+
+    Raises FileNotFoundError where there is none, ValueError where it cannot be read.
+    """
     path = directory / "training_state" / "state.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no training state: it can start a run, but not resume one")
+        raise FileNotFoundError(
+            f"{directory} holds no training_state/state.pt: it can start a run, but not resume one (use --init_from)"
+        )
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read: it is truncated, damaged, or holds more than tensors and plain values; "
-            "let `last` lead to an older checkpoint of the run, or start anew with --train.resume never"
+            "let the link `last` lead to an older checkpoint (ln -sfn step_N last), or use --train.resume never to "
+            "start anew"
         ) from error
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every random generator a step might use, in tensors and plain containers."""
+    """Return the state of every random generator that a step may use, in tensors and plain containers."""
     version, words, gauss = random.getstate()
     state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
     if device.type == "cuda":
@@ -44,7 +263,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Undo `rng_state`."""
+    """Restore what `rng_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])
@@ -53,35 +272,37 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoint directories of a run, oldest first."""
+    """Return the complete checkpoint directories of a run, oldest first."""
     return sorted(path for path in run.glob("step_*") if STEP_DIR.fullmatch(path.name) and path.is_dir())
 
 
 def newest(run: Path) -> Path | None:
-    """What a run goes on from: what its link `last` leads to, or its newest checkpoint where there is no such link (a
-    copy may lose links, and a kill may come before the first); None where there is none. ValueError where the link has
-    become a folder, or leads nowhere."""
+    """Return the checkpoint that a run goes on from, None if it has none.
+
+    It is the link `last`, or the newest checkpoint where there is no such link (a copy may lose links, and a kill may
+    come before the first one). Raises ValueError where the link has become a folder, or leads nowhere.
+    """
     last = run / "last"
     if last.is_dir() and not last.is_symlink():
         raise ValueError(
-            f"{last} should be a link to a checkpoint, and is a folder: the run was copied with its links followed; "
-            f"remove {last} and {run / 'best'}, and it goes on from its newest checkpoint"
+            f"{last} should be a link to a checkpoint, found a folder (a copy of the run that followed its links): "
+            f"remove {last} and {run / 'best'}, and the run goes on from its newest checkpoint"
         )
-    if last.is_symlink() and not last.exists():  # which of the other checkpoints to take instead is not ours to say
+    if last.is_symlink() and not last.exists():  # the user decides which checkpoint replaces it
         left = ", ".join(path.name for path in checkpoints(run)) or "none"
         raise ValueError(
-            f"{last} leads to {last.readlink()}, which is not there (checkpoints that are: {left}); let it lead to "
-            f"one of them (ln -sfn step_N {last}), or start anew with --train.resume never"
+            f"{last} leads to {last.readlink()}, which does not exist (existing checkpoints: {left}): let it lead to "
+            f"one of them (ln -sfn step_N {last}), or use --train.resume never to start anew"
         )
     return last if last.exists() else next(reversed(checkpoints(run)), None)
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep`, never those that `last` or `best` lead to; and what a kill left
-    half-written or half-removed."""
+    """Remove the oldest checkpoints beyond `keep`, never those that `last` or `best` lead to. Remove also what a kill
+    has left half-written or half-removed."""
     linked = {(run / name).resolve() for name in ("last", "best")}
     spare = [path for path in checkpoints(run) if path.resolve() not in linked]
     for path in spare[: max(0, len(checkpoints(run)) - keep)]:
-        path.rename(path.with_name(f".{path.name}.removed"))  # a kill leaves no half of it under its name
+        path.rename(path.with_name(f".{path.name}.removed"))  # so that a kill leaves no half of it under its name
     for path in run.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)  # NFS keeps what somebody still reads; the next call finds it again
+        shutil.rmtree(path, ignore_errors=True)  # NFS keeps open files; the next call tries again

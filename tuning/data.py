@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chat.pairs import encode_pairs, read_pairs
-from chat.samples import Samples, encode_samples, read_samples
+from chat.samples import Samples, encode_pairs, encode_samples, read_pairs, read_samples
 from chat.template import ChatTemplate
 from corpora import BadRecord
 from dataset import BatchSource

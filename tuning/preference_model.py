@@ -28,7 +28,7 @@ class PreferenceModel(nn.Module):
     """A language model seen through an objective: `forward` sums the loss of the pairs of a batch and counts them.
 
     `reference`: the log-probability that the reference gives each text, by doc_id, on the model's device. To the
-    training loop it is a model like others; `take_measures` is what it knows beside the loss.
+    training loop it is a model like others; `take_metrics` returns the objective's metrics beside the loss.
     """
 
     def __init__(self, model: Transformer | TransformersModel, objective: Objective) -> None:
@@ -84,8 +84,8 @@ class PreferenceModel(nn.Module):
         log_p = self.model.logits(hidden).log_softmax(-1)  # (B, T, V)
         return log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == IGNORE, 0.0)
 
-    def take_measures(self) -> dict[str, float]:
-        """The sums of the objective's measures over the pairs since it was last asked."""
+    def take_metrics(self) -> dict[str, float]:
+        """Return and reset the sums of the objective's metrics over pairs."""
         sums, self._sums = self._sums, dict.fromkeys(self.objective.measures, 0.0)
         return {name: float(value) for name, value in sums.items()}
 

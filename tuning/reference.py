@@ -45,7 +45,7 @@ def _log_probs(
     tuned.eval()
     steps = [(source, step) for source in sources for step in range(source.steps_per_epoch)]
     for source, step in track(steps, "asking the reference", "batches", len(steps), active=backend.main):
-        for part in source.batch(step, backend.rank, backend.world).split(micro_batch_size):
+        for part in source.batch(step, backend.data_rank, backend.data_world).split(micro_batch_size):
             micro = part.to(backend.device)
             texts, log_p, _ = tuned.text_log_probs(micro.tokens, micro.targets, micro.positions, micro.doc_ids)
             found[texts.cpu().numpy()] = log_p.cpu().numpy()

@@ -1,4 +1,4 @@
-"""A copy of run.sh and setup.sh in a house whose Python scripts are stubs: nothing is installed or trained."""
+"""A copy of run.sh and setup.sh beside stubs of the Python scripts: nothing is installed or trained."""
 
 import json
 import os
@@ -16,9 +16,9 @@ SCRIPTS = {
     "fine_tuning.py": ("sft", "out/tiny/sft/last"),
     "eval.py": ("eval", None),
 }
-# the variables that the shell scripts heed, so that the caller's own do not matter
+# variables that the shell scripts read; they are removed, so that those of the caller do not matter
 SWITCHING = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHON", "PIP_FIND_LINKS", "UV_FIND_LINKS", "TORCH_ALLOW_PYPI"}
-# Notes its arguments, then does what the file `behave` asks of the stage: fail, or wait for a signal and end well.
+# Writes down its arguments, then does what the file `behave` says for the stage: fail, or wait for a signal and exit.
 STUB = """
 import json, pathlib, signal, sys, time
 behave = json.loads(pathlib.Path("behave").read_text()).get({stage!r})
@@ -44,11 +44,11 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-class House:
-    """A copy of the shell scripts with stubs around them, in a folder whose name needs quoting."""
+class StubScripts:
+    """A folder with a copy of the shell scripts and stubs of the Python scripts; its name needs quotes in a shell."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder / "a house's copy"
+        self.root = folder / "a stub's copy"
         (self.root / "configs").mkdir(parents=True)
         for name in ("run.sh", "setup.sh"):
             shutil.copy(REPOSITORY / name, self.root / name)
@@ -58,7 +58,7 @@ class House:
         self.behave()
         for name, (stage, output) in SCRIPTS.items():
             (self.root / name).write_text(STUB.format(stage=stage, output=output))
-        # before whatever this machine has: no uv, no GPU, and Linux
+        # programs that come first on PATH: no uv, no GPU, and Linux
         for name, text in {"uv": "exit 1", "nvidia-smi": "exit 9", "uname": "echo Linux"}.items():
             program(self.root / "bin" / name, text)
         self.env = {key: value for key, value in os.environ.items() if key not in SWITCHING}
@@ -68,14 +68,14 @@ class House:
         (self.root / "behave").write_text(json.dumps(stages))
 
     def bash(self, *words: str, **env: str) -> subprocess.CompletedProcess:
-        """The command `bash WORDS...`, called from elsewhere and without a terminal."""
+        """Run `bash WORDS...` from another folder and without a terminal."""
         command = ["bash", self.root / words[0], *words[1:]]
         return subprocess.run(
             command, cwd="/", env=self.env | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
         )
 
     def start(self, *words: str) -> subprocess.Popen:
-        """run.sh in a process group of its own, returned once the stage that is told to wait waits."""
+        """Start run.sh in a process group of its own; returns when the stage that should wait is waiting."""
         command = ["bash", self.root / "run.sh", *words]
         process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
         self.wait_for(lambda: self.calls() and self.calls()[-1][0] == "pretrain.py")
@@ -92,7 +92,7 @@ class House:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def stages_called(self) -> list[str]:
-        """The stages whose scripts were called, since the last time this was asked."""
+        """Return the stages whose scripts were called since the last call of this method."""
         names = []
         for script, *arguments in self.calls():
             chat = script == "eval.py" and "--task" not in arguments

@@ -46,7 +46,9 @@ def toy_bin(folder: Path, name: str = "train", documents: int = 60, seed: int = 
 def toy_trainer(
     run: Path, data: Any, optim: OptimArgs | None = None, shape: dict | None = None, **changes: Any
 ) -> Trainer:
-    """A trainer of a fresh toy model under `run`; `changes` are fields of TrainArgs or arguments of Trainer."""
+    """A trainer of a fresh toy model under `run`; `changes` are fields of TrainArgs or arguments of Trainer;
+    `use_backend`: a backend in place of the one that they name."""
+    backend = changes.pop("use_backend", None)
     ours = {name: changes.pop(name) for name in OF_TRAINER if name in changes}
     args = TrainArgs(**{"dtype": "fp32", "compile": "off", "device": "cpu", "log_interval": 1} | changes)
     optim = optim or OptimArgs(lr=0.01, muon_lr=0.01, warmup_steps=3)
@@ -55,7 +57,7 @@ def toy_trainer(
         model,
         build_optimizer(model, optim),
         data,
-        make_backend(args.backend, args.device, fp16=args.dtype == "fp16"),
+        backend or make_backend(args.backend, args.device, fp16=args.dtype == "fp16"),
         args,
         optim,
         run,

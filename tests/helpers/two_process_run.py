@@ -47,20 +47,20 @@ def main(folder: Path, mode: str) -> None:
         elif mode == "ask":
 
             def ask(*_):
-                if backend.rank == 1 and ours.progress.step == 5:
+                if backend.rank == 1 and ours.state.step == 5:
                     os.kill(os.getpid(), signal.SIGTERM)
 
             ours.model.model.layers[0].register_forward_hook(ask)
             ours.fit()
         elif mode == "fail":
-            save = ours.save_weights
+            save = ours.checkpoints.write
 
             def fail(directory):
-                if ours.progress.step == 8:
+                if ours.state.step == 8:
                     raise OSError("no space left")
                 save(directory)
 
-            ours.save_weights = fail
+            ours.checkpoints.write = fail
             ours.fit()
 
 

@@ -1,0 +1,94 @@
+"""The skeletons of CONTRIBUTING.md work when they are put where it says."""
+
+import copy
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import attention_errors
+from helpers.lora_models import our_model, some_tokens
+from torch import nn
+
+from attention.backends import BACKENDS, Backend
+from chat import conversations
+from chat.conversations import to_messages
+from checkpoint import peft
+from corpora import CORPORA, SourceArgs, named, read
+from lora import adapters, inject
+from lora.adapters import LoraArgs
+from optim.optimizers import Optimizers
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf8")
+SKELETONS = dict(re.findall(r"^```python\n# (.+?)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
+
+
+def skeleton(path: str, inside: types.ModuleType | None = None) -> types.SimpleNamespace:
+    """Run the skeleton for the file `path`, with the names of the module `inside` where it is a part of one."""
+    names = {"__name__": path.removesuffix(".py").replace("/", ".")} if inside is None else dict(vars(inside))
+    exec(compile(SKELETONS[path], path, "exec"), names)
+    return types.SimpleNamespace(**names)
+
+
+def test_an_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = skeleton("attention/mine.py")
+    monkeypatch.setitem(BACKENDS, "mine", Backend(mine.layout, mine.attend))
+    assert attention_errors.causal_error("mine") < 1e-12  # float64
+    assert attention_errors.packed_error("mine", window=3) < 1e-12
+    assert attention_errors.lower_right_error("mine") < 1e-12
+
+
+def test_a_lora_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(inject, "LowRank", skeleton("lora/orthogonal.py").Orthogonal)
+    model, tokens = our_model(), some_tokens()
+    before, again = model(tokens), copy.deepcopy(model)
+    adapters.apply(model, LoraArgs("lora", r=3))
+    torch.testing.assert_close(model(tokens), before, atol=1e-12, rtol=0)  # training starts at the base model
+    rows = model.model.layers[0].self_attn.q_proj.lora["default"].lora_A
+    torch.testing.assert_close(rows @ rows.T, torch.eye(3).to(rows), atol=1e-5, rtol=0)  # made in float32
+    monkeypatch.undo()
+    peft.save(tmp_path, model)
+    peft.load(again, tmp_path)
+    torch.testing.assert_close(again(tokens), model(tokens), atol=0, rtol=0)
+
+
+def test_a_quantized_layer() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    layer.weight.data = torch.tensor([[0.1, -0.5, 0.9]])
+    ours = skeleton("quant/ternary.py").TernaryLinear(layer)
+    assert torch.equal(ours.to(torch.bfloat16).dequantize(), torch.tensor([[0.0, -0.5, 0.5]]))
+    x = torch.ones(1, 3, requires_grad=True)
+    ours(x).backward()
+    assert torch.equal(x.grad, ours.dequantize())
+
+
+def test_an_optimizer() -> None:
+    lion = skeleton("optim/lion.py").Lion
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 5.0]))
+    optimizers = Optimizers([lion([p], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)])
+    optimizers.set_lr(0.5)
+    for grads in ([0.3, -0.1, 0.0], [-0.1, -0.1, 0.0]):
+        p.grad = torch.tensor(grads)
+        optimizers.step()
+    # momenta are 0.003 and -0.001 after the first step: the second follows the gradient
+    torch.testing.assert_close(p.data, torch.tensor([1.0, -1.9, 5.0]))
+    again = Optimizers([lion([nn.Parameter(p.detach().clone())], lr=0.1, betas=(0.9, 0.99))])
+    again.load_state_dict(optimizers.state_dict())
+    assert torch.equal(*(next(iter(each.parts[0].state.values()))["momentum"] for each in (optimizers, again)))
+
+
+def test_a_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(CORPORA, "mine", None)
+    skeleton("in corpora/named.py", named)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "articles.jsonl").write_text('{"title": "江上", "body": "水"}\n', encoding="utf8")
+    assert [document.text for document in read(SourceArgs(corpus=("mine",), raw_dir=tmp_path))] == ["江上\n水"]
+
+
+def test_a_form_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = skeleton("in chat/conversations.py", conversations).firefly
+    monkeypatch.setattr(conversations, "FORMS", (form, *conversations.FORMS))
+    asked, answered = to_messages({"kind": "NLI", "input": "q", "target": "a"})
+    assert (asked["content"], answered["content"]) == ("q", "a")
+    assert to_messages({"input": "q", "output": "a"}) == [asked, answered]

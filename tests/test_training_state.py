@@ -1,0 +1,94 @@
+"""The state of a run: sums and averages, the best, and how a checkpoint holds it."""
+
+import math
+import random
+
+import pytest
+import torch
+from helpers.tiny_training_run import quick, rows, toy_data, toy_trainer  # noqa: F401
+
+from training.state import Diverged, TrainState, load_state, rng_state, set_rng_state
+
+NO_GROUPS = torch.zeros(2, 0, dtype=torch.float64)
+
+
+def groups(*losses_and_targets: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(losses_and_targets, dtype=torch.float64).T
+
+
+def test_averages_are_over_all_targets_since_the_last_reset():
+    state = TrainState()
+    state.add(1.0, 100, 10, 30.0, groups((20.0, 4), (10.0, 6), (0.0, 0)), {"margin": 5.0})
+    state.add(1.0, 100, 30, 10.0, groups((4.0, 12), (6.0, 18), (0.0, 0)), {"margin": 3.0})
+    assert state.averages(["a", "b", "none"]) == {"loss": 1.0, "loss/a": 1.5, "loss/b": 16 / 24, "margin": 0.2}
+    state.reset()
+    assert (state.step, state.tokens) == (2, 200)
+    assert math.isnan(state.averages(["a", "b", "none"])["loss"])
+    state.add(1.0, 100, 2, 8.0, groups((8.0, 2), (0.0, 0), (0.0, 0)), {"margin": 1.0})
+    assert state.averages(["a", "b", "none"]) == {"loss": 4.0, "loss/a": 4.0, "margin": 0.5}
+
+
+def test_steps_that_were_skipped_are_left_out_and_twenty_in_a_row_are_an_error():
+    state = TrainState()
+    state.add(1.0, 10, 1, 2.0, NO_GROUPS, {})
+    for _ in range(19):
+        state.add(math.nan, 10, 1, math.nan, NO_GROUPS, {})
+    assert (state.skipped, state.step, state.tokens) == (19, 20, 200)
+    assert state.averages([]) == {"loss": 2.0}
+    state.add(1.0, 10, 1, 4.0, NO_GROUPS, {})
+    assert state.skipped == 0 and state.averages([]) == {"loss": 3.0}
+    for _ in range(19):
+        state.add(math.inf, 10, 1, 0.0, NO_GROUPS, {})
+    with pytest.raises(Diverged, match=r"20 steps in a row .* lower the learning rate \(--optim\.lr"):
+        state.add(math.inf, 10, 1, 0.0, NO_GROUPS, {})
+
+
+def test_the_best_and_the_evaluations_since():
+    state = TrainState()
+    judged = []
+    for step, value in enumerate([3.0, 2.0, 2.0, math.nan, 1.0], 1):
+        state.step = step
+        judged.append((state.judge(value), state.evals_since_best, state.evaluated))
+    assert judged == [(True, 0, 1), (True, 0, 2), (False, 1, 3), (False, 2, 4), (True, 0, 5)]
+    state.forget_best("task_mean")
+    assert (state.best, state.evals_since_best, state.evaluated, state.metric) == (math.inf, 0, -1, "task_mean")
+
+
+OLD = {  # what older versions wrote under the key "progress"
+    **{"step": 7, "tokens": 700, "best": 2.5, "evals_since_best": 1, "evaluated": 5, "loss_sum": 1.5, "targets": 3},
+    **{"skipped": 2, "group_losses": [1.0, 0.5], "group_targets": [2.0, 1.0], "measures": {"margin": 6.0}},
+    "metric": "task_mean",
+}
+
+
+def test_states_of_older_versions_are_read_and_written_as_they_were():
+    state = TrainState.from_plain(OLD)
+    assert (state.step, state.best, state.metric, state.metrics) == (7, 2.5, "task_mean", {"margin": 6.0})
+    assert state.averages(["a", "b"]) == {"loss": 0.5, "loss/a": 0.5, "loss/b": 0.5, "margin": 2.0}
+    assert state.to_plain() == OLD
+    assert TrainState.from_plain({"step": 3}).metrics == {}
+
+
+def test_a_run_goes_on_from_a_state_of_an_older_version(tmp_path):
+    """All keys of the file are those of old, and the sums of the steps before count in the next line of the log."""
+    data = toy_data(tmp_path)
+    torch.manual_seed(0)
+    toy_trainer(tmp_path / "whole", data, max_steps=9, log_interval=3).fit()
+    torch.manual_seed(0)
+    toy_trainer(tmp_path / "cut", data, max_steps=9, log_interval=3, save_interval=2, keep=9).fit()
+    for link in ("last", "best"):
+        (tmp_path / "cut" / link).unlink()
+    (tmp_path / "cut" / "last").symlink_to("step_00000004")
+    stored = load_state(tmp_path / "cut" / "last")
+    assert stored.keys() == {"progress", "optimizer", "rng", "scaler", "identity"}
+    assert stored["progress"].keys() == OLD.keys()
+    assert stored["progress"]["targets"] == data.batch(3).n_targets  # one step since the line of step 3
+    toy_trainer(tmp_path / "cut", data, max_steps=9, log_interval=3, save_interval=2).fit()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_random_generators_go_on_where_they_were():
+    state = rng_state(torch.device("cpu"))
+    expected = torch.rand(3).tolist(), random.random(), random.gauss(0, 1)
+    set_rng_state(state, torch.device("cpu"))
+    assert (torch.rand(3).tolist(), random.random(), random.gauss(0, 1)) == expected

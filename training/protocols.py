@@ -1,0 +1,75 @@
+"""What the loop asks of the objects that a script hands to it, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+
+class TrainableModel(Protocol):
+    """A model that the loop trains and evaluates; also an `nn.Module`, of which only the methods in use stand here.
+
+    `Transformer`, `TransformersModel` and `PreferenceModel` are such models. One with metrics beside its loss has
+    `take_metrics`, too, see below.
+    """
+
+    args: Any
+    """shape: `dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_seq_len`, as in `ModelArgs`"""
+    compute_dtype: torch.dtype | None
+    """dtype of activations; None: that of the parameters"""
+    gradient_checkpointing: bool
+    """recompute activations in the backward pass instead of keeping them"""
+    training: bool
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        doc_ids: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        token_losses: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the weighted losses and the number of targets, or with `token_losses` the loss of each
+        target (B, T) without its weight. The caller divides by the number of targets of the whole step, over
+        micro-batches and ranks.
+
+        All arguments are (B, T): tokens and targets int64, targets already shifted and -100 where ignored; positions
+        restart per document; attention never crosses a change of doc_ids; loss_weights float32.
+        """
+
+    def compile(self) -> None:
+        """Let torch.compile run the forward pass, in place: parameters keep their names."""
+
+    def n_parameters(self) -> int:
+        """Return the number of parameters, tied ones counted once."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def to(self, device: torch.device) -> TrainableModel: ...
+
+    def train(self, mode: bool = True) -> TrainableModel: ...
+
+    def eval(self) -> TrainableModel: ...
+
+
+def take_metrics(model: TrainableModel) -> dict[str, float]:
+    """Return and reset the metrics that a model collects beside its loss (`take_metrics`, for example the margin of
+    DPO): sums over its targets, under the same names on every rank. {} for a model without the method."""
+    return getattr(model, "take_metrics", dict)()
+
+
+class Adaptive(Protocol):
+    """What changes in the course of a run beside the weights, for example how much each task counts."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Return values for the log; called on every rank after each step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that later steps depend on, in plain containers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
