@@ -93,8 +93,8 @@ from checkpoint import quantized
 from checkpoint.directory import load_model, save_tokenizer
 from corpora.files import read_files, records
 from corpora.registry import Document
-from distributed.backend import make_backend
 from files import written_aside
+from hardware import choose_device
 from model import Transformer
 from quant import awq
 from quant.calibrate import Solve, Stream, inputs_of, quantize_block
@@ -109,7 +109,7 @@ def main(args: Args) -> dict[str, Any]:
     directory = find_model(args.model, "give --model a model directory")
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
-    device = make_backend("single", args.device).device
+    device = choose_device(args.device)
     model = load_model(directory, device).eval()
     if not isinstance(model, Transformer):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
@@ -183,7 +183,7 @@ def make_solver(args: Args, grid: GridOptions) -> Solve:
 def make_stream(model: Transformer, rows: torch.Tensor, keep_full: bool, batch_tokens: int = 4096) -> Stream:
     """Return the calibration rows (n, T) as hidden states in front of the first block, in batches."""
     batches = rows.split(max(1, batch_tokens // rows.shape[1])) if len(rows) else []
-    hidden = [model.model.embed_tokens(batch) for batch in batches]  # (B, T, dim) each
+    hidden = [model.embedding(batch) for batch in batches]  # (B, T, dim) each
 
     def call(block: nn.Module, x: torch.Tensor, number: int) -> torch.Tensor:
         return block(x, *model.context_for_rows(batches[number]), None)

@@ -17,6 +17,7 @@ from checkpoint.locate import find_base, is_adapter, read_config
 from checkpoint.transformers_model import TransformersModel
 from lora import adapters
 from model import Transformer
+from quant.replace import refuse_quantized
 from tokenizer import Tokenizer
 
 
@@ -94,6 +95,7 @@ def save_model(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_quantized(model, "saving it as an ordinary model would lose them")
     ids = save_tokenizer(directory, tokenizer, stop_ids)
     if isinstance(model, Transformer):
         config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids

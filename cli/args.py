@@ -34,7 +34,7 @@ NUMBERS = {  # tyro's words for a flag of this type, and for one that may be Non
     r"no type matching \{None\}\|INT could be instantiated from \['(.*?)'\]": "a whole number or None",
     r"no type matching \{None\}\|FLOAT could be instantiated from \['(.*?)'\]": "a number or None",
 }
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "eval")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval")
 
 
 def fail(message: str) -> NoReturn:

@@ -50,9 +50,21 @@ def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> Non
 
 
 def kind_of_base(model: nn.Module) -> tuple[str, bool]:
-    """Return the kind and double_quant of the `quantize_base` that a model went through; ("full", False) for none."""
-    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    """Return the kind and double_quant of the `quantize_base` that a model went through; ("full", False) for none.
+
+    Layers that were quantized in the model's own directory do not count: they come back whenever it is loaded.
+    """
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.kind in KINDS)
     return next(((layer.kind, layer.double) for layer in layers), ("full", False))
+
+
+def refuse_quantized(model: nn.Module, what: str) -> None:
+    """Raise ValueError where a layer of `model` is quantized, since `what` needs the full weights."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            f"the weights of this model are quantized, and {what}: train an adapter on it (fine_tuning.py "
+            "--lora.method lora), or take the model it was quantized from"
+        )
 
 
 def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9,8 +9,13 @@ from safetensors.torch import load_file, save_file
 
 import quantize
 from bins.token_bin import BinWriter
-from checkpoint.directory import load_model
+from checkpoint import peft
+from checkpoint.directory import load_model, save_model
 from checkpoint.quantized import read_scheme
+from decoding.generate import generate
+from decoding.params import SamplingParams
+from lora import adapters
+from lora.spec import LoraArgs
 from model import Transformer
 from quant.grouped import GroupedLinear
 from quant.linear import QuantizedLinear
@@ -245,3 +250,46 @@ def test_dtype_and_layers_of_a_loaded_model(made):
     assert isinstance(model, Transformer) and model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert all(isinstance(block.mlp.up_proj, QuantizedLinear) for block in model.model.layers)
     assert logits(model).isfinite().all()
+
+
+def test_it_is_neither_trained_in_full_nor_saved_as_a_dense_model(made, tmp_path):
+    with pytest.raises(ValueError, match="weights of this model are quantized"):
+        save_model(tmp_path / "again", load_model(made))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_on_quantized_weights_is_trained_saved_and_merged(made, tmp_path, method):
+    model = load_model(made)
+    before = logits(model)
+    adapters.apply(model, LoraArgs(method=method, r=2, targets="attention"))
+    assert torch.equal(logits(model), before) or method == "dora"
+    torch.testing.assert_close(logits(model), before)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tokens = torch.tensor([IDS[:40]])
+    for _ in range(3):
+        loss, n = model(tokens[:, :-1], tokens[:, 1:])
+        (loss / n).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = logits(model)
+    assert (after - before).abs().max() > 1e-3
+    peft.save(tmp_path / "adapter", model, base=str(made))
+    again = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), after, atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, QuantizedLinear) for module in again.modules())
+    save_model(tmp_path / "merged", again, load_tokenizer(made))
+    run_again = {"method": "rtn", "calib": (), "bits": 8}
+    quantize.main(
+        quantize.Args(model=tmp_path / "merged", out=tmp_path / "twice", group_size=32, device="cpu", **run_again)
+    )
+    assert apart(load_model(tmp_path / "twice"), again) < 1e-3
+
+
+def test_a_sampled_answer_comes_out_of_a_quantized_model(made):
+    model = load_model(made).eval()
+    (ids,) = generate(model, [IDS[:10]], SamplingParams(temperature=0, max_new_tokens=5))
+    expected = list(IDS[:10])
+    for _ in range(5):
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert list(ids) == expected[10:]
