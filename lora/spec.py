@@ -1,9 +1,9 @@
-"""What an adapter is: the registry of methods, and what of it PEFT's `adapter_config.json` records."""
+"""The settings of an adapter: the registry of methods, the flags, and what PEFT's `adapter_config.json` records."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 METHODS: dict[str, dict[str, Any]] = {  # name on the command line -> how its LoraSpec differs from plain LoRA's
@@ -39,7 +39,7 @@ class LoraSpec:
 
     @property
     def scaling(self) -> float:
-        """What multiplies B A: alpha / r; in rsLoRA alpha / sqrt(r), whose updates do not shrink as r grows."""
+        """Factor of B A: alpha / r; in rsLoRA alpha / sqrt(r), so that updates do not shrink as r grows."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
@@ -48,40 +48,27 @@ class LoraArgs:
     """Adapters instead of full fine-tuning."""
 
     method: Literal["none", "lora", "rslora", "dora", "pissa"] = "none"
-    """none: train all parameters; lora (Hu 2021), rslora (Kalajdzievski 2023), dora (Liu 2024), pissa (Meng 2024)"""
+    """none: train all weights, without an adapter; lora (Hu 2021), rslora (Kalajdzievski 2023), dora (Liu 2024), pissa
+    (Meng 2024)"""
     r: int = 8
-    """rank"""
+    """rank of the adapters"""
     alpha: float = 16.0
     """the update is scaled by alpha / r (rslora: alpha / sqrt(r))"""
     dropout: float = 0.0
-    """on the input of the adapters, in training"""
+    """dropout on the input of the adapters during training"""
     targets: str = "attention,mlp"
-    """any of attention, mlp, linear (all but the head), embedding, head, ends of module names, with commas between;
-    or one regular expression over whole module names"""
+    """layers that get an adapter, separated by commas: attention, mlp, linear (all but the head), embedding, head, or
+    ends of module names; or one regular expression over whole module names"""
     train_embed_norm: bool = False
-    """train embeddings and norms in full besides (LongLoRA); where the head is tied to the embedding, it too"""
+    """also train embeddings and norms in full (LongLoRA), and the head where it is tied to the embedding"""
     base: Literal["full", "nf4", "fp4", "int8"] = "full"
-    """how the frozen weights of the linear layers are kept; full: in the dtype of the training; nf4 is QLoRA (nf4 and
-    fp4 take bitsandbytes)"""
+    """how the frozen weights of the linear layers are stored. full: in the dtype of the training; nf4, fp4: in 4 bits
+    (QLoRA; needs bitsandbytes); int8: in 8 bits"""
     double_quant: bool = True
-    """nf4, fp4: quantize the scales too, 0.127 instead of 0.5 bits a weight"""
+    """nf4, fp4: quantize the scales as well, which then take 0.127 instead of 0.5 bits for each weight"""
 
     def __post_init__(self) -> None:
-        if self.method == "none":
-            if self.base != "full":
-                raise ValueError(
-                    f"weights kept in {self.base} cannot be trained in full: "
-                    "choose an adapter with --lora.method lora, or --lora.base full"
-                )
-            if self.train_embed_norm:
-                raise ValueError("train_embed_norm goes with an adapter (--lora.method); without one everything trains")
-            if others := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
-                raise ValueError(f"--lora.{others[0]} is of an adapter: name one with --lora.method, or leave it out")
-        elif self.method not in METHODS:
+        """Raise ValueError on an unknown method or a number out of range. Which flags go together: tuning/args.py."""
+        if self.method not in ("none", *METHODS):
             raise ValueError(f"unknown method {self.method!r}; there are {', '.join(METHODS)}")
-        if self.method == "pissa" and self.base != "full":
-            raise ValueError("pissa changes the base weights, and quantized ones are frozen: use lora or dora there")
-        if not self.double_quant and self.base not in ("nf4", "fp4"):
-            raise ValueError(f"double_quant is of the scales of nf4 and fp4, not of {self.base}: leave it out")
-        if self.method != "none":
-            LoraSpec(self.r, self.alpha, self.dropout)  # refuses numbers that make no sense
+        LoraSpec(self.r, self.alpha, self.dropout)

@@ -349,11 +349,6 @@ def test_refused(args, message):
     "args, message",
     [
         ({"method": "vera"}, "unknown method 'vera'; there are lora, rslora, dora, pissa"),
-        ({"base": "nf4"}, "weights kept in nf4 cannot be trained in full: choose an adapter with --lora.method lora"),
-        ({"train_embed_norm": True}, "train_embed_norm goes with an adapter"),
-        ({"r": 4}, "--lora.r is of an adapter: name one with --lora.method"),
-        ({"method": "lora", "double_quant": False}, "double_quant is of the scales of nf4 and fp4, not of full"),
-        ({"method": "pissa", "base": "int8"}, "pissa changes the base weights, and quantized ones are frozen"),
         ({"method": "lora", "r": 0}, "the rank r of an adapter should be at least 1, found 0"),
         ({"method": "lora", "alpha": 0}, "alpha should be above 0 and finite, found 0"),
         ({"method": "lora", "dropout": 1.0}, r"dropout should lie in [0, 1), found 1.0"),

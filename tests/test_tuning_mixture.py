@@ -197,5 +197,5 @@ def test_names_and_paths_of_tasks(tmp_path):
     paths = split_paths([given[0], type(given[0])(f"{given[1]},{given[2]}"), given[3]])
     assert paths == given
     assert task_names(paths) == ["c,d", str(given[1]), str(given[2]), "poems"]
-    with pytest.raises(ValueError, match="named once"):
+    with pytest.raises(ValueError, match="name each task once"):
         task_names([given[1], given[1]])
