@@ -4,9 +4,9 @@
     python bench/finetune.py --texts my_texts --data my_chats.jsonl    # a model pretrained on a folder of texts first
     python bench/finetune.py --learn False --widen 512         # costs alone, on a wider model of random weights
 
-Every run is `fine_tuning.main`. Losses: each learning rate of a method is tried with the first seed, the best one is
-taken by the others. Costs: a new process for each, one at a time, a few steps, nothing evaluated. Everything is AdamW,
-linear decay, uncompiled. Runs that are finished are not done again.
+Every run is a call of `fine_tuning.main`. Losses: the first seed tries each learning rate of a method, the other seeds
+use the best one. Costs: a new process for each method, one at a time, for a few steps without evaluation. All runs use
+AdamW and linear decay, uncompiled. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class Args:
     model: Path = Path("out/tiny/pretrain/best")
     """the model to start from"""
     texts: Path | None = None
-    """a folder of texts to pretrain that model on first (once: it is kept below `out`)"""
+    """a folder of texts to pretrain that model on first (once: the model is kept below `out`)"""
     pretrain_steps: int = 250
-    """steps of that"""
+    """optimizer steps of the pretraining"""
     data: Path = Path("data/tiny/sft_train.jsonl")
     """conversations to train on"""
     heldout: Path | None = Path("data/tiny/sft_heldout.jsonl")
     """conversations to measure on; None: a share of `data`"""
     records: int = 4000
-    """conversations that are used, taken at random; a tenth as many are held out"""
+    """number of conversations to train on, drawn at random; a tenth as many are held out"""
     steps: int = 100
     """optimizer steps of a run"""
     rows: int = 8
@@ -83,29 +83,29 @@ class Args:
     seq_len: int = 128
     """tokens in a row"""
     seeds: int = 3
-    """runs at the best learning rate"""
+    """number of runs at the best learning rate"""
     full_lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """learning rates to try where all parameters train"""
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """learning rates to try for each kind of adapter"""
     rates: Path | None = None
-    """results.json of another run, whose best learning rates are taken as they are"""
+    """results.json of an earlier run, to reuse its best learning rates"""
     methods: tuple[str, ...] = tuple(METHODS)
-    """what to compare"""
+    """methods to compare"""
     learn: bool = True
     """measure losses"""
     cost: bool = True
     """measure memory and time"""
     cost_steps: int = 12
-    """steps of that"""
+    """optimizer steps of a measurement of memory and time"""
     cost_repeats: int = 3
-    """rounds of that, in which the methods take turns; the median is told"""
+    """rounds of measurements, in which the methods take turns; the table has the medians"""
     widen: int = 0
-    """measure the costs on a model this wide, 12 layers deep, of random weights, instead"""
+    """measure memory and time on a random model of this width and 12 layers; 0: on the model itself"""
     jobs: int = 2
-    """runs at a time, one thread each, when losses are measured"""
+    """parallel runs, one thread each, when losses are measured"""
     threads: int = field(default_factory=torch.get_num_threads)
-    """processor cores of a run when costs are"""
+    """threads of a run when memory and time are measured"""
     out: Path = Path("out/bench/finetune")
     """where runs and results.json go"""
 
@@ -123,7 +123,7 @@ class Job:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Fine-tune; what came of it, and what it took. A run that diverges has an infinite loss."""
+    """Fine-tune; return the measures and the costs of the run. A run that diverges has an infinite loss."""
     torch.set_num_threads(job.threads)
     job.args.out.mkdir(parents=True, exist_ok=True)
     before = psutil.Process().memory_info().rss
@@ -134,8 +134,8 @@ def run(job: Job) -> dict[str, Any]:
         except Diverged:
             return row | {"loss": math.inf}
     row["memory_mib"] = (peak_bytes() - before) / 2**20
-    told = re.search(r"([\d,]+) parameters train, ([\d.]+)%", (job.args.out / "log.txt").read_text())
-    row |= {"trained": int(told[1].replace(",", "")), "share": float(told[2]) / 100}
+    counts = re.search(r"([\d,]+) parameters train, ([\d.]+)%", (job.args.out / "log.txt").read_text())
+    row |= {"trained": int(counts[1].replace(",", "")), "share": float(counts[2]) / 100}
     rates = [line["tokens_per_second"] for line in read_metrics(job.args.out / "metrics.jsonl") if "mfu" in line]
     row["step_seconds"] = job.args.data.batch_size * job.args.data.seq_len / statistics.median(rates[2:] or rates)
     row["file_kib"] = sum(path.stat().st_size for path in Path(row["model"]).glob("*.safetensors")) / 2**10
@@ -143,7 +143,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int = 1, apart: bool = False) -> list[dict[str, Any]]:
-    """The rows of all jobs; a line is printed as each ends. apart: each in a new process, whose memory is its own."""
+    """Return the rows of all jobs; print a line as each job ends. `apart`: run each job in a new process."""
     rows = []
     with multiprocessing.get_context("spawn").Pool(at_a_time, maxtasksperchild=1 if apart else None) as pool:
         for row in pool.imap_unordered(run, jobs, chunksize=1):
@@ -156,7 +156,7 @@ def run_all(jobs: Sequence[Job], at_a_time: int = 1, apart: bool = False) -> lis
 
 
 def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float, seed: int) -> Job:
-    """A run that is to learn."""
+    """Return a run of one method at one learning rate; a rate of 0 measures the untrained model."""
     steps, warmup = (args.steps, args.steps // 10) if lr else (1, 0)
     return placed(
         method,
@@ -174,17 +174,17 @@ def job(args: Args, model: Path, data: tuple[Path, Path], method: str, lr: float
 
 
 def placed(name: str, args: fine_tuning.Args, runs: Path, threads: int = 1) -> Job:
-    """A job whose run directory no job of other settings has, so that what is found there is of the same one."""
+    """Return a job whose run directory belongs to its settings alone, so that a finished run can be reused."""
     settings = json.dumps(to_plain(args), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
     return Job(name, replace(args, out=runs / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)}_{digest}"), threads)
 
 
-# ---- what they start from
+# ---- data and models to start from
 
 
 def sampled(path: Path, n: int, out: Path) -> Path:
-    """A file of n records of `path`, drawn at random, the same ones at every call."""
+    """Write n records of `path`, drawn at random, the same ones at every call, to `out`; return it."""
     found = [record.value for record in records(path) if not isinstance(record, BadRecord)]
     drawn = random.Random(0).sample(found, min(n, len(found)))
     out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in drawn), encoding="utf8")
@@ -192,7 +192,7 @@ def sampled(path: Path, n: int, out: Path) -> Path:
 
 
 def conversations(data: Path, heldout: Path | None, n: int, out: Path) -> tuple[Path, Path]:
-    """Files of n conversations to train on and n / 10 to measure on, which are others; with fewer, all of them."""
+    """Return files of n conversations to train on and n / 10 others to measure on; of a smaller file, all it holds."""
     train, test = out / f"{data.stem}.jsonl", out / "heldout" / f"{data.stem}.jsonl"
     test.parent.mkdir(parents=True, exist_ok=True)
     if heldout is not None:
@@ -205,7 +205,7 @@ def conversations(data: Path, heldout: Path | None, n: int, out: Path) -> tuple[
 
 
 def pretrained(texts: Path, steps: int, out: Path) -> Path:
-    """A model pretrained on a folder of texts, its tokenizer and bins made first: the product's own three scripts."""
+    """Train a tokenizer, make bins and pretrain a model on a folder of texts with our scripts; return the model."""
     if not (out / "model" / "result.json").is_file():
         bins = out / "bins"
         tokenizer = bins / "tokenizer"
@@ -224,7 +224,7 @@ def pretrained(texts: Path, steps: int, out: Path) -> Path:
 
 
 def widened(model: Path, dim: int, out: Path) -> Path:
-    """A model of random weights with the tokenizer of another."""
+    """Write a model of random weights with the tokenizer of `model` to `out`; return it."""
     tokenizer = load_tokenizer(model)
     torch.manual_seed(0)
     shape = ModelArgs(dim=dim, n_layers=12, n_heads=dim // 64, vocab_size=tokenizer.vocab_size, max_seq_len=512)
@@ -236,7 +236,7 @@ def widened(model: Path, dim: int, out: Path) -> Path:
 
 
 def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
-    """Held-out losses by method: of the untrained model, of every learning rate, of every seed at the best one."""
+    """Return held-out losses by method: untrained, at every learning rate, and of every seed at the best rate."""
     lrs = {method: args.full_lrs if method == "full" else args.lrs for method in args.methods}
     if args.rates is not None:
         found = json.loads(args.rates.read_text())["losses"]
@@ -259,8 +259,8 @@ def learn(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
 
 
 def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
-    """Of each method what trains, memory over that of a process that has only loaded Python, step time, file size;
-    medians of all rounds."""
+    """Return the costs of each method, medians of all rounds: trained parameters, memory above that of the process
+    before the run, time of a step, size of the file."""
     jobs = []
     for method in args.methods:
         each = job(args, model, data, method, 1e-3, 0).args
@@ -280,7 +280,7 @@ def costs(args: Args, model: Path, data: tuple[Path, Path]) -> dict[str, dict[st
 
 
 def markdown(args: Args, losses: dict[str, dict[str, Any]], cost: dict[str, dict[str, Any]]) -> str:
-    """Both as one table."""
+    """Return losses and costs as one Markdown table."""
     heads = ["held-out loss", "from", "to", "learning rate"] * bool(losses)
     heads += ["trained", "share", "memory, MiB", "step, ms", "file, KiB"] * bool(cost)
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]

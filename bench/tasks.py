@@ -1,10 +1,10 @@
-"""Several tasks in one run under each way to weigh their losses: the held-out loss of every task, and how they differ.
+"""Several tasks in one run, with each way to weight their losses: the held-out loss of every task, and their spread.
 
     python bench/tasks.py --model DIR --data poems.jsonl alpaca.json medical.jsonl kdconv.jsonl
 
-Every run is full fine-tuning by `fine_tuning.main` on the same conversations in the same order; only --data.loss is
-another. A task is a file. Losses of different tasks differ by nature, so what a run has gained is also given as a share
-of each task's loss before: the spread is that between the task which gained most and the one which gained least.
+Every run is full fine-tuning by `fine_tuning.main` on the same conversations in the same order; only --data.loss
+changes. A task is a file. Losses of different tasks are not comparable, so the table also gives the gain of a run as a
+share of each task's loss before; the spread lies between the task that gained most and the one that gained least.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ LOSSES = {"token": "case1", "sample": "case2", "task_token": "case3", "task_samp
 
 @dataclass(frozen=True)
 class Args:
-    """Compare ways to weigh the losses of tasks."""
+    """Compare ways to weight the losses of tasks."""
 
     model: Path
     """the model to start from"""
     data: tuple[Path, ...]
     """the tasks: a file of conversations each"""
     records: int = 2000
-    """conversations of a task, taken at random; a tenth as many are held out"""
+    """number of conversations of a task, drawn at random; a tenth as many are held out"""
     losses: tuple[str, ...] = tuple(LOSSES)
-    """what to compare, as fine_tuning.py's --data.loss"""
+    """values of fine_tuning.py's --data.loss to compare"""
     steps: int = 100
     """optimizer steps of a run"""
     rows: int = 8
@@ -50,15 +50,15 @@ class Args:
     lr: float = 3e-3
     """learning rate of AdamW"""
     seeds: int = 2
-    """runs of each"""
+    """number of runs of each"""
     jobs: int = 2
-    """runs at a time, one thread each"""
+    """parallel runs, one thread each"""
     out: Path = Path("out/bench/tasks")
     """where runs and results.json go"""
 
 
 def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job:
-    """One run; the untrained model is one of a single step at a learning rate of 0."""
+    """Return one run; the untrained model is measured by a single step at a learning rate of 0."""
     lr, steps = (args.lr, args.steps) if loss != UNTRAINED else (0.0, 1)
     data = DataArgs(*map(tuple, zip(*files)), seq_len=args.seq_len, batch_size=args.rows)
     return placed(
@@ -75,7 +75,7 @@ def job(args: Args, files: list[tuple[Path, Path]], loss: str, seed: int) -> Job
 
 
 def markdown(names: list[str], losses: dict[str, dict[str, float]]) -> str:
-    """A row a way to weigh, a column a task."""
+    """Return a Markdown table with one row for each way to weight the tasks and one column for each task."""
     before = losses[UNTRAINED]
     lines = ["| | " + " | ".join([*names, "their mean", "gained, of the loss before", "spread"]) + " |"]
     lines.append("|---" * (len(names) + 4) + "|")

@@ -10,7 +10,7 @@ weights belong to tasks; remove it".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -37,15 +37,20 @@ def check_flags(args: Any, rows: Iterable[Needs]) -> None:
         if found in row.values:
             continue
         flags = [
-            f"--{name}"
+            f"--{name}" if isinstance(value, tuple) else f"--{name} {value}"
             for name, value, default in read_flags(args, row.flag)
             if (row.is_set(value) if row.is_set else value != default)
         ]
         if flags:
             verb = "needs" if len(flags) == 1 else "need"
-            needed = " or ".join(map(str, row.values))
-            why = row.why.format(args=args)
-            raise ValueError(f"{' and '.join(flags)} {verb} --{row.other} {needed}, found {found}: {why}")
+            needed = f"--{row.other} {listing(row.values, 'or')}"
+            raise ValueError(f"{listing(flags, 'and')} {verb} {needed}, found {found}: {row.why.format(args=args)}")
+
+
+def listing(items: Sequence[Any], last: str) -> str:
+    """Return the items in one text, with the word `last` before the last one: "a, b or c"."""
+    *before, end = map(str, items)
+    return f"{', '.join(before)} {last} {end}" if before else end
 
 
 def read_flags(args: Any, pattern: str) -> Iterator[tuple[str, Any, Any]]:

@@ -45,13 +45,13 @@ def test_rows_that_are_kept(args):
     [
         (
             Outer(inner=Inner(tea_leaves=4)),
-            "--inner.tea_leaves needs --mode fast or faster, found slow: see here; remove it",
+            "--inner.tea_leaves 4 needs --mode fast or faster, found slow: see here; remove it",
         ),
         (
             Outer(inner=Inner("c", 4, ()), out="there"),
-            "--inner.tea_leaves and --inner.tea_sugar need --mode fast or faster, found slow: see there; remove it",
+            "--inner.tea_leaves 4 and --inner.tea_sugar need --mode fast or faster, found slow: see there; remove it",
         ),
-        (Outer(mode="fast", inner=Inner("c")), "--mode needs --inner.kind a or b, found c: c is fast already"),
+        (Outer(mode="fast", inner=Inner("c")), "--mode fast needs --inner.kind a or b, found c: c is fast already"),
     ],
 )
 def test_the_first_broken_row_is_the_message(args, message):

@@ -25,17 +25,17 @@ def test_rows_name_flags_that_exist_and_values_that_they_take(row):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"base": "nf4"}, "--lora.base needs --lora.method lora or rslora or dora or pissa, found none: only adapters"),
-        ({"train_embed_norm": True}, "--lora.train_embed_norm needs --lora.method lora or"),
-        ({"r": 4}, "--lora.r needs --lora.method lora or rslora or dora or pissa, found none"),
-        ({"r": 4, "alpha": 2.0}, "--lora.r and --lora.alpha need --lora.method lora or"),
+        ({"base": "nf4"}, "--lora.base nf4 needs --lora.method lora, rslora, dora or pissa, found none: only adapters"),
+        ({"train_embed_norm": True}, "--lora.train_embed_norm True needs --lora.method lora, rslora"),
+        ({"r": 4}, "--lora.r 4 needs --lora.method lora, rslora, dora or pissa, found none"),
+        ({"r": 4, "alpha": 2.0}, "--lora.r 4 and --lora.alpha 2.0 need --lora.method lora, rslora"),
         (
             {"method": "lora", "double_quant": False},
-            "--lora.double_quant needs --lora.base nf4 or fp4, found full: it quantizes their scales; remove it",
+            "--lora.double_quant False needs --lora.base nf4 or fp4, found full: it quantizes their scales; remove it",
         ),
         (
             {"method": "pissa", "base": "int8"},
-            "--lora.base needs --lora.method none or lora or rslora or dora, found pissa: pissa changes the base",
+            "--lora.base int8 needs --lora.method none, lora, rslora or dora, found pissa: pissa changes the base",
         ),
     ],
 )
@@ -57,7 +57,7 @@ def test_settings_of_another_objective(setting):
     preference = PreferenceArgs(**{setting: 0.1})
     fine_tuning.Args(objective="dpo", preference=preference)
     for objective in ("sft", "orpo"):
-        with pytest.raises(ValueError, match=rf"--preference\.{setting} needs --objective dpo, found {objective}"):
+        with pytest.raises(ValueError, match=rf"--preference\.{setting} 0\.1 needs --objective dpo, found {objective}"):
             fine_tuning.Args(objective=objective, preference=preference)
 
 

@@ -157,27 +157,30 @@ def test_two_processes_are_one(folder, environment):
         (["--preference.beta", "0"], r"--preference\.beta should be above 0"),
         (
             ["--objective", "sft", "--preference.beta", "1"],
-            r"--preference\.beta needs --objective dpo or orpo, found sft",
+            r"--preference\.beta 1\.0 needs --objective dpo or orpo, found sft",
         ),
         (
             ["--objective", "orpo", "--preference.sft_weight", "1"],
-            r"sft_weight needs --objective dpo, found orpo: no oth",
+            r"sft_weight 1\.0 needs --objective dpo, found orpo: no",
         ),
         (
             ["--data.packing", "concat"],
-            r"--data\.packing needs --objective sft, found dpo: pairs are packed best_fit or",
+            r"--data\.packing concat needs --objective sft, found dpo: pairs are packed best_fit or",
         ),
         (
             ["--data.train_on", "last"],
-            r"--data\.train_on needs --objective sft, found dpo: .* always train the last ans",
+            r"--data\.train_on last needs --objective sft, found dpo: .* always train the last ans",
         ),
         (
             ["--data.loss", "sample"],
-            r"--data\.loss needs --objective sft, found dpo: .* losses of their own; remove it",
+            r"--data\.loss sample needs --objective sft, found dpo: .* losses of their own; remove it",
         ),
         (["--data", "a,b"], r"--data\.train needs --objective sft, found dpo: dpo and orpo train one task"),
-        (["--train.metric", "accuracy"], r"--train\.metric needs --objective sft, found dpo: .* has the least loss"),
-        (["--train.s2_group", "8"], r"--train\.s2_group needs --objective sft, found dpo: .* under full attention"),
+        (
+            ["--train.metric", "accuracy"],
+            r"--train\.metric accuracy needs --objective sft, found dpo: .* has the least loss",
+        ),
+        (["--train.s2_group", "8"], r"--train\.s2_group 8 needs --objective sft, found dpo: .* under full attention"),
     ],
 )
 def test_refused_before_anything_is_written(folder, more, message, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_what_a_row_leaves_out():
 def folder(tmp_path: Path) -> Path:
     """model/, tokenizer/, two files of conversations, the second with a broken record, and pairs.jsonl."""
     save_chat_model(tmp_path / "model")
-    chat_tokenizer(tmp_path / "tokenizer").save(tmp_path / "tokenizer")
+    chat_tokenizer(tmp_path).save(tmp_path / "tokenizer")
     records = {
         "chats": [{"prompt": f"moon {n}?", "answer": "the </s>"} for n in range(3)],
         "more": [{"prompt": "sun?", "answer": "river"}, {"prompt": "no answer"}],
