@@ -22,7 +22,8 @@ def describe(data: DataArgs, split: Split, objective: Objective, batches: BatchS
     """
     lines = [f"{task.path}: {counts(samples, objective.unit)}" for task, samples in zip(data.tasks, split.trained)]
     filler = "Packing" if data.packing in ("best_fit", "concat") else "Padding"
-    lines[-1] += f" {filler} wastes {1 - batches.packing_efficiency:.1%} of each batch.".replace("%", " %")
+    waste = f"{filler} wastes {1 - batches.packing_efficiency:.1%} of each batch.".replace("%", " %")
+    lines = [f"{lines[0]} {waste}"] if len(lines) == 1 else [*lines, waste]
     for task, samples in zip(data.tasks, split.trained):
         lines.append(too_long(task.path, samples, objective.unit, data.seq_len, longest))
     return "\n".join([*filter(None, lines), evaluated(data, split, objective)])
