@@ -1,7 +1,9 @@
 """The objectives of fine-tuning: supervised fine-tuning on conversations, and losses on pairs of answers.
 
-An objective reads the data, makes the batches and gives the model its loss; fine_tuning.py does the rest. To add a loss
-on pairs: a subclass of `Pairwise` here, in OBJECTIVES, and its name and settings in tuning/args.py.
+An objective reads the data, makes the batches and gives the model its loss; fine_tuning.py does the rest. Its `unit` is
+the plural of what a record is called, `texts` are the names of the samples of one record, and `of_tokens` says whether
+the loss is a mean over tokens, so that it can be given in bits per byte. To add a loss on pairs: a subclass of
+`Pairwise` here, in OBJECTIVES, and its name and settings in tuning/args.py.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,36 +34,6 @@ from tuning.args import DataArgs, PreferenceArgs
 from tuning.data import Split, read_split
 from tuning.preference_model import Pairs, PreferenceModel
 from tuning.reference import reference
-
-
-class Objective(Protocol):
-    """What a run of fine_tuning.py learns."""
-
-    unit: str
-    """what a record is called, in the plural"""
-    texts: tuple[str, ...]
-    """names of the samples of one record"""
-    of_tokens: bool
-    """whether the loss is a mean over tokens, so that it can be given in bits per byte"""
-
-    def read(self, data: DataArgs, template: ChatTemplate) -> Split:
-        """Read and encode the records of every task."""
-        ...
-
-    def batches(self, data: DataArgs, split: Split, seed: int) -> tuple[BatchSource, BatchSource | None]:
-        """Return the batches to train on and, where something is held out, those to evaluate on."""
-        ...
-
-    def wrap(
-        self,
-        model: Transformer | TransformersModel,
-        sources: Sequence[BatchSource],
-        backend: SingleProcess,
-        args: TrainArgs,
-        cache: Path,
-    ) -> torch.nn.Module:
-        """Return the model whose loss is this objective. `sources` are all batches, `cache` a file that it may use."""
-        ...
 
 
 class SFT:
@@ -206,7 +177,8 @@ def log_odds(log_p: torch.Tensor) -> torch.Tensor:
     return log_p - torch.where(near_one, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(far)))
 
 
-OBJECTIVES: dict[str, type] = {"sft": SFT, "dpo": DPO, "orpo": ORPO}
+Objective = SFT | Pairwise
+OBJECTIVES: dict[str, type[Objective]] = {"sft": SFT, "dpo": DPO, "orpo": ORPO}
 
 
 def make_objective(name: str, preference: PreferenceArgs) -> Objective:
