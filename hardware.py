@@ -24,6 +24,13 @@ PEAKS = {  # dense bfloat16 operations a second, from the makers' data sheets
 }
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; "auto": cuda where there is one, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Operations a second this device can do in a matrix product, and where the figure is from: a data sheet for a
     known GPU, else a measurement (half a second)."""

@@ -31,7 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.train_speed import SHAPES, peer
 from decoding import cpu_step
-from decoding.generate import Feeder
+from decoding.feeder import Feeder
 from model import Transformer
 
 PROMPT = 16  # tokens
@@ -77,7 +77,7 @@ class Clock:
 
 
 def ours(model: Transformer, prompts: list[list[int]], tokens: int, fast: bool) -> Answer:
-    """The loop of `generate.decode` without sampling: what it costs is in no step of either side."""
+    """The loop of `Rows` without sampling: what it costs is in no step of either side."""
     moments, steps, runs, past = [time.perf_counter()], [], prompts, [0] * len(prompts)
     feed = Feeder(model, model.make_cache(len(prompts), PROMPT + tokens))
     if not fast:

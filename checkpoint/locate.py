@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from checkpoint.adapter_config import CONFIG, read_adapter_config
-from cli.progress import tell
+from cli.progress import say
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -32,7 +32,7 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
             return directory
     last = path.with_name("last")
     if path.name == "best" and is_model(last):
-        tell(f"there is no {path}, since its run was not evaluated; using {last}")
+        say(f"there is no {path}, since its run was not evaluated; using {last}")
         return last
     if path != DEFAULT_MODEL:
         what = "is no model directory (it has no config.json)" if path.exists() else "does not exist"
@@ -43,7 +43,7 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
     if not found:
         raise FileNotFoundError(f"there is no model at {path} and none below out/; {advice}")
     newest = max(found, key=lambda p: p.stat().st_mtime).parent
-    tell(f"there is no model at {path}; using the newest, {newest}")
+    say(f"there is no model at {path}; using the newest, {newest}")
     return newest
 
 

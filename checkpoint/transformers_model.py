@@ -277,6 +277,10 @@ class TokenCache:
         """Let row i continue from what row `rows[i]` has seen."""
         self.ids = self.ids[rows]
 
+    def append(self, other: TokenCache) -> None:
+        """Add the rows of another cache with the same room after those of this one."""
+        self.ids, self.length = torch.cat([self.ids, other.ids]), max(self.length, other.length)
+
 
 def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
     """The causal LM that transformers makes of a directory, all of whose tensors fit."""

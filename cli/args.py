@@ -8,6 +8,9 @@ A preset such as `configs/tiny.yaml` describes a whole run, with one section a s
 `parse(Args, "pretrain")` reads its own section. A YAML value is nothing but a flag written down: the section is
 flattened into `--model.dim 160 ...` and put before the flags of the command line, so there is one parser,
 one validation and one error message, and the later value wins.
+
+On the command line, a field of a group may be named without its group where no other flag has that name:
+`--temperature 0` is short for `--sampling.temperature 0`.
 """
 
 from __future__ import annotations
@@ -43,10 +46,12 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     `__post_init__`, or an unreadable file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    from_file, flags = [], []
+    from_file, flags, whole_names = [], [], short_names(cls)
     while argv:
         word = argv.pop(0)
         name, _, value = word.partition("=")
+        if name.startswith("--") and (whole := whole_names.get(name[2:].replace("-", "_"))):
+            name, word = f"--{whole}", word.replace(name, f"--{whole}", 1)
         if name != "--config":
             said = value if name.startswith("--") else word  # YAML's true and false are Python's True and False
             flags.append(word.removesuffix(said) + said.capitalize() if said in ("true", "false") else word)
@@ -56,6 +61,8 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         else:
             fail("--config expects a YAML file, such as configs/tiny.yaml")
     description = f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags win."
+    for short, whole in list(whole_names.items())[:1]:
+        description += f" A name in a group may stand alone if no other flag has it: --{short} for --{whole}."
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -72,6 +79,23 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
             fail(" ".join(str(error).split()))
         sys.stderr.write(told.getvalue())
         raise
+
+
+def short_names(cls: type) -> dict[str, str]:
+    """Return the path of each nested field of a dataclass whose name no other field has: temperature ->
+    sampling.temperature."""
+    paths: dict[str, list[str]] = {}
+
+    def visit(part: type, prefix: str) -> None:
+        hints = typing.get_type_hints(part)
+        for field in dataclasses.fields(part):
+            if dataclasses.is_dataclass(hints[field.name]):
+                visit(hints[field.name], f"{prefix}{field.name}.")
+            else:
+                paths.setdefault(field.name, []).append(f"{prefix}{field.name}")
+
+    visit(cls, "")
+    return {name: places[0] for name, places in paths.items() if len(places) == 1 and "." in places[0]}
 
 
 def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str, Any]:

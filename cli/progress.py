@@ -92,8 +92,3 @@ def say(text: str) -> None:
     """One line on stderr, above the bars if there are any."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
-
-
-def tell(notice: str) -> None:
-    """One line that is no answer."""
-    print(notice, file=sys.stderr, flush=True)

@@ -8,12 +8,12 @@ import torch
 
 from distributed.ddp import DataParallel
 from distributed.single import SingleProcess
+from hardware import choose_device
 
 
 def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
     """The backend called `name` on `device` ("auto": cuda, else mps, else cpu); ValueError if it cannot run here."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = str(choose_device(device))
     if name == "single":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(

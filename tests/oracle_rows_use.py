@@ -101,7 +101,7 @@ def speculative_greedy() -> float:
         expected = small.uncached(model, prompt, 12)
         for drafter in rooms.drafters(model):
             for n in (1, 2, 5):
-                pairs.append((list(rooms.Speculator(model, drafter, n).stream(prompt, rooms.GREEDY)), expected))
+                pairs.append((list(rooms.Speculative(model, drafter, n).stream(prompt, rooms.GREEDY)), expected))
     return differing(pairs)
 
 
