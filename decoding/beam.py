@@ -6,7 +6,7 @@ The bookkeeping is that of transformers' `generate(num_beams=...)`, and the answ
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,8 +14,7 @@ import torch
 from attention.cache import KVCache
 from decoding.decoder import Decoder
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import SamplingParams
-from decoding.rows import Ended
+from decoding.params import NEVER, SamplingParams, Stop
 from model import Transformer
 
 
@@ -67,14 +66,13 @@ def beam_search(
     model: Transformer,
     prompt: Sequence[int],
     params: BeamParams,
-    stop_ids: Collection[int] = (),
+    stop: Stop = NEVER,
     cache: str = "static",
-    ended: Ended | None = None,
 ) -> list[Hypothesis]:
     """Return the best sequences that follow `prompt`, at most num_beams, the best first.
 
-    A sequence is finished with a stop id, when it has `ended` (see `Rows.add`), after max_new_tokens, or when the
-    context is full. cache: its kind (attention/cache.py). Raises ValueError as `check_prompts` does.
+    A sequence is finished by `stop`, after max_new_tokens, or when the context is full. cache: its kind
+    (attention/cache.py). Raises ValueError as `check_prompts` does.
     """
     check_prompts(model, [prompt])
     max_len = min(params.max_new_tokens, model.args.max_seq_len + 1 - len(prompt))
@@ -83,11 +81,11 @@ def beam_search(
     with evaluating(model):
         logits = feed([prompt], [0])[:, 0]  # (1, V)
         while True:
-            candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop_ids)))
-            over = [c.ids[-1] in stop_ids or len(c.ids) == max_len or bool(ended and ended(c.ids)) for c in candidates]
+            candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop.ids)))
+            over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.after(c.ids) for c in candidates]
             # A sequence may finish only among the best num_beams; the further candidates replace those that do.
             best = zip(candidates[: params.num_beams], over)
-            finished += [_hypothesis(c, stop_ids, params.length_penalty) for c, is_over in best if is_over]
+            finished += [_hypothesis(c, stop.ids, params.length_penalty) for c, is_over in best if is_over]
             finished = sorted(finished, key=lambda h: -h.score)[: params.num_beams]
             running = [c for c, is_over in zip(candidates, over) if not is_over][: params.num_beams]
             if not running or _done(running, finished, max_len, params):
@@ -126,18 +124,14 @@ class Beam(Decoder):
     """Decode by beam search: the best answer comes as a whole at the end of the search."""
 
     def __init__(self, model: Transformer, num_beams: int, length_penalty: float = 1.0) -> None:
-        self.model, self.num_beams, self.length_penalty = model, num_beams, length_penalty
+        """Raises ValueError as `BeamParams` does."""
+        self.model, self.search = model, BeamParams(num_beams, length_penalty)
 
     def stream(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop_ids: Collection[int] = (),
-        cache: KVCache | str = "static",
-        ended: Ended | None = None,
+        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over the ids of the best answer. Only `max_new_tokens` of `params` has an effect. A cache
         that is passed in is left as it is, because the rows of the search are its beams."""
-        search = BeamParams(self.num_beams, self.length_penalty, max_new_tokens=params.max_new_tokens)
+        search = replace(self.search, max_new_tokens=params.max_new_tokens)
         kind = cache if isinstance(cache, str) else "static"
-        return iter(beam_search(self.model, prompt, search, stop_ids, kind, ended)[0].ids)
+        return iter(beam_search(self.model, prompt, search, stop, kind)[0].ids)

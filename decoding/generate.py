@@ -9,8 +9,8 @@ from attention.cache import KVCache
 from cli.progress import Progress
 from decoding.decoder import Decoder
 from decoding.feeder import check_prompts
-from decoding.params import SamplingParams
-from decoding.rows import Ended, Rows, Token
+from decoding.params import NEVER, Ended, SamplingParams, Stop
+from decoding.rows import Rows, Token
 from model import Transformer
 
 
@@ -26,7 +26,7 @@ def generate(
     """Return the ids that follow each of the prompts (of any lengths), without the prompt and without the stop id.
 
     Row i draws with seeds[i], by default params.seed + i. cache: its kind (attention/cache.py). stop_ids, ended: see
-    `Rows.add`; a row that has `ended` keeps the ids that spell its stop string (streaming.text_pieces leaves them out).
+    `Stop`; a row that has `ended` keeps the ids that spell its stop string (streaming.text_pieces leaves them out).
     Raises ValueError as `check_prompts` does.
     """
     answers = generate_scored(model, prompts, params, stop_ids, seeds, cache, ended, top=None)
@@ -48,8 +48,8 @@ def generate_scored(
     rows = Rows(model, _room(model, prompts, params), cache)
     check_prompts(model, prompts, rows.max_len)
     seeds = range(params.seed, params.seed + len(prompts)) if seeds is None else seeds
-    drawn = [replace(params, seed=seed) for seed in seeds]
-    answers = {rows.add(prompt, own, stop_ids, ended, top): [] for prompt, own in zip(prompts, drawn)}
+    stop = Stop(frozenset(stop_ids), ended)
+    answers = {rows.add(p, replace(params, seed=seed), stop, top): [] for p, seed in zip(prompts, seeds)}
     while rows:
         for row, token in rows.step():
             answers[row].append(token)
@@ -84,7 +84,7 @@ def stream(
 ) -> Iterator[int]:
     """Return an iterator over the ids that `generate` gives for one prompt; see `Decoder.stream`."""
     rows = Rows(model, _room(model, [prompt], params), cache)
-    rows.add(prompt, params, stop_ids, ended)
+    rows.add(prompt, params, Stop(frozenset(stop_ids), ended))
     return (token.id for step in iter(rows.step, []) for _, token in step)
 
 
@@ -100,22 +100,16 @@ class Sampled(Decoder):
         self.model = model
 
     def stream(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop_ids: Collection[int] = (),
-        cache: KVCache | str = "static",
-        ended: Ended | None = None,
+        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
-        return stream(self.model, prompt, params, stop_ids, cache, ended)
+        return stream(self.model, prompt, params, stop.ids, cache, stop.ended)
 
     def answers(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        stop_ids: Collection[int] = (),
+        stop: Stop = NEVER,
         cache: str = "static",
-        ended: Ended | None = None,
         batch_size: int = 32,
     ) -> Iterator[list[int]]:
-        return generate_in_batches(self.model, prompts, params, stop_ids, batch_size, cache, ended)
+        return generate_in_batches(self.model, prompts, params, stop.ids, batch_size, cache, stop.ended)

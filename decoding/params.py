@@ -1,8 +1,28 @@
-"""The settings of sampling."""
+"""The settings of decoding: how the next token is chosen, and what ends an answer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+
+Ended = Callable[[Sequence[int]], bool]  # of the ids of an answer so far: does the last one end it (a stop string)?
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What ends an answer before it has `max_new_tokens`."""
+
+    ids: Collection[int] = ()
+    """ids that end the answer without being part of it"""
+    ended: Ended | None = None
+    """whether the answer ends with the last of its ids so far, which is part of it"""
+
+    def after(self, ids: Sequence[int]) -> bool:
+        """Return whether an answer with these ids has ended."""
+        return self.ended is not None and self.ended(ids)
+
+
+NEVER = Stop()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ rounding of batched matrix products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
@@ -22,11 +22,9 @@ import torch
 
 from attention.cache import KVCache
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import SamplingParams
+from decoding.params import NEVER, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
-
-Ended = Callable[[Sequence[int]], bool]  # of the ids of an answer so far: does the last one end it (a stop string)?
 
 
 class Token(NamedTuple):
@@ -49,13 +47,12 @@ class _Row:
     max_len: int  # `ids` ends at this length
     params: SamplingParams  # with seed 0: rows of equal settings are sampled together
     generator: torch.Generator
-    stop_ids: frozenset[int]
-    ended: Ended | None
+    stop: Stop
     top: int | None
 
     def goes_on(self) -> bool:
         """Whether the answer may have another token."""
-        return len(self.ids) < self.max_len and not (self.ended and self.ended(self.ids[self.start :]))
+        return len(self.ids) < self.max_len and not self.stop.after(self.ids[self.start :])
 
 
 class Rows:
@@ -88,28 +85,19 @@ class Rows:
     def __contains__(self, key: int) -> bool:
         return any(row.key == key for row in (*self._waiting, *self._running))
 
-    def add(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop_ids: Collection[int] = (),
-        ended: Ended | None = None,
-        top: int | None = None,
-    ) -> int:
+    def add(self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, top: int | None = None) -> int:
         """Add a text that follows `prompt`; return its key, by which `step` and `remove` name the row.
 
-        The row ends before an id in `stop_ids`, with the id after which it has `ended`, after `params.max_new_tokens`,
-        or when the context is full: when no position is left for its last id. `top`: the number of likeliest ids to
-        report with each token; None: its log-probability is not computed either (nan).
-        Raises ValueError as `check_prompts` does.
+        The row ends by `stop`, after `params.max_new_tokens`, or when the context is full: when no position is left for
+        its last id. top: number of likeliest ids to report with each token; None: its log-probability is not computed
+        either (nan). Raises ValueError as `check_prompts` does.
         """
         check_prompts(self.model, [prompt], self.max_len, self._first.cache.length if self._first else 0)
         generator = torch.Generator().manual_seed(params.seed)
         max_len = min(len(prompt) + params.max_new_tokens, self.max_len + 1)
-        settings, key = replace(params, seed=0), next(self._keys)
-        of_prompt = (key, list(prompt), len(prompt), max_len)
-        self._waiting.append(_Row(*of_prompt, settings, generator, frozenset(stop_ids), ended, top))
-        return key
+        row = _Row(next(self._keys), list(prompt), len(prompt), max_len, replace(params, seed=0), generator, stop, top)
+        self._waiting.append(row)
+        return row.key
 
     def remove(self, key: int) -> None:
         """Stop decoding a row. A row that has ended already may be removed again."""
@@ -126,7 +114,7 @@ class Rows:
             logits = self._next_logits()  # (B, V)
         tokens = score(logits, choose(logits, self._running), [row.top for row in self._running])
         for i, (row, token) in enumerate(zip(self._running, tokens)):
-            if token.id in row.stop_ids:
+            if token.id in row.stop.ids:
                 continue
             row.ids.append(token.id)
             grown.append((row.key, token))

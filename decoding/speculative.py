@@ -10,7 +10,7 @@ beyond its window), the guesses add to that length.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Protocol
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from attention.cache import KVCache, SinkCache, keep_prefix
 from decoding.decoder import Decoder
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import SamplingParams
-from decoding.rows import Ended
+from decoding.params import NEVER, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
@@ -118,12 +117,7 @@ class Speculative(Decoder):
         self.tally = Tally()
 
     def stream(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop_ids: Collection[int] = (),
-        cache: KVCache | str = "static",
-        ended: Ended | None = None,
+        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over ids of the same distribution as those of `generate.stream`. Raises ValueError as that
         does, and for a cache that forgets."""
@@ -133,16 +127,9 @@ class Speculative(Decoder):
         if isinstance(cache, SinkCache):
             raise ValueError("a cache with sinks cannot take guesses back; use the static or int8 cache with a draft")
         check_prompts(self.model, [prompt], cache.max_len, cache.length)
-        return self._stream(list(prompt), params, frozenset(stop_ids), Feeder(self.model, cache), ended)
+        return self._stream(list(prompt), params, stop, Feeder(self.model, cache))
 
-    def _stream(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        stop_ids: Collection[int],
-        feed: Feeder,
-        ended: Ended | None,
-    ) -> Iterator[int]:
+    def _stream(self, ids: list[int], params: SamplingParams, stop: Stop, feed: Feeder) -> Iterator[int]:
         start = len(ids)
         max_len = min(start + params.max_new_tokens, feed.cache.max_len + 1)
         generator = torch.Generator().manual_seed(params.seed)
@@ -150,11 +137,11 @@ class Speculative(Decoder):
             try:
                 while len(ids) < max_len:
                     for token in self._round(feed, ids, max_len - 1 - len(ids), params, generator):
-                        if token in stop_ids:
+                        if token in stop.ids:
                             return
                         ids.append(token)
                         yield token
-                        if ended and ended(ids[start:]):
+                        if stop.after(ids[start:]):
                             return
             finally:
                 feed.cache.truncate(len(ids) - 1)  # forget the kept guesses that the caller did not take

@@ -18,7 +18,7 @@ from checkpoint.locate import find_base, find_model, has_tokenizer
 from cli.progress import say
 from decoding.decoder import Decoder
 from decoding.generate import Sampled
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from decoding.speculative import DraftModel, PromptLookup, Speculative
 from model import Transformer
 from serving.streaming import StopStrings, text_pieces
@@ -35,7 +35,7 @@ class Assistant:
     """None: the assistant continues texts and has no conversations"""
     decoder: Decoder | None = None
     """way to decode; None: one id after the other (`Sampled`)"""
-    stop: StopStrings | None = None
+    stop_strings: StopStrings | None = None
     """texts that end an answer, beside the stop ids of the template"""
     system: str = ""
     """system message before every conversation that has none"""
@@ -46,7 +46,12 @@ class Assistant:
 
     def __post_init__(self) -> None:
         self.decoder = self.decoder or Sampled(self.model)
-        self.stop = self.stop or StopStrings(self.tokenizer)
+        self.stop_strings = self.stop_strings or StopStrings(self.tokenizer)
+
+    @property
+    def stop(self) -> Stop:
+        """What ends an answer."""
+        return Stop(self.stop_ids, self.stop_strings.ended)
 
     @property
     def longest(self) -> int:
@@ -77,25 +82,22 @@ class Assistant:
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
         """Return an iterator over the ids of the answer to one prompt. cache: see `Decoder.stream`."""
-        return self.decoder.stream(
-            prompt, params, self.stop_ids, self.cache if cache is None else cache, self.stop.ended
-        )
+        return self.decoder.stream(prompt, params, self.stop, self.cache if cache is None else cache)
 
     def answers(self, prompts: Sequence[Sequence[int]], params: SamplingParams, batch_size: int) -> Iterator[str]:
         """Yield the text of the answer to each prompt, in order, with progress on stderr."""
-        found = self.decoder.answers(prompts, params, self.stop_ids, self.cache, self.stop.ended, batch_size)
-        return map(self.text, found)
+        return map(self.text, self.decoder.answers(prompts, params, self.stop, self.cache, batch_size))
 
     def reply(self, question: str, params: SamplingParams) -> Iterator[str]:
         """Return an iterator over the pieces of text that answer one question, or that continue a text."""
         ids = self.stream(self.encode([{"role": "user", "content": question}]), params)
-        return text_pieces(self.tokenizer, ids, self.stop)
+        return text_pieces(self.tokenizer, ids, self.stop_strings)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, up to a stop string; a continuation keeps a space at its beginning."""
         if self.template is None:
-            return "".join(text_pieces(self.tokenizer, ids, self.stop))
-        return self.stop.before(self.tokenizer.decode(ids))
+            return "".join(text_pieces(self.tokenizer, ids, self.stop_strings))
+        return self.stop_strings.before(self.tokenizer.decode(ids))
 
 
 def load_assistant(
@@ -112,7 +114,8 @@ def load_assistant(
     """Load the model, or the base with its adapter merged, in `directory`.
 
     base: directory of the model that an adapter belongs to; None: the one that the adapter names. raw: without a chat
-    template. stop, system, cache: see `Assistant`. Raises ValueError where model and tokenizer do not belong together.
+    template. stop: texts that end an answer. system, cache: see `Assistant`. Raises ValueError where model and
+    tokenizer do not belong together.
     """
     adapter = directory if (directory / CONFIG).is_file() else None
     if adapter is not None:
@@ -131,7 +134,9 @@ def load_assistant(
             "they do not belong together"
         )
     template = None if raw else usable_template(tokenizer)
-    return Assistant(model, tokenizer, template, stop=stop_strings, system=system, cache=cache, directory=directory)
+    return Assistant(
+        model, tokenizer, template, stop_strings=stop_strings, system=system, cache=cache, directory=directory
+    )
 
 
 def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:

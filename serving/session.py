@@ -41,7 +41,7 @@ class ChatSession:
         with contextlib.closing(self.ask(text, params)) as ids:
             if gone := self.forgotten - before:
                 say(f"(the context is full; oldest turns forgotten: {gone})")
-            yield from text_pieces(self.assistant.tokenizer, ids, self.assistant.stop)
+            yield from text_pieces(self.assistant.tokenizer, ids, self.assistant.stop_strings)
 
     def ask(self, text: str, params: SamplingParams) -> Generator[int, None, None]:
         """Return an iterator over the ids of the answer. The answer enters the history when the iterator ends or is
@@ -72,6 +72,6 @@ class ChatSession:
                 self._fed.append(token)
                 yield token
         finally:
-            answer = self.assistant.stop.before(self.assistant.tokenizer.decode(self._fed[len(prompt) :]))
+            answer = self.assistant.stop_strings.before(self.assistant.tokenizer.decode(self._fed[len(prompt) :]))
             # A question without any answer would leave two questions in a row, which no template accepts.
             self.messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]

@@ -84,7 +84,7 @@ def beams() -> float:
                 torch.tensor([prompt]), do_sample=False, max_new_tokens=12, num_beams=n, num_return_sequences=n,
                 output_scores=True, return_dict_in_generate=True, eos_token_id=5,
             )  # fmt: skip
-            mine = rooms.beam_search(ours, prompt, rooms.BeamParams(n, max_new_tokens=12), (5,))
+            mine = rooms.beam_search(ours, prompt, rooms.BeamParams(n, max_new_tokens=12), rooms.Stop((5,)))
             texts = [
                 line[: line.index(5)] if 5 in line else line for line in found.sequences[:, len(prompt) :].tolist()
             ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from decoding.feeder import Feeder
 from decoding.generate import generate, generate_scored, stream
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from decoding.rows import Rows
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -59,7 +59,7 @@ def test_whatever_comes_and_goes_each_row_is_as_it_is_alone(seed, kind):
     for n in range(10):
         for prompt in random_prompts([rng.randint(1, 38) for _ in range(rng.randint(0, 2))], seed=seed + n):
             params = dataclasses.replace(rng.choice(SETTINGS), seed=rng.randint(0, 9))
-            asked[rows.add(prompt, params, [1, 2, 3])] = prompt, params
+            asked[rows.add(prompt, params, Stop([1, 2, 3]))] = prompt, params
         if asked and rng.random() < 0.3:
             rows.remove(rng.choice(list(asked)))  # one that decodes, waits, or has ended
         collect(rows, answers, steps=rng.randint(0, 3))
@@ -92,7 +92,7 @@ def test_each_row_has_its_own_settings_endings_and_scores():
     ended = [None, lambda ids: len(ids) == 2, None, None]
     tops = [None, 3, None, 0]
     for i, prompt in enumerate(prompts):
-        rows.add(prompt, SETTINGS[i % 3], [5] if i == 2 else [], ended[i], tops[i])
+        rows.add(prompt, SETTINGS[i % 3], Stop([5] if i == 2 else [], ended[i]), tops[i])
     while rows:
         for row, token in rows.step():
             tokens.setdefault(row, []).append(token)

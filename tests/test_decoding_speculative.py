@@ -16,7 +16,7 @@ from attention.cache import KVCache
 from checkpoint.directory import load_model
 from decoding.feeder import Feeder
 from decoding.generate import stream
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from decoding.sampling import probabilities, process_logits
 from decoding.speculative import DraftModel, PromptLookup, Speculative, verify
 
@@ -45,7 +45,7 @@ def test_greedy_is_plain_greedy_token_for_token(length, seed, n_draft, stop):
     for drafter in drafters(model):
         speculative = Speculative(model, drafter, n_draft)
         cache = model.make_cache(1)
-        assert list(speculative.stream(prompt, GREEDY, stop, cache)) == expected
+        assert list(speculative.stream(prompt, GREEDY, Stop(stop), cache)) == expected
         assert cache.length == len(prompt) + len(expected) - 1
         assert speculative.tally.accepted <= speculative.tally.drafted <= n_draft * speculative.tally.passes
 
@@ -91,7 +91,9 @@ def test_a_trained_model_with_itself_and_with_the_prompt(shared):
     for entry in expected:
         itself, lookup = Speculative(model, DraftModel(model)), Speculative(model, PromptLookup(512))
         for speculative in (itself, lookup):
-            assert entry["prompt_ids"] + list(speculative.stream(entry["prompt_ids"], params, [2])) == entry["ids"]
+            assert (
+                entry["prompt_ids"] + list(speculative.stream(entry["prompt_ids"], params, Stop([2]))) == entry["ids"]
+            )
         assert itself.tally.accepted == itself.tally.drafted == 160 and itself.tally.passes == 40
         assert str(itself.tally) == "160 of 160 drafted tokens accepted (100%), 5.00 tokens a pass"
         assert lookup.tally.accepted > 0

@@ -19,7 +19,7 @@ from checkpoint.directory import load_model, save_model
 from cli.args import parse
 from decoding.beam import BeamParams, beam_search
 from decoding.generate import generate
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from decoding.rows import Token
 from eval import BENCHMARKS, COMBINATIONS, IS_SET, Args, main
 from evaluation.registry import make_task
@@ -168,7 +168,7 @@ def test_beams_answer_one_question_and_a_file_of_them(args, directory, tmp_path,
     for penalty in (1.0, -2.0):
         search = dataclasses.replace(args, num_beams=3, length_penalty=penalty)
         params = BeamParams(3, penalty, max_new_tokens=30)
-        expected = tokenizer.decode(beam_search(model, prompt_of(directory), params, stop_ids)[0].ids)
+        expected = tokenizer.decode(beam_search(model, prompt_of(directory), params, Stop(stop_ids))[0].ids)
         assert main(search)["answer"] == expected
         questions = tmp_path / "questions.jsonl"
         questions.write_text('{"prompt": "江上"}\n', encoding="utf8")
