@@ -120,7 +120,7 @@ def test_a_prompt_that_cannot_be_continued_does_not_disturb_the_rows():
             rows.add(prompt, GREEDY)
     collect(rows, answers)
     assert answers == {row: uncached(model, [4], 12)}
-    with pytest.raises(ValueError, match="no cache of kind 'none'"):
+    with pytest.raises(ValueError, match="cache should be one of static, int8, sinks, found 'none'"):
         Rows(model, cache="none")
 
 
