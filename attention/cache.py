@@ -153,6 +153,12 @@ class KVCache:
         for name in self.stored:
             setattr(self, name, getattr(self, name)[:, rows].contiguous())
 
+    def append(self, other: KVCache) -> None:
+        """Add the rows of another cache, of the same kind and room, after those of this one."""
+        for name in self.stored:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)], dim=1))
+        self.length = max(self.length, other.length)
+
 
 def keep_prefix(cache: KVCache, ids: Sequence[int], held: Sequence[int]) -> None:
     """Truncate the cache to the longest common prefix of `ids` and `held`, which begins with the ids in the cache.

@@ -31,7 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.train_speed import SHAPES, peer
 from decoding import cpu_step
-from decoding.generate import Feeder
+from decoding.feeder import Feeder
 from model import Transformer
 
 PROMPT = 16  # tokens
@@ -78,7 +78,7 @@ class Clock:
 
 
 def ours(model: Transformer, prompts: list[list[int]], tokens: int, fast: bool) -> Answer:
-    """Decode greedily with our model: the loop of `generate.decode` without sampling."""
+    """Decode greedily with our model: the loop of `Rows` without sampling."""
     moments, steps, runs, past = [time.perf_counter()], [], prompts, [0] * len(prompts)
     feed = Feeder(model, model.make_cache(len(prompts), PROMPT + tokens))
     if not fast:

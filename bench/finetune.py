@@ -104,7 +104,7 @@ class Args:
     widen: int = 0
     """width of a model of 12 layers and random weights to measure the costs on; 0: the model itself"""
     jobs: int = 2
-    """runs at a time, one thread each, when losses are measured"""
+    """parallel runs, one thread each, when losses are measured"""
     threads: int = field(default_factory=torch.get_num_threads)
     """threads of a run when costs are measured"""
     out: Path = Path("out/bench/finetune")

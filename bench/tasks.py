@@ -31,7 +31,7 @@ LOSSES = {"token": "case1", "sample": "case2", "task_token": "case3", "task_samp
 
 @dataclass(frozen=True)
 class Args:
-    """Compare ways to weigh the losses of tasks."""
+    """Compare ways to weight the losses of tasks."""
 
     model: Path
     """the model to start from"""
@@ -52,7 +52,7 @@ class Args:
     seeds: int = 2
     """number of runs of each"""
     jobs: int = 2
-    """runs at a time, one thread each"""
+    """parallel runs, one thread each"""
     out: Path = Path("out/bench/tasks")
     """directory of runs and results.json"""
 

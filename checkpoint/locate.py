@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
 from checkpoint.adapter_config import read_adapter_config
-from cli.progress import tell
+from cli.progress import say
 from files import read_json_object
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -74,7 +74,7 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
             return directory
     last = path.with_name("last")
     if path.name == "best" and is_model(last):
-        tell(f"there is no {path}, since its run was not evaluated; using {last}")
+        say(f"there is no {path}, since its run was not evaluated; using {last}")
         return last
     if path != DEFAULT_MODEL:
         what = f"is no model directory (it has no {CONFIG})" if path.exists() else "does not exist"
@@ -85,7 +85,7 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
     if not complete:
         raise FileNotFoundError(f"there is no model at {path} and none below out/; {advice}")
     newest = max(complete, key=lambda p: p.stat().st_mtime).parent
-    tell(f"there is no model at {path}; using the newest, {newest}")
+    say(f"there is no model at {path}; using the newest, {newest}")
     return newest
 
 

@@ -278,6 +278,10 @@ class TokenCache:
         """Let row i continue from what row `rows[i]` has seen."""
         self.ids = self.ids[rows]
 
+    def append(self, other: TokenCache) -> None:
+        """Add the rows of another cache with the same room after those of this one."""
+        self.ids, self.length = torch.cat([self.ids, other.ids]), max(self.length, other.length)
+
 
 # ---- directories
 

@@ -7,6 +7,9 @@ A preset such as `configs/tiny.yaml` describes a whole run, with one section per
 
 `parse(Args, "pretrain")` reads the section of its name. The values become flags, `--model.dim 160 ...`, in front of
 those of the command line: one parser, one validation, one kind of error message, and the later value wins.
+
+On the command line, a field of a group may be named without its group where no other flag has that name:
+`--temperature 0` is short for `--sampling.temperature 0`.
 """
 
 from __future__ import annotations
@@ -49,10 +52,12 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     refuses, or a file that cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    from_file, flags = [], []
+    from_file, flags, whole_names = [], [], short_names(cls)
     while argv:
         word = argv.pop(0)
         name, _, value = word.partition("=")
+        if name.startswith("--") and (whole := whole_names.get(name[2:].replace("-", "_"))):
+            name, word = f"--{whole}", word.replace(name, f"--{whole}", 1)
         if name != "--config":
             last = value if name.startswith("--") else word  # the value: write YAML's true and false as Python does
             flags.append(word.removesuffix(last) + last.capitalize() if last in ("true", "false") else word)
@@ -64,6 +69,8 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     description = (
         f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags override them."
     )
+    for short, whole in list(whole_names.items())[:1]:
+        description += f" A name in a group may stand alone if no other flag has it: --{short} for --{whole}."
     errors, answer = Capture(), Capture()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(answer):  # stdout: only --help prints
@@ -83,6 +90,23 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         sys.stdout.write(plain_types(answer.getvalue()))
         sys.stderr.write(plain_types(errors.getvalue()))
         raise
+
+
+def short_names(cls: type) -> dict[str, str]:
+    """Return the path of each nested field of a dataclass whose name no other field has: temperature ->
+    sampling.temperature."""
+    paths: dict[str, list[str]] = {}
+
+    def visit(part: type, prefix: str) -> None:
+        hints = typing.get_type_hints(part)
+        for field in dataclasses.fields(part):
+            if dataclasses.is_dataclass(hints[field.name]):
+                visit(hints[field.name], f"{prefix}{field.name}.")
+            else:
+                paths.setdefault(field.name, []).append(f"{prefix}{field.name}")
+
+    visit(cls, "")
+    return {name: places[0] for name, places in paths.items() if len(places) == 1 and "." in places[0]}
 
 
 class Capture(io.StringIO):

@@ -94,8 +94,3 @@ def say(text: str) -> None:
     """Print a line on stderr, above the progress bars."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
-
-
-def tell(notice: str) -> None:
-    """Print a notice on stderr."""
-    print(notice, file=sys.stderr, flush=True)

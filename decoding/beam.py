@@ -1,36 +1,39 @@
-"""Beam search: the likeliest sequence, as far as keeping the best few unfinished ones at every step can find it.
+"""Beam search: look for the likeliest sequence by following the best few unfinished ones at every step.
 
-The bookkeeping is that of transformers' `generate(num_beams=...)`, whose answers it gives, token for token.
+The bookkeeping is that of transformers' `generate(num_beams=...)`, and the answers are the same token for token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from decoding.generate import Ended, Feeder, check_prompts, evaluating
+from attention.cache import KVCache
+from decoding.decoder import Decoder
+from decoding.feeder import Feeder, check_prompts, evaluating
+from decoding.params import NEVER, SamplingParams, Stop
 from model import Transformer
 
 
 @dataclass(frozen=True)
 class BeamParams:
-    """How the search goes."""
+    """Settings of the search."""
 
     num_beams: int = 4
-    """Unfinished sequences that are followed, and finished ones that are kept."""
+    """Number of unfinished sequences to follow, and of finished ones to keep."""
     length_penalty: float = 1.0
-    """Sequences are compared by log-probability / tokens^this: above 0 favours long ones, below 0 short ones."""
+    """Sequences are compared by log-probability / tokens^length_penalty: above 0 favours long ones, below 0 short."""
     early_stopping: bool | Literal["never"] = False
-    """True: done with num_beams finished sequences; "never": when none can become better (for a length_penalty above
-    0, at full length); False: when none would be if it ended here."""
+    """True: stop with num_beams finished sequences; "never": stop when no unfinished one can become better (with a
+    length_penalty above 0 it could at full length); False: stop when none would be better if it ended at this step."""
     max_new_tokens: int = 256
-    """The longest answer, in tokens."""
+    """Largest number of tokens in an answer."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a value that makes no sense."""
+        """Raise ValueError for a value out of its range."""
         if self.num_beams < 1 or self.max_new_tokens < 1:
             name = "num_beams" if self.num_beams < 1 else "max_new_tokens"
             raise ValueError(f"{name} should be at least 1, found {getattr(self, name)}")
@@ -40,12 +43,12 @@ class BeamParams:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A sequence that has been found."""
+    """A finished sequence."""
 
     ids: list[int]
     """without the prompt and without the stop id"""
     logprob: float
-    """natural logarithm of its probability, that of its stop id included"""
+    """natural logarithm of its probability, its stop id included"""
     score: float
     """logprob / tokens^length_penalty"""
 
@@ -63,15 +66,13 @@ def beam_search(
     model: Transformer,
     prompt: Sequence[int],
     params: BeamParams,
-    stop_ids: Collection[int] = (),
+    stop: Stop = NEVER,
     cache: str = "static",
-    ended: Ended | None = None,
 ) -> list[Hypothesis]:
-    """The best sequences found to follow `prompt`, at most num_beams, the best first.
+    """Return the best sequences that follow `prompt`, at most num_beams, the best first.
 
-    A sequence is finished with a stop id, when it has `ended`, after max_new_tokens or when the context is full.
-    `cache`: of which kind (see attention/cache.py).
-    Raises ValueError as `check_prompts` does.
+    A sequence is finished by `stop`, after max_new_tokens, or when the context is full. cache: its kind
+    (attention/cache.py). Raises ValueError as `check_prompts` does.
     """
     check_prompts(model, [prompt])
     max_len = min(params.max_new_tokens, model.args.max_seq_len + 1 - len(prompt))
@@ -80,11 +81,11 @@ def beam_search(
     with evaluating(model):
         logits = feed([prompt], [0])[:, 0]  # (1, V)
         while True:
-            candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop_ids)))
-            over = [c.ids[-1] in stop_ids or len(c.ids) == max_len or bool(ended and ended(c.ids)) for c in candidates]
-            # What finishes counts only among the best; the others are there to fill the places of those that do.
+            candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop.ids)))
+            over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.after(c.ids) for c in candidates]
+            # A sequence may finish only among the best num_beams; the further candidates replace those that do.
             best = zip(candidates[: params.num_beams], over)
-            finished += [_hypothesis(c, stop_ids, params.length_penalty) for c, is_over in best if is_over]
+            finished += [_hypothesis(c, stop.ids, params.length_penalty) for c, is_over in best if is_over]
             finished = sorted(finished, key=lambda h: -h.score)[: params.num_beams]
             running = [c for c, is_over in zip(candidates, over) if not is_over][: params.num_beams]
             if not running or _done(running, finished, max_len, params):
@@ -94,10 +95,11 @@ def beam_search(
 
 
 def _continuations(running: Sequence[_Candidate], logits: torch.Tensor, n: int) -> list[_Candidate]:
-    """The n likeliest sequences that are one of `running` and one id more, the likeliest first."""
+    """Return the n likeliest sequences that continue one of `running` by one id, the likeliest first."""
     so_far = torch.tensor([beam.logprob for beam in running], device=logits.device)
     logprobs = (logits.float().log_softmax(-1) + so_far[:, None]).flatten()  # (beams x V,)
     best, at = logprobs.topk(min(n, len(logprobs)))
+    # index in the flat (beams x V) -> beam and id
     places = (divmod(i, logits.shape[-1]) for i in at.tolist())
     return [_Candidate(b, [*running[b].ids, token], lp) for (b, token), lp in zip(places, best.tolist())]
 
@@ -109,10 +111,27 @@ def _hypothesis(candidate: _Candidate, stop_ids: Collection[int], length_penalty
 
 
 def _done(running: Sequence[_Candidate], finished: Sequence[Hypothesis], max_len: int, params: BeamParams) -> bool:
-    """Whether the search ends although some sequences could go on."""
+    """Return whether the search ends although some sequences could go on."""
     if len(finished) < params.num_beams:
         return False
     if params.early_stopping is True:
         return True
     at_length = max_len if params.early_stopping == "never" and params.length_penalty > 0 else len(running[0].ids)
     return running[0].logprob / at_length**params.length_penalty <= finished[-1].score
+
+
+class Beam(Decoder):
+    """Decode by beam search: the best answer comes as a whole at the end of the search."""
+
+    def __init__(self, model: Transformer, num_beams: int, length_penalty: float = 1.0) -> None:
+        """Raises ValueError as `BeamParams` does."""
+        self.model, self.search = model, BeamParams(num_beams, length_penalty)
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
+    ) -> Iterator[int]:
+        """Return an iterator over the ids of the best answer. Only `max_new_tokens` of `params` has an effect. A cache
+        that is passed in is left as it is, because the rows of the search are its beams."""
+        search = replace(self.search, max_new_tokens=params.max_new_tokens)
+        kind = cache if isinstance(cache, str) else "static"
+        return iter(beam_search(self.model, prompt, search, stop, kind)[0].ids)

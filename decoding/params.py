@@ -1,38 +1,51 @@
-"""How the next token is chosen, as flags and callers say it."""
+"""The settings of decoding: how the next token is chosen, and what ends an answer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
 
-import tyro
+Ended = Callable[[Sequence[int]], bool]  # of the ids of an answer so far: does the last one end it (a stop string)?
 
 
-def _flag(name: str) -> Any:
-    return tyro.conf.arg(aliases=[f"--{name}"])  # `--temperature 0` beside `--sampling.temperature 0`
+@dataclass(frozen=True)
+class Stop:
+    """What ends an answer before it has `max_new_tokens`."""
+
+    ids: Collection[int] = ()
+    """ids that end the answer without being part of it"""
+    ended: Ended | None = None
+    """whether the answer ends with the last of its ids so far, which is part of it"""
+
+    def after(self, ids: Sequence[int]) -> bool:
+        """Return whether an answer with these ids has ended."""
+        return self.ended is not None and self.ended(ids)
+
+
+NEVER = Stop()
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen."""
 
-    temperature: Annotated[float, _flag("temperature")] = 0.7
-    """Divides the logits: below 1 is safer, above 1 wilder; 0 always takes the likeliest token."""
-    top_k: Annotated[int, _flag("top_k")] = 40
+    temperature: float = 0.7
+    """Divides the logits: below 1 is safer, above 1 more varied; 0 always takes the likeliest token."""
+    top_k: int = 40
     """Draw from this many of the likeliest tokens; 0: from all."""
-    top_p: Annotated[float, _flag("top_p")] = 1.0
-    """Draw from the likeliest tokens that together hold this share of the probability (nucleus); 1: from all."""
-    min_p: Annotated[float, _flag("min_p")] = 0.0
-    """Leave out tokens less likely than this share of the likeliest one's probability; 0: none."""
-    repetition_penalty: Annotated[float, _flag("repetition_penalty")] = 1.0
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together hold this share of the probability (nucleus sampling); 1: off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest token's probability; 0: off."""
+    repetition_penalty: float = 1.0
     """Above 1 makes tokens that have occurred less likely (Keskar et al. 2019, CTRL); 1: off."""
-    max_new_tokens: Annotated[int, _flag("max_new_tokens")] = 256
-    """The longest answer, in tokens."""
-    seed: Annotated[int, _flag("seed")] = 0
-    """Of the random draws; row i of a batch uses seed + i."""
+    max_new_tokens: int = 256
+    """Largest number of tokens in an answer."""
+    seed: int = 0
+    """Seed of the random draws; answer i of a file or a chat uses seed + i."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a value that makes no sense."""
+        """Raise ValueError for a value out of its range."""
         expected = {
             "temperature": (self.temperature == 0 or 0.01 <= self.temperature <= 100, "0 or from 0.01 to 100"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),

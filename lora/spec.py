@@ -6,7 +6,7 @@ A new method is a file with a class, a field of `LoraSpec`, a line in `METHODS` 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from quant.kinds import KINDS
@@ -62,52 +62,30 @@ class LoraArgs:
     """Adapters instead of full fine-tuning."""
 
     method: Literal[("none", *METHODS)] = "none"  # type: ignore[valid-type]
-    """none: train all parameters; lora (Hu 2021), rslora (Kalajdzievski 2023), dora (Liu 2024), pissa (Meng 2024)"""
+    """none: train all weights, without an adapter; lora (Hu 2021), rslora (Kalajdzievski 2023), dora (Liu 2024), pissa
+    (Meng 2024)"""
     r: int = 8
-    """rank"""
+    """rank of the adapters"""
     alpha: float = 16.0
     """the update is scaled by alpha / r (rslora: alpha / sqrt(r))"""
     dropout: float = 0.0
     """probability of dropout on the input of the adapters, in training"""
     targets: str = "attention,mlp"
-    """layers with an adapter: any of attention, mlp, linear (all except the head), embedding, head, ends of module
-    names, separated by commas; or one regular expression over whole module names"""
+    """layers that get an adapter, separated by commas: attention, mlp, linear (all but the head), embedding, head, or
+    ends of module names; or one regular expression over whole module names"""
     train_embed_norm: bool = False
-    """also train embeddings and norms in full (LongLoRA), and a head that is tied to the embedding"""
+    """also train embeddings and norms in full (LongLoRA), and the head where it is tied to the embedding"""
     base: Literal[("full", *KINDS)] = "full"  # type: ignore[valid-type]
-    """format of the frozen weights of the linear layers; full: the dtype of the training; nf4 is QLoRA (nf4 and fp4
-    need bitsandbytes)"""
+    """how the frozen weights of the linear layers are stored. full: in the dtype of the training; nf4, fp4: in 4 bits
+    (QLoRA; needs bitsandbytes); int8: in 8 bits"""
     double_quant: bool = True
-    """quantize the scales of nf4 and fp4, too: 0.127 instead of 0.5 bits for each weight"""
+    """nf4, fp4: quantize the scales as well, which then take 0.127 instead of 0.5 bits for each weight"""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers out of range and for flags that have no effect or contradict each other."""
-        if self.method == "none":
-            self._check_none()
-            return
-        if self.method not in METHODS:
+        """Raise ValueError on an unknown method or a number out of range. Which flags go together: tuning/args.py."""
+        if self.method not in ("none", *METHODS):
             raise ValueError(f"--lora.method should be one of none, {', '.join(METHODS)}, found {self.method!r}")
-        if self.method == "pissa" and self.base != "full":
-            raise ValueError(
-                f"--lora.method pissa changes the base weights, which --lora.base {self.base} freezes: use lora or dora"
-            )
-        double = [name for name, kind in KINDS.items() if kind.double_quant]
-        if not self.double_quant and self.base not in double:
-            raise ValueError(
-                f"--lora.double_quant needs --lora.base {' or '.join(double)} (it quantizes their scales), "
-                f"found {self.base}: remove it"
-            )
         try:
             LoraSpec(self.r, self.alpha, self.dropout)  # checks the numbers
         except ValueError as error:
             raise ValueError(f"--lora.{error}") from None
-
-    def _check_none(self) -> None:
-        """Raise ValueError when any flag of an adapter is set."""
-        if self.base != "full":
-            raise ValueError(
-                f"--lora.base {self.base} needs an adapter, because quantized weights cannot be trained: "
-                "add --lora.method lora, or use --lora.base full"
-            )
-        if flags := [f.name for f in fields(self) if getattr(self, f.name) != f.default]:
-            raise ValueError(f"--lora.{flags[0]} has no effect with --lora.method none: choose a method or remove it")

@@ -1,23 +1,24 @@
-"""A model directory as something that answers: finding it, loading it, and the way from messages to ids and back."""
+"""An assistant: a loaded model with all that turns messages into ids and ids into the text of an answer."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from attention.cache import KVCache
 from chat.messages import check_messages
 from chat.template import ChatTemplate, load_template
 from checkpoint.directory import load_model
 from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter
-from cli.progress import tell
-from decoding import generate
-from decoding.params import SamplingParams
-from decoding.speculative import DraftModel, PromptLookup, Speculator
+from cli.progress import say
+from decoding.decoder import Decoder
+from decoding.generate import Sampled
+from decoding.params import SamplingParams, Stop
+from decoding.speculative import DraftModel, PromptLookup, Speculative
 from model import Transformer
 from serving.streaming import StopStrings, text_pieces
 from tokenizer import MARKERS, Tokenizer, load_tokenizer
@@ -25,19 +26,31 @@ from tokenizer import MARKERS, Tokenizer, load_tokenizer
 
 @dataclass
 class Assistant:
-    """A loaded model and what turns its ids into text; `template` is None when texts are only continued."""
+    """A model, its tokenizer and chat template, and how it answers."""
 
-    directory: Path
     model: Transformer
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    system: str
-    stop: StopStrings
-    """texts at which an answer ends"""
-    stream: Callable[..., Iterator[int]]
-    """`generate.stream` of this model, or what does the same in another way"""
+    """None: the assistant continues texts and has no conversations"""
+    decoder: Decoder | None = None
+    """way to decode; None: one id after the other (`Sampled`)"""
+    stop_strings: StopStrings | None = None
+    """texts that end an answer, beside the stop ids of the template"""
+    system: str = ""
+    """system message before every conversation that has none"""
     cache: str = "static"
-    """the kind of cache in which it answers"""
+    """kind of key-value cache (attention/cache.py)"""
+    directory: Path | None = None
+    """where the model lies"""
+
+    def __post_init__(self) -> None:
+        self.decoder = self.decoder or Sampled(self.model)
+        self.stop_strings = self.stop_strings or StopStrings(self.tokenizer)
+
+    @property
+    def stop(self) -> Stop:
+        """What ends an answer."""
+        return Stop(self.stop_ids, self.stop_strings.ended)
 
     @property
     def longest(self) -> int:
@@ -45,13 +58,15 @@ class Assistant:
         return sys.maxsize if self.cache == "sinks" else self.model.args.max_seq_len
 
     @property
-    def stop_ids(self) -> list[int]:
-        """Ids at which an answer ends."""
+    def stop_ids(self) -> Sequence[int]:
+        """The ids that end an answer."""
+        if self.template is not None:
+            return self.template.stop_ids
         eos = self.tokenizer.eos_id
-        return self.template.stop_ids if self.template is not None else [] if eos is None else [eos]
+        return [] if eos is None else [eos]
 
     def encode(self, messages: list[dict]) -> list[int]:
-        """The ids from which the model goes on; without a template the only message is the text itself."""
+        """Return the prompt of a conversation; without a template, of the text that is the only message."""
         if self.template is not None:
             if self.system and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
@@ -59,37 +74,47 @@ class Assistant:
         check_messages(messages)
         if len(messages) != 1:
             raise ValueError("a model without a chat template takes a single text, not a conversation")
-        # Our token bins part documents by eos alone, so that is what a text begins after.
+        # In our token bins eos separates documents and there is no bos, so a raw prompt starts with eos.
         ours = self.tokenizer.bos_id is None or has_markers(self.tokenizer)
         start = self.tokenizer.eos_id if ours else self.tokenizer.bos_id
         return [start] * (start is not None) + self.tokenizer.encode(messages[0]["content"])
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of an answer, up to a stop string; that of a continuation keeps the space it may begin with."""
-        if self.template is None:
-            return "".join(text_pieces(self.tokenizer, ids, self.stop))
-        return self.stop.before(self.tokenizer.decode(ids))
+    def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
+        """Return an iterator over the ids of the answer to one prompt. cache: see `Decoder.stream`."""
+        return self.decoder.stream(prompt, params, self.stop, self.cache if cache is None else cache)
+
+    def answers(self, prompts: Sequence[Sequence[int]], params: SamplingParams, batch_size: int) -> Iterator[str]:
+        """Yield the text of the answer to each prompt, in order, with progress on stderr."""
+        return map(self.text, self.decoder.answers(prompts, params, self.stop, self.cache, batch_size))
 
     def reply(self, question: str, params: SamplingParams) -> Iterator[str]:
-        """The answer to one question, or what follows a text, piece by piece."""
-        ids = self.encode([{"role": "user", "content": question}])
-        return text_pieces(self.tokenizer, self.stream(ids, params, self.stop_ids, self.cache), self.stop)
+        """Return an iterator over the pieces of text that answer one question, or that continue a text."""
+        ids = self.stream(self.encode([{"role": "user", "content": question}]), params)
+        return text_pieces(self.tokenizer, ids, self.stop_strings)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, up to a stop string; a continuation keeps a space at its beginning."""
+        if self.template is None:
+            return "".join(text_pieces(self.tokenizer, ids, self.stop_strings))
+        return self.stop_strings.before(self.tokenizer.decode(ids))
 
 
 def load_assistant(
     directory: Path,
     device: torch.device,
     dtype: torch.dtype,
-    system: str = "",
+    *,
+    base: Path | None = None,
     raw: bool = False,
     stop: Sequence[str] = (),
+    system: str = "",
     cache: str = "static",
-    base: Path | None = None,
 ) -> Assistant:
-    """The model in `directory`. raw: without a chat template, whatever the tokenizer has; stop, cache: see `Assistant`.
-    base: of an adapter, the model it belongs to; None: the one that the adapter names.
+    """Load the model, or the base with its adapter merged, in `directory`.
 
-    Raises ValueError where model and tokenizer do not belong together.
+    base: directory of the model that an adapter belongs to; None: the one that the adapter names. raw: without a chat
+    template. stop: texts that end an answer. system, cache: see `Assistant`. Raises ValueError where model and
+    tokenizer do not belong together.
     """
     adapter = directory if is_adapter(directory) else None
     if adapter is not None:
@@ -99,7 +124,7 @@ def load_assistant(
         tokenizer = load_tokenizer(directory)
     else:
         raise ValueError(f"--base is for an adapter, and {directory} is a whole model: leave it out")
-    stop_strings = StopStrings(tokenizer, stop)
+    stop_strings = StopStrings(tokenizer, stop)  # refused before a large model is loaded
     model = load_model(directory, device, dtype, base=base)
     model.eval()
     if tokenizer.vocab_size > model.args.vocab_size:
@@ -109,36 +134,40 @@ def load_assistant(
         )
     template = None if raw else usable_template(tokenizer)
     return Assistant(
-        directory, model, tokenizer, template, system, stop_strings, partial(generate.stream, model), cache
+        model, tokenizer, template, stop_strings=stop_strings, system=system, cache=cache, directory=directory
     )
 
 
-def speculator(speaker: Assistant, draft: str, n_draft: int) -> Speculator:
-    """What makes a speaker's answers faster. draft: a model directory, or "lookup" (guesses from what the text has said
-    before). Raises ValueError when the draft has another vocabulary."""
-    model = speaker.model
+def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
+    """Return a decoder for the assistant's model that guesses `n_draft` tokens ahead.
+
+    draft: the directory of a smaller model, or "lookup" (guess from the text itself). Raises ValueError when the draft
+    has another tokenizer.
+    """
+    model = assistant.model
     if draft == "lookup":
-        return Speculator(model, PromptLookup(model.args.vocab_size), n_draft)
+        return Speculative(model, PromptLookup(model.args.vocab_size), n_draft)
     directory = find_model(Path(draft))
-    if load_tokenizer(directory).sha256() != speaker.tokenizer.sha256():
+    if load_tokenizer(directory).sha256() != assistant.tokenizer.sha256():
         raise ValueError(
-            f"the draft in {directory} has another tokenizer than {speaker.directory}: "
+            f"the draft in {directory} has another tokenizer than {assistant.directory}: "
             "a draft needs the vocabulary of the model it guesses for"
         )
-    return Speculator(model, DraftModel(load_model(directory, model.device, model.dtype).eval()), n_draft)
+    return Speculative(model, DraftModel(load_model(directory, model.device, model.dtype).eval()), n_draft)
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary is one of ours."""
+    """Return whether the vocabulary is one of ours."""
     return all(marker in tokenizer.special for marker in MARKERS)
 
 
 def usable_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template that came with a tokenizer, or that its vocabulary is made for, if there is one."""
+    """Return the chat template that came with a tokenizer, or the one that its vocabulary is made for; None where there
+    is none, or where it cannot be used (then with a notice)."""
     if not tokenizer.chat_template and not has_markers(tokenizer):
         return None
     try:
         return load_template(tokenizer)
     except ValueError as error:
-        tell(f"this model's chat template cannot be used, so it only continues texts: {error}")
+        say(f"this model's chat template cannot be used, so it only continues texts: {error}")
         return None

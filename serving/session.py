@@ -1,45 +1,31 @@
-"""A conversation with a model, kept in its cache from turn to turn."""
+"""A conversation with an assistant that keeps its cache from turn to turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 from dataclasses import replace
-from functools import partial
 
 from attention.cache import keep_prefix
-from chat.template import ChatTemplate
-from decoding import generate
+from cli.progress import say
+from decoding.feeder import check_prompts
 from decoding.params import SamplingParams
-from model import Transformer
-from serving.streaming import StopStrings
-from tokenizer import Tokenizer
+from serving.assistant import Assistant
+from serving.streaming import text_pieces
 
 
 class ChatSession:
-    """A conversation that keeps its cache, so that each turn feeds only what is new.
+    """A conversation with a cache, so that each turn feeds only the new ids.
 
-    `messages` is the history; `forgotten` counts the oldest turns that had to go because the context was full. With
-    sinks in its cache no turn has to: the conversation goes on for ever, and the model forgets the middle of it.
+    `messages` is the history. `forgotten` counts the oldest turns that were dropped because the context was full; with
+    a cache of kind sinks no turn is dropped, and the model forgets the middle of the conversation.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        system: str = "",
-        cache: str = "static",
-        stop: StopStrings | None = None,
-        stream: Callable[..., Iterator[int]] | None = None,
-    ) -> None:
-        """cache: its kind (attention/cache.py). stop: texts that end an answer, beside the template's own ids. stream:
-        another way to get the ids that follow a prompt than `generate.stream` of the model, called as that is, such
-        as `Speculator.stream`."""
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.stop = stop or StopStrings(tokenizer)
-        self._stream = stream or partial(generate.stream, model)
-        self.cache = model.make_cache(1, kind=cache)
+    def __init__(self, assistant: Assistant) -> None:
+        """The assistant needs a chat template."""
+        self.assistant = assistant
+        self.system = [{"role": "system", "content": assistant.system}] if assistant.system else []
+        self.cache = assistant.model.make_cache(1, kind=assistant.cache)
         self.asked = 0
         self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
         self.reset()
@@ -49,34 +35,43 @@ class ChatSession:
         self.messages: list[dict] = []
         self.forgotten = 0
 
-    def ask(self, text: str, params: SamplingParams) -> Iterator[int]:
-        """The ids of the answer, one by one, for `text_pieces`. What was said enters the history, also when the
-        iterator is closed early. Every question draws with another seed, so that asking again may give another answer.
+    def reply(self, text: str, params: SamplingParams) -> Generator[str, None, None]:
+        """Yield the answer to `text` in pieces of text, with a notice when turns are forgotten; see `ask`."""
+        before = self.forgotten
+        with contextlib.closing(self.ask(text, params)) as ids:
+            if gone := self.forgotten - before:
+                say(f"(the context is full; oldest turns forgotten: {gone})")
+            yield from text_pieces(self.assistant.tokenizer, ids, self.assistant.stop_strings)
+
+    def ask(self, text: str, params: SamplingParams) -> Generator[int, None, None]:
+        """Return an iterator over the ids of the answer. The answer enters the history when the iterator ends or is
+        closed early. The seed grows by 1 with each question, so that the same question may get another answer.
 
         Raises ValueError, and leaves the history as it is, when the question alone does not fit the context.
         """
         messages, forgotten = [*self.messages, {"role": "user", "content": text}], 0
         context = self.cache.max_len
         room = min(params.max_new_tokens, context // 2)  # for the answer
-        prompt, _ = self.template.encode(self.system + messages, add_generation_prompt=True)
+        prompt = self._encode(messages)
         while len(prompt) + room > context and len(messages) > 1:
-            messages, forgotten = messages[2:], forgotten + 1  # the oldest question and its answer go
-            prompt, _ = self.template.encode(self.system + messages, add_generation_prompt=True)
-        generate.check_prompts(self.model, [prompt], context)
+            messages, forgotten = messages[2:], forgotten + 1  # drop the oldest question and its answer
+            prompt = self._encode(messages)
+        check_prompts(self.assistant.model, [prompt], context)
         params = replace(params, seed=params.seed + self.asked)
         self.asked, self.forgotten = self.asked + 1, self.forgotten + forgotten
         return self._answer(messages, prompt, params)
+
+    def _encode(self, messages: list[dict]) -> list[int]:
+        return self.assistant.template.encode(self.system + messages, add_generation_prompt=True)[0]
 
     def _answer(self, messages: list[dict], prompt: list[int], params: SamplingParams) -> Iterator[int]:
         keep_prefix(self.cache, prompt, self._fed)
         self._fed = list(prompt)
         try:
-            for token in self._stream(prompt, params, self.template.stop_ids, self.cache):
+            for token in self.assistant.stream(prompt, params, self.cache):
                 self._fed.append(token)
                 yield token
-                if self.stop.ended(self._fed[len(prompt) :]):
-                    break
         finally:
-            answer = self.stop.before(self.tokenizer.decode(self._fed[len(prompt) :]))
-            # A question without any answer would leave two questions in a row, which no template knows.
+            answer = self.assistant.stop_strings.before(self.assistant.tokenizer.decode(self._fed[len(prompt) :]))
+            # A question without any answer would leave two questions in a row, which no template accepts.
             self.messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]

@@ -1,4 +1,4 @@
-"""A conversation at a terminal, or over a pipe: lines in, answers out, and a few commands that begin with a slash."""
+"""A conversation at a terminal or over a pipe: lines in, answers out, and a few commands that begin with a slash."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 
 from cli.args import nearest
-from cli.progress import tell
+from cli.progress import say
 from decoding.params import SamplingParams
+from serving.assistant import Assistant
+from serving.session import ChatSession
 
 COMMANDS = ("/set", "/reset", "/help", "/quit")
 HELP = """\
@@ -23,11 +25,23 @@ Ctrl-C stops an answer."""
 Ask = Callable[[str, SamplingParams], Generator[str, None, None]]
 
 
-def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int:
-    """Answer lines of standard input by the pieces of text that `ask` gives, until it ends; returns how many.
+def chat(assistant: Assistant, params: SamplingParams) -> int:
+    """Hold a conversation, or continue each line by itself without a chat template; return the number of answers."""
+    if sys.stdin.isatty():
+        what = "it continues the text that you type" if assistant.template is None else "ask it something"
+        size = assistant.model.n_parameters() / 1e6
+        print(f"{assistant.directory}, {size:.2f} M parameters: {what}; /help, /quit")
+    if assistant.template is None:
+        return converse(assistant.reply, lambda: None, params)
+    session = ChatSession(assistant)
+    return converse(session.reply, session.reset, params)
 
-    A ValueError of `ask` is the answer to one line and not the end. Standard output gets nothing but answers over a
-    pipe; notices and errors go to standard error. On a terminal Ctrl-C stops an answer; over a pipe it ends it all.
+
+def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int:
+    """Answer each line of standard input with the pieces of text that `ask` yields; return the number of answers.
+
+    A ValueError of `ask` is a notice about one line and not the end. Over a pipe, standard output gets nothing but
+    answers; notices and errors go to standard error. On a terminal, Ctrl-C stops an answer; over a pipe, the program.
     """
     interactive, answered = sys.stdin.isatty(), 0
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -39,12 +53,12 @@ def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int
             if line.startswith("/"):
                 params = command(line, params, reset)
             else:
-                # Closed at once when Ctrl-C stops it, so that what was said enters the history now.
+                # Close the answer as soon as Ctrl-C stops it, so that its beginning enters the history now.
                 with contextlib.closing(ask(line, params)) as pieces:
-                    say(pieces)
+                    print_pieces(pieces)
                 answered += 1
         except ValueError as error:
-            tell(f"error: {error}")
+            say(f"error: {error}")
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -52,19 +66,19 @@ def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int
     return answered
 
 
-def say(pieces: Iterable[str]) -> str:
-    """Print an answer as it comes; returns what was said."""
-    said = []
+def print_pieces(pieces: Iterable[str]) -> str:
+    """Print an answer piece by piece, as it comes; return all of it."""
+    printed = []
     for piece in pieces:
-        said.append(piece)
+        printed.append(piece)
         print(piece, end="", flush=True)
     print(flush=True)
-    return "".join(said)
+    return "".join(printed)
 
 
 def lines_typed(interactive: bool) -> Iterator[str]:
-    """Lines with something on them, up to the end of the input or two Ctrl-C in a row on an empty one."""
-    typed, interrupted = str, False  # what stands on the line, if one can tell: str() is empty
+    """Yield the lines that are not blank, up to the end of the input or two Ctrl-C in a row on an empty line."""
+    typed, interrupted = str, False  # typed(): the line so far; str() is empty, where readline cannot say
     if interactive:
         with contextlib.suppress(ImportError):  # not on Windows; it gives input() line editing and history
             from readline import get_line_buffer as typed
@@ -79,7 +93,7 @@ def lines_typed(interactive: bool) -> Iterator[str]:
             print()
             if not interactive or (interrupted and not typed()):
                 return
-            interrupted = not typed()  # with something on the line, Ctrl-C just clears it
+            interrupted = not typed()  # on a line that is not empty, Ctrl-C only clears it
             if interrupted:
                 print("(Ctrl-C again leaves)")
             continue
@@ -89,23 +103,24 @@ def lines_typed(interactive: bool) -> Iterator[str]:
 
 
 def command(line: str, params: SamplingParams, reset: Callable[[], None]) -> SamplingParams:
-    """Carry out a line that begins with a slash; returns the settings from here on. ValueError if it makes no sense."""
+    """Carry out a line that begins with a slash; return the settings from here on. Raises ValueError for an unknown
+    command or setting."""
     name, *words = line.split()
     if name == "/reset":
         reset()
-        tell("(forgotten)")
+        say("(forgotten)")
     elif name == "/help":
-        tell(HELP.format(settings=", ".join(f"{key} {value}" for key, value in vars(params).items())))
+        say(HELP.format(settings=", ".join(f"{key} {value}" for key, value in vars(params).items())))
     elif name == "/set":
         params = with_setting(params, words)
-        tell(f"({words[0]} is {getattr(params, words[0])})")
+        say(f"({words[0]} is {getattr(params, words[0])})")
     else:
         raise ValueError(f"unknown command {name}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
     return params
 
 
 def with_setting(params: SamplingParams, words: list[str]) -> SamplingParams:
-    """`params` with one field changed: words are its name and its value."""
+    """Return `params` with one field changed; words: its name and its value."""
     kinds = {f.name: type(f.default) for f in dataclasses.fields(params)}
     if len(words) != 2:
         raise ValueError(f"/set expects a name and a value, as in /set temperature 0.7; names are {', '.join(kinds)}")

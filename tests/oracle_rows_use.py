@@ -84,7 +84,7 @@ def beams() -> float:
                 torch.tensor([prompt]), do_sample=False, max_new_tokens=12, num_beams=n, num_return_sequences=n,
                 output_scores=True, return_dict_in_generate=True, eos_token_id=5,
             )  # fmt: skip
-            mine = rooms.beam_search(ours, prompt, rooms.BeamParams(n, max_new_tokens=12), (5,))
+            mine = rooms.beam_search(ours, prompt, rooms.BeamParams(n, max_new_tokens=12), rooms.Stop((5,)))
             texts = [
                 line[: line.index(5)] if 5 in line else line for line in found.sequences[:, len(prompt) :].tolist()
             ]
@@ -101,7 +101,7 @@ def speculative_greedy() -> float:
         expected = small.uncached(model, prompt, 12)
         for drafter in rooms.drafters(model):
             for n in (1, 2, 5):
-                pairs.append((list(rooms.Speculator(model, drafter, n).stream(prompt, rooms.GREEDY)), expected))
+                pairs.append((list(rooms.Speculative(model, drafter, n).stream(prompt, rooms.GREEDY)), expected))
     return differing(pairs)
 
 

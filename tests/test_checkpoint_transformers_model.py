@@ -15,12 +15,14 @@ from checkpoint.extend import grow_vocabulary, resize
 from checkpoint.transformers_model import TransformersModel
 from decoding.generate import generate
 from decoding.params import SamplingParams
-from decoding.speculative import DraftModel, Speculator
+from decoding.rows import Rows
+from decoding.speculative import DraftModel, Speculative
 from distributed.backend import make_backend
 from model import Transformer
 from optim.args import OptimArgs
 from optim.muon import Muon
 from optim.optimizers import build_optimizer
+from serving.assistant import Assistant
 from serving.session import ChatSession
 from training.flops import train_flops_per_token
 from training.heldout import evaluate
@@ -163,6 +165,14 @@ def test_decoding_is_that_of_transformers(tmp_path, kind):
     assert generate(model, prompts, params) == [ids.tolist() for ids in expected]
     with pytest.raises(ValueError, match="without key-value caches"):
         model.make_cache(1, kind="sinks")
+    rows, answers = Rows(model), {}
+    keys = [rows.add(prompts[0], params)]
+    for n in range(20):
+        if n == 3:  # the second prompt comes while the first is being answered
+            keys.append(rows.add(prompts[1], params))
+        for key, token in rows.step():
+            answers.setdefault(key, []).append(token.id)
+    assert [answers[key] for key in keys] == [ids.tolist() for ids in expected]
 
 
 def test_it_chats_and_drafts(tmp_path):
@@ -170,8 +180,8 @@ def test_it_chats_and_drafts(tmp_path):
     template = load_template(tokenizer)
     model = load_model(directory_of("gpt_neox", tmp_path, vocab_size=tokenizer.vocab_size))
     params, asked = SamplingParams(temperature=0, max_new_tokens=6), []
-    drafted = Speculator(model, DraftModel(model)).stream
-    sessions = [ChatSession(model, tokenizer, template, stream=stream) for stream in (None, drafted)]
+    decoders = (None, Speculative(model, DraftModel(model)))
+    sessions = [ChatSession(Assistant(model, tokenizer, template, decoder)) for decoder in decoders]
     for question in ("the moon", "the river"):
         asked = [*sessions[0].messages, {"role": "user", "content": question}]
         prompt, _ = template.encode(asked, add_generation_prompt=True)

@@ -127,6 +127,45 @@ def test_a_script_without_a_section_keeps_its_defaults(tmp_path):
     assert parse("--config", str(tmp_path / "empty.yaml")) == Args()
 
 
+# ---- short names
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another group, which shares a name with `Inner` and one with the script."""
+
+    size: int = 4
+    limit: int = 5
+    top_k: int = 6
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A script with two groups."""
+
+    inner: Inner = field(default_factory=Inner)
+    other: Other = field(default_factory=Other)
+    limit: int = 1
+    text: str = ""
+
+
+def test_a_name_that_only_one_group_has_needs_no_group(tmp_path, capsys):
+    assert cli_args.short_names(Grouped) == {"rate": "inner.rate", "scaling": "inner.scaling", "top_k": "other.top_k"}
+    for words in (
+        ["--rate", "0.5", "--top_k", "7"],
+        ["--rate=0.5", "--top-k=7"],
+        ["--inner.rate", "0.5", "--top_k", "7"],
+    ):
+        assert parse(*words, cls=Grouped) == Grouped(Inner(rate=0.5), Other(top_k=7))
+    assert parse("--limit", "9", cls=Grouped) == Grouped(limit=9)  # the script's own
+    assert "--size" in refusal(capsys, "--size", "9", cls=Grouped)  # two groups have it
+    assert parse("--text", "rate", cls=Grouped).text == "rate"  # a value is no flag
+    assert parse("--text=--rate", cls=Grouped).text == "--rate"
+    file = preset(tmp_path, {"inner": {"rate": 0.25}})
+    assert parse("--rate", "0.5", "--config", file, cls=Grouped).inner.rate == 0.5  # flags win
+    assert "unknown key 'rate'" in refusal(capsys, "--config", preset(tmp_path, {"rate": 1}), cls=Grouped)
+
+
 # ---- types
 
 

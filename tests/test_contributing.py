@@ -1,6 +1,7 @@
 """The skeletons of CONTRIBUTING.md work when they are put where it says."""
 
 import copy
+import math
 import re
 import types
 from pathlib import Path
@@ -9,16 +10,21 @@ import pytest
 import torch
 from helpers import attention_errors
 from helpers.lora_models import our_model, some_tokens
+from test_tuning_objectives import some_pairs
 from torch import nn
 
+import rope
 from attention.backends import BACKENDS, Backend
 from chat import conversations
 from chat.conversations import to_messages
 from checkpoint import peft
 from corpora import CORPORA, SourceArgs, named, read
+from decoding.params import SamplingParams
+from evaluation.shares import Share
 from lora import adapters, inject
 from lora.adapters import LoraArgs
 from optim.optimizers import Optimizers
+from tuning import objectives
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf8")
 SKELETONS = dict(re.findall(r"^```python\n# (.+?)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
@@ -29,6 +35,20 @@ def skeleton(path: str, inside: types.ModuleType | None = None) -> types.SimpleN
     names = {"__name__": path.removesuffix(".py").replace("/", ".")} if inside is None else dict(vars(inside))
     exec(compile(SKELETONS[path], path, "exec"), names)
     return types.SimpleNamespace(**names)
+
+
+def test_a_path_in_the_text_is_there() -> None:
+    paths = re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)`", TEXT)
+    new = {"tests/test_rope_mine.py", "tests/test_evaluation_sums.py", "data/raw/NAME/"}
+    missing = {path for path in paths if not (Path(__file__).parents[1] / path).exists()} - new
+    assert len(paths) > 20 and missing == set()
+
+
+def test_a_position_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rope.FAMILIES, "mine", None)
+    skeleton("rope/mine.py")
+    frequencies, factor = rope.make(8, 1e4, {"rope_type": "mine", "factor": 2.0}, 64).frequencies(64)
+    assert frequencies == pytest.approx([1e4 ** (-i / 4) / 2 for i in range(4)]) and factor == 1.0
 
 
 def test_an_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +112,22 @@ def test_a_form_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answered = to_messages({"kind": "NLI", "input": "q", "target": "a"})
     assert (asked["content"], answered["content"]) == ("q", "a")
     assert to_messages({"input": "q", "output": "a"}) == [asked, answered]
+
+
+def test_a_preference_loss() -> None:
+    simpo = skeleton("in tuning/objectives.py", objectives).SimPO(beta=2.0)
+    pairs = some_pairs()
+    loss, metrics = simpo(pairs)
+    assert metrics.keys() == set(simpo.metrics)
+    for i, found in enumerate(loss.tolist()):
+        chosen, rejected = (pairs.chosen / pairs.n_chosen)[i].item(), (pairs.rejected / pairs.n_rejected)[i].item()
+        assert found == pytest.approx(math.log1p(math.exp(-2.0 * (chosen - rejected))))
+        assert metrics["margin"][i].item() == pytest.approx(2.0 * (chosen - rejected))
+
+
+def test_a_benchmark() -> None:
+    task = skeleton("evaluation/sums.py").Sums(SamplingParams(), 8, None)
+    examples = list(task.examples())
+    assert len(examples) == 100 and task.prompt((3, 4))[0]["content"] == "3 + 4 = ?"
+    for answer, right in ((" 7\n", 1), ("8", 0), ("", 0)):
+        assert task.score((3, 4), answer) == {"right": Share(right, 1)}

@@ -8,6 +8,7 @@ from helpers.small_model import small_model
 
 from checkpoint.directory import load_model
 from decoding.beam import BeamParams, beam_search
+from decoding.params import Stop
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,7 +59,7 @@ def test_all_hypotheses_equal_transformers(pair, stop_ids, early_stopping, lengt
             return_dict_in_generate=True,
         )
         params = BeamParams(num_beams, length_penalty, early_stopping, max_new_tokens=12)
-        mine = beam_search(ours, prompt, params, stop_ids)
+        mine = beam_search(ours, prompt, params, Stop(stop_ids))
         expected = []
         for row in found.sequences[:, len(prompt) :].tolist():
             ends = [n for n, i in enumerate(row) if i in stop_ids]
@@ -82,7 +83,7 @@ def test_with_room_for_all_it_finds_the_best_of_all_sequences(length_penalty):
                 sequences.append((total / size**length_penalty, total, [i for i in ids if i != stop]))
     sequences.sort(key=lambda s: -s[0])
     params = BeamParams(4**length, length_penalty, "never", max_new_tokens=length)
-    found = beam_search(model, prompt, params, [stop])
+    found = beam_search(model, prompt, params, Stop([stop]))
     assert [h.ids for h in found] == [ids for *_, ids in sequences]
     assert [h.logprob for h in found] == pytest.approx([total for _, total, _ in sequences], abs=1e-5)
 
@@ -99,7 +100,7 @@ def test_one_beam_is_greedy_and_the_context_ends_it(pair):
 
 
 def test_a_sequence_that_has_ended_is_finished(pair):
-    found = beam_search(pair[1], [1], BeamParams(3, max_new_tokens=8), ended=lambda ids: sum(ids) % 3 == 0)
+    found = beam_search(pair[1], [1], BeamParams(3, max_new_tokens=8), Stop(ended=lambda ids: sum(ids) % 3 == 0))
     assert len(found) == 3
     for hypothesis in found:
         sums = list(itertools.accumulate(hypothesis.ids))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attention import backends
 from decoding import cpu_step
-from decoding.generate import Feeder
+from decoding.feeder import Feeder
 from model import Transformer
 from model_args import ModelArgs
 

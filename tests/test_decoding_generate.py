@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from checkpoint.directory import load_model
 from cli import progress
-from decoding.generate import Feeder, check_prompts, generate, generate_in_batches, generate_scored, stream
+from decoding.feeder import Feeder, check_prompts
+from decoding.generate import generate, generate_in_batches, generate_scored, stream
 from decoding.params import SamplingParams
 from decoding.sampling import process_logits
 

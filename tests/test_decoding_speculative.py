@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from attention.cache import KVCache
 from checkpoint.directory import load_model
-from decoding.generate import Feeder, stream
-from decoding.params import SamplingParams
+from decoding.feeder import Feeder
+from decoding.generate import stream
+from decoding.params import SamplingParams, Stop
 from decoding.sampling import probabilities, process_logits
-from decoding.speculative import DraftModel, PromptLookup, Speculator, verify
+from decoding.speculative import DraftModel, PromptLookup, Speculative, verify
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 
@@ -42,11 +43,11 @@ def test_greedy_is_plain_greedy_token_for_token(length, seed, n_draft, stop):
     prompt = random_prompts([length], seed=seed)[0]
     expected = uncached(model, prompt, min(12, 41 - length), tuple(stop))
     for drafter in drafters(model):
-        speculator = Speculator(model, drafter, n_draft)
+        speculative = Speculative(model, drafter, n_draft)
         cache = model.make_cache(1)
-        assert list(speculator.stream(prompt, GREEDY, stop, cache)) == expected
+        assert list(speculative.stream(prompt, GREEDY, Stop(stop), cache)) == expected
         assert cache.length == len(prompt) + len(expected) - 1
-        assert speculator.tally.accepted <= speculator.tally.drafted <= n_draft * speculator.tally.passes
+        assert speculative.tally.accepted <= speculative.tally.drafted <= n_draft * speculative.tally.passes
 
 
 @pytest.mark.parametrize("shape", [{"n_kv_heads": 4}, {"n_kv_heads": 1}, {"sliding_window": 5}], ids=str)
@@ -54,7 +55,7 @@ def test_shapes_of_the_model(shape):
     model = small_model(**shape)
     for prompt in random_prompts([1, 9, 30]):
         expected = list(stream(model, prompt, GREEDY))
-        assert list(Speculator(model, DraftModel(small_model()), 3).stream(prompt, GREEDY)) == expected
+        assert list(Speculative(model, DraftModel(small_model()), 3).stream(prompt, GREEDY)) == expected
 
 
 def test_a_penalty_sees_the_guesses_before_each_place():
@@ -63,23 +64,23 @@ def test_a_penalty_sees_the_guesses_before_each_place():
         expected = list(stream(model, prompt, params))
         assert expected != list(stream(model, prompt, GREEDY))  # the penalty does something
         for drafter in drafters(model):
-            assert list(Speculator(model, drafter).stream(prompt, params)) == expected
+            assert list(Speculative(model, drafter).stream(prompt, params)) == expected
 
 
 def test_one_speculator_for_many_texts_and_a_cache_it_goes_on_from():
     model = small_model()
     prompts = random_prompts([9, 4, 15])
     for drafter in drafters(model):
-        speculator = Speculator(model, drafter)
+        speculative = Speculative(model, drafter)
         for prompt, cached in itertools.product(prompts, (0, 1, 3)):
             cache = model.make_cache(1)
             if cached:
                 Feeder(model, cache)([prompt[:cached]], [0])
-            ids = speculator.stream(prompt, GREEDY, cache=cache)
+            ids = speculative.stream(prompt, GREEDY, cache=cache)
             begun = list(itertools.islice(ids, 2))
             ids.close()
             assert cache.length == len(prompt) + 1  # guesses that nobody took are forgotten
-            rest = list(speculator.stream([*prompt, *begun], GREEDY, cache=cache))
+            rest = list(speculative.stream([*prompt, *begun], GREEDY, cache=cache))
             assert begun + rest == uncached(model, prompt, 14)
 
 
@@ -88,9 +89,11 @@ def test_a_trained_model_with_itself_and_with_the_prompt(shared):
     expected = json.loads((shared / "models" / "stories260K_expected.json").read_text())["greedy"]
     params = SamplingParams(temperature=0, max_new_tokens=200)
     for entry in expected:
-        itself, lookup = Speculator(model, DraftModel(model)), Speculator(model, PromptLookup(512))
-        for speculator in (itself, lookup):
-            assert entry["prompt_ids"] + list(speculator.stream(entry["prompt_ids"], params, [2])) == entry["ids"]
+        itself, lookup = Speculative(model, DraftModel(model)), Speculative(model, PromptLookup(512))
+        for speculative in (itself, lookup):
+            assert (
+                entry["prompt_ids"] + list(speculative.stream(entry["prompt_ids"], params, Stop([2]))) == entry["ids"]
+            )
         assert itself.tally.accepted == itself.tally.drafted == 160 and itself.tally.passes == 40
         assert str(itself.tally) == "160 of 160 drafted tokens accepted (100%), 5.00 tokens a pass"
         assert lookup.tally.accepted > 0
@@ -150,12 +153,12 @@ def test_texts_come_with_exactly_the_models_probabilities(drafter, params):
             ids.append(token)
         exact[text] = probability
     assert sum(exact.values()) == pytest.approx(1)
-    speculator = Speculator(model, DraftModel(other) if drafter == "model" else PromptLookup(4), 2)
+    speculative = Speculative(model, DraftModel(other) if drafter == "model" else PromptLookup(4), 2)
     seeded = (dataclasses.replace(params, seed=seed) for seed in range(n))
     counts = dict.fromkeys(exact, 0)
     for drawn in seeded:
-        counts[tuple(speculator.stream(prompt, drawn))] += 1
-    assert 0.1 < speculator.tally.accepted / speculator.tally.drafted < 0.9  # both branches are taken
+        counts[tuple(speculative.stream(prompt, drawn))] += 1
+    assert 0.1 < speculative.tally.accepted / speculative.tally.drafted < 0.9  # both branches are taken
     assert all(counts[text] == 0 for text in exact if exact[text] == 0)
     often = [text for text in exact if exact[text] * n >= 5]
     rare = sum(exact[text] for text in exact if text not in often)
@@ -190,10 +193,10 @@ def test_a_draft_that_is_the_model_is_always_accepted():
     model = Chain(torch.randn(5, 5))
     for warped in ({}, {"top_k": 3, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3, "temperature": 1.7}):
         params = SamplingParams(**{"temperature": 1, "top_k": 0, "max_new_tokens": 50} | warped)
-        speculator = Speculator(model, DraftModel(model), 3)
+        speculative = Speculative(model, DraftModel(model), 3)
         for seed in range(5):
-            list(speculator.stream([1, 2], dataclasses.replace(params, seed=seed)))
-        assert speculator.tally.accepted == speculator.tally.drafted > 150
+            list(speculative.stream([1, 2], dataclasses.replace(params, seed=seed)))
+        assert speculative.tally.accepted == speculative.tally.drafted > 150
 
 
 def test_where_only_rounding_parts_them_there_is_still_a_next_id():
@@ -227,14 +230,14 @@ def test_prompt_lookup(ids, n, expected):
 
 def test_what_makes_no_sense_is_refused():
     model = small_model()
-    with pytest.raises(ValueError, match="the draft has 50 ids, the model 61: a draft needs the vocabulary"):
-        Speculator(model, DraftModel(small_model(vocab_size=50)))
+    with pytest.raises(ValueError, match="the draft has 50 ids, the model 61: a draft needs the same vocabulary"):
+        Speculative(model, DraftModel(small_model(vocab_size=50)))
     with pytest.raises(ValueError, match="at least 1 drafted token a pass, found 0"):
-        Speculator(model, PromptLookup(61), 0)
-    speculator = Speculator(model, PromptLookup(61))
+        Speculative(model, PromptLookup(61), 0)
+    speculative = Speculative(model, PromptLookup(61))
     with pytest.raises(ValueError, match="the prompt is 41 tokens long, the model takes 40"):
-        speculator.stream([1] * 41, GREEDY)
+        speculative.stream([1] * 41, GREEDY)
     cache = model.make_cache(1)
     Feeder(model, cache)([[1, 2, 3]], [0])
     with pytest.raises(ValueError, match="the cache holds 3 ids, the prompt 3"):
-        speculator.stream([1, 2, 3], GREEDY, cache=cache)
+        speculative.stream([1, 2, 3], GREEDY, cache=cache)

@@ -1,22 +1,30 @@
 """The script's ways to decode: stop strings, log-probabilities, beams, drafts and caches, against the plain way."""
 
 import dataclasses
+import importlib
+import inspect
 import io
 import json
 import math
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 from helpers.tiny_chat_model import save_chat_model
 
+import evaluation
 from chat.template import load_template
 from checkpoint.directory import load_model, save_model
 from cli.args import parse
 from decoding.beam import BeamParams, beam_search
-from decoding.generate import Token, generate
-from decoding.params import SamplingParams
-from eval import Args, main, token_table
+from decoding.generate import generate
+from decoding.params import SamplingParams, Stop
+from decoding.rows import Token
+from eval import BENCHMARKS, COMBINATIONS, IS_SET, Args, main
+from evaluation.registry import make_task
+from evaluation.task import Task
+from serving.single import token_table
 from tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=30)
@@ -160,7 +168,7 @@ def test_beams_answer_one_question_and_a_file_of_them(args, directory, tmp_path,
     for penalty in (1.0, -2.0):
         search = dataclasses.replace(args, num_beams=3, length_penalty=penalty)
         params = BeamParams(3, penalty, max_new_tokens=30)
-        expected = tokenizer.decode(beam_search(model, prompt_of(directory), params, stop_ids)[0].ids)
+        expected = tokenizer.decode(beam_search(model, prompt_of(directory), params, Stop(stop_ids))[0].ids)
         assert main(search)["answer"] == expected
         questions = tmp_path / "questions.jsonl"
         questions.write_text('{"prompt": "江上"}\n', encoding="utf8")
@@ -198,23 +206,30 @@ def test_a_chat_with_sinks_forgets_no_turn(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_beams": 2, "draft": "lookup"}, "--num_beams and --draft exclude each other"),
-        ({"draft": "lookup", "logprobs": 1}, "--draft and --logprobs exclude each other"),
-        ({"prompt": None, "logprobs": 1}, "--logprobs shows the tokens of one answer; give --prompt too"),
-        ({"prompt": None, "input": Path("q.jsonl"), "draft": "lookup"}, "--draft makes single answers faster"),
-        ({"prompt": None, "num_beams": 2}, "--num_beams answers --prompt or --input"),
+        ({"num_beams": 2, "draft": "lookup"}, "--num_beams does not go with --draft"),
+        ({"draft": "lookup", "logprobs": 1}, "--logprobs does not go with --draft"),
+        ({"prompt": None, "logprobs": 1}, "--logprobs needs --prompt: it prints the tokens of one answer"),
+        (
+            {"prompt": None, "input": Path("q.jsonl"), "draft": "lookup"},
+            "--draft does not go with --input: it speeds up single answers",
+        ),
+        ({"prompt": None, "num_beams": 2}, "--num_beams needs --prompt or --input: a chat shows"),
         ({"num_beams": 0}, "num_beams should be at least 1, found 0"),
-        ({"num_beams": 2, "sampling": SamplingParams()}, "draws nothing; give --temperature 0"),
+        (
+            {"num_beams": 2, "sampling": SamplingParams()},
+            "--num_beams needs --temperature 0: beam search looks for the likeliest answer and draws nothing",
+        ),
         (
             {"num_beams": 2, "sampling": dataclasses.replace(GREEDY, repetition_penalty=1.1)},
-            "leave --repetition_penalty at 1",
+            "--num_beams needs --repetition_penalty 1",
         ),
-        ({"cache": "sinks", "draft": "lookup"}, "--cache sinks forgets"),
+        ({"cache": "sinks", "draft": "lookup"}, "--cache sinks does not go with --draft"),
         ({"draft": "lookup", "draft_tokens": 0}, "at least 1 drafted token a pass, found 0"),
         ({"draft": "/nowhere"}, "/nowhere does not exist"),
         ({"stop": ("",)}, "a stop string is empty"),
         ({"attention": "flash"}, "attention by flash needs a CUDA GPU"),
         ({"logprobs": -1}, "--logprobs should be 0 or more, found -1"),
+        ({"task": "loss"}, "--prompt needs --task chat"),
     ],
     ids=str,
 )
@@ -230,3 +245,26 @@ def test_settings_of_sampling_need_no_prefix():
     assert args.sampling == SamplingParams(temperature=0, top_k=3, max_new_tokens=7)
     assert args.stop == ("江",) and args.cache == "int8"
     assert parse(Args, "eval", ["--sampling.temperature", "0"]).sampling.temperature == 0
+
+
+def test_the_table_of_combinations_names_flags_that_exist():
+    names = {flag.name for flag in dataclasses.fields(Args)} | {
+        name.name for name in dataclasses.fields(SamplingParams)
+    }
+    assert {flag.split()[0].removeprefix("--") for flag in IS_SET} <= names
+    for flag, needs, _ in COMBINATIONS:
+        assert {flag, *needs.removeprefix("no ").split(" or ")} <= IS_SET.keys()
+
+
+def test_the_light_table_of_benchmarks_agrees_with_the_benchmarks():
+    assert typing.get_type_hints(Args)["task"] == typing.Literal[("chat", *BENCHMARKS)]
+    flags = {flag.name for flag in dataclasses.fields(Args)}
+    found = set()
+    for path in Path(evaluation.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"evaluation.{path.stem}")
+        tasks = (cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, Task))
+        found |= {(cls.__module__, cls.__name__) for cls in tasks if not inspect.isabstract(cls)}
+    assert found == set(BENCHMARKS.values())
+    for name in BENCHMARKS:
+        task = make_task(name, Args())
+        assert {each.name for each in dataclasses.fields(task)} <= flags

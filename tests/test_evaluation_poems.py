@@ -21,8 +21,9 @@ from decoding.generate import generate
 from decoding.params import SamplingParams
 from eval import Args, main
 from evaluation import poems as poems_file
-from evaluation.poems import Answer, ask_for_poems, evenly, measure, rhyme_book, rhymes, table
-from evaluation.shares import Share
+from evaluation.poems import PoemForms, evenly, rhyme_book, rhymes, table
+from evaluation.shares import Share, total
+from serving.assistant import Assistant
 from tokenizer import load_tokenizer
 
 BOOK = {"ping": {"上": {"一東": ["東風空"], "十灰": ["開來臺", "颱"]}}, "ze": {"去": {"一送": ["空夢"]}}}
@@ -53,6 +54,20 @@ def raw_dir(tmp_path, poems):
     lines = (json.dumps(poem._asdict(), ensure_ascii=False) + "\n" for poem in poems)
     (tmp_path / "raw" / "poems.jsonl").write_text("".join(lines), encoding="utf8")
     return tmp_path / "raw"
+
+
+def task_on(poems: list[Poem], book=None, **fields) -> PoemForms:
+    """The benchmark on these poems."""
+    settings = {"sampling": SamplingParams(max_new_tokens=12, seed=1), "batch_size": 3, "output": None, "n_poems": 8}
+    task = PoemForms(**settings | fields, raw_dir=Path("nowhere"))
+    task.corpus, task.book = poems, book
+    return task
+
+
+def measure(answers: list[tuple[str, str]], poems: list[Poem], book) -> dict[str, Share]:
+    """The shares of answers, each a form and a text."""
+    task = task_on(poems, book)
+    return total(task.score(poems[0]._replace(form=form), text) for form, text in answers)
 
 
 # ---- shares
@@ -120,23 +135,23 @@ def test_measure_counts_what_one_counts_by_hand(poems):
     book = {character: {"x"} for character in known.lines[1][-1] + known.lines[3][-1]}
     a, b, _, d = known.lines
     answers = [
-        Answer("q", "五言绝句", known.text),  # exact, rhymes, 4 of 4 lines verbatim
-        Answer("q", "七言绝句", known.text),  # another form than asked, 4 of 4
-        Answer("q", "五言绝句", verse([other.lines[0], b, other.lines[0], d])),  # exact, rhymes, repeats, 2 of 4
-        Answer("q", "五言绝句", verse([a, b, d, other.lines[1]])),  # exact, no rhyme, 3 of 4
-        Answer("q", "五言绝句", known.text[:-2]),  # the last line is cut, 3 of 4
-        Answer("q", "七言律诗", ""),
+        ("五言绝句", known.text),  # exact, rhymes, 4 of 4 lines verbatim
+        ("七言绝句", known.text),  # another form than asked, 4 of 4
+        ("五言绝句", verse([other.lines[0], b, other.lines[0], d])),  # exact, rhymes, repeats, 2 of 4
+        ("五言绝句", verse([a, b, d, other.lines[1]])),  # exact, no rhyme, 3 of 4
+        ("五言绝句", known.text[:-2]),  # the last line is cut, 3 of 4
+        ("七言律诗", ""),
     ]
-    shares = measure(answers, poems, book)["model"]
+    shares = measure(answers, poems, book)
     assert shares["exact"] == Share(3, 6)
     assert shares["exact/五言绝句"] == Share(3, 4) and shares["exact/七言绝句"] == Share(0, 1)
     assert shares["rhyme"] == Share(2, 3)
     assert shares["verbatim"] == Share(16, 20)
     assert shares["repeats"] == Share(1, 3)
-    corpus = measure(answers, poems, book)["corpus"]
+    corpus = task_on(poems, book).baseline()
     assert corpus["exact"] == Share(len(evenly(held_out, 400)), len(evenly(held_out, 400)))
     assert corpus["verbatim"].count == 0
-    assert measure(answers, poems, None)["model"]["rhyme"] == Share(0, 0)
+    assert measure(answers, poems, None)["rhyme"] == Share(0, 0)
 
 
 def test_evenly_takes_the_same_number_of_each_form(poems):
@@ -147,7 +162,7 @@ def test_evenly_takes_the_same_number_of_each_form(poems):
 
 
 def test_the_table_names_every_share(poems):
-    text = table(measure([Answer("q", "五言绝句", "")], poems, None))
+    text = table(measure([("五言绝句", "")], poems, None), task_on(poems).baseline())
     assert text.count("\n") == 12
     assert all(form in text for form in forms) and "rhyming" in text and "verbatim" in text
     assert "0 of 1" in text
@@ -167,24 +182,26 @@ PARAMS = SamplingParams(max_new_tokens=12, seed=1)
 def test_asks_under_titles_that_training_never_sees(directory, poems):
     tokenizer = load_tokenizer(directory)
     template, model = load_template(tokenizer), load_model(directory)
-    answers = ask_for_poems(model, tokenizer, template, PARAMS, poems, 8, batch_size=3)
-    assert 4 <= len(answers) <= 8
+    task = task_on(poems)
+    examples = list(task.examples())
+    answers = task.ask(Assistant(model, tokenizer, template), examples)
+    assert 4 <= len(answers) == len(examples) <= 8
     seen = {poem.title for poem in poems if not poem.held_out}
     by_question = {conversation(poem).messages[0]["content"]: poem for poem in poems}
-    for i, answer in enumerate(answers):
-        poem = by_question[answer.question]
-        assert poem.title in answer.question and poem.title not in seen and answer.form == poem.form
-        prompt, _ = template.encode([{"role": "user", "content": answer.question}], add_generation_prompt=True)
+    questions = [task.prompt(example)[0]["content"] for example in examples]
+    for i, (example, question, answer) in enumerate(zip(examples, questions, answers)):
+        poem = by_question[question]
+        assert poem.title in question and poem.title not in seen and example.form == poem.form
+        prompt, _ = template.encode([{"role": "user", "content": question}], add_generation_prompt=True)
         ids = generate(model, [prompt], PARAMS, template.stop_ids, seeds=[PARAMS.seed + i])[0]
-        assert answer.text == tokenizer.decode(ids)
-    assert len({answer.question for answer in answers}) == len(answers)
+        assert answer == tokenizer.decode(ids)
+    assert len(set(questions)) == len(answers)
 
 
-def test_poems_without_a_held_out_title_are_refused(directory, poems):
-    tokenizer = load_tokenizer(directory)
+def test_poems_without_a_held_out_title_are_refused(poems):
     trained = [poem for poem in poems if not poem.held_out]
     with pytest.raises(ValueError, match=f"none of {len(trained)} poems has a title that is held out"):
-        ask_for_poems(load_model(directory), tokenizer, load_template(tokenizer), PARAMS, trained)
+        list(task_on(trained).examples())
 
 
 def test_the_whole_task(directory, raw_dir, tmp_path, capsys):

@@ -39,8 +39,8 @@ def test_broken_records_are_kept_aside_and_missing_held_out_ones_mentioned(folde
     assert run(folder, "--data.heldout", str(folder / "heldout.jsonl"))["steps"] == 2
     (record,) = map(json.loads, (folder / "run" / "broken_train.jsonl").read_text().splitlines())
     assert record["where"] == f"{folder / 'train.jsonl'}:5" and "no question and answer" in record["reason"]
-    said = capsys.readouterr().out
-    assert "1 broken records kept aside" in said
+    said = capsys.readouterr().err
+    assert "1 broken record is kept aside" in said
     assert f"there is no {folder / 'heldout.jsonl'}: nothing is evaluated" in said
 
 
@@ -48,21 +48,21 @@ def test_a_share_is_held_out_by_hash_when_no_file_is_given(folder, capsys):
     asked = [[{"role": "user", "content": f"{n}?"}, GOOD["messages"][1]] for n in range(100)]
     (folder / "train.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in asked))
     measures = run(folder, "--data.heldout_share", "0.2")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     n_trained, n_held_out = (
-        int(re.search(rf"{word} (\d+)", said)[1]) for word in ("samples", "held out to evaluate on:")
+        int(re.search(rf"{word}: (\d+) conversations", said)[1]) for word in ("train.jsonl", "held out to evaluate on")
     )
     assert n_trained + n_held_out == 100 and 8 < n_held_out < 32  # four standard deviations about 20
-    assert "20% of" in said and measures["steps"] == 2
+    assert "20 % of" in said and measures["steps"] == 2
     run(folder, "--data.heldout_share", "0", "--train.resume", "never")
-    assert "no conversation is held out: nothing is evaluated" in capsys.readouterr().out
+    assert "none of the conversations are held out: nothing is evaluated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "how, told",
     [
-        ("cut", "2 lose their end; --data.seq_len "),
-        ("drop", "2 are dropped (--data.too_long cut keeps their beginning); --data.seq_len "),
+        ("cut", "2 are cut at the end. --data.seq_len "),
+        ("drop", "2 are skipped (--data.too_long cut would keep the beginning). --data.seq_len "),
     ],
 )
 def test_what_rows_are_too_short_for_is_told(folder, capsys, how, told):
@@ -71,10 +71,10 @@ def test_what_rows_are_too_short_for_is_told(folder, capsys, how, told):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     flags = ["--data.train", str(path), "--data.too_long", how, "--data.heldout_share", "0"]
     run(folder, *flags)
-    said = capsys.readouterr().out
-    assert f"{path}: of 25% of the records something is not trained, since rows are 64 tokens long: {told}" in said
+    said = capsys.readouterr().err
+    assert f"{path}: 25 % of the conversations are longer than a row of 64 tokens: {told}" in said
     run(folder, *flags, "--data.seq_len", "128", "--train.resume", "never")
-    assert "is not trained" not in capsys.readouterr().out
+    assert "are longer than" not in capsys.readouterr().err
 
 
 def test_answers_beyond_the_rows_are_told_and_untrained_ones_are_not(folder, capsys):
@@ -84,12 +84,13 @@ def test_answers_beyond_the_rows_are_told_and_untrained_ones_are_not(folder, cap
     flags = ["--data.train", str(path), "--data.heldout_share", "0"]
     path.write_text("".join(json.dumps(record) + "\n" for record in [GOOD] * 2 + [untrained, beyond]))
     run(folder, *flags)
-    said = capsys.readouterr().out
-    assert "of 25% of the records" in said and "long: 1 are left out since" in said
-    assert "beyond 1, without_target 1" in said
+    said = capsys.readouterr().err
+    assert "25 % of the conversations are longer" in said and "tokens: 1 is skipped (the answer begins after" in said
+    assert f"{path}: 4 conversations, " in said and "1 conversation without an answer to train is skipped." in said
     path.write_text("".join(json.dumps(record) + "\n" for record in [GOOD] * 2 + [untrained] * 2))
     run(folder, *flags, "--train.resume", "never")
-    assert "is not trained" not in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert "2 conversations without an answer to train are skipped." in said and "are longer than" not in said
 
 
 def test_what_it_is_trained_with_is_what_it_is_saved_with(folder):
@@ -109,7 +110,7 @@ def test_new_tokens_make_a_template_fit(folder, capsys):
         run(folder, *markers, "--lora.method", "lora")
     run(folder, "--data.template", "chatml", *markers)
     assert (
-        f"2 new tokens start as the mean of their spelling; rows: {before} -> {before + 2}" in capsys.readouterr().out
+        f"2 new tokens start as the mean of their spelling; rows: {before} -> {before + 2}" in capsys.readouterr().err
     )
     tokenizer = load_tokenizer(folder / "run" / "last")
     assert tokenizer.special["<|im_end|>"] == before + 1
@@ -142,9 +143,15 @@ def test_the_same_conversations_from_another_model_are_another_run(folder):
         (["--data.template", "chatml"], r"chatml needs the special tokens <\|im_start\|>, .*--add_special_tokens"),
         (["--data.heldout_share", "1"], r"heldout_share should be from 0 to below 1, found 1"),
         (["--data.train", "nowhere"], r"nowhere: no file or folder of this name"),
-        (["--data.temperature", "2"], r"temperature would do nothing: it is of several tasks, and --data names one"),
-        (["--data.coba_tau", "2", "--data.coba_warmup", "3"], r"coba_warmup, --data\.coba_tau would do nothing"),
-        (["--data.coba_tau", "2", "--data.loss", "sample"], r"would do nothing: --data\.loss is sample, not coba"),
+        (["--data.temperature", "2"], r"--data\.temperature needs several tasks, found one path in --data: remove it"),
+        (
+            ["--data.coba_tau", "2", "--data.coba_warmup", "3"],
+            r"coba_warmup 3 and --data\.coba_tau 2\.0 need --data\.loss coba",
+        ),
+        (
+            ["--data.coba_tau", "2", "--data.loss", "sample"],
+            r"coba_tau 2\.0 needs --data\.loss coba, found sample: .* CoBa",
+        ),
         (["--data.heldout_share", "0.9999"], r"a share of 0\.9999 holds out all there is; lower --data\.heldout_sh"),
         (["--data.seq_len", "4"], r"no conversation has an answer within 4 tokens; raise --data\.seq_len"),
         (["--data.seq_len", "201"], r"seq_len 201 is longer than the model's max_seq_len 200"),
@@ -175,7 +182,7 @@ def test_numbers_are_checked_before_anything_is_loaded(wrong):
 def test_of_several_tasks_those_without_their_held_out_file_are_named(folder):
     there = folder / "train.jsonl"
     train = (there, folder / "model")
-    with pytest.raises(ValueError, match=r"for each of 2 tasks, and there is no nowhere$"):
+    with pytest.raises(ValueError, match=r"for each of 2 tasks; there is no nowhere$"):
         DataArgs(train, heldout=(there, Path("nowhere")))
     DataArgs(train, heldout=(there, there), loss="coba", coba_tau=1.0, temperature=2.0)
     DataArgs(train[:1], heldout=(Path("nowhere"),))

@@ -184,15 +184,15 @@ def test_an_adapter_of_a_model_that_is_transformers_own(base, folder, neox):
     losses = [row["loss"] for row in outcome(folder, out)[1]]
     assert losses[-1] < losses[0] - 0.1
     last, tokens = folder / out / "last", torch.arange(4, 20)[None]
-    speaker = load_assistant(last, torch.device("cpu"), torch.float32)
+    assistant = load_assistant(last, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(neox), last)(tokens).logits
-        for kind, wanted in (("auto", speaker.model(tokens)), ("full", theirs)):  # of nf4, theirs is put on all bits
+        for kind, wanted in (("auto", assistant.model(tokens)), ("full", theirs)):  # of nf4, theirs is put on all bits
             convert.merge(convert.Merge(neox, last, folder / f"merged {base} {kind}", base=kind))
             merged = AutoModelForCausalLM.from_pretrained(folder / f"merged {base} {kind}")
             torch.testing.assert_close(merged(tokens).logits, wanted, rtol=1e-4, atol=1e-4)  # float32, merged first
         if base == "full":
-            torch.testing.assert_close(speaker.model(tokens), theirs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(assistant.model(tokens), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_is_no_model_to_start_from(folder, whole):

@@ -107,7 +107,8 @@ def test_dpo_begins_at_log_2(folder, capsys):
                 assert row[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6)  # float32 log-probabilities
                 assert row[f"{prefix}margin"] == pytest.approx(0, abs=1e-6)
     said = "".join(capsys.readouterr())
-    assert "pairs 19, kept 19" in said and "held out to evaluate on: 6 pairs (25% of" in said and "accuracy" in said
+    assert "pairs.jsonl: 19 pairs, " in said and "of which " in said and "are answers and are trained on" in said
+    assert "held out to evaluate on: 6 pairs (25 % of" in said and "accuracy" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,15 +154,33 @@ def test_two_processes_are_one(folder, environment):
         (["--objective", "sft"], "pairs.jsonl has no usable answer in 26 records; .*: use --objective dpo or orpo"),
         (["--data.seq_len", "2"], r"no pair has two different answers within 2 tokens; raise --data\.seq_len"),
         (["--data.seq_len", "201"], "seq_len 201 is longer than the model's max_seq_len 200"),
-        (["--preference.beta", "0"], "beta should be above 0"),
-        (["--objective", "sft", "--preference.beta", "1"], "settings of --objective dpo and orpo, not of sft"),
-        (["--objective", "orpo", "--preference.sft_weight", "1"], "settings of dpo; orpo has beta only"),
-        (["--data.packing", "concat"], "packed best_fit or none, found --data.packing concat"),
-        (["--data.train_on", "last"], r"of pairs the last answers are trained: leave out --data\.train_on"),
-        (["--data.loss", "sample"], r"--objective dpo is of one task: one path of pairs, without --data\.loss"),
-        (["--data", "a,b"], "--objective dpo is of one task"),
-        (["--train.metric", "accuracy"], r"with the least loss, found --train\.metric accuracy"),
-        (["--train.s2_group", "8"], r"pairs are trained in full attention, .*: no --train\.s2_group"),
+        (["--preference.beta", "0"], r"--preference\.beta should be above 0"),
+        (
+            ["--objective", "sft", "--preference.beta", "1"],
+            r"--preference\.beta 1\.0 needs --objective dpo or orpo, found sft",
+        ),
+        (
+            ["--objective", "orpo", "--preference.sft_weight", "1"],
+            r"sft_weight 1\.0 needs --objective dpo, found orpo: no",
+        ),
+        (
+            ["--data.packing", "concat"],
+            r"--data\.packing concat needs --objective sft, found dpo: pairs are packed best_fit or",
+        ),
+        (
+            ["--data.train_on", "last"],
+            r"--data\.train_on last needs --objective sft, found dpo: .* always train the last ans",
+        ),
+        (
+            ["--data.loss", "sample"],
+            r"--data\.loss sample needs --objective sft, found dpo: .* losses of their own; remove it",
+        ),
+        (["--data", "a,b"], r"--data\.train needs --objective sft, found dpo: dpo and orpo train one task"),
+        (
+            ["--train.metric", "accuracy"],
+            r"--train\.metric accuracy needs --objective sft, found dpo: .* has the least loss",
+        ),
+        (["--train.s2_group", "8"], r"--train\.s2_group 8 needs --objective sft, found dpo: .* under full attention"),
     ],
 )
 def test_refused_before_anything_is_written(folder, more, message, monkeypatch, capsys):

@@ -349,20 +349,6 @@ def test_refused(args, message):
     "args, message",
     [
         ({"method": "vera"}, "--lora.method should be one of none, lora, rslora, dora, pissa, found 'vera'"),
-        (
-            {"base": "nf4"},
-            "--lora.base nf4 needs an adapter, because quantized weights cannot be trained",
-        ),
-        ({"train_embed_norm": True}, "--lora.train_embed_norm has no effect with --lora.method none"),
-        ({"r": 4}, "--lora.r has no effect with --lora.method none: choose a method or remove it"),
-        (
-            {"method": "lora", "double_quant": False},
-            "double_quant needs --lora.base nf4 or fp4 (it quantizes their scales), found full",
-        ),
-        (
-            {"method": "pissa", "base": "int8"},
-            "pissa changes the base weights, which --lora.base int8 freezes",
-        ),
         ({"method": "lora", "r": 0}, "--lora.r should be at least 1, found 0"),
         ({"method": "lora", "alpha": 0}, "--lora.alpha should be above 0 and finite, found 0"),
         ({"method": "lora", "dropout": 1.0}, r"--lora.dropout should lie in [0, 1), found 1.0"),

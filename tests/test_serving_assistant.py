@@ -1,5 +1,6 @@
 """Finding a model, loading it, and the way from messages to ids and back."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +18,8 @@ from hardware import fastest_dtype
 from lora import adapters
 from model import Transformer
 from model_args import ModelArgs
-from serving import assistant
-from serving.assistant import load_assistant, speculator
+from serving import assistant as assistant_file
+from serving.assistant import load_assistant, open_draft
 from tokenizer import load_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=30)
@@ -84,12 +85,14 @@ def test_an_adapter_answers_in_the_place_of_its_base(directory, adapted):
     folder, model = adapted
     tokens = torch.arange(4, 24)[None]
     for path, base in ((folder, None), (folder.parent, None), (folder, directory)):
-        speaker = load_assistant(find_model(path), *CPU, base=base)
-        assert not any(hasattr(module, "lora") for module in speaker.model.modules())  # merged: nothing slows it down
-        torch.testing.assert_close(speaker.model(tokens), model(tokens), rtol=0, atol=1e-4)  # float32, logits around 10
-    assert speaker.template is not None  # of the base: this adapter came without a tokenizer
+        assistant = load_assistant(find_model(path), *CPU, base=base)
+        assert not any(hasattr(module, "lora") for module in assistant.model.modules())  # merged: nothing slows it down
+        torch.testing.assert_close(
+            assistant.model(tokens), model(tokens), rtol=0, atol=1e-4
+        )  # float32, logits around 10
+    assert assistant.template is not None  # of the base: this adapter came without a tokenizer
     other = load_assistant(directory, *CPU).model(tokens)
-    assert (speaker.model(tokens) - other).abs().max() > 0.1
+    assert (assistant.model(tokens) - other).abs().max() > 0.1
     half = load_assistant(folder, CPU[0], torch.bfloat16).model
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
@@ -138,29 +141,28 @@ def test_an_empty_stop_string_is_refused(directory):
 def test_a_template_that_cannot_be_used_is_told(directory, capsys):
     tokenizer = load_tokenizer(directory)
     tokenizer.chat_template = "{{ broken"
-    assert assistant.usable_template(tokenizer) is None
+    assert assistant_file.usable_template(tokenizer) is None
     assert "this model's chat template cannot be used, so it only continues texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_a_draft_answers_as_the_model_alone_does(directory, raw):
-    speaker = load_assistant(directory, *CPU, raw=raw)
-    alone = "".join(speaker.reply("江上", GREEDY))
+    assistant = load_assistant(directory, *CPU, raw=raw)
+    alone = "".join(assistant.reply("江上", GREEDY))
     for draft in ("lookup", str(directory)):
-        guesser = speculator(speaker, draft, 3)
-        speaker.stream = guesser.stream
-        assert "".join(speaker.reply("江上", GREEDY)) == alone
-        assert guesser.tally.passes > 0
-    assert guesser.tally.accepted == guesser.tally.drafted > 0
+        drafted = dataclasses.replace(assistant, decoder=open_draft(assistant, draft, 3))
+        assert "".join(drafted.reply("江上", GREEDY)) == alone
+        assert drafted.decoder.tally.passes > 0
+    assert drafted.decoder.tally.accepted == drafted.decoder.tally.drafted > 0
 
 
 def test_a_draft_with_another_tokenizer_is_refused(directory, tmp_path):
-    speaker = load_assistant(directory, *CPU)
+    assistant = load_assistant(directory, *CPU)
     shutil.copytree(directory, tmp_path / "other")
     config = tmp_path / "other" / "tokenizer.json"
     config.write_text(config.read_text(encoding="utf8").replace("<|end|>", "<|fin|>"), encoding="utf8")
     with pytest.raises(ValueError, match=r"the draft in .*other has another tokenizer than .*step_00000007"):
-        speculator(speaker, str(tmp_path / "other"), 3)
+        open_draft(assistant, str(tmp_path / "other"), 3)
 
 
 @pytest.mark.parametrize("has", [True, False])

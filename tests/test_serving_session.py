@@ -8,9 +8,12 @@ from helpers.small_model import ByteTokenizer
 
 from decoding.generate import generate
 from decoding.params import SamplingParams
+from decoding.speculative import PromptLookup, Speculative
 from model import Transformer
 from model_args import ModelArgs
+from serving.assistant import Assistant
 from serving.session import ChatSession
+from serving.streaming import StopStrings
 
 
 class Template:
@@ -56,7 +59,7 @@ def fed_tokens(model: Transformer, monkeypatch) -> list[int]:
 @pytest.mark.parametrize("system", ["", "be brief"])
 def test_each_turn_equals_the_whole_conversation_from_scratch(monkeypatch, system):
     model, template, tokenizer = chat_model(), Template(), ByteTokenizer()
-    session = ChatSession(model, tokenizer, template, system)
+    session = ChatSession(Assistant(model, tokenizer, template, system=system))
     history = [{"role": "system", "content": system}] if system else []
     for turn, question in enumerate(["hello", "and then", "??"]):
         widths = fed_tokens(model, monkeypatch)
@@ -75,7 +78,7 @@ def test_each_turn_equals_the_whole_conversation_from_scratch(monkeypatch, syste
 
 def test_the_oldest_turns_go_when_the_context_is_full():
     model, template = chat_model(max_seq_len=40), Template()
-    session = ChatSession(model, ByteTokenizer(), template, system="s")
+    session = ChatSession(Assistant(model, ByteTokenizer(), template, system="s"))
     for i in range(5):
         answer = list(session.ask(f"question {i}", CHAT))
         kept = session.system + session.messages[:-1]
@@ -87,7 +90,7 @@ def test_the_oldest_turns_go_when_the_context_is_full():
 
 
 def test_a_question_that_does_not_fit_leaves_the_history_alone():
-    session = ChatSession(chat_model(max_seq_len=40), ByteTokenizer(), Template())
+    session = ChatSession(Assistant(chat_model(max_seq_len=40), ByteTokenizer(), Template()))
     list(session.ask("hi", CHAT))
     before = list(session.messages)
     with pytest.raises(ValueError, match="the prompt is 53 tokens long, the model takes 40"):
@@ -98,7 +101,7 @@ def test_a_question_that_does_not_fit_leaves_the_history_alone():
 
 def test_an_answer_cut_short_enters_the_history():
     model = chat_model()
-    session = ChatSession(model, ByteTokenizer(), Template())
+    session = ChatSession(Assistant(model, ByteTokenizer(), Template()))
     answer = session.ask("hello", CHAT)
     said = [next(answer), next(answer)]
     answer.close()
@@ -110,3 +113,16 @@ def test_an_answer_cut_short_enters_the_history():
     assert len(session.messages) == 4
     session.reset()
     assert session.messages == []
+
+
+def test_a_stop_string_ends_a_turn_and_what_comes_after_it_is_not_made():
+    model, tokenizer = chat_model(), ByteTokenizer()
+    whole = tokenizer.decode(list(ChatSession(Assistant(model, tokenizer, Template())).ask("hello", CHAT)))
+    stop = StopStrings(tokenizer, [whole[3:5]])
+    decoders = (None, Speculative(model, PromptLookup(260)))
+    for decoder in decoders:
+        session = ChatSession(Assistant(model, tokenizer, Template(), decoder, stop))
+        end = whole.index(whole[3:5])
+        assert tokenizer.decode(list(session.ask("hello", CHAT))) == whole[: end + 2]
+        assert session.messages[-1]["content"] == whole[:end]
+        assert "".join(session.reply("hello", CHAT)).encode() == session.messages[-1]["content"].encode()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from decoding.params import SamplingParams
-from serving.terminal import command, converse, say, with_setting
+from serving.terminal import command, converse, print_pieces, with_setting
 
 
 class Echo:
@@ -82,8 +82,8 @@ def test_interrupts_over_a_pipe_end_it(monkeypatch):
     assert talk(monkeypatch, Echo(), KeyboardInterrupt, "two")[0] == 0
 
 
-def test_say_returns_what_it_prints(capsys):
-    assert say(iter(["江", "上"])) == "江上"
+def test_an_answer_is_printed_and_returned(capsys):
+    assert print_pieces(iter(["江", "上"])) == "江上"
     assert capsys.readouterr().out == "江上\n"
 
 

@@ -1,5 +1,7 @@
 """What a script loads before its arguments are parsed."""
 
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,32 @@ def test_the_compiler_is_not_loaded_with_the_scripts():
     code = "import sys, eval, pretrain, fine_tuning, convert; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+# Torch that is not there yet: whoever imports it says so and stops.
+NO_TORCH = "import sys\nprint('torch', file=sys.stderr)\nsys.exit(3)\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminal", "lines"),
+    [
+        ([], True, ["loading out/mine", "torch"]),
+        (["--prompt", "江"], True, ["loading out/mine", "torch"]),
+        (["--demo", "True"], True, ["loading out/mine", "torch"]),
+        (["--task", "loss"], True, ["torch"]),
+        (["--input", "q.jsonl"], True, ["torch"]),
+        (["--prompt", "江"], False, ["torch"]),
+    ],
+    ids=str,
+)
+def test_at_a_terminal_the_first_word_comes_before_torch(tmp_path, environment, flags, terminal, lines):
+    (tmp_path / "torch.py").write_text(NO_TORCH)
+    here, there = pty.openpty()
+    command = [sys.executable, str(REPOSITORY / "eval.py"), "--model", "out/mine", *flags]
+    path = f"{tmp_path}:{environment['PYTHONPATH']}"
+    ends = {"stdin": there, "stdout": there, "stderr": there if terminal else subprocess.PIPE}
+    done = subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": path}, **ends)
+    os.close(there)
+    said = os.read(here, 10_000) if terminal else done.stderr
+    os.close(here)
+    assert (done.returncode, said.decode().splitlines()) == (3, lines)

@@ -44,4 +44,4 @@ def test_the_models_keep_the_protocol(name):
 
 def test_metrics_of_a_model_that_has_none():
     assert take_metrics(MODELS["ours"]()) == {}
-    assert take_metrics(MODELS["preferences"]()).keys() == set(ORPO.measures)
+    assert take_metrics(MODELS["preferences"]()).keys() == set(ORPO.metrics)

@@ -15,7 +15,7 @@ from model import Transformer
 from model_args import ModelArgs
 from training.heldout import sums_by_group
 from tuning import mixture
-from tuning.args import split_paths, task_names
+from tuning.args import DataArgs, Task, split_paths, task_names
 
 VOCAB = 17
 LOSSES = ("token", "sample", "task_token", "task_sample")
@@ -197,5 +197,20 @@ def test_names_and_paths_of_tasks(tmp_path):
     paths = split_paths([given[0], type(given[0])(f"{given[1]},{given[2]}"), given[3]])
     assert paths == given
     assert task_names(paths) == ["c,d", str(given[1]), str(given[2]), "poems"]
-    with pytest.raises(ValueError, match="named once"):
+    with pytest.raises(ValueError, match="name each task once"):
         task_names([given[1], given[1]])
+
+
+def test_data_is_a_list_of_tasks(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert DataArgs((a,)).tasks == [Task("a", a, None, 1.0)]
+    assert DataArgs((a,), heldout=(b,)).tasks == [Task("a", a, b, 1.0)]
+    both = type(a)(f"{a},{b}")
+    assert DataArgs((both,), loss="task_token", weights=(2.0, 0.0)).tasks == [
+        Task("a", a, None, 2.0),
+        Task("b", b, None, 0.0),
+    ]
+    b.touch()
+    assert [task.heldout for task in DataArgs((a, b), heldout=(b, b)).tasks] == [b, b]
+    with pytest.raises(ValueError, match=f"--data should name each task once, found {a}, {a}"):
+        DataArgs((a, a)).tasks  # noqa: B018

@@ -1,5 +1,6 @@
 """DPO and ORPO against formulas written out pair by pair; the model that learns by them against texts one by one."""
 
+import inspect
 import math
 from decimal import Decimal, getcontext
 
@@ -16,15 +17,16 @@ from dataset_sft import PairData
 from distributed.single import SingleProcess
 from model import Transformer
 from model_args import ModelArgs
+from tuning import args as flags
 from tuning import reference as reference_room
 from tuning.args import PreferenceArgs
-from tuning.objectives import DPO, ORPO, Pairs, log_odds, make_objective
-from tuning.preference_model import PreferenceModel
+from tuning.objectives import DPO, OBJECTIVES, ORPO, SFT, log_odds, make_objective
+from tuning.preference_model import Pairs, PreferenceModel
 from tuning.reference import reference
 
 CPU = SingleProcess(torch.device("cpu"))
 SHAPE = {"dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 37, "hidden_dim": 40}
-OBJECTIVES = (DPO(0.3), DPO(0.1, 0.2, 0.7), ORPO(0.4))
+PAIRWISE = (DPO(0.3), DPO(0.1, 0.2, 0.7), ORPO(0.4))
 
 
 # ---- the objectives
@@ -71,15 +73,15 @@ def orpo_by_hand(objective: ORPO, chosen, rejected, n_chosen, n_rejected, *_) ->
     }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", PAIRWISE)
 def test_each_pair_by_hand(objective):
     pairs = some_pairs()
     by_hand = dpo_by_hand if isinstance(objective, DPO) else orpo_by_hand
-    losses, measures = objective(pairs)
-    assert tuple(measures) == objective.measures and not any(value.requires_grad for value in measures.values())
+    losses, metrics = objective(pairs)
+    assert tuple(metrics) == objective.metrics and not any(value.requires_grad for value in metrics.values())
     for n in range(7):
         expected = by_hand(objective, *(values[n].item() for values in vars(pairs).values()))
-        found = {"loss": losses[n].item()} | {name: values[n].item() for name, values in measures.items()}
+        found = {"loss": losses[n].item()} | {name: values[n].item() for name, values in metrics.items()}
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
@@ -95,7 +97,7 @@ def test_the_formulas_of_trl():
     torch.testing.assert_close(ORPO(0.4)(pairs)[0], -chosen - 0.4 * F.logsigmoid(odds))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", PAIRWISE)
 def test_gradients_by_differences(objective):
     pairs = some_pairs()
     rest = list(vars(pairs).values())[2:]
@@ -106,9 +108,9 @@ def test_equal_models_have_a_loss_of_log_2_and_no_margin():
     pairs = some_pairs()
     same = Pairs(pairs.chosen, pairs.rejected, pairs.n_chosen, pairs.n_rejected, pairs.chosen, pairs.rejected)
     for e in (0.0, 0.3):
-        losses, measures = DPO(0.7, e)(same)
+        losses, metrics = DPO(0.7, e)(same)
         torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=1e-15, atol=0)
-        assert not measures["margin"].any() and (measures["accuracy"] == 0.5).all()
+        assert not metrics["margin"].any() and (metrics["accuracy"] == 0.5).all()
 
 
 @pytest.mark.parametrize("log_p", [-1e-300, -1e-15, -1e-6, -0.1, -math.log(2), -0.8, -3.0, -40.0, -800.0])
@@ -126,7 +128,7 @@ def test_certain_and_hopeless_answers_give_finite_numbers():
     for chosen, rejected in ((0.0, -5.0), (-5.0, 0.0), (0.0, 0.0), (-1e5, -1e-9), (-1e-9, -1e5)):
         numbers = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (chosen, rejected)]
         one, none = torch.ones(1), torch.zeros(1)
-        for objective in OBJECTIVES:
+        for objective in PAIRWISE:
             loss = objective(Pairs(*numbers, one, one, none, none))[0].sum()
             gradients = torch.autograd.grad(loss, numbers)
             assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
@@ -151,8 +153,16 @@ def test_objectives_by_name():
     args = PreferenceArgs(0.2, 0.1, 0.5)
     assert make_objective("dpo", args) == DPO(0.2, 0.1, 0.5)
     assert make_objective("orpo", PreferenceArgs(0.2)) == ORPO(0.2)
-    with pytest.raises(ValueError, match="settings of dpo; orpo has beta only"):
-        make_objective("orpo", args)
+    assert make_objective("orpo", args) == ORPO(0.2)  # fine_tuning.py refuses the flags of the others
+    assert isinstance(make_objective("sft", PreferenceArgs()), SFT)
+
+
+def test_the_names_for_the_argument_parser_are_those_of_the_classes():
+    assert list(OBJECTIVES) == list(flags.OBJECTIVES)
+    for name, settings in flags.OBJECTIVES.items():
+        cls = OBJECTIVES[name]
+        assert tuple(inspect.signature(cls).parameters) == settings
+        assert {setting: getattr(cls(), setting) for setting in settings}.items() <= vars(PreferenceArgs()).items()
 
 
 # ---- the model
@@ -206,7 +216,7 @@ def epoch(tuned: PreferenceModel, data: PairData, micro: int = 0) -> tuple[torch
     return sum(loss for loss, _ in results), sum(int(count) for _, count in results)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", PAIRWISE)
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_loss_and_gradients_as_of_texts_one_by_one(objective, packing):
     model, ref, data = our_model(), our_model(), small_data(packing=packing)
@@ -227,7 +237,7 @@ def test_loss_and_gradients_as_of_texts_one_by_one(objective, packing):
 def test_metrics_are_sums_over_the_pairs_since_they_were_taken():
     model, data, objective = our_model(), small_data(), ORPO(0.4)
     tuned = PreferenceModel(model, objective)
-    assert tuned.take_metrics() == dict.fromkeys(objective.measures, 0.0)
+    assert tuned.take_metrics() == dict.fromkeys(objective.metrics, 0.0)
     epoch(tuned, data, 1)
     sums, counts = one_by_one(model, data)
     expected = sum(-total.item() / count for total, count in zip(sums[0::2], counts[0::2]))

@@ -1,16 +1,40 @@
-"""The flags of fine-tuning: data, mixtures of tasks, preferences. Free of torch, as model_args.py is."""
+"""The flags of fine-tuning: data, mixtures of tasks, objectives. Free of torch, as model_args.py is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
+from cli.flags import Needs
+from lora.spec import METHODS
+
 Packing = Literal["best_fit", "concat", "bucket", "none"]
+Loss = Literal["token", "sample", "task_token", "task_sample", "coba"]
+
+OBJECTIVES: dict[str, tuple[str, ...]] = {  # name -> its settings in PreferenceArgs; the classes: objectives.py
+    "sft": (),
+    "dpo": ("beta", "label_smoothing", "sft_weight"),
+    "orpo": ("beta",),
+}
+ObjectiveName = Literal[tuple(OBJECTIVES)]
+
+
+class Task(NamedTuple):
+    """One of the tasks of a run."""
+
+    name: str
+    path: Path
+    """file or folder of the records to train on"""
+    heldout: Path | None
+    """file or folder of the records to evaluate on; None: a share of those at `path`"""
+    weight: float
+    """how much the task counts in the loss, relative to the others"""
 
 
 @dataclass(frozen=True)
@@ -18,112 +42,155 @@ class DataArgs:
     """Conversations and batches."""
 
     train: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--data"])] = (Path("data/tiny/sft_train.jsonl"),)
-    """conversations in any of the usual forms (json, jsonl, csv, tsv, parquet, a folder of them, a loader in Python);
-    several paths, or one with commas, are several tasks"""
+    """conversations or pairs of answers in any usual form: json, jsonl, csv, tsv, parquet, a folder of such files, or a
+    loader in Python; several paths, separated by spaces or commas, are several tasks"""
     heldout: tuple[Path, ...] = ()
-    """conversations to evaluate on, for each task; none: heldout_share of train; of one task a missing file: no
-    evaluation"""
+    """data to evaluate on, one path for each task; without it, heldout_share of --data. With one task the file may be
+    missing: then nothing is evaluated"""
     heldout_share: float = 0.02
-    """the share of train to evaluate on and not to train, by the hash of the question; 0: no evaluation"""
+    """share of --data that is evaluated on instead of trained, chosen by the hash of the question; 0: no evaluation"""
     template: str = "auto"
-    """auto (the model's own, else ours), own, ours, plain, chatml, llama2, mftcoder, or the path of a .jinja file"""
+    """chat template. auto: the model's own if it has one, else ours; or own, ours, plain, chatml, llama2, mftcoder, or
+    the path of a .jinja file"""
     train_on: Literal["all", "last"] = "all"
-    """the answers of a conversation that are trained; one with "loss": false in its record never is"""
+    """all: train every answer of a conversation; last: only the last one. An answer with "loss": false in its record is
+    never trained"""
     seq_len: int = 128
-    """tokens in a row of a batch; of pairs, in each of the two texts"""
+    """tokens in one row of a batch; for pairs, in each of the two texts"""
     batch_size: int = 64
-    """rows of an optimizer step, over all processes and micro-batches"""
+    """rows in one optimizer step, summed over all processes and micro-batches"""
     packing: Packing = "best_fit"
-    """best_fit: several samples a row, hidden from each other; concat: one after another, cut where a row ends; bucket:
-    one a row, padded to the longest of a step of about equal ones; none: likewise of any"""
+    """best_fit: fill each row with whole samples that cannot see each other; concat: join all samples and cut every
+    seq_len tokens; bucket: one sample a row, samples of similar length in one batch, padded; none: one sample a row,
+    any lengths, padded"""
     too_long: Literal["cut", "drop"] = "cut"
-    """what happens to a sample that does not fit a row (concat takes it whole)"""
+    """what happens to a sample that is longer than a row: cut its end, or drop it (concat always keeps all of it)"""
     loss: Loss = "token"
-    """a step's mean over its targets (token), samples, tasks by target (task_token) or by sample (task_sample), which
-    are MFTCoder's case1, 2, 3 and 4 over the whole step; coba: task_token, its weights by how each task converges"""
+    """how losses are averaged in a step. token: every trained token counts the same; sample: every conversation;
+    task_token, task_sample: every task, averaging tokens or conversations within it; coba: like task_token, with
+    weights that adapt to how fast each task converges (CoBa). The first four are MFTCoder's cases 1 to 4"""
     weights: tuple[float, ...] = ()
-    """of the tasks, for task_token and task_sample; none: equal ones"""
+    """one weight for each task, with --data.loss task_token or task_sample; without it all tasks weigh the same"""
     temperature: float = 1.0
-    """small tasks are seen more often: samples of one of n are taken in proportion to n^(1/temperature)"""
+    """above 1, small tasks are repeated: a task of n samples is seen in proportion to n^(1/temperature)"""
     coba_interval: int = 1
-    """steps between CoBa's measures, each on one held-out batch, which take turns"""
+    """CoBa: steps between two measurements of the held-out losses, each on one batch, one batch after another"""
     coba_warmup: int = 100
-    """measures before the weights begin to change"""
+    """CoBa: measurements before the weights begin to change"""
     coba_history: int = 200
-    """measures that a slope is fitted to"""
+    """CoBa: number of the last measurements that the slope of a task's loss is fitted to"""
     coba_tau: float = 5.0
-    """how sharply CoBa turns to tasks that diverge"""
+    """CoBa: how strongly the weights react when a task diverges"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError on numbers out of range, on what a task lacks, and on what would do nothing."""
-        n_tasks = len(split_paths(self.train))
-        self._check_heldout(n_tasks)
+        """Raise ValueError on a number out of range, and where there is not one path or weight for each task."""
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"--data.heldout_share should be from 0 to below 1, found {self.heldout_share}")
         if not self.temperature >= 1:
             raise ValueError(f"--data.temperature should be 1 (no upsampling) or more, found {self.temperature}")
+        n_tasks, heldout = len(split_paths(self.train)), split_paths(self.heldout)
         if self.temperature != 1 and n_tasks == 1:
-            raise ValueError("--data.temperature would do nothing: it is of several tasks, and --data names one")
-        if self.weights and self.loss not in ("task_token", "task_sample"):
-            raise ValueError(
-                f"--data.weights are of tasks: they go with --data.loss task_token or task_sample, not {self.loss}"
-            )
+            raise ValueError("--data.temperature needs several tasks, found one path in --data: remove it")
+        if heldout and len(heldout) != n_tasks:
+            raise ValueError(f"--data.heldout should name one path for each of {n_tasks} tasks, found {len(heldout)}")
+        missing = ", ".join(str(path) for path in heldout if not path.exists())
+        if missing and n_tasks > 1:
+            raise ValueError(f"--data.heldout should name one path for each of {n_tasks} tasks; there is no {missing}")
         if (w := self.weights) and not (len(w) == n_tasks and min(w) >= 0 and 0 < sum(w) < math.inf):
             found = " ".join(map(str, w))
             raise ValueError(
                 f"--data.weights should be {n_tasks} numbers of 0 or more, not all of them 0, found {found}"
             )
-        of_coba = [field for field in fields(self) if field.name.startswith("coba_")]
-        idle = [f"--data.{field.name}" for field in of_coba if getattr(self, field.name) != field.default]
-        if idle and self.loss != "coba":
-            raise ValueError(f"{', '.join(idle)} would do nothing: --data.loss is {self.loss}, not coba")
 
-    def _check_heldout(self, n_tasks: int) -> None:
-        heldout = split_paths(self.heldout)
-        if not 0 <= self.heldout_share < 1:
-            raise ValueError(f"--data.heldout_share should be from 0 to below 1, found {self.heldout_share}")
-        if heldout and len(heldout) != n_tasks:
-            raise ValueError(f"--data.heldout should name one path for each of {n_tasks} tasks, found {len(heldout)}")
-        missing = ", ".join(str(path) for path in heldout if not path.exists())
-        if missing and n_tasks > 1:
-            raise ValueError(f"--data.heldout names one path for each of {n_tasks} tasks, and there is no {missing}")
-
-
-Loss = Literal["token", "sample", "task_token", "task_sample", "coba"]
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The tasks of --data. Raises ValueError where a path comes twice."""
+        paths, heldout = split_paths(self.train), split_paths(self.heldout)
+        none = [None] * len(paths)
+        return list(map(Task, task_names(paths), paths, heldout or none, self.weights or [1.0] * len(paths)))
 
 
 def split_paths(paths: Sequence[Path]) -> list[Path]:
-    """Paths with those written as one, `dirA,dirB`, taken apart; one that exists with its comma stays whole."""
+    """Split paths that are written as one, `dirA,dirB`; a path that exists with its comma stays whole."""
     return [Path(part) for path in paths for part in ([path] if path.exists() else str(path).split(",")) if str(part)]
 
 
 def task_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: of its folder or file, without a suffix; of two with the same one, the whole path.
-
-    Raises ValueError where a path comes twice."""
+    """Return a name for each path: that of its folder, or of its file without the suffix; where two are the same, the
+    whole path. Raises ValueError where a path comes twice."""
     if len(set(paths)) < len(paths):
-        raise ValueError(f"each task should be named once, found {', '.join(map(str, paths))}")
+        raise ValueError(f"--data should name each task once, found {', '.join(map(str, paths))}")
     names = [path.name if path.is_dir() else path.stem for path in paths]
     return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names)]
 
 
 @dataclass(frozen=True)
 class PreferenceArgs:
-    """What is learnt from pairs of answers."""
+    """Settings of the objectives that learn from pairs of answers."""
 
     beta: float = 0.1
-    """DPO: how dearly distance from the reference is paid (less of it lets the model go further); ORPO: the weight of
-    the odds ratio beside the loss on the chosen answer (lambda in its paper)"""
+    """DPO: how strongly the model is held near the reference (less lets it move further away); ORPO: weight of the odds
+    ratio beside the loss on the chosen answer (lambda in the paper)"""
     label_smoothing: float = 0.0
-    """DPO: the share of pairs that are taken to be the wrong way round (conservative DPO)"""
+    """DPO: share of the pairs that are assumed to be labelled the wrong way round (conservative DPO)"""
     sft_weight: float = 0.0
-    """DPO: the weight of the chosen answer's own loss a token, which keeps it from becoming less probable"""
+    """DPO: weight of the chosen answer's own loss per token, which keeps that answer from becoming less probable"""
 
     def __post_init__(self) -> None:
+        """Raise ValueError on a number out of range."""
         if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta should be above 0, and finite, found {self.beta}")
+            raise ValueError(f"--preference.beta should be above 0, and finite, found {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
-                f"label_smoothing should be from 0 to below 0.5, where no answer is preferred any more, "
+                f"--preference.label_smoothing should be from 0 to below 0.5 (at 0.5 no answer is preferred), "
                 f"found {self.label_smoothing}"
             )
         if not 0 <= self.sft_weight < math.inf:
-            raise ValueError(f"sft_weight should be 0 or more, and finite, found {self.sft_weight}")
+            raise ValueError(f"--preference.sft_weight should be 0 or more, and finite, found {self.sft_weight}")
+
+
+def several(paths: Sequence[Path]) -> bool:
+    """Return whether a flag names more than one path."""
+    return len(split_paths(paths)) > 1
+
+
+def cannot_hold_pairs(packing: str) -> bool:
+    """Return whether a way of packing takes conversations only."""
+    return packing not in ("best_fit", "none")
+
+
+NEW_TOKENS = (
+    "new tokens change the model that an adapter belongs to. Make that model first, with python convert.py tokens "
+    "--model {args.init_from} --out DIR, and adapt it with --init_from DIR"
+)
+NEEDS = (  # flag, the other flag that it needs, values of that one, why
+    Needs("lora.*", "lora.method", tuple(METHODS), "only adapters have this setting; choose a method, or remove it"),
+    Needs(
+        "lora.base",
+        "lora.method",
+        ("none", *(name for name in METHODS if name != "pissa")),
+        "pissa changes the base weights, and quantized weights are frozen",
+    ),
+    Needs("lora.double_quant", "lora.base", ("nf4", "fp4"), "it quantizes their scales; remove it"),
+    Needs("add_tokens", "lora.method", ("none",), NEW_TOKENS),
+    Needs("add_special_tokens", "lora.method", ("none",), NEW_TOKENS),
+    Needs(
+        "data.weights", "data.loss", ("task_token", "task_sample"), "the other losses have no fixed weights; remove it"
+    ),
+    Needs("data.coba_*", "data.loss", ("coba",), "these are settings of CoBa; remove them"),
+    *(
+        Needs(
+            f"preference.{setting.name}",
+            "objective",
+            tuple(name for name, settings in OBJECTIVES.items() if setting.name in settings),
+            "no other objective has this setting; remove it",
+        )
+        for setting in fields(PreferenceArgs)
+    ),
+    Needs("data.train", "objective", ("sft",), "dpo and orpo train one task; name one path", several),
+    Needs("data.loss", "objective", ("sft",), "dpo and orpo have losses of their own; remove it"),
+    Needs("data.train_on", "objective", ("sft",), "dpo and orpo always train the last answer; remove it"),
+    Needs("data.packing", "objective", ("sft",), "pairs are packed best_fit or none", cannot_hold_pairs),
+    Needs("train.s2_group", "objective", ("sft",), "dpo and orpo compare answers under full attention; remove it"),
+    Needs("train.metric", "objective", ("sft",), "the best checkpoint of dpo and orpo has the least loss; remove it"),
+)

@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from dataset import BatchSource
+from distributed.single import SingleProcess
+from training.heldout import evaluate
+from tuning.args import DataArgs
 from tuning.mixture import Weighted
 
 
@@ -23,14 +28,14 @@ class CoBa:
         DF    = min(1, t softmax_t(-tau t a_max / sum over all t times |a_max|) now)    little when the worst diverges
         w     = softmax_k(n (DF RCS_k + (1 - DF) ACS_k)), raised to at least 1 / (10 n) where it is below
 
-    as in MFTCoder's loss_utils.py, but for three things: DF does not exceed 1, which would make ACS count against
-    itself; the N times of ACS are the last `history` ones; and a measure that lacks a task leaves that time out of
-    its line, instead of moving the later ones.
+    as in MFTCoder's loss_utils.py, with three differences: DF does not exceed 1, because ACS would then count against
+    itself; the N times of ACS are the last `history` ones; and where a measure lacks a task, that time is left out of
+    the task's line instead of moving the later ones.
 
     Args:
-        weighted: whose `.weights` are changed.
-        measure: gives the held-out loss of each task for the number of a measure, NaN where there is none.
-        names: of the tasks, for the log.
+        weighted: batch source whose `.weights` are changed.
+        measure: function from the number of a measure to the held-out loss of each task, NaN where there is none.
+        names: names of the tasks, for the log.
     """
 
     def __init__(
@@ -45,8 +50,8 @@ class CoBa:
     ) -> None:
         if interval < 1 or warmup < 2 or history < 2 or not 0 <= tau < math.inf:
             raise ValueError(
-                f"CoBa takes an interval of 1 or more, a warm-up and a history of 2 or more and tau of 0 or more, "
-                f"found {interval}, {warmup}, {history} and {tau}"
+                "CoBa takes an interval of 1 or more (--data.coba_interval), a warm-up and a history of 2 or more "
+                f"and tau of 0 or more, found {interval}, {warmup}, {history} and {tau}"
             )
         self.weighted, self.measure, self.names = weighted, measure, list(names)
         self.interval, self.warmup, self.history, self.tau = interval, warmup, history, tau
@@ -58,7 +63,7 @@ class CoBa:
         self.steepest: list[float] = []  # a_max, since the warm-up
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Measure when it is time, and set the weights; returns them for the log."""
+        """Measure the losses every `interval` steps and set the weights; return these for the log."""
         if step % self.interval:
             return {}
         losses = np.array(self.measure(self.n_measures), np.float64)
@@ -72,24 +77,26 @@ class CoBa:
         return {f"weight/{name}": float(w) for name, w in zip(self.names, self.weighted.weights)}
 
     def _balance(self) -> np.ndarray:
-        """The weights of the tasks by the slopes so far, (n_tasks,), with sum 1."""
+        """Return the weights of the tasks from the slopes so far, (n_tasks,), with sum 1."""
         n, now, t = len(self.names), self.slopes[-1], len(self.steepest)
+        # 1e-300 instead of 0: where all slopes are 0, the weights are equal
         relative = softmax(n * now / max(np.abs(now).sum(), 1e-300))
         absolute = softmax(-len(self.slopes) * now / np.abs(self.slopes).sum(0).clip(1e-300))
         worst = np.array(self.steepest)
         divergence = min(1.0, t * softmax(-self.tau * t * worst / max(np.abs(worst).sum(), 1e-300))[-1])
+        # a task whose weight is 0 would never be seen to recover: 1 / (10 n) at least, and the sum stays 1
         weights = softmax(n * (divergence * relative + (1 - divergence) * absolute))
         least = 1 / (10 * n)
         return weights * (1 - least * n) + least if weights.min() < least else weights
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the weights of later steps depend on, in plain containers."""
+        """Return all that the weights of later steps depend on, in plain containers."""
         arrays = {"first": self.first, "ratios": self.ratios, "slopes": self.slopes, "weights": self.weighted.weights}
         plain = {name: array.tolist() for name, array in arrays.items()}
         return plain | {"steepest": list(self.steepest), "n_measures": self.n_measures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Take back what `state_dict` returned."""
         n = len(self.names)
         self.first, self.weighted.weights = np.array(state["first"]), np.array(state["weights"])
         self.ratios, self.slopes = (np.array(state[name]).reshape(-1, n) for name in ("ratios", "slopes"))
@@ -97,7 +104,7 @@ class CoBa:
 
 
 def slope(values: np.ndarray) -> float:
-    """Of the straight line through `values` at 0, 1, 2, ... by least squares, those that are NaN left out."""
+    """Return the slope of the least-squares line through `values` at 0, 1, 2, ..., leaving out those that are NaN."""
     x = np.flatnonzero(~np.isnan(values)).astype(np.float64)
     if len(x) < 2:
         return 0.0
@@ -106,6 +113,26 @@ def slope(values: np.ndarray) -> float:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """exp(logits) / sum exp(logits)."""
+    """Return exp(logits) / sum exp(logits)."""
     e = np.exp(logits - logits.max())
     return e / e.sum()
+
+
+def make_coba(
+    data: DataArgs,
+    weighted: BatchSource,
+    heldout: BatchSource | None,
+    model: nn.Module,
+    backend: SingleProcess,
+    micro_batch_size: int,
+) -> CoBa | None:
+    """Return a balancer that measures one batch of `heldout` after another; None unless --data.loss is coba."""
+    if data.loss != "coba":
+        return None
+    names = [task.name for task in data.tasks]
+
+    def measure(number: int) -> list[float]:
+        measures = evaluate(model, heldout, None, 1, backend, micro_batch_size, names, first=number)
+        return [measures.get(f"loss/{name}", math.nan) for name in names]
+
+    return CoBa(weighted, measure, names, data.coba_interval, data.coba_warmup, data.coba_history, data.coba_tau)

@@ -1,122 +1,84 @@
-"""The data of a fine-tuning run: files of conversations, or of pairs of answers -> what is trained and what is held out
-of each task -> the batches of the loop, and what is told of them."""
+"""The data of a fine-tuning run: files of records -> the samples of each task, to train on and to evaluate on."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from chat.samples import Samples, encode_pairs, encode_samples, read_pairs, read_samples
-from chat.template import ChatTemplate
+from chat.samples import Samples
+from cli.progress import say
 from corpora import BadRecord
-from dataset import BatchSource
-from dataset_sft import PairData, SFTData
-from tuning import mixture
-from tuning.args import DataArgs, Packing, split_paths
+from tuning.args import DataArgs, task_names
 
 ANY_LENGTH = 2**31  # tokens: longer than any sample
 
 
-def read_data(
-    data: DataArgs, paths: list[Path], template: ChatTemplate, broken: dict[Path, list[BadRecord]], in_pairs: bool
-) -> tuple[list[Samples], list[Samples] | None]:
-    """What is trained and what is held out of each task, None if nothing is; the records that are none go to `broken`,
-    by file."""
-    options = {"template": template, "too_long": data.too_long} | ({} if in_pairs else {"train_on": data.train_on})
-    read = partial(read_pairs if in_pairs else read_samples, **options)
-    encode = partial(encode_pairs if in_pairs else encode_samples, seq_len=data.seq_len, **options)
-    given = split_paths(data.heldout)
-    share = 0.0 if given else data.heldout_share
+@dataclass(frozen=True)
+class Split:
+    """The samples of a run, in the order of its tasks, and the records that could not be read."""
+
+    trained: list[Samples]
+    heldout: list[Samples] | None
+    """None: no task has any"""
+    broken: dict[Path, list[BadRecord]]
+    """by the file or folder that they come from"""
+
+
+def read_split(data: DataArgs, read: Callable[..., Samples], encode: Callable[..., Samples]) -> Split:
+    """Read every task of `data`. `read` and `encode` are those of chat.samples, with their template.
+
+    A task without a held-out file of its own gives up a share of its records; the records of that share are encoded
+    apart, because with packing "concat" only training takes samples that are longer than a row.
+    """
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
-    trained, heldout = [], []
-    for path in paths:
-        aside: list = []
-        trained.append(read(path, seq_len=seq_len, broken=broken.setdefault(path, []), share=share, aside=aside))
-        heldout.append(encode(aside))
-    if given and all(path.exists() for path in given):
-        heldout = [read(path, seq_len=data.seq_len, broken=broken.setdefault(path, [])) for path in given]
-    return trained, heldout if any(map(len, heldout)) else None
+    trained, heldout, broken = [], [], {}
+    for task in data.tasks:
+        aside: list[Any] = []
+        share = data.heldout_share if task.heldout is None else 0.0
+        bad = broken.setdefault(task.path, [])
+        trained.append(read(task.path, seq_len=seq_len, broken=bad, share=share, aside=aside))
+        if task.heldout is not None and task.heldout.exists():
+            bad = broken.setdefault(task.heldout, [])
+            heldout.append(read(task.heldout, seq_len=data.seq_len, broken=bad))
+        else:
+            heldout.append(encode(aside, seq_len=data.seq_len))
+    return Split(trained, heldout if any(map(len, heldout)) else None, broken)
 
 
-def batches(
-    args: DataArgs, seed: int, trained: list[Samples], heldout: list[Samples] | None
-) -> tuple[BatchSource, SFTData | None]:
-    """What the loop trains on, weighed as asked, and what it evaluates on."""
-    samples, groups = mixture.join(trained, args.temperature, seed)
-    per_sample = args.loss in ("sample", "task_sample")
-    shape = (args.seq_len, args.batch_size)
-    data = SFTData(
-        samples, *shape, seed, args.packing, groups=groups if len(trained) > 1 else None, per_sample=per_sample
-    )
-    source: BatchSource = data
-    if args.loss != "token":
-        weights = None if args.loss == "sample" else args.weights or [1.0] * len(trained)
-        source = mixture.Weighted(data, weights)
-    if heldout is None:
-        return source, None
-    whole: Packing = "best_fit" if args.packing == "concat" else args.packing  # no answer is judged by its second half
-    samples, groups = mixture.join(heldout)
-    several = len(heldout) > 1  # then shuffled, so that the first batches hold something of each
-    return source, SFTData(samples, *shape, 0, whole, shuffle=several, groups=groups if several else None)
+def check_heldout(data: DataArgs, metric: str, heldout: list[Samples] | None) -> str:
+    """Return a sentence that names the tasks without a held-out sample, "" where every task has one.
 
-
-def pair_batches(
-    args: DataArgs, seed: int, trained: list[Samples], heldout: list[Samples] | None
-) -> tuple[PairData, PairData | None]:
-    """What the loop trains on and what it evaluates on, of pairs, which are numbered through."""
-    shape = (args.seq_len, args.batch_size)
-    data = PairData(*trained, *shape, seed, args.packing)
-    if heldout is None:
-        return data, None
-    return data, PairData(*heldout, *shape, 0, args.packing, shuffle=False, first=data.n_pairs)
-
-
-def keep_aside(path: Path, broken: list[BadRecord], aside: Path) -> None:
-    """Write the broken records of `path`, if there are any, into the file `aside`, and say so."""
-    if broken:
-        aside.write_text("".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in broken), "utf8")
-        print(f"{path}: {len(broken)} broken records kept aside in {aside}; the first: {broken[0].reason}", flush=True)
-
-
-def describe(
-    args: DataArgs, paths: list[Path], trained: list[Samples], heldout: list[Samples] | None, data: BatchSource
-) -> str:
-    """Lines that tell what is trained, how full the batches are, and on what the model is evaluated."""
-    lines = [
-        f"{path}: " + ", ".join(f"{name} {number}" for name, number in samples.stats.items())
-        for path, samples in zip(paths, trained)
-    ]
-    rows = getattr(data, "source", data)  # what it is before it is weighed
-    share = rows.samples.mask.sum() / (np.diff(rows.samples.offsets.astype(np.int64)) - 1).sum()
-    filled = rows.packing_efficiency
-    lines[-1] += f"; {filled:.1%} of the positions hold samples, {filled * share:.1%} have a target"
-    lines += [told for path, samples in zip(paths, trained) if (told := too_long(path, samples, args.seq_len))]
-    if heldout is None:
-        why = f"there is no {', '.join(map(str, args.heldout))}" if args.heldout else "no conversation is held out"
-        return "\n".join([*lines, f"{why}: nothing is evaluated on the way"])
-    shared = f"{args.heldout_share:.0%} of {', '.join(map(str, paths))}, by the hash of their questions"
-    source = ", ".join(map(str, args.heldout)) or shared
-    counts = " + ".join(str(len(samples)) for samples in heldout)
-    what = f"{len(heldout[0]) // 2} pairs" if isinstance(data, PairData) else f"{counts} samples"
-    return "\n".join([*lines, f"held out to evaluate on: {what} ({source})"])
-
-
-def too_long(path: Path, samples: Samples, seq_len: int) -> str:
-    """What rows of seq_len tokens leave out of a file, and what to do about it; nothing if they hold all of it."""
-    stats = samples.stats
-    fates = {
-        "lose their end": stats["cut"],
-        "are dropped (--data.too_long cut keeps their beginning)": stats["dropped"],
-        "are left out since their answers lie beyond": stats["beyond"],
-    }
-    if not (lost := sum(fates.values())):
+    Raises ValueError where `metric`, which chooses the best checkpoint, or CoBa needs the samples that are missing.
+    """
+    names = [task.name for task in data.tasks]
+    if heldout is None and metric != "loss":
+        raise ValueError(f"--train.metric {metric} needs held-out data, and nothing is held out: set --data.heldout")
+    if data.loss == "coba" and (heldout is None or len(names) < 2):
+        raise ValueError(
+            "--data.loss coba needs two tasks and held-out data, because it balances tasks by their held-out losses"
+        )
+    without = [name for name, samples in zip(names, heldout or []) if not len(samples)]
+    if not without:
         return ""
-    share = lost / (stats.get("pairs") or stats["conversations"])
-    told = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number)
-    return (
-        f"{path}: of {share:.0%} of the records something is not trained, "
-        f"since rows are {seq_len} tokens long: {told}; --data.seq_len {samples.enough} would hold nine in ten whole"
-    )
+    missing = f"no sample of {', '.join(without)} is held out"
+    if data.loss == "coba" or metric in [f"loss/{name}" for name in without]:
+        flag = "--data.loss coba" if data.loss == "coba" else f"--train.metric {metric}"
+        raise ValueError(
+            f"{flag} needs held-out samples of every task that it measures, and {missing}: "
+            "raise --data.heldout_share, or name files with --data.heldout"
+        )
+    return f"{missing}: measurements during training leave it out"
+
+
+def keep_aside(broken: dict[Path, list[BadRecord]], run: Path) -> None:
+    """Write the broken records of each path, if there are any, to a file in the directory `run`, and say so."""
+    for (path, records), name in zip(broken.items(), task_names(list(broken))):
+        if records:
+            aside = run / f"broken_{name.replace('/', '_')}.jsonl"
+            lines = (json.dumps(vars(record), ensure_ascii=False) + "\n" for record in records)
+            aside.write_text("".join(lines), "utf8")
+            count = "1 broken record is" if len(records) == 1 else f"{len(records):,} broken records are"
+            say(f"{path}: {count} kept aside in {aside}; the first: {records[0].reason}")

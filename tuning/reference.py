@@ -20,17 +20,17 @@ from tuning.preference_model import PreferenceModel
 def reference(
     tuned: PreferenceModel, sources: Sequence[PairData], backend: SingleProcess, cache: Path, micro_batch_size: int = 0
 ) -> torch.Tensor:
-    """The log-probability that the model gives each text of `sources` now, by doc_id: (texts,) on its device.
+    """Return the log-probability that the model gives each text of `sources` now, by doc_id: (texts,) on its device.
 
-    All ranks share the work, `micro_batch_size` rows at once (0: all of a rank's). The file `cache` keeps the result,
-    and is made anew when weights, shape or dtype of the model or the texts are others than those it is of.
+    All ranks share the work, `micro_batch_size` rows at once (0: all rows of a rank). The file `cache` keeps the
+    result; it is computed again when the weights, shape or dtype of the model or the texts have changed since.
     """
     key = digest(tuned.model, sources)
     known = [read_cache(cache, key)]
-    if not all(backend.gather(known[0] is not None)):  # all ranks have it, or all of them work
+    if not all(backend.gather(known[0] is not None)):  # a rank without the file needs the others to compute with it
         known = backend.gather(_log_probs(tuned, sources, backend, micro_batch_size))
         if backend.main:
-            write_cache(cache, key, np.fmax.reduce(known))
+            write_cache(cache, key, np.fmax.reduce(known))  # fmax ignores the NaN of texts that another rank computed
     wide = torch.float32 if backend.device.type == "mps" else torch.float64
     return torch.from_numpy(np.fmax.reduce(known)).to(backend.device, wide)
 
@@ -39,35 +39,35 @@ def reference(
 def _log_probs(
     tuned: PreferenceModel, sources: Sequence[PairData], backend: SingleProcess, micro_batch_size: int
 ) -> np.ndarray:
-    """The log-probabilities of the texts in this rank's rows; NaN for the others."""
-    found = np.full(2 * sum(source.n_pairs for source in sources), np.nan)
+    """Return the log-probabilities of the texts in this rank's rows, (texts,); NaN for the others."""
+    log_probs = np.full(2 * sum(source.n_pairs for source in sources), np.nan)
     was_training = tuned.training
     tuned.eval()
     steps = [(source, step) for source in sources for step in range(source.steps_per_epoch)]
-    for source, step in track(steps, "asking the reference", "batches", len(steps), active=backend.main):
+    for source, step in track(steps, "computing the reference", "batches", len(steps), active=backend.main):
         for part in source.batch(step, backend.data_rank, backend.data_world).split(micro_batch_size):
             micro = part.to(backend.device)
             texts, log_p, _ = tuned.text_log_probs(micro.tokens, micro.targets, micro.positions, micro.doc_ids)
-            found[texts.cpu().numpy()] = log_p.cpu().numpy()
+            log_probs[texts.cpu().numpy()] = log_p.cpu().numpy()
     tuned.train(was_training)
-    return found
+    return log_probs
 
 
 def digest(model: Transformer | TransformersModel, sources: Sequence[PairData]) -> str:
-    """What the reference's log-probabilities depend on, as a hex SHA-256."""
-    told = hashlib.sha256(f"{model.args} {model.compute_dtype}".encode())
+    """Return a hex SHA-256 of all that the reference's log-probabilities depend on."""
+    sha256 = hashlib.sha256(f"{model.args} {model.compute_dtype}".encode())
     for name, tensor in model.state_dict().items():
-        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for source in sources:
-        told.update(f"pairs from {source.first}".encode())
+        sha256.update(f"pairs from {source.first}".encode())
         for array in (source.samples.ids, source.samples.mask, source.samples.offsets):
-            told.update(np.ascontiguousarray(array))
-    return told.hexdigest()
+            sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
 
 
 def read_cache(path: Path, key: str) -> np.ndarray | None:
-    """What `write_cache` wrote under the same key, if it did."""
+    """Return the array that `write_cache` wrote with the same key; None where there is none."""
     if not path.is_file():
         return None
     with np.load(path) as stored:
@@ -75,7 +75,7 @@ def read_cache(path: Path, key: str) -> np.ndarray | None:
 
 
 def write_cache(path: Path, key: str, log_probs: np.ndarray) -> None:
-    """Write the file, complete or not at all."""
+    """Write the array and its key to a file that appears only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     with aside.open("wb") as file:

@@ -1,0 +1,119 @@
+"""What a fine-tuning run tells about its data, and what --show prints instead of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.tiny_chat_model import chat_tokenizer, save_chat_model
+
+import fine_tuning
+from chat.samples import Samples
+from cli.args import parse
+from tuning.describe import counts, too_long
+
+PATH = Path("chats.jsonl")
+STATS = {"conversations": 585, "samples": 584, "tokens": 63013, "targets": 48381, "cut": 0, "dropped": 0, "beyond": 0}
+STATS |= {"without_target": 0, "turns": 585}
+
+
+def samples(enough: int = 426, **changes: int) -> Samples:
+    return Samples(np.empty(0), np.empty(0), np.zeros(1), STATS | changes, enough)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({}, "585 conversations, 63,013 tokens, of which 48,381 are answers and are trained on."),
+        (
+            {"turns": 1200},
+            "585 conversations with 1,200 answers, 63,013 tokens, of which 48,381 are answers and are trai",
+        ),
+        ({"without_target": 1}, "trained on. 1 conversation without an answer to train is skipped."),
+        ({"without_target": 20}, "trained on. 20 conversations without an answer to train are skipped."),
+        ({"conversations": 1, "turns": 1, "tokens": 1, "targets": 1}, "1 conversation, 1 token, of which 1 "),
+    ],
+)
+def test_counts_in_words(changes, sentence):
+    assert sentence in counts(samples(**changes), "conversations")
+
+
+def test_pairs_that_are_the_same_are_counted():
+    text = counts(Samples(*[np.empty(0)] * 3, {"pairs": 9, "tokens": 50, "targets": 10, "alike": 2}), "pairs")
+    assert text.startswith("9 pairs, 50 tokens") and text.endswith(" 2 pairs with two equal answers are skipped.")
+
+
+def test_what_a_row_leaves_out():
+    assert too_long(PATH, samples(), "conversations", 128, 512) == ""
+    text = too_long(PATH, samples(cut=358, beyond=1), "conversations", 128, 512)
+    assert text == (
+        "chats.jsonl: 61 % of the conversations are longer than a row of 128 tokens: 358 are cut at the end and 1 is "
+        "skipped (the answer begins after the end of the row). --data.seq_len 426 would keep 90 % of them whole."
+    )
+    text = too_long(PATH, samples(dropped=2), "conversations", 128, 256)
+    assert "2 are skipped (--data.too_long cut would keep the beginning). --data.seq_len 426 would keep" in text
+    assert text.endswith(
+        "more than its 256 positions: continue its pretraining with pretrain.py --init_from and "
+        "--model.max_seq_len 426."
+    )
+
+
+# ---- --show
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """model/, tokenizer/, two files of conversations, the second with a broken record, and pairs.jsonl."""
+    save_chat_model(tmp_path / "model")
+    chat_tokenizer(tmp_path).save(tmp_path / "tokenizer")
+    records = {
+        "chats": [{"prompt": f"moon {n}?", "answer": "the </s>"} for n in range(3)],
+        "more": [{"prompt": "sun?", "answer": "river"}, {"prompt": "no answer"}],
+        "pairs": [{"prompt": "moon?", "chosen": "the moon", "rejected": "river"}] * 2,
+    }
+    for name, lines in records.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def show(folder: Path, data: str, *flags: str, init_from: str = "model") -> dict:
+    paths = ",".join(str(folder / f"{name}.jsonl") for name in data.split())
+    where = ["--init_from", str(folder / init_from), "--data", paths, "--out", str(folder / "run")]
+    args = parse(fine_tuning.Args, "fine_tuning", [*where, "--data.heldout_share", "0", *flags])
+    found = fine_tuning.main(args)
+    assert not (folder / "run").exists()
+    return found
+
+
+@pytest.mark.parametrize("init_from", ["model", "tokenizer"])
+def test_targets_are_marked(folder, init_from, capsys, monkeypatch):
+    found = show(folder, "chats", "--show", "2", init_from=init_from)
+    said = capsys.readouterr().out
+    assert "<s><|user|>moon 0?<|end|><|assistant|>⟦the </s><|end|>⟧" in said and "\x1b" not in said
+    assert "moon 1?" in said and "moon 2?" not in said and "--- conversation 2: " in said
+    assert found["chats"]["samples"] == 3 and f"--- {folder / 'chats.jsonl'}\nconversations: 3\n" in said
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show(folder, "chats", "--show", "1", init_from=init_from)
+    assert "<|assistant|>\x1b[32mthe </s><|end|>\x1b[0m" in capsys.readouterr().out
+
+
+def test_each_task_is_shown_with_its_broken_records(folder, capsys):
+    found = show(folder, "chats more", "--show", "1")
+    said = capsys.readouterr().out
+    assert list(found) == ["chats", "more"] and (found["chats"]["broken"], found["more"]["broken"]) == (0, 1)
+    assert "⟦river<|end|>⟧" in said and f"broken: {folder / 'more.jsonl'}:2: " in said
+
+
+def test_both_answers_of_a_pair_are_shown(folder, capsys):
+    found = show(folder, "pairs", "--show", "1", "--objective", "dpo")
+    said = capsys.readouterr().out
+    chosen, rejected = said.index("--- pair 1 chosen: "), said.index("--- pair 1 rejected: ")
+    assert chosen < said.index("⟦the moon<|end|>⟧") < rejected < said.index("⟦river<|end|>⟧")
+    assert "pair 2" not in said and found["pairs"]["pairs"] == 2
+
+
+def test_new_tokens_are_shown_as_they_would_be_trained(folder, capsys):
+    markers = ["--add_special_tokens", "<|im_start|>", "<|im_end|>"]
+    show(folder, "chats", "--show", "1", "--data.template", "chatml", *markers, init_from="tokenizer")
+    assert "⟦the </s><|im_end|>" in capsys.readouterr().out

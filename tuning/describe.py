@@ -1,0 +1,98 @@
+"""What a fine-tuning run tells about its data: sentences on what is trained, and samples with their targets marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from chat.samples import Samples
+from chat.show import marked
+from dataset import BatchSource
+from tokenizer import Tokenizer
+from tuning.args import DataArgs
+from tuning.data import Split
+from tuning.objectives import Objective
+
+
+def describe(data: DataArgs, split: Split, objective: Objective, batches: BatchSource, longest: int) -> str:
+    """Return lines that say what is trained, what the rows leave out, and on what the model is evaluated.
+
+    `longest` is the number of positions that the model has (max_seq_len).
+    """
+    lines = [f"{task.path}: {counts(samples, objective.unit)}" for task, samples in zip(data.tasks, split.trained)]
+    filler = "Packing" if data.packing in ("best_fit", "concat") else "Padding"
+    waste = f"{filler} wastes {1 - batches.packing_efficiency:.1%} of each batch.".replace("%", " %")
+    lines = [f"{lines[0]} {waste}"] if len(lines) == 1 else [*lines, waste]
+    for task, samples in zip(data.tasks, split.trained):
+        lines.append(too_long(task.path, samples, objective.unit, data.seq_len, longest))
+    return "\n".join([*filter(None, lines), evaluated(data, split, objective)])
+
+
+def counts(samples: Samples, unit: str) -> str:
+    """Return a sentence on how many records, tokens and targets there are, and one on those without a target."""
+    stats = samples.stats
+    records, turns = stats[unit], stats.get("turns", stats[unit])
+    answers = f" with {number(turns, 'answers')}" if turns != records else ""
+    text = f"{number(records, unit)}{answers}, {number(stats['tokens'], 'tokens')}, "
+    text += f"of which {stats['targets']:,} are answers and are trained on."
+    for name, why in (("without_target", "without an answer to train"), ("alike", "with two equal answers")):
+        if n := stats.get(name):
+            text += f" {number(n, unit)} {why} {'is' if n == 1 else 'are'} skipped."
+    return text
+
+
+def too_long(path: Path, samples: Samples, unit: str, seq_len: int, longest: int) -> str:
+    """Return a sentence on the records that are longer than a row of `seq_len` tokens, with the flag that would help;
+    "" where there are none."""
+    stats = samples.stats
+    fates = {
+        "cut": "cut at the end",
+        "dropped": "skipped (--data.too_long cut would keep the beginning)",
+        "beyond": "skipped (the answer begins after the end of the row)",
+    }
+    parts = [
+        f"{stats[name]:,} {'is' if stats[name] == 1 else 'are'} {fate}" for name, fate in fates.items() if stats[name]
+    ]
+    if not parts:
+        return ""
+    share = sum(stats[name] for name in fates) / stats[unit]
+    text = f"{path}: {share:.0%} of the {unit} are longer than a row of {seq_len} tokens: {' and '.join(parts)}. "
+    text += f"--data.seq_len {samples.enough} would keep 90% of them whole"
+    if samples.enough > longest:
+        text += (
+            f", for which the model needs more than its {longest} positions: continue its pretraining with "
+            f"pretrain.py --init_from and --model.max_seq_len {samples.enough}"
+        )
+    return text.replace("%", " %") + "."
+
+
+def evaluated(data: DataArgs, split: Split, objective: Objective) -> str:
+    """Return a sentence on the data that the model is evaluated on during training."""
+    if split.heldout is None:
+        missing = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)
+        why = f"there is no {missing}" if missing else f"none of the {objective.unit} are held out"
+        return f"{why}: nothing is evaluated during training"
+    sizes = " + ".join(f"{len(samples) // len(objective.texts):,}" for samples in split.heldout)
+    share = f"{data.heldout_share:.0%} of ".replace("%", " %") + ", ".join(str(task.path) for task in data.tasks)
+    files = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)
+    return f"held out to evaluate on: {sizes} {objective.unit} ({files or f'{share}, by the hash of their questions'})"
+
+
+def number(n: int, unit: str) -> str:
+    """Return the number and the plural `unit`, which loses its s after 1."""
+    return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"
+
+
+def sample_texts(
+    samples: Samples, n_records: int, objective: Objective, tokenizer: Tokenizer, colour: bool
+) -> Iterator[str]:
+    """Yield the first records as text, what is trained in green or, without `colour`, in double brackets."""
+    for n in range(min(n_records * len(objective.texts), len(samples))):
+        record, text = divmod(n, len(objective.texts))
+        here = np.s_[int(samples.offsets[n]) : int(samples.offsets[n + 1])]
+        ids, mask = samples.ids[here], samples.mask[here]
+        title = " ".join(filter(None, [objective.unit.removesuffix("s"), str(record + 1), objective.texts[text]]))
+        yield f"--- {title}: {number(len(ids), 'tokens')}, of which {mask.sum():,} are trained"
+        yield marked(tokenizer, ids, mask, colour)
