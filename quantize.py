@@ -79,20 +79,14 @@ if __name__ == "__main__":
     arguments = parse(Args, "quantize")  # before torch is loaded: --help and mistakes are answered at once
 
 import time
-from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
-from bins.token_bin import TokenBin
-from chat.samples import read_samples
-from chat.template import load_template
 from checkpoint import quantized
 from checkpoint.directory import load_model, save_tokenizer
-from corpora.files import read_files, records
-from corpora.registry import Document
+from evaluation.text_rows import draw_rows
 from files import written_aside
 from hardware import choose_device
 from model import Transformer
@@ -101,7 +95,6 @@ from quant.calibrate import Solve, Stream, inputs_of, quantize_block
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
 from quant.grid import GridOptions, Quantized
 from quant.statistics import InputStatistics
-from tokenizer import Tokenizer
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -124,7 +117,7 @@ def main(args: Args) -> dict[str, Any]:
     rows = torch.empty(0, 1, dtype=torch.long)
     if args.method != "rtn":
         length = min(args.seq_len or 512, model.args.max_seq_len)
-        rows = calibration_rows(args, tokenizer, length).to(device)
+        rows = draw_rows(args.calib, tokenizer, length, args.calib_tokens, args.seed).to(device)
         say(f"calibration: {rows.numel():,} tokens in {len(rows)} rows of {rows.shape[1]}")
     began = time.monotonic()
     report = quantize_model(model, rows, args, grid)
@@ -248,59 +241,6 @@ def check_shapes(model: Transformer, args: Args) -> None:
                 f"--format {args.format} keeps layers whose sides are multiples of {multiple}, and {name} is "
                 f"{layer.out_features} x {layer.in_features}: choose --format compressed-tensors"
             )
-
-
-# ---- the calibration text
-
-
-def calibration_rows(args: Args, tokenizer: Tokenizer, length: int) -> torch.Tensor:
-    """Return rows (n, length) int64 of the calibration text, drawn by --seed: --calib_tokens tokens or a little less.
-
-    Raises ValueError where the text is too short for a single row, or holds ids that the tokenizer does not have.
-    """
-    streams = [np.asarray(ids, np.int64) for path in args.calib for ids in token_streams(path, tokenizer, args)]
-    windows = [ids[at : at + length] for ids in streams for at in range(0, len(ids) - length + 1, length)]
-    if not windows:
-        total = sum(map(len, streams))
-        raise ValueError(
-            f"--calib holds {total} tokens, fewer than one row of {length}: name more text, or lower --seq_len"
-        )
-    order = np.random.default_rng(args.seed).permutation(len(windows))[: max(1, args.calib_tokens // length)]
-    if len(order) * length < args.calib_tokens // 2:
-        say(
-            f"--calib gives {len(order) * length:,} tokens, of {args.calib_tokens:,} asked for: more text may lose less"
-        )
-    rows = torch.from_numpy(np.stack([windows[n] for n in order]))
-    if int(rows.max()) >= tokenizer.vocab_size:
-        raise ValueError(
-            f"--calib holds the id {int(rows.max())}, and the tokenizer of the model has {tokenizer.vocab_size}: "
-            "it was made with another tokenizer"
-        )
-    return rows
-
-
-def token_streams(path: Path, tokenizer: Tokenizer, args: Args) -> Iterator[np.ndarray]:
-    """Yield the tokens of a token bin, of conversations (as the model's template writes them), or of texts."""
-    if not path.exists():
-        raise FileNotFoundError(f"--calib {path} does not exist")
-    if path.suffix == ".bin":
-        tokens = TokenBin(path)
-        tokens.check(tokenizer.sha256(), tokenizer.vocab_size)
-        yield np.asarray(tokens.tokens[: 50 * args.calib_tokens])
-        return
-    first = next(iter(records(path)), None) if path.is_file() else None
-    value = getattr(first, "value", None)
-    if isinstance(value, dict) and "text" not in value:
-        samples = read_samples(path, load_template(tokenizer), seq_len=1 << 20)
-        yield np.asarray(samples.ids)
-        return
-    documents = (each for each in read_files(path, "text") if isinstance(each, Document))
-    ids: list[int] = []
-    for document in documents:
-        ids += [*tokenizer.encode(document.text), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-        if len(ids) >= 50 * args.calib_tokens:  # enough to choose from
-            break
-    yield np.asarray(ids, np.int64)
 
 
 if __name__ == "__main__":
