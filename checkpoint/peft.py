@@ -175,7 +175,7 @@ def shapes(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
 
 
 def compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Raise ValueError unless the tensors of a file have the names and shapes that a model's adapter has."""
+    """Raise ValueError unless `tensors`, of an adapter's file, have exactly the names and shapes of `expected`."""
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{directory}/{WEIGHTS} lacks {short(missing)}")
     if unknown := sorted(tensors.keys() - expected.keys()):

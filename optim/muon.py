@@ -37,7 +37,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
-                    raise ValueError(f"Muon takes matrices, found a parameter of shape {tuple(p.shape)}")
+                    raise ValueError(
+                        f"Muon updates 2-D parameters only, found one of shape {tuple(p.shape)}: give it to AdamW"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

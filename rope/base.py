@@ -86,7 +86,10 @@ def plain(head_dim: int, theta: float) -> list[float]:
 
 
 def ntk_theta(head_dim: int, theta: float, alpha: float) -> float:
-    """Return the base that divides the slowest frequency by `alpha` and keeps the fastest (bloc97 2023)."""
+    """Return the base with which the slowest frequency is `alpha` times slower and the fastest is the same (bloc97 2023).
+
+    Raises ValueError for a head_dim below 4, which has one frequency only.
+    """
     if head_dim < 4:
         raise ValueError(f"head_dim {head_dim} has one frequency only; changing the base needs at least 4")
     return theta * alpha ** (head_dim / (head_dim - 2))
@@ -108,7 +111,10 @@ def text_lengths(positions: torch.Tensor, doc_ids: torch.Tensor | None) -> torch
 
 
 def by_length(frequencies: Callable[[int], Frequencies], lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inverse frequencies (..., D/2) and factors (..., 1) for `lengths` (...); float64 on the CPU."""
+    """Return inverse frequencies (..., D/2) and attention factors (..., 1) of texts of the lengths (...) int64.
+
+    frequencies(n) gives both for a text of n tokens. The results are float64, on the CPU.
+    """
     # each distinct length once, n of them: tables (n, D/2) and (n, 1), indexed by `which` (...)
     distinct, which = lengths.cpu().unique(return_inverse=True)
     inv_freq, factor = zip(*(frequencies(n) for n in distinct.tolist()))
