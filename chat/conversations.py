@@ -55,9 +55,7 @@ def question_answer(record: dict) -> Messages | None:
         return None
     for kind, keys in (("question", question), ("answer", answer)):
         if len(keys) > 1:
-            raise ValueError(
-                f"the record has several keys for its {kind} ({', '.join(keys)}): remove all of them but one"
-            )
+            raise ValueError(f"the record has {len(keys)} keys for its {kind} ({', '.join(keys)}): remove all but one")
     return [*_before(record), _message("user", record[question[0]]), _message("assistant", record[answer[0]])]
 
 

@@ -140,8 +140,11 @@ class SingleProcess:
     # ---- messages between ranks
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return each value summed over the data ranks, in float64. Ranks that share a data rank count once together:
-        a number above 0 on one of them alone counts in part, and stays above 0."""
+        """Return each value summed over the data ranks, in float64.
+
+        Ranks that share a data rank add one value together, not one each. A value above 0 on only one of them adds less
+        than itself, but more than 0.
+        """
         return list(values)
 
     def sum_named(self, values: Named) -> Named:
@@ -168,7 +171,7 @@ class SingleProcess:
 
 
 def _take(numbers: Iterator[float], like: torch.Tensor) -> float | torch.Tensor:
-    """Return the next number, or as many as fill a tensor of the shape of `like`."""
+    """Take the next number from `numbers`, or as many as a tensor with the shape of `like` holds, and return it."""
     if like.dim() == 0:
         return float(next(numbers))
     return torch.tensor([next(numbers) for _ in range(like.numel())], dtype=torch.float64).view(like.shape)

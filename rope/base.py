@@ -86,7 +86,7 @@ def plain(head_dim: int, theta: float) -> list[float]:
 
 
 def ntk_theta(head_dim: int, theta: float, alpha: float) -> float:
-    """Return the base with which the slowest frequency is `alpha` times slower and the fastest is the same (bloc97 2023).
+    """Return the base that makes the slowest frequency `alpha` times slower and keeps the fastest (bloc97 2023).
 
     Raises ValueError for a head_dim below 4, which has one frequency only.
     """

@@ -14,7 +14,7 @@ from rope.keys import COUNT, FACTOR, POSITIVE, WINDOW
     bounded=False,
 )
 def llama3(head_dim: int, theta: float, scaling: dict, max_seq_len: int) -> Rope:
-    """Return the encoding in which inverse frequency theta_i is kept, divided by `factor`, or something between the two.
+    """Return the encoding that keeps inverse frequency theta_i, divides it by `factor`, or takes a value between.
 
     A frequency that makes fewer than low_freq_factor rotations in the window is divided, one that makes more than
     high_freq_factor is kept; between them the weight of the kept one rises linearly from 0 to 1. Raises ValueError
