@@ -55,10 +55,8 @@ class TrainState:
         """
         if math.isfinite(norm):
             self.loss_sum, self.targets, self.skipped = self.loss_sum + loss, self.targets + n_targets, 0
-            self.group_losses, self.group_targets = (
-                [a + b for a, b in zip_longest(old, new, fillvalue=0.0)]
-                for old, new in zip((self.group_losses, self.group_targets), groups)
-            )
+            self.group_losses = [a + b for a, b in zip_longest(self.group_losses, groups[0], fillvalue=0.0)]
+            self.group_targets = [a + b for a, b in zip_longest(self.group_targets, groups[1], fillvalue=0.0)]
             self.measures = {name: self.measures.get(name, 0.0) + value for name, value in metrics.items()}
         else:
             self.skipped += 1
