@@ -133,8 +133,10 @@ class Trainer:
         inputs = [inputs_of(micro, token_losses=n_groups > 0) for micro in micro_batches]
         outputs = backend.forward_backward(self.forward, inputs, n_targets)
         norm = backend.step(self.args.grad_clip)
-        # added up on the device, which is waited for once
-        values = {"loss": sum(loss for loss, _ in outputs).item(), "stop": len(self.signals)}
+        total = torch.zeros((), device=backend.device)  # on the device, which is waited for once; float32
+        for loss, _ in outputs:
+            total += loss
+        values = {"loss": total.item(), "stop": len(self.signals)}
         values["groups"] = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
         metrics = take_metrics(self.model)
         sums = backend.sum_named(values | {"metrics": list(metrics.values())})
