@@ -161,12 +161,9 @@ def _check_texts(messages: Messages) -> None:
 class PreferencePair:
     """Two answers to one prompt, for preference tuning."""
 
-    prompt: Messages
-    """Messages before the answers; the last one is the user's."""
-    chosen: str
-    """Text of the better answer."""
-    rejected: str
-    """Text of the worse answer."""
+    prompt: Messages  # Messages before the answers; the last one is the user's.
+    chosen: str  # Text of the better answer.
+    rejected: str  # Text of the worse answer.
 
     def conversations(self) -> tuple[Messages, Messages]:
         """Return the whole conversation with the chosen answer, and with the rejected one."""

@@ -24,16 +24,11 @@ Text = tuple[list[int], list[bool]]  # ids of an encoded conversation, and which
 class Samples:
     """Encoded conversations in flat arrays; sample i is `ids[offsets[i] : offsets[i + 1]]`, and so is its mask."""
 
-    ids: np.ndarray
-    """(tokens,) int32"""
-    mask: np.ndarray
-    """(tokens,) bool: True where the id is predicted and trained"""
-    offsets: np.ndarray
-    """(samples + 1,) uint64"""
-    stats: dict[str, int]
-    """tokens, targets, and numbers of records, see `encode_samples`"""
-    enough: int = 0
-    """positions of a row that would hold nine in ten of the records whole"""
+    ids: np.ndarray  # (tokens,) int32
+    mask: np.ndarray  # (tokens,) bool: True where the id is predicted and trained
+    offsets: np.ndarray  # (samples + 1,) uint64
+    stats: dict[str, int]  # tokens, targets, and numbers of records, see `encode_samples`
+    enough: int = 0  # positions of a row that would hold nine in ten of the records whole
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
