@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.character_template import exchange
 
-from chat.conversations import PreferencePair, file_conversations, preference_pairs, to_messages, to_pair
+from chat.conversations import PreferencePair, file_conversations, read_files, to_messages, to_pair
 
 # --- records -> conversations
 
@@ -168,7 +168,7 @@ def test_the_turns_of_a_transcript_are_the_prompt_up_to_its_last_answer():
 @pytest.mark.parametrize("name, n", [("dpo_en_demo.json", 299), ("dpo_zh_demo.json", 300)])
 def test_real_pairs_are_read_almost_whole(shared, name, n):
     broken = []
-    pairs = list(preference_pairs(shared / "dpo" / name, broken))
+    pairs = list(read_files(shared / "dpo" / name, broken, to_pair, "pair of answers"))
     assert len(pairs) + len(broken) == n and len(broken) < 5
     assert any(pair.prompt[0]["role"] == "system" for pair in pairs)
 
@@ -259,13 +259,15 @@ def test_conversations_of_a_python_file_that_yields_records(tmp_path):
     assert [record.where for record in broken] == [f"{loader}:2"]
 
 
-def test_what_a_check_refuses_is_broken_with_its_place(tmp_path):
-    def check(messages: list[dict]) -> None:
+def test_what_a_reader_refuses_is_broken_with_its_place(tmp_path):
+    def read(record: dict) -> list[dict]:
+        messages = to_messages(record)
         if "two" in messages[0]["content"]:
             raise ValueError("no twos")
+        return messages
 
     path, broken = write(tmp_path / "a.jsonl", GOOD), []
-    assert list(file_conversations(path, broken, check)) == EXPECTED[:1]
+    assert list(read_files(path, broken, read, "usable answer")) == EXPECTED[:1]
     assert [(record.where, record.reason) for record in broken] == [(f"{path}:2", "no twos")]
 
 
@@ -331,11 +333,11 @@ def test_pairs_and_conversations_are_told_apart(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in pairs))
 
-    def check(messages):
-        if messages[-1]["content"] == "b":
+    def read(record):
+        if to_pair(record).rejected == "b":
             raise ValueError("not b")
 
     broken = []
     with pytest.raises(ValueError, match="has no pair of answers in 2 records"):
-        list(preference_pairs(path, broken, check))
+        list(read_files(path, broken, read, "pair of answers"))
     assert [record.reason for record in broken] == ["not b"] * 2

@@ -29,12 +29,9 @@ class Task(NamedTuple):
     """One of the tasks of a run."""
 
     name: str
-    path: Path
-    """file or folder of the records to train on"""
-    heldout: Path | None
-    """file or folder of the records to evaluate on; None: a share of those at `path`"""
-    weight: float
-    """how much the task counts in the loss, relative to the others"""
+    path: Path  # file or folder of the records to train on
+    heldout: Path | None  # file or folder of the records to evaluate on; None: a share of those at `path`
+    weight: float  # how much the task counts in the loss, relative to the others
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,8 @@ class Weighted:
         sums = torch.bincount(_groups(whole).flatten(), _weights(whole).flatten(), n_tasks)  # of loss weights, by task
         if self.weights is None:  # one factor for all: only the sum over the step changes
             return torch.full_like(sums, whole.n_targets / max(sums.sum().item(), 1e-300))
-        present = torch.from_numpy(self.weights) * (
-            sums > 0
-        )  # a task that the step lacks gives its share to the others
+        # a task that the step lacks gives its share to the others
+        present = torch.from_numpy(self.weights) * (sums > 0)
         # 1e-300 instead of 0: without any weight the loss is 0, not NaN
         return whole.n_targets * present / present.sum().clamp(min=1e-300) / sums.clamp(min=1e-300)
 
