@@ -144,10 +144,3 @@ class SingleProcess:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Leave the process group, if there is one."""
-
-
-def _take(numbers: Iterator[float], like: torch.Tensor) -> float | torch.Tensor:
-    """Take the next number from `numbers`, or as many as a tensor with the shape of `like` holds, and return it."""
-    if like.dim() == 0:
-        return float(next(numbers))
-    return torch.tensor([next(numbers) for _ in range(like.numel())], dtype=torch.float64).view(like.shape)
