@@ -1,5 +1,5 @@
 """Fine-tune a model on conversations: the loss is on the assistant's words and on the end of each of its turns. Or on
-pairs of answers, one preferred to the other (--objective dpo, orpo).
+pairs of answers, one preferred to the other (--objective dpo and others).
 
 python fine_tuning.py --config configs/tiny.yaml
 python fine_tuning.py --init_from DIR --data my_conversations.jsonl --out out/mine
@@ -39,7 +39,7 @@ class Args:
     lora: LoraArgs = field(default_factory=LoraArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     objective: ObjectiveName = "sft"
-    """sft: answer as in the conversations of --data; dpo, orpo: prefer the chosen of two answers to the rejected one,
+    """sft: answer as in the conversations of --data; the others: prefer the chosen of two answers to the rejected one,
     where --data holds pairs of answers"""
     preference: PreferenceArgs = field(default_factory=PreferenceArgs)
     neftune_alpha: float = 0.0

@@ -137,7 +137,7 @@ def _read_turns(record: Any) -> Messages:
     messages = next((turns for read in FORMS if (turns := read(record)) is not None), None)
     is_pair = any(chosen in record and rejected in record for chosen, rejected in PAIRS)
     if is_pair and not (messages and messages[-1]["role"] == "assistant"):
-        raise ValueError("the record is a pair of answers for preference tuning: use --objective dpo or orpo")
+        raise ValueError("the record is a pair of answers: use a preference objective, such as --objective dpo")
     if messages is None:
         keys = ", ".join(map(str, record)) or "(none)"
         raise ValueError(f"the record has no question and answer under names known here; its keys are {keys}")

@@ -68,6 +68,9 @@ def register(
 ) -> Callable:
     """Return a decorator that registers a function or class as the family `name`. See `Family` for the arguments."""
 
+    if not {"factor", "max_factor"} & (required or {}).keys():  # the two numbers that `rope.extend` can write
+        not_extendable = not_extendable or "it has no factor to stretch positions by"
+
     def add(make: Callable) -> Callable:
         FAMILIES[name] = Family(make, required or {}, optional or {}, defaults or {}, bounded, not_extendable)
         return make

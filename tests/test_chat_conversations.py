@@ -326,7 +326,7 @@ def test_pairs_and_conversations_are_told_apart(tmp_path):
     question = {"conversations": [{"from": "human", "value": "q"}]}
     pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, question | {"chosen": "a", "rejected": "b"}]
     for record in pairs:
-        with pytest.raises(ValueError, match="a pair of answers for preference tuning: use --objective dpo"):
+        with pytest.raises(ValueError, match="a pair of answers: use a preference objective"):
             to_messages(record)
     with pytest.raises(ValueError, match=r"expected the keys chosen and rejected, found q, a; .* --objective sft"):
         to_pair({"q": "q", "a": "a"})

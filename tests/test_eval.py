@@ -233,7 +233,7 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
     path = write_bin(tmp_path, load_tokenizer(directory))
     nothing = tmp_path / "none.jsonl"
     assert set(main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))) == {"heldout"}
-    with pytest.raises(FileNotFoundError, match=r"neither .* nor .* exists; data_process.py makes them"):
+    with pytest.raises(FileNotFoundError, match=r"neither .* nor .* exists: name a file with --heldout or --sft"):
         main(dataclasses.replace(args, task="loss", heldout=tmp_path / "x.bin", sft_heldout=nothing))
     meta = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
