@@ -14,7 +14,7 @@ import torch
 from attention.cache import KVCache
 from decoding.decoder import Decoder
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from model import Transformer
 
 
@@ -63,11 +63,7 @@ class _Candidate:
 
 
 def beam_search(
-    model: Transformer,
-    prompt: Sequence[int],
-    params: BeamParams,
-    stop: Stop = NEVER,
-    cache: str = "static",
+    model: Transformer, prompt: Ids, params: BeamParams, stop: Stop = NEVER, cache: str = "static"
 ) -> list[Hypothesis]:
     """Return the best sequences that follow `prompt`, at most num_beams, the best first.
 
@@ -82,7 +78,7 @@ def beam_search(
         logits = feed([prompt], [0])[:, 0]  # (1, V)
         while True:
             candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop.ids)))
-            over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.after(c.ids) for c in candidates]
+            over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.ended(c.ids) for c in candidates]
             # A sequence may finish only among the best num_beams; the further candidates replace those that do.
             best = zip(candidates[: params.num_beams], over)
             finished += [_hypothesis(c, stop.ids, params.length_penalty) for c, is_over in best if is_over]
@@ -128,7 +124,7 @@ class Beam(Decoder):
         self.model, self.search = model, BeamParams(num_beams, length_penalty)
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
+        self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over the ids of the best answer. Only `max_new_tokens` of `params` has an effect. A cache
         that is passed in is left as it is, because the rows of the search are its beams."""

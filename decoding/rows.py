@@ -22,7 +22,7 @@ import torch
 
 from attention.cache import KVCache
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
@@ -52,7 +52,7 @@ class _Row:
 
     def goes_on(self) -> bool:
         """Whether the answer may have another token."""
-        return len(self.ids) < self.max_len and not self.stop.after(self.ids[self.start :])
+        return len(self.ids) < self.max_len and not self.stop.ended(self.ids[self.start :])
 
 
 class Rows:
@@ -85,7 +85,7 @@ class Rows:
     def __contains__(self, key: int) -> bool:
         return any(row.key == key for row in (*self._waiting, *self._running))
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, top: int | None = None) -> int:
+    def add(self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, top: int | None = None) -> int:
         """Add a text that follows `prompt`; return its key, by which `step` and `remove` name the row.
 
         The row ends by `stop`, after `params.max_new_tokens`, or when the context is full: when no position is left for
@@ -164,7 +164,7 @@ def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     return chosen
 
 
-def score(logits: torch.Tensor, chosen: Sequence[int], top: Sequence[int | None]) -> list[Token]:
+def score(logits: torch.Tensor, chosen: Ids, top: Sequence[int | None]) -> list[Token]:
     """Return the `chosen` id of each row of logits (B, V) as a token, with its log-probability and the top[i] likeliest
     ids; with neither where top[i] is None."""
     most = max((n for n in top if n is not None), default=None)

@@ -10,7 +10,7 @@ beyond its window), the guesses add to that length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Protocol
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from attention.cache import KVCache, keep_prefix
 from decoding.decoder import Decoder
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
@@ -32,7 +32,7 @@ class Drafter(Protocol):
     vocab_size: int
 
     def propose(
-        self, ids: Sequence[int], n: int, params: SamplingParams, generator: torch.Generator
+        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
         """Return up to `n` ids that may follow `ids`, and the distributions (n, V) they were drawn from."""
 
@@ -46,7 +46,7 @@ class DraftModel:
         self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
 
     def propose(
-        self, ids: Sequence[int], n: int, params: SamplingParams, generator: torch.Generator
+        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
         n = min(n, self.model.args.max_seq_len + 1 - len(ids))  # the context of the draft may be shorter
         cache, drafted, q = self._feed.cache, list(ids), []
@@ -68,7 +68,7 @@ class PromptLookup:
         self.vocab_size, self.longest = vocab_size, longest
 
     def propose(
-        self, ids: Sequence[int], n: int, params: SamplingParams, generator: torch.Generator
+        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
         drafted = self._continuation(list(ids), n)
         certain = F.one_hot(torch.tensor(drafted, dtype=torch.long), self.vocab_size)  # q is 1 for each guess
@@ -117,7 +117,7 @@ class Speculative(Decoder):
         self.tally = Tally()
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
+        self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over ids of the same distribution as those of `generate.stream`. Raises ValueError as that
         does, and for a cache that forgets."""
@@ -141,7 +141,7 @@ class Speculative(Decoder):
                             return
                         ids.append(token)
                         yield token
-                        if stop.after(ids[start:]):
+                        if stop.ended(ids[start:]):
                             return
             finally:
                 feed.cache.truncate(len(ids) - 1)  # forget the kept guesses that the caller did not take
@@ -168,7 +168,7 @@ class Speculative(Decoder):
         return [*drafted[:kept], last]
 
 
-def verify(drafted: Sequence[int], p: torch.Tensor, q: torch.Tensor, generator: torch.Generator) -> tuple[int, int]:
+def verify(drafted: Ids, p: torch.Tensor, q: torch.Tensor, generator: torch.Generator) -> tuple[int, int]:
     """Return how many of the n `drafted` ids are kept, and the id that follows these.
 
     p (n + 1, V): the model's distributions, in the places of the guesses and after the last. q (n, V): the
