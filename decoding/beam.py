@@ -5,9 +5,9 @@ The bookkeeping is that of transformers' `generate(num_beams=...)`, and the answ
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -34,9 +34,9 @@ class BeamParams:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of its range."""
-        if self.num_beams < 1 or self.max_new_tokens < 1:
-            name = "num_beams" if self.num_beams < 1 else "max_new_tokens"
-            raise ValueError(f"{name} should be at least 1, found {getattr(self, name)}")
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} should be at least 1, found {getattr(self, name)}")
         if not -100 <= self.length_penalty <= 100:
             raise ValueError(f"length_penalty should be from -100 to 100, found {self.length_penalty}")
 
@@ -53,8 +53,7 @@ class Hypothesis:
     """logprob / tokens^length_penalty"""
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A sequence that goes on by one token."""
 
     beam: int  # row of the batch it continues
@@ -80,8 +79,10 @@ def beam_search(
             candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop.ids)))
             over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.ended(c.ids) for c in candidates]
             # A sequence may finish only among the best num_beams; the further candidates replace those that do.
-            best = zip(candidates[: params.num_beams], over)
-            finished += [_hypothesis(c, stop.ids, params.length_penalty) for c, is_over in best if is_over]
+            for c, is_over in zip(candidates[: params.num_beams], over):
+                if is_over:
+                    ids = c.ids[:-1] if c.ids[-1] in stop.ids else c.ids
+                    finished.append(Hypothesis(ids, c.logprob, c.logprob / len(c.ids) ** params.length_penalty))
             finished = sorted(finished, key=lambda h: -h.score)[: params.num_beams]
             running = [c for c, is_over in zip(candidates, over) if not is_over][: params.num_beams]
             if not running or _done(running, finished, max_len, params):
@@ -98,12 +99,6 @@ def _continuations(running: Sequence[_Candidate], logits: torch.Tensor, n: int) 
     # index in the flat (beams x V) -> beam and id
     places = (divmod(i, logits.shape[-1]) for i in at.tolist())
     return [_Candidate(b, [*running[b].ids, token], lp) for (b, token), lp in zip(places, best.tolist())]
-
-
-def _hypothesis(candidate: _Candidate, stop_ids: Collection[int], length_penalty: float) -> Hypothesis:
-    ids, logprob = candidate.ids, candidate.logprob
-    score = logprob / len(ids) ** length_penalty
-    return Hypothesis(ids[:-1] if ids[-1] in stop_ids else ids, logprob, score)
 
 
 def _done(running: Sequence[_Candidate], finished: Sequence[Hypothesis], max_len: int, params: BeamParams) -> bool:

@@ -50,10 +50,6 @@ class _Row:
     stop: Stop
     top: int | None
 
-    def goes_on(self) -> bool:
-        """Whether the answer may have another token."""
-        return len(self.ids) < self.max_len and not self.stop.ended(self.ids[self.start :])
-
 
 class Rows:
     """The texts that are decoded together; `step` makes each of them one token longer.
@@ -66,8 +62,7 @@ class Rows:
         attention/cache.py), or a cache with one row for each prompt that is added before the first step; it may hold
         the first `cache.length` ids of these prompts, and only the rest is fed."""
         self.model, self._max_len = model, max_len
-        self._kind = cache if isinstance(cache, str) else "static"
-        self._first = None if isinstance(cache, str) else Feeder(model, cache)
+        self._kind, self._first = (cache, None) if isinstance(cache, str) else ("static", Feeder(model, cache))
         # A cache without rows says how long a text may be, and refuses a kind that the model cannot have.
         self._feed = self._first or self._new_feeder(0)
         self._waiting: list[_Row] = []  # added since the last step: their prompts have not been fed
@@ -118,7 +113,7 @@ class Rows:
                 continue
             row.ids.append(token.id)
             grown.append((row.key, token))
-            if row.goes_on():
+            if len(row.ids) < row.max_len and not row.stop.ended(row.ids[row.start :]):
                 going.append(i)
         self._keep(going)
         return grown

@@ -70,30 +70,26 @@ class PromptLookup:
     def propose(
         self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
-        drafted = self._continuation(list(ids), n)
+        # the ends of earlier occurrences of the last ids: of the most ids first, and of these the latest first
+        ends = (
+            start + size
+            for size in range(min(self.longest, len(ids) - 1), 0, -1)
+            for start in range(len(ids) - size - 1, -1, -1)
+            if ids[start : start + size] == ids[-size:]
+        )
+        # Where the text ends before n ids, continue from that occurrence again.
+        drafted = list(islice(cycle(ids[next(ends, len(ids)) :]), n))
         certain = F.one_hot(torch.tensor(drafted, dtype=torch.long), self.vocab_size)  # q is 1 for each guess
         return drafted, certain.double()
-
-    def _continuation(self, ids: list[int], n: int) -> list[int]:
-        """Return n ids after the latest earlier occurrence of the last `longest` ids (of fewer, where these have not
-        occurred); [] if there is none. Where the text ends before n ids, continue from that occurrence again."""
-        for size in range(min(self.longest, len(ids) - 1), 0, -1):
-            for start in range(len(ids) - size - 1, -1, -1):
-                if ids[start : start + size] == ids[-size:]:
-                    return list(islice(cycle(ids[start + size :]), n))
-        return []
 
 
 @dataclass
 class Tally:
-    """Counts of guesses over all calls."""
+    """Counts over all calls: passes of the model, guesses, and guesses that were kept."""
 
     passes: int = 0
-    """number of passes of the model"""
     drafted: int = 0
-    """number of guesses"""
     accepted: int = 0
-    """number of guesses that were kept"""
 
     def __str__(self) -> str:
         share = self.accepted / max(self.drafted, 1)
@@ -156,9 +152,8 @@ class Speculative(Decoder):
         drafted, q = self.drafter.propose(ids, min(self.n_draft, room), params, generator)
         past = feed.cache.length
         logits = feed([ids[past:] + drafted], [past], n=len(drafted) + 1)[0]  # (n + 1, V)
-        history = [
-            ids + drafted[:n] for n in range(len(drafted) + 1)
-        ]  # each guess counts for the repetition penalty of the next
+        # each guess counts for the repetition penalty of the next
+        history = [ids + drafted[:n] for n in range(len(drafted) + 1)]
         p = probabilities(process_logits(logits, history, params))
         kept, last = verify(drafted, p, q.to(p), generator)
         feed.cache.truncate(len(ids) + kept)
