@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.args import parse_command, run
+from quant.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Merge:
     """PEFT directory: adapter_config.json and adapter_model.safetensors"""
     out: Path
     """directory to write"""
-    base: Literal["auto", "full", "nf4", "fp4", "int8"] = "auto"
-    """weights that the adapter is added to. full: as they are; nf4, fp4, int8: quantized and made dense again; auto: as
-    in the adapter's training, which its file states (PEFT's own do not: full)"""
+    base: Literal[("auto", "full", *KINDS)] = "auto"  # type: ignore[valid-type]
+    """weights that the adapter is added to. full: as they are; the others: quantized and made dense again; auto: as in
+    the adapter's training, which its file states (PEFT's own do not: full)"""
     double_quant: bool = True
     """quantize the scales of nf4 and fp4, too; with auto, the adapter's file decides"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -159,22 +159,14 @@ class SFTData:
     `n_rows` rows. Raises ValueError on numbers out of range, and on samples that do not fit a row.
     """
 
-    samples: Samples
-    """at least 2 ids each, and at most seq_len + 1 unless the packing cuts them"""
-    seq_len: int
-    """T, positions of a row, or of the longest one"""
-    batch_size: int
-    """rows of one optimizer step, over all ranks"""
-    seed: int
-    """seed of combinations and order"""
-    packing: str = "best_fit"
-    """a key of `PACKINGS`; the class says how samples share rows"""
-    shuffle: bool = True
-    """False keeps one order for all epochs, for evaluation"""
-    groups: np.ndarray | None = None
-    """(samples,) integers from 0; batches then hold the group of each target"""
-    per_sample: bool = False
-    """the loss weight of each target is 1 / the number of targets of its sample"""
+    samples: Samples  # at least 2 ids each, and at most seq_len + 1 unless the packing cuts them
+    seq_len: int  # T, positions of a row, or of the longest one
+    batch_size: int  # rows of one optimizer step, over all ranks
+    seed: int  # seed of combinations and order
+    packing: str = "best_fit"  # a key of `PACKINGS`; the class says how samples share rows
+    shuffle: bool = True  # False keeps one order for all epochs, for evaluation
+    groups: np.ndarray | None = None  # (samples,) integers from 0; batches then hold the group of each target
+    per_sample: bool = False  # the loss weight of each target is 1 / the number of targets of its sample
 
     packings: ClassVar[tuple[str, ...]] = tuple(PACKINGS)
     samples_per_item: ClassVar[int] = 1  # consecutive samples that share a row
@@ -292,8 +284,7 @@ class PairData(SFTData):
     are the same in every epoch; the order of the rows changes.
     """
 
-    first: int = 0
-    """number of the first pair, where several sources share one numbering"""
+    first: int = 0  # number of the first pair, where several sources share one numbering
 
     packings = ("best_fit", "none")  # no pair is cut, and every row is as wide as any pair needs
     samples_per_item = 2

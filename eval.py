@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from attention import Choice
+from attention import CACHES, Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
 from cli.args import parse, run
 from cli.progress import say
@@ -64,7 +64,7 @@ class Args:
     """above 1: beam search for the likeliest answer with this many beams; needs --temperature 0"""
     length_penalty: float = 1.0
     """beams are compared by log-probability / tokens^length_penalty: above 0 favours long answers, below 0 short"""
-    cache: Literal["static", "int8", "sinks"] = "static"
+    cache: Literal[CACHES] = "static"  # type: ignore[valid-type]
     """key-value cache. int8: a quarter of float32's memory; sinks: attention sinks (StreamingLLM) for endless text; the
     first and the last tokens are kept, those between are forgotten"""
     draft: str | None = None
@@ -104,7 +104,7 @@ IS_SET: dict[str, Callable[[Args], bool]] = {
     "--logprobs": lambda args: args.logprobs is not None,
     "--num_beams": lambda args: args.num_beams != 1,
     "--draft": lambda args: args.draft is not None,
-    "--cache sinks": lambda args: args.cache == "sinks",
+    "--cache sinks": lambda args: not cache_class(args.cache).can_rewind,
     "--temperature 0": lambda args: args.sampling.temperature == 0,
     "--repetition_penalty 1": lambda args: args.sampling.repetition_penalty == 1,
 }
@@ -149,6 +149,7 @@ if __name__ == "__main__":
     announce(arguments)
 
 from attention import backends
+from attention.cache import cache_class
 from decoding.beam import Beam
 from hardware import DTYPES, choose_device, fastest_dtype
 from serving.answer_file import answer_file

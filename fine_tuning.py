@@ -1,5 +1,5 @@
 """Fine-tune a model on conversations: the loss is on the assistant's words and on the end of each of its turns. Or on
-pairs of answers, one preferred to the other (--objective dpo, orpo).
+pairs of answers, one preferred to the other (--objective dpo and others).
 
 python fine_tuning.py --config configs/tiny.yaml
 python fine_tuning.py --init_from DIR --data my_conversations.jsonl --out out/mine
@@ -39,7 +39,7 @@ class Args:
     lora: LoraArgs = field(default_factory=LoraArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     objective: ObjectiveName = "sft"
-    """sft: answer as in the conversations of --data; dpo, orpo: prefer the chosen of two answers to the rejected one,
+    """sft: answer as in the conversations of --data; the others: prefer the chosen of two answers to the rejected one,
     where --data holds pairs of answers"""
     preference: PreferenceArgs = field(default_factory=PreferenceArgs)
     neftune_alpha: float = 0.0
@@ -84,7 +84,7 @@ from training.log import summary
 from training.precision import check_length, training_dtype
 from training.trainer import Trainer
 from tuning.balance import make_coba
-from tuning.data import check_heldout, keep_aside
+from tuning.data import check_heldout, keep_aside, read_split
 from tuning.describe import describe, sample_texts
 from tuning.objectives import make_objective
 
@@ -106,7 +106,7 @@ def main(args: Args) -> dict[str, Any]:
         tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
         save, load = adapt(model, args, tokenizer, template, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
-        split = objective.read(args.data, template)
+        split = read_split(args.data, objective.kind, template)
         unmeasured = check_heldout(args.data, args.train.metric, split.heldout)
         data, eval_data = objective.batches(args.data, split, args.train.seed)
         coba = make_coba(args.data, data, eval_data, model, backend, args.train.micro_batch_size)
@@ -131,7 +131,7 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]
                 record_run(args.out, "fine_tuning", args, inputs=inputs)
-                about_data = describe(args.data, split, objective, data, model.args.max_seq_len)
+                about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)
             result = trainer.fit()
@@ -147,11 +147,11 @@ def show(args: Args) -> dict[str, Any]:
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
     template = load_template(tokenizer, args.data.template)
-    split = objective.read(args.data, template)
+    split = read_split(args.data, objective.kind, template)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     found = {}
     for task, samples in zip(args.data.tasks, split.trained):
-        print(*sample_texts(samples, args.show, objective, tokenizer, colour), sep="\n")
+        print(*sample_texts(samples, args.show, objective.kind, tokenizer, colour), sep="\n")
         found[task.name] = statistics(samples) | {"broken": len(split.broken[task.path]), "template": template.name}
         print(f"--- {task.path}", *(f"{name}: {value}" for name, value in found[task.name].items()), sep="\n")
         print(*(f"broken: {record.where}: {record.reason}\n" for record in split.broken[task.path][:3]), sep="", end="")

@@ -126,7 +126,9 @@ def main(args: Args) -> dict[str, Any]:
                 print(*changes, size, sep="\n", flush=True)
             result = trainer.fit()
             if backend.main:
-                print(summary(result), f"Try it: python eval.py --model {result['model']}", sep="\n", flush=True)
+                # raw: a model that was only pretrained has never seen the markers of a chat
+                hint = f"Try it: python eval.py --model {result['model']} --raw True"
+                print(summary(result), hint, sep="\n", flush=True)
             return result
 
 

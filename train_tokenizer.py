@@ -91,9 +91,10 @@ class Args(corpora.SourceArgs):
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Write the tokenizer to `args.out`; returns the content of report.json.
+    """Train a tokenizer, write it and report.json to the directory `args.out`, and return the report.
 
-    Raises ValueError when the corpus is empty, or too large or too small for the size of the vocabulary.
+    Raises ValueError for an argument that it cannot use, a corpus without text to train on, and a vocab_size that is
+    too small for the characters of the corpus or too large for its text.
     """
     check_arguments(args)
     base = read_base(args.merge) if args.merge else None

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from attention import CACHES
+
 
 @dataclass
 class View:
@@ -273,6 +275,7 @@ class SinkCache(KVCache):
 
 
 KINDS: dict[str, type[KVCache]] = {"static": KVCache, "int8": Int8Cache, "sinks": SinkCache}
+assert tuple(KINDS) == CACHES
 
 
 def cache_class(kind: str) -> type[KVCache]:

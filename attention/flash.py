@@ -35,7 +35,7 @@ def is_fastest(mask: Mask, T: int, S: int, head_dim: int, dtype: torch.dtype, de
 
 
 def obstacle(dtype: torch.dtype, device: torch.device, training: bool) -> str | None:
-    """Return a message about why it cannot run here, or None."""
+    """Return the error message when flash-attn cannot run with this dtype on this device; None when it can."""
     if takes(dtype, device) and installed():
         return None
     package = "installed" if installed() else "not installed"

@@ -30,7 +30,7 @@ def is_fastest(mask: Mask, T: int, S: int, head_dim: int, dtype: torch.dtype, de
 
 
 def obstacle(dtype: torch.dtype, device: torch.device, training: bool) -> str | None:
-    """Return a message about why it cannot run here, or None."""
+    """Return the error message when flex would train on another device than a CUDA GPU; None otherwise."""
     if device.type == "cuda" or not training:
         return None
     return f"attention by flex trains on a CUDA GPU only, found {device.type}"

@@ -25,10 +25,10 @@ class ScreenedBatch:
     bad: list[BadRecord] = field(default_factory=list)
     """Records that could not be read."""
     counts: dict[str, Counter[str]] = field(default_factory=dict)
-    """Number of dropped documents per source and reason (too_short, duplicate)."""
+    """Documents per source: dropped ones by reason (too_short, duplicate), and what the caller adds by `count`."""
 
     def count(self, source: str, **numbers: int) -> None:
-        """Add numbers to the counts of a source."""
+        """Add each keyword argument to the count of that name for `source`, as in count("a.txt", duplicate=1)."""
         self.counts.setdefault(source, Counter()).update(numbers)
 
     def texts(self) -> list[str]:

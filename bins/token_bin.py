@@ -51,7 +51,7 @@ class BinWriter:
         if vocab_size > 1 << (8 * self.dtype.itemsize):
             raise ValueError(f"a vocabulary of {vocab_size} does not fit {self.dtype.name}: use uint32")
         if not 0 <= eos_id < vocab_size:
-            raise ValueError(f"eos_id {eos_id} is outside the vocabulary of {vocab_size} ids")
+            raise ValueError(f"eos_id should be from 0 to {vocab_size - 1} (vocab_size - 1), found {eos_id}")
         self.prefix = Path(prefix)
         self.vocab_size, self.eos_id, self.tokenizer_sha256 = vocab_size, eos_id, tokenizer_sha256
         state = state or {"tokens": 0, "documents": 0, "text_bytes": 0, "sources": {}}

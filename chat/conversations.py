@@ -55,7 +55,7 @@ def question_answer(record: dict) -> Messages | None:
         return None
     for kind, keys in (("question", question), ("answer", answer)):
         if len(keys) > 1:
-            raise ValueError(f"the record has several keys for the {kind}: {', '.join(keys)}; keep one")
+            raise ValueError(f"the record has {len(keys)} keys for its {kind} ({', '.join(keys)}): remove all but one")
     return [*_before(record), _message("user", record[question[0]]), _message("assistant", record[answer[0]])]
 
 
@@ -137,7 +137,7 @@ def _read_turns(record: Any) -> Messages:
     messages = next((turns for read in FORMS if (turns := read(record)) is not None), None)
     is_pair = any(chosen in record and rejected in record for chosen, rejected in PAIRS)
     if is_pair and not (messages and messages[-1]["role"] == "assistant"):
-        raise ValueError("the record is a pair of answers for preference tuning: use --objective dpo or orpo")
+        raise ValueError("the record is a pair of answers: use a preference objective, such as --objective dpo")
     if messages is None:
         keys = ", ".join(map(str, record)) or "(none)"
         raise ValueError(f"the record has no question and answer under names known here; its keys are {keys}")
@@ -161,12 +161,9 @@ def _check_texts(messages: Messages) -> None:
 class PreferencePair:
     """Two answers to one prompt, for preference tuning."""
 
-    prompt: Messages
-    """Messages before the answers; the last one is the user's."""
-    chosen: str
-    """Text of the better answer."""
-    rejected: str
-    """Text of the worse answer."""
+    prompt: Messages  # Messages before the answers; the last one is the user's.
+    chosen: str  # Text of the better answer.
+    rejected: str  # Text of the worse answer.
 
     def conversations(self) -> tuple[Messages, Messages]:
         """Return the whole conversation with the chosen answer, and with the rejected one."""
@@ -245,44 +242,21 @@ def _split_transcript(value: Any) -> Any:
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def file_conversations(
-    path: Path, broken: list[BadRecord], check: Callable[[Messages], None] | None = None
-) -> Iterator[Messages]:
-    """Yield every conversation at `path`.
+def file_conversations(path: Path, broken: list[BadRecord]) -> Iterator[Messages]:
+    """Yield every conversation at `path`, see `read_files`."""
+    return read_files(path, broken, to_messages, "usable answer")
+
+
+def read_files(path: Path, broken: list[BadRecord], read: Callable[[Any], T], kind: str) -> Iterator[T]:
+    """Yield `read(value)` of every record at `path`.
 
     path: a json, jsonl, csv, tsv or parquet file (plain, .gz or .zst), a folder of them, or a Python file whose
         `data_loader()` yields records
-    broken: list to which records without a conversation are appended, with their place and the reason
-    check: called with each conversation; one for which it raises ValueError is broken, too
+    broken: list to which records that `read` refuses by ValueError are appended, with their place and the reason
+    kind: what a usable record has, for the error
 
-    Raises FileNotFoundError, and ValueError for an unknown format or a file without any usable conversation.
+    Raises FileNotFoundError, and ValueError for an unknown format or a file without any usable record.
     """
-
-    def read(value: Any) -> Messages:
-        messages = to_messages(value)
-        if check and messages[0]["role"] != "text":
-            check(messages)
-        return messages
-
-    return _read_files(path, broken, read, "usable answer")
-
-
-def preference_pairs(
-    path: Path, broken: list[BadRecord], check: Callable[[Messages], None] | None = None
-) -> Iterator[PreferencePair]:
-    """Yield every pair of answers at `path`; the parameters and errors are those of `file_conversations`."""
-
-    def read(value: Any) -> PreferencePair:
-        pair = to_pair(value)
-        for messages in pair.conversations() if check else ():
-            check(messages)
-        return pair
-
-    return _read_files(path, broken, read, "pair of answers")
-
-
-def _read_files(path: Path, broken: list[BadRecord], read: Callable[[Any], T], kind: str) -> Iterator[T]:
-    """Yield `read(value)` for every record; `kind` names the result in the error for a file without any."""
     for file, stream in _streams(Path(path)):
         n_usable, n_before = 0, len(broken)
         for record in stream:

@@ -132,13 +132,13 @@ class ChatTemplate:
             elif part == FINISH:
                 trained = False
             elif n % 2 and part != BREAK:  # a special token: encode the text before it
-                self._encode_text(run, ids, mask)
+                encode_texts(self.tokenizer, run, ids, mask)
                 run = []
                 ids.append(self.tokenizer.special[part])
                 mask.append(trained)
             elif part and part != BREAK:
                 run.append((part, trained))
-        self._encode_text(run, ids, mask)
+        encode_texts(self.tokenizer, run, ids, mask)
         return ids, mask
 
     def _without_spaces(self, rendered: str) -> str:
@@ -227,27 +227,6 @@ class ChatTemplate:
             return None
         return len(prompt) if plain.startswith(prompt) else None
 
-    def _encode_text(self, run: list[tuple[str, bool]], ids: list[int], mask: list[bool]) -> None:
-        """Append the ids and mask of adjacent texts, `run` = [(text, trained), ...], encoded as one text.
-
-        transformers encodes them as one, too. A token is trained if any of its characters is.
-        """
-        text = "".join(part for part, _ in run)
-        if not text:
-            return
-        if len({trained for _, trained in run}) == 1:  # all or nothing is trained: no spans needed
-            text_ids = self.tokenizer.encode(text, follows_special=bool(ids))
-            ids += text_ids
-            mask += [run[0][1]] * len(text_ids)
-            return
-        trained = np.repeat([trained for _, trained in run], [len(part) for part, _ in run])  # (characters,)
-        before = np.append(0, np.cumsum(trained))  # (characters + 1,) number of trained characters before each
-        text_ids, spans = self.tokenizer.encode_spans(text, follows_special=bool(ids))
-        ids += text_ids
-        # An empty span (a token without characters of its own) counts as the character at its place.
-        start, stop = spans[:, 0], np.minimum(np.maximum(spans[:, 1], spans[:, 0] + 1), len(text))
-        mask += (before[stop] > before[start]).tolist()
-
     def _check_separators(self, messages: list[Message]) -> None:
         """Raise ValueError when a message contains a mark, or, except for answers, a separator."""
         for n, message in enumerate(messages):
@@ -279,3 +258,25 @@ class ChatTemplate:
             pass  # the template has no system message
         between = re.split("[\ufdd3-\ufdd5]", MARKS.sub("", self._fill(conversation, False)))[1:-1]
         self.separators = [text.strip() for text in between if text.strip() and not self._names.search(text)]
+
+
+def encode_texts(tokenizer: Tokenizer, run: list[tuple[str, bool]], ids: list[int], mask: list[bool]) -> None:
+    """Append the ids and mask of adjacent texts, `run` = [(text, trained), ...], encoded as one text.
+
+    transformers encodes them as one, too. A token is trained if any of its characters is.
+    """
+    text = "".join(part for part, _ in run)
+    if not text:
+        return
+    if len({trained for _, trained in run}) == 1:  # all or nothing is trained: no spans needed
+        text_ids = tokenizer.encode(text, follows_special=bool(ids))
+        ids += text_ids
+        mask += [run[0][1]] * len(text_ids)
+        return
+    trained = np.repeat([trained for _, trained in run], [len(part) for part, _ in run])  # (characters,)
+    before = np.append(0, np.cumsum(trained))  # (characters + 1,) number of trained characters before each
+    text_ids, spans = tokenizer.encode_spans(text, follows_special=bool(ids))
+    ids += text_ids
+    # An empty span (a token without characters of its own) counts as the character at its place.
+    start, stop = spans[:, 0], np.minimum(np.maximum(spans[:, 1], spans[:, 0] + 1), len(text))
+    mask += (before[stop] > before[start]).tolist()

@@ -20,7 +20,6 @@ from torch import nn
 from checkpoint.adapter_config import CONFIG, read_adapter_config
 from checkpoint.safetensors_files import listed, opened
 from lora.inject import adapted, fully_trained, inject, specs, train_only
-from lora.pissa import Pissa
 from lora.spec import LoraSpec
 from lora.targets import matching, shortest
 from quant.replace import kind_of_base
@@ -79,7 +78,7 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tenso
     for path, layer in adapted(model):
         if name in layer.lora:
             adapter = layer.lora[name]
-            tensors = adapter.as_lora() if isinstance(adapter, Pissa) else dict(adapter.named_parameters())
+            tensors = adapter.as_lora() if adapter.changes_base else dict(adapter.named_parameters())
             state |= {f"{PREFIX}{path}.{adapter.key(key)}": tensor for key, tensor in tensors.items()}
     for path, module in fully_trained(model):
         if name in module.full_copies:
@@ -145,7 +144,7 @@ def copy_into(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> 
         adapter = layer.lora[name]
         own = {key: tensors[f"{PREFIX}{path}.{adapter.key(key)}"] for key, _ in adapter.named_parameters()}
         # PiSSA is saved as a LoRA of twice its rank (see `save`)
-        if isinstance(adapter, Pissa) and len(own["lora_A"]) == 2 * len(adapter.lora_A):
+        if adapter.changes_base and len(own["lora_A"]) == 2 * len(adapter.lora_A):
             adapter.restore(layer, **own)
         else:
             for key, parameter in adapter.named_parameters():
@@ -176,7 +175,7 @@ def shapes(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
 
 
 def compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Raise ValueError unless the tensors of a file have the names and shapes that a model's adapter has."""
+    """Raise ValueError unless `tensors`, of an adapter's file, have exactly the names and shapes of `expected`."""
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{directory}/{WEIGHTS} lacks {short(missing)}")
     if unknown := sorted(tensors.keys() - expected.keys()):

@@ -53,8 +53,9 @@ def weight_files(directory: Path) -> list[Path]:
     pickles = [path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in sorted(directory.glob(pattern))]
     if pickles:
         raise FileNotFoundError(
-            f"{directory} has no {SINGLE}, only {pickles[0]}, a pickle, which can run code when it is read; convert it "
-            "where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), with transformers"
+            f"{directory} has no {SINGLE}; its {pickles[0]} is a pickle, which can run code when it is read. Where you "
+            "trust it, convert it with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained('NEW_DIR'); then give NEW_DIR"
         )
     raise FileNotFoundError(f"{directory} has no {SINGLE}; only safetensors weights are read")
 
@@ -185,7 +186,7 @@ def second_names(model: nn.Module) -> dict[str, str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the first three of some names, and the number of the others, for a message."""
+    """Return the first three names as one string for a message, then "and N more" when there are N others."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -163,7 +163,7 @@ class TransformersModel(nn.Module):
             self._isolates = self._takes_positions and self._isolates_in_fact()
         if not self._isolates:
             raise ValueError(
-                f"{kind} cannot keep the documents of a row apart; {advice}: pairs of answers (--objective dpo, orpo), "
+                f"{kind} cannot keep the documents of a row apart; {advice}: pairs of answers (preference objectives), "
                 "which always share one, it cannot learn from"
             )
 

@@ -20,12 +20,9 @@ class Needs(NamedTuple):
 
     flag: str
     """name on the command line without its dashes; "data.coba_*" stands for several flags"""
-    other: str
-    """name of the other flag, likewise"""
-    values: tuple[Any, ...]
-    """values of the other flag that `flag` goes with"""
-    why: str
-    """end of the message: the reason, and what to do; {args.out} in it stands for the value of --out"""
+    other: str  # name of the other flag, likewise
+    values: tuple[Any, ...]  # values of the other flag that `flag` goes with
+    why: str  # end of the message: the reason, and what to do; {args.out} in it stands for the value of --out
     is_set: Callable[[Any], bool] | None = None
     """whether a value of `flag` counts as set; None: every value but the default"""
 

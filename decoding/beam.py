@@ -5,16 +5,16 @@ The bookkeeping is that of transformers' `generate(num_beams=...)`, and the answ
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from attention.cache import KVCache
 from decoding.decoder import Decoder
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from model import Transformer
 
 
@@ -34,9 +34,9 @@ class BeamParams:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of its range."""
-        if self.num_beams < 1 or self.max_new_tokens < 1:
-            name = "num_beams" if self.num_beams < 1 else "max_new_tokens"
-            raise ValueError(f"{name} should be at least 1, found {getattr(self, name)}")
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} should be at least 1, found {getattr(self, name)}")
         if not -100 <= self.length_penalty <= 100:
             raise ValueError(f"length_penalty should be from -100 to 100, found {self.length_penalty}")
 
@@ -53,8 +53,7 @@ class Hypothesis:
     """logprob / tokens^length_penalty"""
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A sequence that goes on by one token."""
 
     beam: int  # row of the batch it continues
@@ -63,11 +62,7 @@ class _Candidate:
 
 
 def beam_search(
-    model: Transformer,
-    prompt: Sequence[int],
-    params: BeamParams,
-    stop: Stop = NEVER,
-    cache: str = "static",
+    model: Transformer, prompt: Ids, params: BeamParams, stop: Stop = NEVER, cache: str = "static"
 ) -> list[Hypothesis]:
     """Return the best sequences that follow `prompt`, at most num_beams, the best first.
 
@@ -82,10 +77,12 @@ def beam_search(
         logits = feed([prompt], [0])[:, 0]  # (1, V)
         while True:
             candidates = _continuations(running, logits, params.num_beams * max(2, 1 + len(stop.ids)))
-            over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.after(c.ids) for c in candidates]
+            over = [c.ids[-1] in stop.ids or len(c.ids) == max_len or stop.ended(c.ids) for c in candidates]
             # A sequence may finish only among the best num_beams; the further candidates replace those that do.
-            best = zip(candidates[: params.num_beams], over)
-            finished += [_hypothesis(c, stop.ids, params.length_penalty) for c, is_over in best if is_over]
+            for c, is_over in zip(candidates[: params.num_beams], over):
+                if is_over:
+                    ids = c.ids[:-1] if c.ids[-1] in stop.ids else c.ids
+                    finished.append(Hypothesis(ids, c.logprob, c.logprob / len(c.ids) ** params.length_penalty))
             finished = sorted(finished, key=lambda h: -h.score)[: params.num_beams]
             running = [c for c, is_over in zip(candidates, over) if not is_over][: params.num_beams]
             if not running or _done(running, finished, max_len, params):
@@ -102,12 +99,6 @@ def _continuations(running: Sequence[_Candidate], logits: torch.Tensor, n: int) 
     # index in the flat (beams x V) -> beam and id
     places = (divmod(i, logits.shape[-1]) for i in at.tolist())
     return [_Candidate(b, [*running[b].ids, token], lp) for (b, token), lp in zip(places, best.tolist())]
-
-
-def _hypothesis(candidate: _Candidate, stop_ids: Collection[int], length_penalty: float) -> Hypothesis:
-    ids, logprob = candidate.ids, candidate.logprob
-    score = logprob / len(ids) ** length_penalty
-    return Hypothesis(ids[:-1] if ids[-1] in stop_ids else ids, logprob, score)
 
 
 def _done(running: Sequence[_Candidate], finished: Sequence[Hypothesis], max_len: int, params: BeamParams) -> bool:
@@ -128,7 +119,7 @@ class Beam(Decoder):
         self.model, self.search = model, BeamParams(num_beams, length_penalty)
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
+        self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over the ids of the best answer. Only `max_new_tokens` of `params` has an effect. A cache
         that is passed in is left as it is, because the rows of the search are its beams."""

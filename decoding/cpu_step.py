@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -29,62 +28,33 @@ from torch import nn
 import rope
 from attention import backends
 from attention.cache import KVCache
+from cli.progress import say
 from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
 from model_args import ModelArgs
 
 PLAIN = {Transformer, Decoder, Block, Attention, FeedForward, Linear, RMSNorm, nn.Embedding, nn.ModuleList}
-KNOWN = {  # fields of ModelArgs that cpu_step.cpp supports; all others must have their defaults
-    "dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "vocab_size",
-    "hidden_dim",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "norm_eps",
-    "max_seq_len",
-    "rope_theta",
-    "rope_scaling",
-    "tie_embeddings",
-    "attention_bias",
-    "qk_norm",
-    "sliding_window",
+# fields of ModelArgs that cpu_step.cpp supports; all others must have their defaults
+KNOWN = {
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of"),
+    *("ffn_dim_multiplier", "norm_eps", "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings"),
+    *("attention_bias", "qk_norm", "sliding_window"),
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # A step of more tokens is limited by arithmetic, where PyTorch is faster: it uses the processor's bfloat16 products.
 MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
-LAYER = (  # the fields of `Layer` in cpu_step.cpp
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.q_proj.bias",
-    "self_attn.k_proj.bias",
-    "self_attn.v_proj.bias",
-    "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight",
-    "self_attn.o_proj.weight",
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
+# the fields of `Layer` in cpu_step.cpp
+LAYER = (
+    *("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    *("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    *("self_attn.q_norm.weight", "self_attn.k_norm.weight", "self_attn.o_proj.weight"),
+    *("post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
 )
-
-INTEGERS = (  # the integer fields of `Model` in cpu_step.cpp
-    "dtype",
-    "n_layers",
-    "dim",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "hidden_dim",
-    "vocab_size",
-    "window",
-    "max_len",
+# the fields of `Model` in cpu_step.cpp: integers, then norm_eps, then pointers
+INTEGERS = (
+    *("dtype", "n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+    *("window", "max_len"),
 )
 POINTERS = ("layers", "embedding", "norm", "head", "cos", "sin")
 
@@ -194,11 +164,10 @@ def compiled_step() -> Callable[..., None] | None:
         function = ctypes.CDLL(str(_library(compiler))).decode_step
     except (OSError, subprocess.SubprocessError) as error:
         why = getattr(error, "stderr", None) or error
-        print(f"decoding goes without its compiled step: {str(why).strip()[:500]}", file=sys.stderr)
+        say(f"decoding goes without its compiled step: {str(why).strip()[:500]}")
         return None
     # struct, batch, starts, past, tokens, last; keys, values, logits; threads
-    pointer = ctypes.c_void_p
-    number = ctypes.c_int64
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [*(pointer, number, pointer, pointer, pointer, number), *[pointer] * 3, ctypes.c_int]
     function.restype = None
     return function

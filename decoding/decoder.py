@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from attention.cache import KVCache
 from cli.progress import track
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from model import Transformer
 
 
@@ -19,7 +19,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
+        self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over the ids that follow one prompt, without the stop id.
 
@@ -30,7 +30,7 @@ class Decoder(ABC):
 
     def answers(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Ids],
         params: SamplingParams,
         stop: Stop = NEVER,
         cache: str = "static",

@@ -10,6 +10,7 @@ import torch
 
 from attention.cache import KVCache
 from decoding import cpu_step
+from decoding.params import Ids
 from model import Transformer
 
 
@@ -22,7 +23,7 @@ class Feeder:
         self.few = cpu_step.MOST_TOKENS.get(model.dtype, 0)
 
     @torch.inference_mode()
-    def __call__(self, runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:
+    def __call__(self, runs: Sequence[Ids], past: Sequence[int], n: int = 1) -> torch.Tensor:
         """Feed B runs of ids, of unequal lengths, run i from position past[i] on. Return the logits (B, n, V) after
         each of the last n ids of every run.
 
@@ -65,9 +66,7 @@ def evaluating(model: Transformer) -> Iterator[None]:
         model.train()
 
 
-def check_prompts(
-    model: Transformer, prompts: Sequence[Sequence[int]], longest: int | None = None, cached: int = 0
-) -> None:
+def check_prompts(model: Transformer, prompts: Sequence[Ids], longest: int | None = None, cached: int = 0) -> None:
     """Raise ValueError for a prompt that is empty, holds ids the model does not have, is longer than `longest` tokens
     (default: the model's context), or lies within the first `cached` ids of the text, so that nothing is left to feed.
     """

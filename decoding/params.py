@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-Ended = Callable[[Sequence[int]], bool]  # of the ids of an answer so far: does the last one end it (a stop string)?
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,8 @@ class Stop:
 
     ids: Collection[int] = ()
     """ids that end the answer without being part of it"""
-    ended: Ended | None = None
-    """whether the answer ends with the last of its ids so far, which is part of it"""
-
-    def after(self, ids: Sequence[int]) -> bool:
-        """Return whether an answer with these ids has ended."""
-        return self.ended is not None and self.ended(ids)
+    ended: Callable[[Ids], bool] = lambda ids: False
+    """whether the answer ends with the last of its ids so far, which is part of it (a stop string is complete)"""
 
 
 NEVER = Stop()

@@ -22,7 +22,7 @@ import torch
 
 from attention.cache import KVCache
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
@@ -50,10 +50,6 @@ class _Row:
     stop: Stop
     top: int | None
 
-    def goes_on(self) -> bool:
-        """Whether the answer may have another token."""
-        return len(self.ids) < self.max_len and not self.stop.after(self.ids[self.start :])
-
 
 class Rows:
     """The texts that are decoded together; `step` makes each of them one token longer.
@@ -66,8 +62,7 @@ class Rows:
         attention/cache.py), or a cache with one row for each prompt that is added before the first step; it may hold
         the first `cache.length` ids of these prompts, and only the rest is fed."""
         self.model, self._max_len = model, max_len
-        self._kind = cache if isinstance(cache, str) else "static"
-        self._first = None if isinstance(cache, str) else Feeder(model, cache)
+        self._kind, self._first = (cache, None) if isinstance(cache, str) else ("static", Feeder(model, cache))
         # A cache without rows says how long a text may be, and refuses a kind that the model cannot have.
         self._feed = self._first or self._new_feeder(0)
         self._waiting: list[_Row] = []  # added since the last step: their prompts have not been fed
@@ -85,7 +80,7 @@ class Rows:
     def __contains__(self, key: int) -> bool:
         return any(row.key == key for row in (*self._waiting, *self._running))
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, top: int | None = None) -> int:
+    def add(self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, top: int | None = None) -> int:
         """Add a text that follows `prompt`; return its key, by which `step` and `remove` name the row.
 
         The row ends by `stop`, after `params.max_new_tokens`, or when the context is full: when no position is left for
@@ -118,7 +113,7 @@ class Rows:
                 continue
             row.ids.append(token.id)
             grown.append((row.key, token))
-            if row.goes_on():
+            if len(row.ids) < row.max_len and not row.stop.ended(row.ids[row.start :]):
                 going.append(i)
         self._keep(going)
         return grown
@@ -164,7 +159,7 @@ def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     return chosen
 
 
-def score(logits: torch.Tensor, chosen: Sequence[int], top: Sequence[int | None]) -> list[Token]:
+def score(logits: torch.Tensor, chosen: Ids, top: Sequence[int | None]) -> list[Token]:
     """Return the `chosen` id of each row of logits (B, V) as a token, with its log-probability and the top[i] likeliest
     ids; with neither where top[i] is None."""
     most = max((n for n in top if n is not None), default=None)

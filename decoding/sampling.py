@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from decoding.params import SamplingParams
+from decoding.params import Ids, SamplingParams
 
 
-def process_logits(logits: torch.Tensor, history: Sequence[Sequence[int]], params: SamplingParams) -> torch.Tensor:
+def process_logits(logits: torch.Tensor, history: Sequence[Ids], params: SamplingParams) -> torch.Tensor:
     """The logits (B, V) to draw from, float32, -inf for ids that are out; `logits` itself stays as it is.
 
     history: the B rows' ids so far, prompt included, for the repetition penalty. The order is Hugging Face's: penalty,

@@ -10,7 +10,7 @@ beyond its window), the guesses add to that length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Protocol
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from attention.cache import KVCache, keep_prefix
 from decoding.decoder import Decoder
 from decoding.feeder import Feeder, check_prompts, evaluating
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
@@ -32,7 +32,7 @@ class Drafter(Protocol):
     vocab_size: int
 
     def propose(
-        self, ids: Sequence[int], n: int, params: SamplingParams, generator: torch.Generator
+        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
         """Return up to `n` ids that may follow `ids`, and the distributions (n, V) they were drawn from."""
 
@@ -46,7 +46,7 @@ class DraftModel:
         self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
 
     def propose(
-        self, ids: Sequence[int], n: int, params: SamplingParams, generator: torch.Generator
+        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
         n = min(n, self.model.args.max_seq_len + 1 - len(ids))  # the context of the draft may be shorter
         cache, drafted, q = self._feed.cache, list(ids), []
@@ -68,32 +68,28 @@ class PromptLookup:
         self.vocab_size, self.longest = vocab_size, longest
 
     def propose(
-        self, ids: Sequence[int], n: int, params: SamplingParams, generator: torch.Generator
+        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
     ) -> tuple[list[int], torch.Tensor]:
-        drafted = self._continuation(list(ids), n)
+        # the ends of earlier occurrences of the last ids: of the most ids first, and of these the latest first
+        ends = (
+            start + size
+            for size in range(min(self.longest, len(ids) - 1), 0, -1)
+            for start in range(len(ids) - size - 1, -1, -1)
+            if ids[start : start + size] == ids[-size:]
+        )
+        # Where the text ends before n ids, continue from that occurrence again.
+        drafted = list(islice(cycle(ids[next(ends, len(ids)) :]), n))
         certain = F.one_hot(torch.tensor(drafted, dtype=torch.long), self.vocab_size)  # q is 1 for each guess
         return drafted, certain.double()
-
-    def _continuation(self, ids: list[int], n: int) -> list[int]:
-        """Return n ids after the latest earlier occurrence of the last `longest` ids (of fewer, where these have not
-        occurred); [] if there is none. Where the text ends before n ids, continue from that occurrence again."""
-        for size in range(min(self.longest, len(ids) - 1), 0, -1):
-            for start in range(len(ids) - size - 1, -1, -1):
-                if ids[start : start + size] == ids[-size:]:
-                    return list(islice(cycle(ids[start + size :]), n))
-        return []
 
 
 @dataclass
 class Tally:
-    """Counts of guesses over all calls."""
+    """Counts over all calls: passes of the model, guesses, and guesses that were kept."""
 
     passes: int = 0
-    """number of passes of the model"""
     drafted: int = 0
-    """number of guesses"""
     accepted: int = 0
-    """number of guesses that were kept"""
 
     def __str__(self) -> str:
         share = self.accepted / max(self.drafted, 1)
@@ -117,7 +113,7 @@ class Speculative(Decoder):
         self.tally = Tally()
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
+        self, prompt: Ids, params: SamplingParams, stop: Stop = NEVER, cache: KVCache | str = "static"
     ) -> Iterator[int]:
         """Return an iterator over ids of the same distribution as those of `generate.stream`. Raises ValueError as that
         does, and for a cache that forgets."""
@@ -141,7 +137,7 @@ class Speculative(Decoder):
                             return
                         ids.append(token)
                         yield token
-                        if stop.after(ids[start:]):
+                        if stop.ended(ids[start:]):
                             return
             finally:
                 feed.cache.truncate(len(ids) - 1)  # forget the kept guesses that the caller did not take
@@ -156,9 +152,8 @@ class Speculative(Decoder):
         drafted, q = self.drafter.propose(ids, min(self.n_draft, room), params, generator)
         past = feed.cache.length
         logits = feed([ids[past:] + drafted], [past], n=len(drafted) + 1)[0]  # (n + 1, V)
-        history = [
-            ids + drafted[:n] for n in range(len(drafted) + 1)
-        ]  # each guess counts for the repetition penalty of the next
+        # each guess counts for the repetition penalty of the next
+        history = [ids + drafted[:n] for n in range(len(drafted) + 1)]
         p = probabilities(process_logits(logits, history, params))
         kept, last = verify(drafted, p, q.to(p), generator)
         feed.cache.truncate(len(ids) + kept)
@@ -168,7 +163,7 @@ class Speculative(Decoder):
         return [*drafted[:kept], last]
 
 
-def verify(drafted: Sequence[int], p: torch.Tensor, q: torch.Tensor, generator: torch.Generator) -> tuple[int, int]:
+def verify(drafted: Ids, p: torch.Tensor, q: torch.Tensor, generator: torch.Generator) -> tuple[int, int]:
     """Return how many of the n `drafted` ids are kept, and the id that follows these.
 
     p (n + 1, V): the model's distributions, in the places of the guesses and after the last. q (n, V): the

@@ -14,12 +14,11 @@ def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
 
     Raises ValueError when it does not fit how the processes were started, or is unknown.
     """
-    if name == "single":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
-        return SingleProcess(choose_device(device), fp16)
-    if name == "ddp":
-        if "RANK" not in os.environ:
-            raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
-        return DataParallel(choose_device(device), fp16)
-    raise ValueError(f"--train.backend should be single or ddp, found {name!r}")
+    if name not in ("single", "ddp"):
+        raise ValueError(f"--train.backend should be single or ddp, found {name!r}")
+    if name == "single" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
+    if name == "ddp" and "RANK" not in os.environ:
+        raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
+    backend = SingleProcess if name == "single" else DataParallel
+    return backend(choose_device(device), fp16)

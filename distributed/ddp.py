@@ -22,8 +22,7 @@ class DataParallel(SingleProcess):
     def __init__(self, device: torch.device, fp16: bool) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device.type == "cuda":
-            local = int(os.environ["LOCAL_RANK"])  # the rank within this machine, which picks the GPU
-            n_gpus = torch.cuda.device_count()
+            local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()  # LOCAL_RANK: on this machine
             if local >= n_gpus:
                 raise ValueError(
                     f"torchrun started {local + 1} or more processes on a machine with {n_gpus} GPUs; "

@@ -1,25 +1,8 @@
 """The interface between the training loop and the processes that share a step, and its form for one process.
 
-    wrap(model, optimizer)              return the callable that runs a forward pass in training
-    forward_backward(call, micro_batches, n_targets)
-                                        run all micro-batches of a step; gradients are exchanged once, at the end
-    step(max_norm)                      clip, update, zero; return the gradient norm before clipping
-    state(model, optimizer)             return what resumes the optimizer, gathered on the main rank; None elsewhere
-    load_state(model, optimizer, state) restore it
-    save(model, write, directory)       call `write(directory)` on the main rank, with whole weights in the model
-    load(model, read, directory)        call `read(directory)`, which copies weights into the model
-    sum(values), sum_named(values)      add numbers over the data ranks
-    gather(value)                       return the objects of all ranks in a list
-    barrier()                           wait for all ranks
-    rank, world, main, device           of this process
-    data_rank, data_world               of the share of the data that this process trains on
-
-The loop calls every method on every rank, at the same point of the run; `save` gets `directory` None on the ranks that
-do not write. A backend whose ranks hold parts of the model can therefore exchange them inside any of these methods. The
-loop calls `wrap` before all others.
-
-Ranks that hold parts of one copy of the model train on the same rows: they share a `data_rank`. In data parallelism
-alone, data ranks and process ranks are equal.
+The loop calls every method on every rank, at the same point of the run, and `wrap` before all others. A backend whose
+ranks hold parts of the model can therefore exchange them inside any method. Such ranks train on the same rows: they
+share a `data_rank`. In data parallelism alone, data ranks and process ranks are equal.
 
 A backend is a context manager; leaving it leaves the process group. Another way to distribute is another class here.
 """
@@ -27,7 +10,7 @@ A backend is a context manager; leaving it leaves the process group. Another way
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +18,6 @@ import torch
 from torch import nn
 
 from optim.optimizers import Optimizers
-
-Named = dict[str, float | torch.Tensor]
 
 
 class SingleProcess:
@@ -76,11 +57,8 @@ class SingleProcess:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Run all micro-batches of a step; gradients are those of the summed losses of all ranks over `n_targets`.
 
-        Args:
-            call: what `wrap` returned; it returns the sum of the losses of a micro-batch and one tensor more.
-            micro_batches: the keyword arguments of each call.
-            n_targets: number of targets of the whole step, over micro-batches and ranks.
-
+        call: what `wrap` returned; it returns the sum of the losses of a micro-batch and one tensor more.
+        micro_batches: the keyword arguments of each call. n_targets: of the whole step, over micro-batches and ranks.
         Returns the two tensors of each call, without gradients.
         """
         outputs = []
@@ -105,12 +83,10 @@ class SingleProcess:
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm or float("inf"))
-        finite = bool(norm.isfinite())
-        if finite:
+        if norm.isfinite():
             for part in self.optimizer.parts:
                 self.scaler.step(part)
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        self.scaler.update()
         self.optimizer.zero_grad()
         return norm.item()
 
@@ -118,9 +94,7 @@ class SingleProcess:
 
     def state(self, model: nn.Module, optimizer: Optimizers) -> dict[str, Any] | None:
         """Return the optimizer's moments and the loss scale on the main rank, None on the others."""
-        if not self.main:
-            return None
-        return {"optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict()} if self.main else None
 
     def load_state(self, model: nn.Module, optimizer: Optimizers, state: dict[str, Any]) -> None:
         """Restore what `state` returned; every rank passes the whole of it."""
@@ -129,7 +103,8 @@ class SingleProcess:
             self.scaler.load_state_dict(state["scaler"])
 
     def save(self, model: nn.Module, write: Callable[[Path], None], directory: Path | None) -> None:
-        """Call `write(directory)` on the main rank, while the model there holds whole weights."""
+        """Call `write(directory)` on the main rank, while the model there holds whole weights; on others, `directory`
+        is None."""
         if self.main:
             write(directory)
 
@@ -140,18 +115,22 @@ class SingleProcess:
     # ---- messages between ranks
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return each value summed over the data ranks, in float64. Ranks that share a data rank count once together:
-        a number above 0 on one of them alone counts in part, and stays above 0."""
+        """Return each value summed over the data ranks, in float64.
+
+        Ranks that share a data rank add one value together, not one each. A value above 0 on only one of them adds less
+        than itself, but more than 0.
+        """
         return list(values)
 
-    def sum_named(self, values: Named) -> Named:
-        """Return each number or float64 tensor summed over the data ranks, element by element, under its name.
+    def sum_named(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return each number, list or tensor summed over the data ranks, element by element, as numbers and lists.
 
         One exchange for all of them; every rank passes the same names and shapes in the same order.
         """
-        parts = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
-        sums = iter(self.sum([number for part in parts.values() for number in part.flatten().tolist()]))
-        return {name: _take(sums, part) for name, part in parts.items()}
+        tensors = [torch.as_tensor(value, dtype=torch.float64) for value in values.values()]
+        sums = torch.tensor(self.sum(torch.cat([x.flatten() for x in tensors]).tolist()), dtype=torch.float64)
+        parts = sums.split([x.numel() for x in tensors])
+        return {name: part.view(x.shape).tolist() for name, part, x in zip(values, parts, tensors)}
 
     def gather(self, value: Any) -> list[Any]:
         """Return one object of every rank, in order of rank."""
@@ -165,10 +144,3 @@ class SingleProcess:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Leave the process group, if there is one."""
-
-
-def _take(numbers: Iterator[float], like: torch.Tensor) -> float | torch.Tensor:
-    """Return the next number, or as many as fill a tensor of the shape of `like`."""
-    if like.dim() == 0:
-        return float(next(numbers))
-    return torch.tensor([next(numbers) for _ in range(like.numel())], dtype=torch.float64).view(like.shape)

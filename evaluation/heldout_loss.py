@@ -30,7 +30,9 @@ class HeldoutLoss(Task):
         """Return the measures of each file by its stem. Raises FileNotFoundError where there is no file to measure."""
         sources = self.sources(assistant)
         if not sources:
-            raise FileNotFoundError(f"neither {self.heldout} nor {self.sft_heldout} exists; data_process.py makes them")
+            raise FileNotFoundError(
+                f"neither {self.heldout} nor {self.sft_heldout} exists: name a file with --heldout or --sft_heldout"
+            )
         measures = {}
         for path, source in sources.items():
             say(f"{path}: {source.steps_per_epoch} batches of {self.batch_size} x {source.seq_len} tokens ...")

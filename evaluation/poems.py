@@ -72,8 +72,12 @@ class PoemForms(TextTask[Poem]):
         return conversation(example).messages[:1]
 
     def score(self, example: Poem, answer: str) -> dict[str, Share]:
-        """exact/FORM and exact: the poem has the form. Of a poem that has it, rhyme: it rhymes; repeats: a line comes
-        twice. verbatim: lines that stand in a training poem."""
+        """Score one answer; return name -> Share.
+
+        exact, exact/FORM: the answer has the form that was asked for. verbatim: share of its lines that occur in a
+        training poem. Only for answers with the right form: rhyme (not counted without the rhyme book), repeats (a line
+        occurs twice).
+        """
         lines, exact = split_lines(answer), form_of(answer) == example.form
         shares = {f"exact/{form}": Share(int(exact), 1) if form == example.form else Share() for form in forms}
         shares["exact"] = Share(int(exact), 1)

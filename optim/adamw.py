@@ -17,8 +17,6 @@ def adamw(parameters: dict[str, list[nn.Parameter]], args: OptimArgs) -> list[to
         {"params": parameters["vector"], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if not groups:
-        return []
     # one kernel for a whole group, where PyTorch has it
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return [torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=fused)]
+    return [torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=fused)] if groups else []

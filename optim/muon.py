@@ -15,10 +15,9 @@ from optim.args import OptimArgs
 
 def muon(parameters: dict[str, list[nn.Parameter]], args: OptimArgs) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices among `parameters` (role -> parameters) and AdamW for all others."""
-    if not parameters["matrix"]:
-        return adamw(parameters, args)
-    first = Muon(parameters["matrix"], args.muon_lr, args.weight_decay, args.momentum)
-    return [first, *adamw(parameters | {"matrix": []}, args)]
+    others = adamw(parameters | {"matrix": []}, args)
+    matrices = parameters["matrix"]
+    return [Muon(matrices, args.muon_lr, args.weight_decay, args.momentum), *others] if matrices else others
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,12 +31,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
     ) -> None:
-        """Take the matrices `params`. Raises ValueError for a parameter that is not 2-D."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
-                    raise ValueError(f"Muon takes matrices, found a parameter of shape {tuple(p.shape)}")
+                    raise ValueError(
+                        f"Muon updates 2-D parameters only, found one of shape {tuple(p.shape)}: give it to AdamW"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

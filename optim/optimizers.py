@@ -5,7 +5,8 @@ A new optimizer is a file with a function, a line in `OPTIMIZERS` and its name i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,7 @@ from optim.args import OptimArgs
 from optim.muon import muon
 
 # name -> function of (parameters by role, args) that returns optimizers over all of them
-OPTIMIZERS: dict[str, Callable[[dict[str, list[nn.Parameter]], OptimArgs], list[torch.optim.Optimizer]]] = {
-    "muon": muon,
-    "adamw": adamw,
-}
-ROLES = ("matrix", "outer", "lora_B", "vector")  # outer: embeddings, heads and other matrices that are not Muon's
+OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"muon": muon, "adamw": adamw}
 
 
 def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
@@ -34,7 +31,7 @@ def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
         raise ValueError("the model has no trainable parameter")
     # embeddings are found by their class: their names differ between models
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    parameters: dict[str, list[nn.Parameter]] = {each: [] for each in ROLES}
+    parameters = defaultdict(list)  # role -> parameters
     for name, p in trainable.items():
         parameters["outer" if p in tables else role(name, p)].append(p)
     if args.lora_lr_ratio != 1.0 and not parameters["lora_B"]:
@@ -45,7 +42,7 @@ def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
 
 
 def role(name: str, p: nn.Parameter) -> str:
-    """Return the role, one of `ROLES`, of a parameter that is not an embedding."""
+    """Return the role of a parameter that is not an embedding: matrix, outer (not for Muon), lora_B or vector."""
     if p.dim() != 2:
         return "vector"
     if name.endswith("lora_B"):
@@ -59,20 +56,18 @@ def role(name: str, p: nn.Parameter) -> str:
 class Optimizers:
     """Several optimizers over disjoint parameters, with the interface of one."""
 
-    def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         """Take the optimizers; their present learning rates become the peaks of the schedule."""
-        self.parts = list(parts)
+        self.parts = parts
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the groups of all optimizers."""
         return [group for part in self.parts for group in part.param_groups]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of all optimizers."""
         return [p for group in self.param_groups for p in group["params"]]
 
     def set_lr(self, factor: float) -> None:
@@ -81,17 +76,14 @@ class Optimizers:
             group["lr"] = group["peak_lr"] * factor
 
     def step(self) -> None:
-        """Update the parameters of every optimizer."""
         for part in self.parts:
             part.step()
 
     def zero_grad(self) -> None:
-        """Remove all gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every optimizer."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -106,7 +98,7 @@ class Optimizers:
             )
         for part, saved in zip(self.parts, state["parts"]):
             # load_state_dict would replace the settings of the groups, too
-            settings = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
+            settings = [dict(group) for group in part.param_groups]
             part.load_state_dict(saved)
             for group, own in zip(part.param_groups, settings):
                 group.update(own)

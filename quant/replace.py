@@ -68,7 +68,8 @@ def refuse_quantized(model: nn.Module, what: str) -> None:
 
 
 def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights that `quantize_base` would quantize to `dtype` and freeze them, if that makes them smaller."""
+    """Cast the weights that `quantize_base` would quantize to `dtype`, and freeze them; leave those that would not get
+    smaller."""
     for _, module in base_layers(model):
         if dtype.itemsize < module.weight.dtype.itemsize:
             module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)

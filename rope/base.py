@@ -68,6 +68,9 @@ def register(
 ) -> Callable:
     """Return a decorator that registers a function or class as the family `name`. See `Family` for the arguments."""
 
+    if not {"factor", "max_factor"} & (required or {}).keys():  # the two numbers that `rope.extend` can write
+        not_extendable = not_extendable or "it has no factor to stretch positions by"
+
     def add(make: Callable) -> Callable:
         FAMILIES[name] = Family(make, required or {}, optional or {}, defaults or {}, bounded, not_extendable)
         return make
@@ -86,7 +89,10 @@ def plain(head_dim: int, theta: float) -> list[float]:
 
 
 def ntk_theta(head_dim: int, theta: float, alpha: float) -> float:
-    """Return the base that divides the slowest frequency by `alpha` and keeps the fastest (bloc97 2023)."""
+    """Return the base that makes the slowest frequency `alpha` times slower and keeps the fastest (bloc97 2023).
+
+    Raises ValueError for a head_dim below 4, which has one frequency only.
+    """
     if head_dim < 4:
         raise ValueError(f"head_dim {head_dim} has one frequency only; changing the base needs at least 4")
     return theta * alpha ** (head_dim / (head_dim - 2))
@@ -108,7 +114,10 @@ def text_lengths(positions: torch.Tensor, doc_ids: torch.Tensor | None) -> torch
 
 
 def by_length(frequencies: Callable[[int], Frequencies], lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inverse frequencies (..., D/2) and factors (..., 1) for `lengths` (...); float64 on the CPU."""
+    """Return inverse frequencies (..., D/2) and attention factors (..., 1) of texts of the lengths (...) int64.
+
+    frequencies(n) gives both for a text of n tokens. The results are float64, on the CPU.
+    """
     # each distinct length once, n of them: tables (n, D/2) and (n, 1), indexed by `which` (...)
     distinct, which = lengths.cpu().unique(return_inverse=True)
     inv_freq, factor = zip(*(frequencies(n) for n in distinct.tolist()))

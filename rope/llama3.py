@@ -14,7 +14,12 @@ from rope.keys import COUNT, FACTOR, POSITIVE, WINDOW
     bounded=False,
 )
 def llama3(head_dim: int, theta: float, scaling: dict, max_seq_len: int) -> Rope:
-    """Return theta_i / factor below low_freq_factor rotations within the window, theta_i above high_freq_factor."""
+    """Return the encoding that keeps inverse frequency theta_i, divides it by `factor`, or takes a value between.
+
+    A frequency that makes fewer than low_freq_factor rotations in the window is divided, one that makes more than
+    high_freq_factor is kept; between them the weight of the kept one rises linearly from 0 to 1. Raises ValueError
+    unless high_freq_factor is above low_freq_factor.
+    """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     if high <= low:
         raise ValueError(f"llama3's high_freq_factor must be larger than low_freq_factor, found {high} and {low}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from attention.cache import KVCache
+from attention.cache import KVCache, cache_class
 from chat.messages import check_messages
 from chat.template import ChatTemplate, load_template
 from checkpoint.directory import load_model
@@ -55,7 +55,7 @@ class Assistant:
     @property
     def longest(self) -> int:
         """The longest prompt, in tokens."""
-        return sys.maxsize if self.cache == "sinks" else self.model.args.max_seq_len
+        return sys.maxsize if cache_class(self.cache).endless else self.model.args.max_seq_len
 
     @property
     def stop_ids(self) -> Sequence[int]:

@@ -20,8 +20,7 @@ def answer_scored(assistant: Assistant, question: str, params: SamplingParams, t
     """Print the answer to a question, and below it the log-probability of each token and the `top` likeliest tokens in
     its place. Return both."""
     prompt = assistant.encode([{"role": "user", "content": question}])
-    options = {"stop_ids": assistant.stop.ids, "ended": assistant.stop.ended, "cache": assistant.cache, "top": top}
-    tokens = generate_scored(assistant.model, [prompt], params, **options)[0]
+    (tokens,) = generate_scored(assistant.model, [prompt], params, assistant.stop, cache=assistant.cache, top=top)
     answer = print_pieces([assistant.text([token.id for token in tokens])])
     print(token_table(tokens, assistant.tokenizer))
     return answer, tokens

@@ -48,7 +48,7 @@ def test_a_dtype_asked_for(tmp_path):
         BinWriter(tmp_path / "narrow", 65537, EOS, SHA, dtype=np.uint16)
     with pytest.raises(ValueError, match="uint16 or uint32, found int64"):
         BinWriter(tmp_path / "signed", 100, EOS, SHA, dtype=np.int64)
-    with pytest.raises(ValueError, match="eos_id 100"):
+    with pytest.raises(ValueError, match="eos_id should be from 0 to 99"):
         BinWriter(tmp_path / "eos", 100, 100, SHA)
 
 

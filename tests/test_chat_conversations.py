@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.character_template import exchange
 
-from chat.conversations import PreferencePair, file_conversations, preference_pairs, to_messages, to_pair
+from chat.conversations import PreferencePair, file_conversations, read_files, to_messages, to_pair
 
 # --- records -> conversations
 
@@ -168,7 +168,7 @@ def test_the_turns_of_a_transcript_are_the_prompt_up_to_its_last_answer():
 @pytest.mark.parametrize("name, n", [("dpo_en_demo.json", 299), ("dpo_zh_demo.json", 300)])
 def test_real_pairs_are_read_almost_whole(shared, name, n):
     broken = []
-    pairs = list(preference_pairs(shared / "dpo" / name, broken))
+    pairs = list(read_files(shared / "dpo" / name, broken, to_pair, "pair of answers"))
     assert len(pairs) + len(broken) == n and len(broken) < 5
     assert any(pair.prompt[0]["role"] == "system" for pair in pairs)
 
@@ -204,8 +204,8 @@ def test_real_pairs_are_read_almost_whole(shared, name, n):
             "message 2 should be of role user, found 'system'",
         ),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 0 should be"),
-        ({"prompt": "q", "answer": "a", "response": "b"}, "several keys for the answer: answer, response"),
-        ({"prompt": "q", "question": "p", "answer": "a"}, "several keys for the question: prompt, question"),
+        ({"prompt": "q", "answer": "a", "response": "b"}, r"2 keys for its answer \(answer, response\)"),
+        ({"prompt": "q", "question": "p", "answer": "a"}, r"2 keys for its question \(prompt, question\)"),
         ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "history should be a list of pairs"),
         ({"messages": [{"role": "user", "content": "q", "loss": "no"}]}, "true, false, 1 or 0, found 'no'"),
         ({"text": " "}, r"message 0 \(text\) should not be empty"),
@@ -259,13 +259,15 @@ def test_conversations_of_a_python_file_that_yields_records(tmp_path):
     assert [record.where for record in broken] == [f"{loader}:2"]
 
 
-def test_what_a_check_refuses_is_broken_with_its_place(tmp_path):
-    def check(messages: list[dict]) -> None:
+def test_what_a_reader_refuses_is_broken_with_its_place(tmp_path):
+    def read(record: dict) -> list[dict]:
+        messages = to_messages(record)
         if "two" in messages[0]["content"]:
             raise ValueError("no twos")
+        return messages
 
     path, broken = write(tmp_path / "a.jsonl", GOOD), []
-    assert list(file_conversations(path, broken, check)) == EXPECTED[:1]
+    assert list(read_files(path, broken, read, "usable answer")) == EXPECTED[:1]
     assert [(record.where, record.reason) for record in broken] == [(f"{path}:2", "no twos")]
 
 
@@ -324,18 +326,18 @@ def test_pairs_and_conversations_are_told_apart(tmp_path):
     question = {"conversations": [{"from": "human", "value": "q"}]}
     pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, question | {"chosen": "a", "rejected": "b"}]
     for record in pairs:
-        with pytest.raises(ValueError, match="a pair of answers for preference tuning: use --objective dpo"):
+        with pytest.raises(ValueError, match="a pair of answers: use a preference objective"):
             to_messages(record)
     with pytest.raises(ValueError, match=r"expected the keys chosen and rejected, found q, a; .* --objective sft"):
         to_pair({"q": "q", "a": "a"})
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in pairs))
 
-    def check(messages):
-        if messages[-1]["content"] == "b":
+    def read(record):
+        if to_pair(record).rejected == "b":
             raise ValueError("not b")
 
     broken = []
     with pytest.raises(ValueError, match="has no pair of answers in 2 records"):
-        list(preference_pairs(path, broken, check))
+        list(read_files(path, broken, read, "pair of answers"))
     assert [record.reason for record in broken] == ["not b"] * 2

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat.conversations import file_conversations
-from chat.samples import encode_samples, read_samples
+from chat.samples import Record, encode_samples, read_samples
 from chat.template import ChatTemplate, load_template
 from corpora.registry import BadRecord
 from dataset import IGNORE
@@ -126,12 +126,12 @@ def test_the_sides_of_a_split_share_no_question_and_miss_none(tmp_path, chat_tem
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"prompt": "{n % 50}", "answer": "{n}"}}\n' for n in range(200)) + '{"prompt": ""}\n')
     broken: list[BadRecord] = []
-    aside: list[list[dict]] = []
+    aside: list[Record] = []
     kept = read_samples(path, chat_template, 30, broken=broken, share=0.3, aside=aside)
     assert len(kept) + len(aside) == 200 and len(broken) == 1
-    questions = Counter(messages[0]["content"] for messages in aside)
+    questions = Counter(record.question for record in aside)
     assert set(questions.values()) == {4} and 4 <= len(questions) <= 28  # every question with all four answers
-    others = [messages for messages in file_conversations(path, []) if messages not in aside]
+    others = [messages for messages in file_conversations(path, []) if messages[0]["content"] not in questions]
     assert kept.ids.tolist() == encode_samples(others, chat_template, 30).ids.tolist()
 
 

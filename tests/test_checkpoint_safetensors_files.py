@@ -150,7 +150,9 @@ def test_folders_that_are_no_model(tmp_path):
 def test_pickles_are_never_opened(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(config_json.write(ModelArgs(**SHAPE))))
     torch.save({}, tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=rf"only {name}, a pickle, which can run code .*; convert it"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"its {name} is a pickle, which can run code .* convert it with transformers"
+    ):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"is a file, not a model directory"):
         load_model(tmp_path / name)

@@ -14,7 +14,7 @@ from checkpoint.directory import load_model, load_weights, save_model
 from checkpoint.extend import grow_vocabulary, resize
 from checkpoint.transformers_model import TransformersModel
 from decoding.generate import generate
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from decoding.rows import Rows
 from decoding.speculative import DraftModel, Speculative
 from distributed.backend import make_backend
@@ -185,7 +185,7 @@ def test_it_chats_and_drafts(tmp_path):
     for question in ("the moon", "the river"):
         asked = [*sessions[0].messages, {"role": "user", "content": question}]
         prompt, _ = template.encode(asked, add_generation_prompt=True)
-        wanted = generate(model, [prompt], params, template.stop_ids)[0]
+        wanted = generate(model, [prompt], params, Stop(template.stop_ids))[0]
         assert [list(session.ask(question, params)) for session in sessions] == [wanted, wanted]
 
 

@@ -115,10 +115,10 @@ def test_a_form_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_preference_loss() -> None:
-    simpo = skeleton("in tuning/objectives.py", objectives).SimPO(beta=2.0)
+    loss_class = skeleton("in tuning/objectives.py", objectives).MeanLogProb(beta=2.0)
     pairs = some_pairs()
-    loss, metrics = simpo(pairs)
-    assert metrics.keys() == set(simpo.metrics)
+    loss, metrics = loss_class(pairs)
+    assert metrics.keys() == set(loss_class.metrics)
     for i, found in enumerate(loss.tolist()):
         chosen, rejected = (pairs.chosen / pairs.n_chosen)[i].item(), (pairs.rejected / pairs.n_rejected)[i].item()
         assert found == pytest.approx(math.log1p(math.exp(-2.0 * (chosen - rejected))))

@@ -17,6 +17,7 @@ from checkpoint.directory import load_model
 from convert import Merge
 from lora import adapters
 from lora.adapters import LoraArgs
+from quant.kinds import KINDS
 from tokenizer import load_tokenizer
 
 
@@ -55,9 +56,9 @@ def test_a_merged_model_says_what_the_adapted_one_says(method, tied, trained, tm
     assert "lora" not in "".join(path.name for path in out.iterdir())
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("base", KINDS)
 def test_a_quantized_base_is_made_dense_and_then_added_to(base, trained, tmp_path):
-    if base != "int8":
+    if KINDS[base].package:
         pytest.importorskip("bitsandbytes")
     model = trained(LoraArgs("lora", r=3, base=base))
     tokens = some_tokens()

@@ -10,8 +10,8 @@ from helpers.tiny_chat_model import chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat.conversations import PreferencePair, preference_pairs
-from chat.samples import Samples, encode_pairs, read_pairs
+from chat.conversations import PreferencePair, read_files, to_pair
+from chat.samples import PAIRS, Record, Samples, encode_samples, read_samples
 from chat.template import load_template
 from dataset import IGNORE
 from dataset_sft import PairData
@@ -38,7 +38,7 @@ def made_up(lengths: list[tuple[int, int]], seed: int = 0) -> Samples:
 
 def test_the_last_answer_of_both_conversations_is_trained(template):
     before = ({"role": "user", "content": "sun?"}, {"role": "assistant", "content": "the sun"})
-    samples = encode_pairs([pair("moon?", "the moon", "no", before)], template, 100)
+    samples = encode_samples([pair("moon?", "the moon", "no", before)], template, 100, kind=PAIRS)
     assert len(samples) == 2 and samples.stats["kept"] == 1
     for n, answer in enumerate(("the moon", "no")):
         here = np.s_[int(samples.offsets[n]) : int(samples.offsets[n + 1])]
@@ -57,15 +57,15 @@ def test_what_does_not_fit_is_counted(template):
         pair(long, "the moon", "no"),  # no answer is reached
         pair("c?", long + "one", long + "two"),  # alike as far as they are kept
     ]
-    cut = encode_pairs(given_, template, 30)
+    cut = encode_samples(given_, template, 30, kind=PAIRS)
     counts = {"pairs": 4, "kept": 2, "cut": 1, "dropped": 0, "beyond": 2, "alike": 0}
     assert counts.items() <= cut.stats.items() and len(cut) == 4
     assert max(np.diff(cut.offsets.astype(int))) == 31
     assert cut.stats["targets"] == cut.mask.sum() and cut.stats["tokens"] == len(cut.ids)
-    dropped = encode_pairs(given_, template, 30, "drop").stats
+    dropped = encode_samples(given_, template, 30, "drop", kind=PAIRS).stats
     assert {"pairs": 4, "kept": 1, "cut": 0, "dropped": 3, "beyond": 0}.items() <= dropped.items()
     with pytest.raises(ValueError, match="'cut' or 'drop', found 'keep'"):
-        encode_pairs(given_, template, 30, "keep")
+        encode_samples(given_, template, 30, "keep", kind=PAIRS)
 
 
 def test_answers_that_the_template_makes_alike_are_not_blamed_on_the_length(template, tmp_path):
@@ -77,10 +77,10 @@ def test_answers_that_the_template_makes_alike_are_not_blamed_on_the_length(temp
     path.write_text(json.dumps(record))
     for seq_len in (4, 40):
         with pytest.raises(ValueError, match=r"pairs\.jsonl: the template makes the two answers of every pair"):
-            read_pairs(path, trimming, seq_len, "drop")
-    assert read_pairs(path, template, 40).stats["kept"] == 1
+            read_samples(path, trimming, seq_len, "drop", kind=PAIRS)
+    assert read_samples(path, template, 40, kind=PAIRS).stats["kept"] == 1
     path.write_text(path.read_text() + "\n" + json.dumps(record | {"rejected": "no"}))
-    assert {"alike": 1, "kept": 1}.items() <= read_pairs(path, trimming, 40).stats.items()
+    assert {"alike": 1, "kept": 1}.items() <= read_samples(path, trimming, 40, kind=PAIRS).stats.items()
 
 
 def test_files_are_split_by_the_hash_of_the_question(template, tmp_path):
@@ -90,17 +90,19 @@ def test_files_are_split_by_the_hash_of_the_question(template, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     broken = []
-    whole = read_pairs(path, template, 40, broken=broken)
-    aside: list[PreferencePair] = []
-    kept = read_pairs(path, template, 40, share=0.3, aside=aside)
+    whole = read_samples(path, template, 40, broken=broken, kind=PAIRS)
+    aside: list[Record] = []
+    kept = read_samples(path, template, 40, share=0.3, aside=aside, kind=PAIRS)
     assert whole.stats["kept"] == kept.stats["kept"] + len(aside) and 4 <= len(aside) <= 32
-    again = [pair for pair in preference_pairs(path, []) if pair not in aside]
-    assert encode_pairs(again, template, 40).ids.tolist() == kept.ids.tolist()
+    questions = {record.question for record in aside}
+    pairs = read_files(path, [], to_pair, "pair of answers")
+    again = [pair for pair in pairs if pair.prompt[-1]["content"] not in questions]
+    assert encode_samples(again, template, 40, kind=PAIRS).ids.tolist() == kept.ids.tolist()
     assert [bad.where for bad in broken] == [f"{path}:61"] and "the same" in broken[0].reason
     with pytest.raises(ValueError, match=r"no pair has two different answers within 3 tokens; raise --data\.seq_len"):
-        read_pairs(path, template, 3)
+        read_samples(path, template, 3, kind=PAIRS)
     with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
-        read_pairs(path, template, 3, share=0.9999)
+        read_samples(path, template, 3, share=0.9999, kind=PAIRS)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from checkpoint.directory import load_model
 from cli import progress
 from decoding.feeder import Feeder, check_prompts
-from decoding.generate import generate, generate_in_batches, generate_scored, stream
-from decoding.params import SamplingParams
+from decoding.generate import Sampled, generate, generate_scored, stream
+from decoding.params import SamplingParams, Stop
 from decoding.sampling import process_logits
 
 transformers = pytest.importorskip("transformers")
@@ -38,7 +38,7 @@ def test_rows_stop_independently(lengths, seed, stop):
     model = small_model()
     prompts = random_prompts(lengths, seed=seed)
     expected = [uncached(model, p, 12, tuple(stop)) for p in prompts]
-    assert generate(model, prompts, GREEDY, stop) == expected
+    assert generate(model, prompts, GREEDY, Stop(stop)) == expected
 
 
 def test_no_prompts_and_one():
@@ -71,7 +71,7 @@ def test_greedy_equals_transformers_generate(tmp_path, n_kv_heads):
         ids = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0, len(prompt) :].tolist()
         expected.append(ids[: ids.index(5)] if 5 in ids else ids)
     params = SamplingParams(temperature=0, max_new_tokens=40)
-    assert generate(load_model(tmp_path), prompts, params, stop_ids=[5]) == expected
+    assert generate(load_model(tmp_path), prompts, params, Stop([5])) == expected
 
 
 def test_greedy_text_of_a_trained_model(shared):
@@ -79,7 +79,7 @@ def test_greedy_text_of_a_trained_model(shared):
     expected = json.loads((shared / "models" / "stories260K_expected.json").read_text())["greedy"]
     prompts = [entry["prompt_ids"] for entry in expected]
     params = SamplingParams(temperature=0, max_new_tokens=200)
-    answers = generate(model, prompts, params, stop_ids=[2])
+    answers = generate(model, prompts, params, Stop([2]))
     assert [p + a for p, a in zip(prompts, answers)] == [entry["ids"] for entry in expected]
 
 
@@ -89,11 +89,11 @@ SAMPLED = SamplingParams(temperature=1.5, top_k=20, top_p=0.98, repetition_penal
 def test_a_sample_does_not_depend_on_its_batch():
     model = small_model()
     prompts = random_prompts([5, 2, 9, 4])
-    together = generate(model, prompts, SAMPLED, stop_ids=[1, 2, 3])
-    alone = [generate(model, [p], SAMPLED, [1, 2, 3], seeds=[7 + i])[0] for i, p in enumerate(prompts)]
+    together = generate(model, prompts, SAMPLED, Stop([1, 2, 3]))
+    alone = [generate(model, [p], SAMPLED, Stop([1, 2, 3]), seeds=[7 + i])[0] for i, p in enumerate(prompts)]
     assert together == alone
-    assert generate(model, prompts[::-1], SAMPLED, [1, 2, 3], seeds=[10, 9, 8, 7]) == together[::-1]
-    assert generate(model, prompts, dataclasses.replace(SAMPLED, seed=8), [1, 2, 3]) != together
+    assert generate(model, prompts[::-1], SAMPLED, Stop([1, 2, 3]), seeds=[10, 9, 8, 7]) == together[::-1]
+    assert generate(model, prompts, dataclasses.replace(SAMPLED, seed=8), Stop([1, 2, 3])) != together
 
 
 def test_the_first_token_is_sampled_by_the_settings_too():
@@ -112,8 +112,8 @@ def test_the_first_token_is_sampled_by_the_settings_too():
 def test_log_probabilities_are_the_models_own():
     model = small_model()
     prompts = random_prompts([5, 2, 9, 4])
-    answers = generate_scored(model, prompts, SAMPLED, [1, 2, 3], top=4)
-    assert [[token.id for token in answer] for answer in answers] == generate(model, prompts, SAMPLED, [1, 2, 3])
+    answers = generate_scored(model, prompts, SAMPLED, Stop([1, 2, 3]), top=4)
+    assert [[token.id for token in answer] for answer in answers] == generate(model, prompts, SAMPLED, Stop([1, 2, 3]))
     for prompt, answer in zip(prompts, answers):
         ids = [token.id for token in answer]
         with torch.no_grad():
@@ -138,7 +138,7 @@ def test_rows_end_independently_by_what_they_said(lengths, seed, divisor):
     for ids in full:
         ends = [n for n in range(1, 13) if sum(ids[:n]) % 5 == divisor]
         expected.append(ids[: ends[0]] if ends else ids)
-    assert generate(model, prompts, GREEDY, ended=lambda ids: sum(ids) % 5 == divisor) == expected
+    assert generate(model, prompts, GREEDY, Stop(ended=lambda ids: sum(ids) % 5 == divisor)) == expected
 
 
 def test_stops_when_the_context_is_full():
@@ -183,7 +183,7 @@ def test_the_mode_of_the_model_is_left_as_it_was():
 def test_stream_equals_generate():
     model = small_model()
     for prompt in random_prompts([1, 5, 39]):
-        assert list(stream(model, prompt, SAMPLED, [9])) == generate(model, [prompt], SAMPLED, [9])[0]
+        assert list(stream(model, prompt, SAMPLED, Stop([9]))) == generate(model, [prompt], SAMPLED, Stop([9]))[0]
 
 
 @pytest.mark.parametrize("cached", [0, 1, 5, 8])
@@ -224,10 +224,10 @@ def test_an_interrupted_pass_leaves_a_usable_cache(monkeypatch):
 
 def test_batches_give_what_one_batch_gives(capsys, monkeypatch):
     model, prompts = small_model(), random_prompts([5, 2, 9, 4, 1])
-    together = generate(model, prompts, SAMPLED, [3])
+    together, decoder = generate(model, prompts, SAMPLED, Stop([3])), Sampled(model)
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
-    assert list(generate_in_batches(model, prompts, SAMPLED, [3], batch_size=2)) == together
+    assert list(decoder.answers(prompts, SAMPLED, Stop([3]), batch_size=2)) == together
     assert "4 of 5 answers" in capsys.readouterr().err
-    assert list(generate_in_batches(model, [], SAMPLED)) == []
+    assert list(decoder.answers([], SAMPLED)) == []
     first = [ids[:1] for ids in together]
-    assert list(generate_in_batches(model, prompts, SAMPLED, [3], 2, ended=lambda ids: True)) == first
+    assert list(decoder.answers(prompts, SAMPLED, Stop([3], lambda ids: True), batch_size=2)) == first

@@ -66,7 +66,7 @@ def test_whatever_comes_and_goes_each_row_is_as_it_is_alone(seed, kind):
     live = [row for row in asked if row in rows]
     collect(rows, answers)
     for row, (prompt, params) in asked.items():
-        alone = list(stream(model, prompt, params, [1, 2, 3], kind))
+        alone = list(stream(model, prompt, params, Stop([1, 2, 3]), kind))
         answer = answers.get(row, [])
         assert answer == (alone if row in live else alone[: len(answer)])
 
@@ -89,17 +89,15 @@ def test_a_row_that_is_removed_leaves_the_others_alone():
 def test_each_row_has_its_own_settings_endings_and_scores():
     model, prompts = small_model(), random_prompts([4, 4, 8, 2])
     rows, tokens = Rows(model), {}
-    ended = [None, lambda ids: len(ids) == 2, None, None]
+    stops = [Stop(), Stop(ended=lambda ids: len(ids) == 2), Stop([5]), Stop()]
     tops = [None, 3, None, 0]
     for i, prompt in enumerate(prompts):
-        rows.add(prompt, SETTINGS[i % 3], Stop([5] if i == 2 else [], ended[i]), tops[i])
+        rows.add(prompt, SETTINGS[i % 3], stops[i], tops[i])
     while rows:
         for row, token in rows.step():
             tokens.setdefault(row, []).append(token)
     for i, prompt in enumerate(prompts):
-        alone = generate_scored(
-            model, [prompt], SETTINGS[i % 3], [5] if i == 2 else [], ended=ended[i], top=tops[i] or 0
-        )
+        alone = generate_scored(model, [prompt], SETTINGS[i % 3], stops[i], top=tops[i] or 0)
         ids, scored = [[t.id for t in answer] for answer in (tokens[i], alone[0])]
         assert ids == scored
         if tops[i] is None:

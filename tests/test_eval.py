@@ -20,7 +20,7 @@ from checkpoint import peft
 from checkpoint.directory import load_model
 from cli.args import parse, run
 from decoding.generate import generate
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from eval import Args, main
 from lora import adapters
 from tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ def expected_answer(directory: Path, messages: list[dict], params: SamplingParam
     tokenizer = load_tokenizer(directory)
     template = load_template(tokenizer)
     prompt, _ = template.encode(messages, add_generation_prompt=True)
-    return tokenizer.decode(generate(load_model(directory), [prompt], params, template.stop_ids)[0])
+    return tokenizer.decode(generate(load_model(directory), [prompt], params, Stop(template.stop_ids))[0])
 
 
 def user(text: str) -> dict:
@@ -74,7 +74,7 @@ def test_raw_continues_the_text_after_the_id_that_begins_a_document(args, direct
     answer = main(dataclasses.replace(args, prompt="江上", raw=True))["answer"]
     tokenizer = load_tokenizer(directory)
     prompt = [tokenizer.eos_id, *tokenizer.encode("江上")]
-    ids = generate(load_model(directory), [prompt], SHORT, [tokenizer.eos_id])[0]
+    ids = generate(load_model(directory), [prompt], SHORT, Stop([tokenizer.eos_id]))[0]
     assert answer == tokenizer.decode(ids)
 
 
@@ -233,7 +233,7 @@ def test_loss_of_what_is_there(args, directory, tmp_path):
     path = write_bin(tmp_path, load_tokenizer(directory))
     nothing = tmp_path / "none.jsonl"
     assert set(main(dataclasses.replace(args, task="loss", heldout=path, sft_heldout=nothing))) == {"heldout"}
-    with pytest.raises(FileNotFoundError, match=r"neither .* nor .* exists; data_process.py makes them"):
+    with pytest.raises(FileNotFoundError, match=r"neither .* nor .* exists: name a file with --heldout or --sft"):
         main(dataclasses.replace(args, task="loss", heldout=tmp_path / "x.bin", sft_heldout=nothing))
     meta = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))

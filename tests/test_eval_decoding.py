@@ -130,7 +130,7 @@ def test_a_stop_string_ends_one_answer_a_file_of_them_and_a_turn(args, directory
     tokenizer = load_tokenizer(directory)
     template = load_template(tokenizer)
     prompt, _ = template.encode([*history, {"role": "user", "content": "明月"}], True)
-    second = tokenizer.decode(generate(load_model(directory), [prompt], GREEDY, template.stop_ids)[0])
+    second = tokenizer.decode(generate(load_model(directory), [prompt], GREEDY, Stop(template.stop_ids))[0])
     assert capsys.readouterr().out == f"{expected}\n{second.split(stop[0])[0]}\n"
 
 

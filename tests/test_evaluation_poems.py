@@ -18,7 +18,7 @@ from corpora.packages import FetchError
 from corpora.poem_tasks import conversation
 from corpora.verse import Poem, forms, verse
 from decoding.generate import generate
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from eval import Args, main
 from evaluation import poems as poems_file
 from evaluation.poems import PoemForms, evenly, rhyme_book, rhymes, table
@@ -193,7 +193,7 @@ def test_asks_under_titles_that_training_never_sees(directory, poems):
         poem = by_question[question]
         assert poem.title in question and poem.title not in seen and example.form == poem.form
         prompt, _ = template.encode([{"role": "user", "content": question}], add_generation_prompt=True)
-        ids = generate(model, [prompt], PARAMS, template.stop_ids, seeds=[PARAMS.seed + i])[0]
+        ids = generate(model, [prompt], PARAMS, Stop(template.stop_ids), seeds=[PARAMS.seed + i])[0]
         assert answer == tokenizer.decode(ids)
     assert len(set(questions)) == len(answers)
 

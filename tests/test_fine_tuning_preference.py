@@ -151,7 +151,7 @@ def test_two_processes_are_one(folder, environment):
     "more, message",
     [
         (["--data", "chats.jsonl"], "chats.jsonl has no pair of answers in 4 records; .* with --objective sft"),
-        (["--objective", "sft"], "pairs.jsonl has no usable answer in 26 records; .*: use --objective dpo or orpo"),
+        (["--objective", "sft"], "pairs.jsonl has no usable answer in 26 records; .*: use a preference objective"),
         (["--data.seq_len", "2"], r"no pair has two different answers within 2 tokens; raise --data\.seq_len"),
         (["--data.seq_len", "201"], "seq_len 201 is longer than the model's max_seq_len 200"),
         (["--preference.beta", "0"], r"--preference\.beta should be above 0"),
@@ -175,12 +175,12 @@ def test_two_processes_are_one(folder, environment):
             ["--data.loss", "sample"],
             r"--data\.loss sample needs --objective sft, found dpo: .* losses of their own; remove it",
         ),
-        (["--data", "a,b"], r"--data\.train needs --objective sft, found dpo: dpo and orpo train one task"),
+        (["--data", "a,b"], r"--data\.train needs --objective sft, found dpo: preference objectives train one task"),
         (
             ["--train.metric", "accuracy"],
-            r"--train\.metric accuracy needs --objective sft, found dpo: .* has the least loss",
+            r"--train\.metric accuracy needs --objective sft, found dpo: .* the least loss is the best",
         ),
-        (["--train.s2_group", "8"], r"--train\.s2_group 8 needs --objective sft, found dpo: .* under full attention"),
+        (["--train.s2_group", "8"], r"--train\.s2_group 8 needs --objective sft, found dpo: .* attend in full"),
     ],
 )
 def test_refused_before_anything_is_written(folder, more, message, monkeypatch, capsys):

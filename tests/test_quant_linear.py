@@ -13,19 +13,16 @@ from torch import nn
 
 from lora import adapters
 from lora.adapters import LoraArgs
-from quant.four_bit import FourBitLinear
 from quant.int8 import Int8Linear
+from quant.kinds import KINDS
 from quant.linear import QuantizedLinear
 from quant.replace import QUANTIZERS
 
-KINDS = ["nf4", "fp4", "int8"]
-
 
 def quantized(layer: nn.Linear, kind: str, double: bool = True) -> QuantizedLinear:
-    if kind == "int8":
-        return Int8Linear(layer)
-    pytest.importorskip("bitsandbytes")
-    return FourBitLinear(layer, kind, double)
+    if KINDS[kind].package:
+        pytest.importorskip("bitsandbytes")
+    return QUANTIZERS[kind](layer, **{"double": double} if KINDS[kind].double_quant else {})
 
 
 @settings(max_examples=25, deadline=None)
@@ -104,7 +101,7 @@ def test_gradients_go_through_even_after_an_evaluation(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapted_quantized_model_is_the_adapted_dense_one(kind):
     """That is: quantized, made dense, adapted."""
-    if kind != "int8":
+    if KINDS[kind].package:
         pytest.importorskip("bitsandbytes")
     model = our_model(attention_bias=True).float()
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
@@ -147,7 +144,7 @@ def test_another_dtype_leaves_scales_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_for_good_everything_is_dense(kind):
-    if kind != "int8":
+    if KINDS[kind].package:
         pytest.importorskip("bitsandbytes")
     model, tokens = our_model().float(), some_tokens()
     names = model.state_dict().keys()
@@ -161,7 +158,7 @@ def test_merged_for_good_everything_is_dense(kind):
 
 def test_refused(monkeypatch):
     model = our_model()
-    with pytest.raises(ValueError, match=r"--lora\.base should be one of full, nf4, fp4, int8, found 'int3'"):
+    with pytest.raises(ValueError, match=r"--lora\.base should be one of full, .*, found 'int3'"):
         adapters.quantize_base(model, "int3")
     adapters.apply(model, LoraArgs("lora", r=2, base="int8"))
     with pytest.raises(ValueError, match="has adapters already: quantize its base before"):

@@ -7,7 +7,7 @@ import torch
 from helpers.small_model import ByteTokenizer
 
 from decoding.generate import generate
-from decoding.params import SamplingParams
+from decoding.params import SamplingParams, Stop
 from decoding.speculative import PromptLookup, Speculative
 from model import Transformer
 from model_args import ModelArgs
@@ -68,7 +68,7 @@ def test_each_turn_equals_the_whole_conversation_from_scratch(monkeypatch, syste
         monkeypatch.undo()
         history.append({"role": "user", "content": question})
         prompt, _ = template.encode(history, add_generation_prompt=True)
-        expected = generate(model, [prompt], dataclasses.replace(params, seed=3 + turn), template.stop_ids)[0]
+        expected = generate(model, [prompt], dataclasses.replace(params, seed=3 + turn), Stop(template.stop_ids))[0]
         assert answer == expected
         if turn:  # the question with its three markers, and what the answer before left unfed
             assert widths[0] <= len(question) + 5
@@ -84,7 +84,7 @@ def test_the_oldest_turns_go_when_the_context_is_full():
         kept = session.system + session.messages[:-1]
         prompt, _ = template.encode(kept, add_generation_prompt=True)
         assert len(prompt) <= 30 and kept[0]["content"] == "s" and kept[-1]["content"] == f"question {i}"
-        assert answer == generate(model, [prompt], CHAT, template.stop_ids)[0]
+        assert answer == generate(model, [prompt], CHAT, Stop(template.stop_ids))[0]
         assert session.forgotten + len(session.messages) // 2 == i + 1
     assert session.forgotten >= 3
 
@@ -108,7 +108,7 @@ def test_an_answer_cut_short_enters_the_history():
     assert session.messages[-1] == {"role": "assistant", "content": ByteTokenizer().decode(said)}
     following = list(session.ask("go on", CHAT))
     prompt, _ = Template().encode(session.messages[:-1], add_generation_prompt=True)
-    assert following == generate(model, [prompt], CHAT, Template.stop_ids)[0]
+    assert following == generate(model, [prompt], CHAT, Stop(Template.stop_ids))[0]
     session.ask("never read", CHAT)  # an answer nobody asked for changes nothing
     assert len(session.messages) == 4
     session.reset()

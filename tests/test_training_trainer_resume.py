@@ -30,7 +30,7 @@ def test_a_finished_run_returns_at_once(tmp_path, capsys):
     data = toy_data(tmp_path)
     result = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data).fit()
     again = toy_trainer(tmp_path / "run", data, max_steps=4, eval_data=data)
-    again.data = again.heldout = again.log = None  # nothing of these is touched
+    again.data = again.eval_data = again.log = None  # nothing of these is touched
     assert again.fit() == result
     assert "run is finished (4 steps): nothing to do" in capsys.readouterr().err
     longer = toy_trainer(tmp_path / "run", data, max_steps=6, eval_data=data).fit()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from cli.progress import track
 from dataset import IGNORE, Batch, BatchSource
-from distributed.single import Named, SingleProcess
-from training.log import format_metrics
+from distributed.single import SingleProcess
+from training.args import TrainArgs
 from training.protocols import TrainableModel, take_metrics
 
 
@@ -46,73 +46,44 @@ def evaluate(
         for part in batch.split(micro_batch_size):
             micro = part.to(backend.device)
             # .forward: not through torch.compile, which would compile a second graph for a few batches
-            options = {"positions": micro.positions, "doc_ids": micro.doc_ids, "token_losses": bool(n_groups)}
+            options = {"positions": micro.positions, "doc_ids": micro.doc_ids, "token_losses": n_groups > 0}
             loss, losses = model.forward(micro.tokens, micro.targets, **options)
             nats, targets = nats + loss.item(), targets + micro.n_targets
-            if n_groups:
-                groups += sums_by_group(losses, micro, n_groups)
+            groups += sums_by_group(losses, micro, n_groups)
         if token_bytes is not None:
             n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE].numpy()].sum())
     model.train(was_training)
     metrics = take_metrics(model)
-    sums: Named = {"nats": nats, "targets": targets, "bytes": n_bytes, "groups": groups}
-    return _averages(backend.sum_named(sums | {"metrics": as_tensor(metrics)}), metrics, group_names)
+    sums = {"nats": nats, "targets": targets, "bytes": n_bytes, "groups": groups, "metrics": list(metrics.values())}
+    return _averages(backend.sum_named(sums), metrics, group_names)
 
 
-def _averages(sums: Named, metric_names: Iterable[str], group_names: Sequence[str]) -> dict[str, float]:
+def _averages(sums: dict[str, Any], metric_names: Iterable[str], group_names: Sequence[str]) -> dict[str, float]:
     """Return what `evaluate` does, from sums over all ranks."""
     n_targets = max(1, sums["targets"])
     metrics = {"loss": sums["nats"] / n_targets}
-    metrics |= {name: value / n_targets for name, value in zip(metric_names, sums["metrics"].tolist())}
+    metrics |= {name: value / n_targets for name, value in zip(metric_names, sums["metrics"])}
     if sums["bytes"]:
         metrics["bits_per_byte"] = sums["nats"] / math.log(2) / sums["bytes"]
-    of_groups = {f"loss/{name}": nats / n for name, nats, n in zip(group_names, *sums["groups"].tolist()) if n}
+    of_groups = {f"loss/{name}": nats / n for name, nats, n in zip(group_names, *sums["groups"]) if n}
     mean = {"task_mean": sum(of_groups.values()) / len(of_groups)} if of_groups else {}
     return metrics | mean | of_groups
 
 
-@dataclass
-class HeldOut:
-    """The held-out data of a run, and how it is evaluated: on the way on a part of it, at the end on all."""
-
-    source: BatchSource
-    metric: str
-    """name of the metric that the best checkpoint is chosen by"""
-    first_batches: int
-    """number of batches of an evaluation on the way; 0: all"""
-    token_bytes: np.ndarray | None
-    group_names: Sequence[str]
-    backend: SingleProcess
-    micro_batch_size: int
-
-    def __post_init__(self) -> None:
-        """Raise ValueError when there is no such metric. A metric of groups takes all batches: the first ones may lack
-        a group."""
-        of_groups = ["task_mean", *(f"loss/{name}" for name in self.group_names)] if self.group_names else []
-        metrics = ["loss", *["bits_per_byte"] * (self.token_bytes is not None), *of_groups]
-        if self.metric not in metrics:
-            raise ValueError(f"--train.metric should be one of {', '.join(metrics)}, found {self.metric!r}")
-        if self.metric in of_groups or self.first_batches >= self.source.steps_per_epoch:
-            self.first_batches = 0
-
-    def evaluate(self, model: TrainableModel, max_batches: int | None = None) -> dict[str, float]:
-        """Return the metrics on `max_batches` batches (default: on all)."""
-        how = (self.token_bytes, max_batches, self.backend, self.micro_batch_size, self.group_names)
-        return evaluate(model, self.source, *how)
-
-    def describe(self, metrics: dict[str, float]) -> str:
-        """Return the metrics of an evaluation on the way as one line, with the number of its batches."""
-        part = f" (first {self.first_batches} batches)" if self.first_batches else ""
-        return f"held-out {format_metrics(metrics)}{part}"
-
-
-def as_tensor(metrics: dict[str, float]) -> torch.Tensor:
-    """Return the values of metrics as float64 (metrics,), to be summed over ranks."""
-    return torch.tensor(list(metrics.values()), dtype=torch.float64)
+def batches_on_the_way(args: TrainArgs, source: BatchSource, has_bytes: bool, group_names: Sequence[str]) -> int:
+    """Return the number of batches of an evaluation before the last one; 0: all. A metric of groups takes all, since
+    the first ones may lack a group. Raises ValueError when --train.metric is none of those that `evaluate` returns."""
+    of_groups = ["task_mean", *(f"loss/{name}" for name in group_names)] if group_names else []
+    metrics = ["loss", *["bits_per_byte"] * has_bytes, *of_groups]
+    if args.metric not in metrics:
+        raise ValueError(f"--train.metric should be one of {', '.join(metrics)}, found {args.metric!r}")
+    return 0 if args.metric in of_groups or args.eval_batches >= source.steps_per_epoch else args.eval_batches
 
 
 def sums_by_group(token_losses: torch.Tensor, batch: Batch, n_groups: int) -> torch.Tensor:
     """Return the sum of the losses (B, T) of the targets of each group, and their number: (2, groups) float64."""
+    if not n_groups:
+        return torch.zeros(2, 0, dtype=torch.float64)
     losses, targets = token_losses.flatten().double().cpu(), batch.targets.flatten().cpu()
     groups = torch.zeros_like(targets) if batch.groups is None else batch.groups.flatten().cpu()
     columns = torch.stack([losses, torch.ones_like(losses)]) * (targets != IGNORE)  # (2, B * T)

@@ -43,7 +43,6 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """Write one line on stderr, above the bar if there is one."""
         if self.active:
             say(text)
 
@@ -83,10 +82,9 @@ class Clock:
 def summary(result: dict[str, Any]) -> str:
     """Return what `Trainer.fit` returned as one line: where the best model lies, and how good it is."""
     metrics = {name: value for name, value in result.items() if name not in ("steps", "tokens", "model")}
-    if not metrics:
-        return f"Finished after {result['steps']:,} steps. Model: {result['model']} (no held-out data to compare on)."
     best = f"Best checkpoint: {result['model']}; on all held-out data: {format_metrics(metrics)}."
-    return f"Finished after {result['steps']:,} steps. {best}"
+    last = f"Model: {result['model']} (no held-out data to compare on)."
+    return f"Finished after {result['steps']:,} steps. {best if metrics else last}"
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -49,5 +49,5 @@ def prepare(model: TrainableModel, args: TrainArgs, device: torch.device) -> tor
     model.compute_dtype = dtype
     model.gradient_checkpointing = args.gradient_checkpointing
     if compiles(args, device):
-        model.compile()  # in place: parameters keep their names
+        model.compile()
     return dtype

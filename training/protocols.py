@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
 
 class TrainableModel(Protocol):
-    """A model that the loop trains and evaluates; also an `nn.Module`, of which only the methods in use stand here.
-
-    `Transformer`, `TransformersModel` and `PreferenceModel` are such models. One with metrics beside its loss has
-    `take_metrics`, too, see below.
-    """
+    """An `nn.Module` that the loop trains and evaluates: `Transformer`, `TransformersModel`, `PreferenceModel`."""
 
     args: Any
     """shape: `dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, max_seq_len`, as in `ModelArgs`"""
     compute_dtype: torch.dtype | None
     """dtype of activations; None: that of the parameters"""
     gradient_checkpointing: bool
-    """recompute activations in the backward pass instead of keeping them"""
-    training: bool
 
     def forward(
         self,
@@ -46,14 +39,6 @@ class TrainableModel(Protocol):
 
     def n_parameters(self) -> int:
         """Return the number of parameters, tied ones counted once."""
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-
-    def to(self, device: torch.device) -> TrainableModel: ...
-
-    def train(self, mode: bool = True) -> TrainableModel: ...
-
-    def eval(self) -> TrainableModel: ...
 
 
 def take_metrics(model: TrainableModel) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,6 @@ from files import point, written_aside
 from optim.optimizers import Optimizers
 from training.protocols import Adaptive, TrainableModel
 
-STEP_DIR = re.compile(r"step_(\d{8})")
 MOST_SKIPPED = 20  # steps in a row
 
 
@@ -34,44 +32,32 @@ class TrainState:
     """Progress of a run and the sums for the next line of its log; saved with the weights."""
 
     step: int = 0
-    """number of steps done"""
     tokens: int = 0
-    """number of tokens in the batches of these steps"""
-    metric: str = "loss"
-    """name of the held-out metric that `best` is a value of"""
-    best: float = math.inf
-    """least value of that metric so far"""
+    metric: str = "loss"  # the held-out metric that the best checkpoint is chosen by
+    best: float = math.inf  # its least value so far
     evals_since_best: int = 0
-    """number of evaluations since that value"""
-    evaluated: int = -1
-    """step of the last evaluation"""
-    skipped: int = 0
-    """number of steps in a row, up to the last one, whose gradient was not finite"""
+    evaluated: int = -1  # step of the last evaluation
+    skipped: int = 0  # steps in a row, up to the last one, whose gradient was not finite
+    # sums since the last reset
     loss_sum: float = 0.0
-    """sum of the losses since the last reset"""
     targets: int = 0
-    """number of targets since the last reset"""
     group_losses: list[float] = field(default_factory=list)
-    """sum of the losses of each group since the last reset"""
     group_targets: list[float] = field(default_factory=list)
-    """number of targets of each group since the last reset"""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """sums of the model's own metrics since the last reset"""
+    measures: dict[str, float] = field(default_factory=dict)  # the model's metrics; old states have this name
 
     def add(
-        self, norm: float, n_tokens: int, n_targets: int, loss: float, groups: torch.Tensor, metrics: dict[str, float]
+        self, norm: float, n_tokens: int, n_targets: int, loss: float, groups: list[list], metrics: dict[str, float]
     ) -> None:
         """Count a step; all values but `norm`, the gradient norm, are sums over all ranks.
 
-        groups (2, groups) holds the losses and the targets of each group. A step whose norm is not finite was skipped:
-        its sums are left out. Raises Diverged at the twentieth such step in a row.
+        groups: the losses, and the targets, of each group. A step whose norm is not finite was skipped: its sums are
+        left out. Raises Diverged at the twentieth such step in a row.
         """
         if math.isfinite(norm):
             self.loss_sum, self.targets, self.skipped = self.loss_sum + loss, self.targets + n_targets, 0
-            losses, targets = groups.tolist()
-            self.group_losses = [a + b for a, b in zip_longest(self.group_losses, losses, fillvalue=0.0)]
-            self.group_targets = [a + b for a, b in zip_longest(self.group_targets, targets, fillvalue=0.0)]
-            self.metrics = {name: self.metrics.get(name, 0.0) + value for name, value in metrics.items()}
+            self.group_losses = [a + b for a, b in zip_longest(self.group_losses, groups[0], fillvalue=0.0)]
+            self.group_targets = [a + b for a, b in zip_longest(self.group_targets, groups[1], fillvalue=0.0)]
+            self.measures = {name: self.measures.get(name, 0.0) + value for name, value in metrics.items()}
         else:
             self.skipped += 1
             if self.skipped >= MOST_SKIPPED:
@@ -88,12 +74,12 @@ class TrainState:
         return (
             {"loss": self.loss_sum / self.targets if self.targets else math.nan}
             | {f"loss/{name}": nats / n for name, nats, n in groups if n}
-            | {name: value / self.targets for name, value in self.metrics.items() if self.targets}
+            | {name: value / self.targets for name, value in self.measures.items() if self.targets}
         )
 
     def reset(self) -> None:
         """Set the sums to zero."""
-        self.loss_sum, self.targets, self.group_losses, self.group_targets, self.metrics = 0.0, 0, [], [], {}
+        self.loss_sum, self.targets, self.group_losses, self.group_targets, self.measures = 0.0, 0, [], [], {}
 
     def judge(self, value: float) -> bool:
         """Record an evaluation after this step; return whether `value` is the best so far."""
@@ -105,27 +91,18 @@ class TrainState:
         """Let the next evaluation be the best, by `metric`."""
         self.best, self.evals_since_best, self.evaluated, self.metric = math.inf, 0, -1, metric
 
-    def to_plain(self) -> dict[str, Any]:
-        """Return the fields as a dict for a checkpoint, where `metrics` keeps its older name, `measures`."""
-        return {"measures" if name == "metrics" else name: value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> TrainState:
-        """Return the state that `to_plain` has turned into a dict, in this version or an older one."""
-        return cls(**{"metrics" if name == "measures" else name: value for name, value in plain.items()})
-
 
 @dataclass
 class Checkpoints:
     """The checkpoints of a run: directories `step_N` in `run`, and the links `last` and `best` to two of them.
 
     All ranks call each method at the same point of the run; the main rank writes. `write(directory)` writes the trained
-    weights, `read(directory)` copies them back. `identity` names what determines the order of the losses.
+    weights, `read(directory)` copies them back. `identity` names what determines the order of the losses. `keep`
+    checkpoints are kept, beside those that the links lead to.
     """
 
     run: Path
     keep: int
-    """number of checkpoints that are kept, beside those that `last` and `best` lead to"""
     backend: SingleProcess
     model: TrainableModel
     optimizer: Optimizers
@@ -133,19 +110,8 @@ class Checkpoints:
     read: Callable[[Path], None]
     identity: dict[str, Any]
     adaptive: Adaptive | None = None
-    saved_step: int = -1
-    """step of the checkpoint that `last` leads to"""
+    saved_step: int = -1  # step of the checkpoint that `last` leads to
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
-
-    @property
-    def best(self) -> Path:
-        """Link to the best checkpoint."""
-        return self.run / "best"
-
-    @property
-    def last(self) -> Path:
-        """Link to the last checkpoint."""
-        return self.run / "last"
 
     def find(self, metric: str) -> TrainState:
         """Return the state of the checkpoint that the run goes on from, a fresh one if there is none.
@@ -156,10 +122,17 @@ class Checkpoints:
         state = TrainState(metric=metric)
         if (last := newest(self.run)) is not None:
             stored = load_state(last)
-            self._check_identity(stored["identity"])
-            state, self._found = TrainState.from_plain(stored["progress"]), (last, stored)
+            for name, value in self.identity.items():
+                if (theirs := stored["identity"].get(name)) != value:
+                    raise ValueError(
+                        f"{self.run} holds a run with {name} {theirs!r}, and this one has {value!r}: it cannot be "
+                        "continued; choose another --out, or use --train.resume never to replace it"
+                    )
+            state, self._found = TrainState(**stored["progress"]), (last, stored)
             self.saved_step = state.step if last.name == "last" else -1
-            if not self.best.exists() or state.metric != metric:  # the best is lost, or was chosen by another metric
+            if (
+                not (self.run / "best").exists() or state.metric != metric
+            ):  # the best is lost, or was chosen by another metric
                 state.forget_best(metric)
         if len(steps := set(self.backend.gather(state.step))) > 1:
             raise ValueError(
@@ -168,20 +141,11 @@ class Checkpoints:
             )
         return state
 
-    def _check_identity(self, stored: dict[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if stored.get(name) != value:
-                raise ValueError(
-                    f"{self.run} holds a run with {name} {stored.get(name)!r}, and this one has {value!r}: it cannot "
-                    "be continued; choose another --out, or use --train.resume never to replace it"
-                )
-
     def resume(self) -> None:
         """Restore the weights, the optimizer and the random generators from the checkpoint that `find` has found."""
         if self._found is None:
             return
-        (last, stored), self._found = self._found, None
-        backend = self.backend
+        (last, stored), self._found, backend = self._found, None, self.backend
         backend.load(self.model, self.read, last)
         backend.load_state(self.model, self.optimizer, stored)
         if len(stored["rng"]) == backend.world:
@@ -201,27 +165,26 @@ class Checkpoints:
             with written_aside(directory) if backend.main else nullcontext() as aside:
                 backend.save(self.model, self.write, aside)
                 if backend.main:
-                    resumable |= {"progress": state.to_plain(), "rng": rng, "identity": self.identity}
+                    resumable |= {"progress": vars(state), "rng": rng, "identity": self.identity}
                     if self.adaptive is not None:
                         resumable["adaptive"] = self.adaptive.state_dict()
                     save_state(aside, resumable)
         if backend.main:
-            for link in [self.best, self.last] if is_best else [self.last]:
-                point(link, directory)
+            for link in ("best", "last") if is_best else ("last",):
+                point(self.run / link, directory)
             prune(self.run, self.keep)
         self.saved_step = state.step
 
     def load_best(self) -> None:
         """Load the weights of the best checkpoint into the model."""
         self.backend.barrier()  # until the main rank has written it
-        self.backend.load(self.model, self.read, self.best)
+        self.backend.load(self.model, self.read, self.run / "best")
 
     def clear(self, everything: bool) -> None:
         """Remove the result of a shorter run; with `everything`, also all checkpoints."""
         if self.backend.main:
-            (self.run / "result.json").unlink(missing_ok=True)
-            for link in (self.last, self.best) if everything else ():
-                link.unlink(missing_ok=True)
+            for name in ("result.json", "last", "best") if everything else ("result.json",):
+                (self.run / name).unlink(missing_ok=True)
             if everything:
                 prune(self.run, keep=0)
 
@@ -273,7 +236,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoint directories of a run, oldest first."""
-    return sorted(path for path in run.glob("step_*") if STEP_DIR.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in run.glob(f"step_{8 * '[0-9]'}") if path.is_dir())
 
 
 def newest(run: Path) -> Path | None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from tqdm import tqdm
 from attention import backends
 from cli.progress import say
 from dataset import Batch, BatchSource
-from distributed.single import Named, SingleProcess
+from distributed.single import SingleProcess
 from hardware import peak_flops
 from optim.args import OptimArgs
 from optim.optimizers import Optimizers
 from optim.schedule import lr_factor
 from training.args import TrainArgs
 from training.flops import train_flops_per_token
-from training.heldout import HeldOut, as_tensor, sums_by_group
-from training.log import Clock, RunLog
+from training.heldout import batches_on_the_way, evaluate, sums_by_group
+from training.log import Clock, RunLog, format_metrics
 from training.precision import check_length, compiles, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.signals import caught_signals
@@ -63,15 +63,15 @@ class Trainer:
         group_names: Sequence[str] = (),
         adaptive: Adaptive | None = None,
     ) -> None:
+        check_length(data.seq_len, model)
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
-        self.args, self.optim, self.run = args, optim, run
-        self.group_names, self.adaptive = list(group_names), adaptive
-        how = (args.metric, args.eval_batches, token_bytes, self.group_names, backend, args.micro_batch_size)
-        self.heldout = None if eval_data is None else HeldOut(eval_data, *how)
+        self.args, self.optim, self.run, self.adaptive = args, optim, run, adaptive
+        self.eval_data, self.token_bytes, self.group_names = eval_data, token_bytes, list(group_names)
+        if eval_data is not None:
+            self.eval_batches = batches_on_the_way(args, eval_data, token_bytes is not None, self.group_names)
         self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
-        check_length(data.seq_len, model)
         self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive)
         self.state = TrainState(metric=args.metric) if args.resume == "never" else self.checkpoints.find(args.metric)
 
@@ -83,7 +83,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step; return the final metrics. On SIGTERM or SIGINT save and raise SystemExit."""
         result, backend = self.run / "result.json", self.backend
-        if self.finished and result.is_file() and self.checkpoints.best.exists():
+        if self.finished and result.is_file() and (self.run / "best").exists():
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return json.loads(result.read_text())
@@ -92,48 +92,59 @@ class Trainer:
         self.checkpoints.resume()
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
         self.log, self.clock = start_log(self, dtype)
-        catching = caught_signals(backend, self.signals.append)
-        with contextlib.closing(self.log), catching, backends.use(self.args.attention), explain_out_of_memory():
-            self._train()
-            return self._stop() if self.stopping else self._finish()
+        catching = caught_signals(self.signals, backend.world)
+        try:
+            with contextlib.closing(self.log), catching, backends.use(self.args.attention):
+                self._train()
+                return self._stop() if self.stopping else self._finish()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{str(error).split('. ')[0]}: lower --train.micro_batch_size (gradients are accumulated), "
+                "or use --train.gradient_checkpointing true"
+            ) from error
 
     def _train(self) -> None:
-        args = self.args
+        args, state = self.args, self.state
         while not self.finished and not self.stopping:
             norm = self._step()
-            if self.adaptive is not None and (values := self.adaptive.after_step(self.state.step)):
-                self.log.write(self.state.step, values)
-            at_end = self.state.step == self.total_steps
+            if self.adaptive is not None and (values := self.adaptive.after_step(state.step)):
+                self.log.write(state.step, values)
+            at_end = state.step == self.total_steps
             if self._due(args.log_interval) or (at_end and args.log_interval):
                 log_averages(self, norm)
             if at_end:
                 return
-            if self._due(args.eval_interval) and self.heldout is not None:
+            if self._due(args.eval_interval) and self.eval_data is not None:
                 self._evaluate_and_save()
                 if self.finished:
-                    if args.log_interval and self.state.targets:
+                    if args.log_interval and state.targets:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
             elif self._due(args.save_interval):
-                self.checkpoints.save(self.state)
+                self.checkpoints.save(state)
 
     def _step(self) -> float:
         """Do one optimizer step; return the gradient norm before clipping."""
         state, backend, n_groups = self.state, self.backend, len(self.group_names)
         batch = self.data.batch(state.step, backend.data_rank, backend.data_world)
-        n_targets = int(backend.sum_named({"targets": batch.n_targets})["targets"])
+        n_targets = int(backend.sum([batch.n_targets])[0])
         self.optimizer.set_lr(lr_factor(state.step, self.total_steps, self.optim))
         micro_batches = [part.to(backend.device) for part in batch.split(self.args.micro_batch_size)]
         inputs = [inputs_of(micro, token_losses=n_groups > 0) for micro in micro_batches]
         outputs = backend.forward_backward(self.forward, inputs, n_targets)
         norm = backend.step(self.args.grad_clip)
-        sums = sums_of(micro_batches, outputs, n_groups, metrics := take_metrics(self.model))
-        sums = backend.sum_named(sums | {"stop": len(self.signals)})
+        total = torch.zeros((), device=backend.device)  # on the device, which is waited for once; float32
+        for loss, _ in outputs:
+            total += loss
+        values = {"loss": total.item(), "stop": len(self.signals)}
+        values["groups"] = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
+        metrics = take_metrics(self.model)
+        sums = backend.sum_named(values | {"metrics": list(metrics.values())})
         self.stopping = sums["stop"] > 0
         if not math.isfinite(norm):
             in_a_row = state.skipped + 1
             self.log.say(f"step {state.step + 1}: gradient norm {norm}; the step was skipped ({in_a_row} in a row)")
-        totals = (sums["loss"], sums["groups"], dict(zip(metrics, sums["metrics"].tolist())))
+        totals = sums["loss"], sums["groups"], dict(zip(metrics, sums["metrics"]))
         state.add(norm, backend.data_world * batch.tokens.numel(), n_targets, *totals)
         return norm
 
@@ -142,13 +153,19 @@ class Trainer:
         steps = interval if interval >= 1 else max(1, round(interval * self.data.steps_per_epoch))
         return interval > 0 and self.state.step % steps == 0
 
+    def _evaluate(self, n_batches: int = 0) -> dict[str, float]:
+        """Return the metrics on the first `n_batches` of the held-out data; 0: on all."""
+        how = self.token_bytes, n_batches, self.backend, self.args.micro_batch_size, self.group_names
+        return evaluate(self.model, self.eval_data, *how)
+
     def _evaluate_and_save(self) -> None:
         """Evaluate on the way, log it and save; the checkpoint is the `best` if none was better."""
-        state = self.state
-        metrics = self.heldout.evaluate(self.model, self.heldout.first_batches)
+        state, n_batches = self.state, self.eval_batches
+        metrics = self._evaluate(n_batches)
         self.log.write(state.step, {f"eval_{name}": value for name, value in metrics.items()})
         is_best = state.judge(metrics[self.args.metric])
-        self.log.say(f"step {state.step}: {self.heldout.describe(metrics)}{', best so far' if is_best else ''}")
+        note = f" (first {n_batches} batches)" * (n_batches > 0) + ", best so far" * is_best
+        self.log.say(f"step {state.step}: held-out {format_metrics(metrics)}{note}")
         self.checkpoints.save(state, is_best)
 
     def _stop(self) -> None:
@@ -161,58 +178,27 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on all held-out data and write `result.json`."""
         state, checkpoints = self.state, self.checkpoints
-        result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "model": str(checkpoints.last)}
-        if self.heldout is None:
+        result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "model": str(self.run / "last")}
+        if self.eval_data is None:
             checkpoints.save(state, is_best=True)
         else:
             if state.evaluated != state.step:  # else stopped early, or killed just before the end
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
-            metrics = self.heldout.evaluate(self.model)
+            metrics = self._evaluate()
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
-            result |= metrics | {"model": str(checkpoints.best)}
+            result |= metrics | {"model": str(self.run / "best")}
         if self.backend.main:
             (self.run / "result.json").write_text(json.dumps(result, indent=2))
         return result
-
-
-@contextlib.contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Raise ValueError, with the flags that save memory, where the block runs out of the device's memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{str(error).split('. ')[0]}: lower --train.micro_batch_size (gradients are accumulated), "
-            "or use --train.gradient_checkpointing true"
-        ) from error
 
 
 def inputs_of(micro: Batch, token_losses: bool) -> dict[str, Any]:
     """Return the keyword arguments of a model's forward pass over a micro-batch."""
     names = ("tokens", "targets", "positions", "doc_ids", "loss_weights")
     return {name: getattr(micro, name) for name in names} | {"token_losses": token_losses}
-
-
-def sums_of(
-    micro_batches: Sequence[Batch],
-    outputs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    n_groups: int,
-    metrics: dict[str, float],
-) -> Named:
-    """Return what a step adds up over ranks: the loss, losses and targets of the groups (2, groups), the metrics.
-
-    outputs: the two tensors that a forward pass returns, for each micro-batch.
-    """
-    groups = torch.zeros(2, n_groups, dtype=torch.float64)
-    for micro, (_, token_losses) in zip(micro_batches, outputs) if n_groups else ():
-        groups += sums_by_group(token_losses, micro, n_groups)
-    total = torch.zeros((), device=outputs[0][0].device)  # on the device, which is waited for once; float32
-    for loss, _ in outputs:
-        total += loss
-    return {"loss": total.item(), "groups": groups, "metrics": as_tensor(metrics)}
 
 
 def log_averages(trainer: Trainer, norm: float) -> None:
@@ -229,34 +215,24 @@ def log_averages(trainer: Trainer, norm: float) -> None:
 
 
 def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
-    """Open the log of a run, with its first notices, and start the clock; dtype: of activations."""
-    backend, state, total_steps = trainer.backend, trainer.state, trainer.total_steps
-    peak, source = peak_flops(backend.device, dtype)
-    log = RunLog(trainer.run, state.step, total_steps, active=backend.main)
-    for notice in first_notices(trainer, dtype, peak, source):
-        log.say(notice)
-    flops_per_token = train_flops_per_token(trainer.model.args, trainer.data.seq_len)
-    return log, Clock(state, total_steps, flops_per_token, peak * backend.world)
-
-
-def first_notices(trainer: Trainer, dtype: torch.dtype, peak: float, source: str) -> Iterator[str]:
-    """Yield what a run says before its first step: its size, what `mfu` in its log means, and whether it is too short.
-
-    peak: operations a second of the device, which `mfu` is a share of; source: where that figure is from.
-    """
+    """Open the log, say how large the run is and what its `mfu` means, and start the clock; dtype: of activations."""
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
+    peak, source = peak_flops(backend.device, dtype)
+    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
-    processes = f"{backend.world} {kind} process{'es' * (backend.world > 1)}"
-    yield (
-        f"Training in {str(dtype).removeprefix('torch.')} on {processes}: {steps:,} steps of {data.batch_size:,} rows "
+    log.say(
+        f"Training in {str(dtype).removeprefix('torch.')} on {backend.world} {kind} process{'es' * (backend.world > 1)}"
+        f": {steps:,} steps of {data.batch_size:,} rows "
         f"({steps / data.steps_per_epoch:.3g} epochs of {data.steps_per_epoch:,} steps)."
     )
     compiled = compiles(trainer.args, backend.device)
     slow = "torch.compile is on: the first step can take a minute. " if compiled else ""
-    yield f"{slow}(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)"
+    log.say(f"{slow}(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)")
     if steps <= optim.warmup_steps:
         longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"
-        yield (
+        log.say(
             f"The run has {steps} steps, and {optim.warmup_steps} are for warming up: it will learn little. Raise "
             f"{longer}, or lower --optim.warmup_steps."
         )
+    flops_per_token = train_flops_per_token(trainer.model.args, data.seq_len)
+    return log, Clock(trainer.state, steps, flops_per_token, peak * backend.world)

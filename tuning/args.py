@@ -29,12 +29,9 @@ class Task(NamedTuple):
     """One of the tasks of a run."""
 
     name: str
-    path: Path
-    """file or folder of the records to train on"""
-    heldout: Path | None
-    """file or folder of the records to evaluate on; None: a share of those at `path`"""
-    weight: float
-    """how much the task counts in the loss, relative to the others"""
+    path: Path  # file or folder of the records to train on
+    heldout: Path | None  # file or folder of the records to evaluate on; None: a share of those at `path`
+    weight: float  # how much the task counts in the loss, relative to the others
 
 
 @dataclass(frozen=True)
@@ -187,10 +184,10 @@ NEEDS = (  # flag, the other flag that it needs, values of that one, why
         )
         for setting in fields(PreferenceArgs)
     ),
-    Needs("data.train", "objective", ("sft",), "dpo and orpo train one task; name one path", several),
-    Needs("data.loss", "objective", ("sft",), "dpo and orpo have losses of their own; remove it"),
-    Needs("data.train_on", "objective", ("sft",), "dpo and orpo always train the last answer; remove it"),
+    Needs("data.train", "objective", ("sft",), "preference objectives train one task; name one path", several),
+    Needs("data.loss", "objective", ("sft",), "preference objectives have losses of their own; remove it"),
+    Needs("data.train_on", "objective", ("sft",), "preference objectives always train the last answer; remove it"),
     Needs("data.packing", "objective", ("sft",), "pairs are packed best_fit or none", cannot_hold_pairs),
-    Needs("train.s2_group", "objective", ("sft",), "dpo and orpo compare answers under full attention; remove it"),
-    Needs("train.metric", "objective", ("sft",), "the best checkpoint of dpo and orpo has the least loss; remove it"),
+    Needs("train.s2_group", "objective", ("sft",), "preference objectives attend in full; remove it"),
+    Needs("train.metric", "objective", ("sft",), "with preference objectives the least loss is the best; remove it"),
 )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from chat.samples import Samples
+from chat.samples import Kind, Record, Samples, collect, read_samples
+from chat.template import ChatTemplate
 from cli.progress import say
 from corpora import BadRecord
 from tuning.args import DataArgs, task_names
@@ -21,30 +20,29 @@ class Split:
     """The samples of a run, in the order of its tasks, and the records that could not be read."""
 
     trained: list[Samples]
-    heldout: list[Samples] | None
-    """None: no task has any"""
-    broken: dict[Path, list[BadRecord]]
-    """by the file or folder that they come from"""
+    heldout: list[Samples] | None  # None: no task has any
+    broken: dict[Path, list[BadRecord]]  # by the file or folder that they come from
 
 
-def read_split(data: DataArgs, read: Callable[..., Samples], encode: Callable[..., Samples]) -> Split:
-    """Read every task of `data`. `read` and `encode` are those of chat.samples, with their template.
+def read_split(data: DataArgs, kind: Kind, template: ChatTemplate) -> Split:
+    """Read and encode the records of every task of `data`.
 
-    A task without a held-out file of its own gives up a share of its records; the records of that share are encoded
-    apart, because with packing "concat" only training takes samples that are longer than a row.
+    A task without a held-out file of its own gives up a share of its records. With packing "concat" only training takes
+    samples that are longer than a row.
     """
+    options = {"template": template, "too_long": data.too_long, "train_on": data.train_on, "kind": kind}
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
     trained, heldout, broken = [], [], {}
     for task in data.tasks:
-        aside: list[Any] = []
+        aside: list[Record] = []
         share = data.heldout_share if task.heldout is None else 0.0
         bad = broken.setdefault(task.path, [])
-        trained.append(read(task.path, seq_len=seq_len, broken=bad, share=share, aside=aside))
+        trained.append(read_samples(task.path, seq_len=seq_len, broken=bad, share=share, aside=aside, **options))
         if task.heldout is not None and task.heldout.exists():
             bad = broken.setdefault(task.heldout, [])
-            heldout.append(read(task.heldout, seq_len=data.seq_len, broken=bad))
+            heldout.append(read_samples(task.heldout, seq_len=data.seq_len, broken=bad, **options))
         else:
-            heldout.append(encode(aside, seq_len=data.seq_len))
+            heldout.append(collect(aside, kind, data.seq_len, data.too_long))
     return Split(trained, heldout if any(map(len, heldout)) else None, broken)
 
 

@@ -7,27 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
-from chat.samples import Samples
+from chat.samples import Kind, Samples
 from chat.show import marked
 from dataset import BatchSource
 from tokenizer import Tokenizer
 from tuning.args import DataArgs
 from tuning.data import Split
-from tuning.objectives import Objective
 
 
-def describe(data: DataArgs, split: Split, objective: Objective, batches: BatchSource, longest: int) -> str:
+def describe(data: DataArgs, split: Split, kind: Kind, batches: BatchSource, longest: int) -> str:
     """Return lines that say what is trained, what the rows leave out, and on what the model is evaluated.
 
     `longest` is the number of positions that the model has (max_seq_len).
     """
-    lines = [f"{task.path}: {counts(samples, objective.unit)}" for task, samples in zip(data.tasks, split.trained)]
+    lines = [f"{task.path}: {counts(samples, kind.records)}" for task, samples in zip(data.tasks, split.trained)]
     filler = "Packing" if data.packing in ("best_fit", "concat") else "Padding"
     waste = f"{filler} wastes {1 - batches.packing_efficiency:.1%} of each batch.".replace("%", " %")
     lines = [f"{lines[0]} {waste}"] if len(lines) == 1 else [*lines, waste]
     for task, samples in zip(data.tasks, split.trained):
-        lines.append(too_long(task.path, samples, objective.unit, data.seq_len, longest))
-    return "\n".join([*filter(None, lines), evaluated(data, split, objective)])
+        lines.append(too_long(task.path, samples, kind.records, data.seq_len, longest))
+    return "\n".join([*filter(None, lines), evaluated(data, split, kind)])
 
 
 def counts(samples: Samples, unit: str) -> str:
@@ -68,16 +67,16 @@ def too_long(path: Path, samples: Samples, unit: str, seq_len: int, longest: int
     return text.replace("%", " %") + "."
 
 
-def evaluated(data: DataArgs, split: Split, objective: Objective) -> str:
+def evaluated(data: DataArgs, split: Split, kind: Kind) -> str:
     """Return a sentence on the data that the model is evaluated on during training."""
     if split.heldout is None:
         missing = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)
-        why = f"there is no {missing}" if missing else f"none of the {objective.unit} are held out"
+        why = f"there is no {missing}" if missing else f"none of the {kind.records} are held out"
         return f"{why}: nothing is evaluated during training"
-    sizes = " + ".join(f"{len(samples) // len(objective.texts):,}" for samples in split.heldout)
+    sizes = " + ".join(f"{len(samples) // len(kind.texts):,}" for samples in split.heldout)
     share = f"{data.heldout_share:.0%} of ".replace("%", " %") + ", ".join(str(task.path) for task in data.tasks)
     files = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)
-    return f"held out to evaluate on: {sizes} {objective.unit} ({files or f'{share}, by the hash of their questions'})"
+    return f"held out to evaluate on: {sizes} {kind.records} ({files or f'{share}, by the hash of their questions'})"
 
 
 def number(n: int, unit: str) -> str:
@@ -85,14 +84,12 @@ def number(n: int, unit: str) -> str:
     return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"
 
 
-def sample_texts(
-    samples: Samples, n_records: int, objective: Objective, tokenizer: Tokenizer, colour: bool
-) -> Iterator[str]:
+def sample_texts(samples: Samples, n_records: int, kind: Kind, tokenizer: Tokenizer, colour: bool) -> Iterator[str]:
     """Yield the first records as text, what is trained in green or, without `colour`, in double brackets."""
-    for n in range(min(n_records * len(objective.texts), len(samples))):
-        record, text = divmod(n, len(objective.texts))
+    for n in range(min(n_records * len(kind.texts), len(samples))):
+        record, text = divmod(n, len(kind.texts))
         here = np.s_[int(samples.offsets[n]) : int(samples.offsets[n + 1])]
         ids, mask = samples.ids[here], samples.mask[here]
-        title = " ".join(filter(None, [objective.unit.removesuffix("s"), str(record + 1), objective.texts[text]]))
+        title = " ".join(filter(None, [kind.records.removesuffix("s"), str(record + 1), kind.texts[text]]))
         yield f"--- {title}: {number(len(ids), 'tokens')}, of which {mask.sum():,} are trained"
         yield marked(tokenizer, ids, mask, colour)

@@ -58,9 +58,8 @@ class Weighted:
         sums = torch.bincount(_groups(whole).flatten(), _weights(whole).flatten(), n_tasks)  # of loss weights, by task
         if self.weights is None:  # one factor for all: only the sum over the step changes
             return torch.full_like(sums, whole.n_targets / max(sums.sum().item(), 1e-300))
-        present = torch.from_numpy(self.weights) * (
-            sums > 0
-        )  # a task that the step lacks gives its share to the others
+        # a task that the step lacks gives its share to the others
+        present = torch.from_numpy(self.weights) * (sums > 0)
         # 1e-300 instead of 0: without any weight the loss is 0, not NaN
         return whole.n_targets * present / present.sum().clamp(min=1e-300) / sums.clamp(min=1e-300)
 
@@ -80,11 +79,11 @@ def _groups(batch: Batch) -> torch.Tensor:
 
 
 def join(parts: Sequence[Samples], temperature: float = 1.0, seed: int = 0) -> tuple[Samples, np.ndarray]:
-    """Return the samples of all tasks, those of small tasks several times, and the task of each, (samples,) int64.
+    """Return the samples of all tasks, repeated by `temperature`, and the task number of each, (samples,) int64.
 
-    A task of n samples is seen in proportion to n^(1 / temperature): at 1 every sample comes once, at infinity every
-    task has as many samples as the largest. The samples of the largest task come once, all others at least once; which
-    ones come once more than the rest of their task is drawn once, from `seed`.
+    A task of n samples gives round(N (n / N)^(1 / temperature)) samples, N being the largest n: at temperature 1 each
+    sample comes once, at infinity every task gives N. When that is no multiple of n, random samples of the task, chosen
+    by `seed`, come once more than the others. Raises ValueError below temperature 1.
     """
     if not temperature >= 1:
         raise ValueError(f"the temperature should be 1 (no upsampling) or more, found {temperature}")

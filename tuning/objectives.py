@@ -1,9 +1,8 @@
 """The objectives of fine-tuning: supervised fine-tuning on conversations, and losses on pairs of answers.
 
-An objective reads the data, makes the batches and gives the model its loss; fine_tuning.py does the rest. Its `unit` is
-the plural of what a record is called, `texts` are the names of the samples of one record, and `of_tokens` says whether
-the loss is a mean over tokens, so that it can be given in bits per byte. To add a loss on pairs: a subclass of
-`Pairwise` here, in OBJECTIVES, and its name and settings in tuning/args.py.
+An objective makes the batches and gives the model its loss; fine_tuning.py does the rest. Its `kind` says which records
+it learns from, `of_tokens` whether the loss is a mean over tokens, so that it can be given in bits per byte. To add a
+loss on pairs: a subclass of `Pairwise` here, in OBJECTIVES, and its name and settings in tuning/args.py.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from attention import backends
-from chat.samples import encode_pairs, encode_samples, read_pairs, read_samples
-from chat.template import ChatTemplate
+from chat.samples import CONVERSATIONS, PAIRS
 from checkpoint.transformers_model import TransformersModel
 from dataset import BatchSource
 from dataset_sft import PairData, SFTData
@@ -30,7 +27,7 @@ from training.precision import prepare
 from tuning import args as flags
 from tuning import mixture
 from tuning.args import DataArgs, PreferenceArgs
-from tuning.data import Split, read_split
+from tuning.data import Split
 from tuning.preference_model import Pairs, PreferenceModel
 from tuning.reference import reference
 
@@ -38,12 +35,7 @@ from tuning.reference import reference
 class SFT:
     """Supervised fine-tuning: cross-entropy on the answers of conversations."""
 
-    unit, texts, of_tokens = "conversations", ("",), True
-
-    def read(self, data: DataArgs, template: ChatTemplate) -> Split:
-        """Read and encode the conversations of every task."""
-        options = {"template": template, "too_long": data.too_long, "train_on": data.train_on}
-        return read_split(data, partial(read_samples, **options), partial(encode_samples, **options))
+    kind, of_tokens = CONVERSATIONS, True
 
     def batches(self, data: DataArgs, split: Split, seed: int) -> tuple[BatchSource, SFTData | None]:
         """Return the batches to train on, weighted as --data.loss says, and those to evaluate on."""
@@ -77,14 +69,9 @@ class Pairwise:
     gradients. `has_reference`: the loss compares the model with itself before training.
     """
 
-    unit, texts, of_tokens = "pairs", ("chosen", "rejected"), False
+    kind, of_tokens = PAIRS, False
     metrics: tuple[str, ...] = ()
     has_reference = False
-
-    def read(self, data: DataArgs, template: ChatTemplate) -> Split:
-        """Read and encode the pairs of the task."""
-        options = {"template": template, "too_long": data.too_long}
-        return read_split(data, partial(read_pairs, **options), partial(encode_pairs, **options))
 
     def batches(self, data: DataArgs, split: Split, seed: int) -> tuple[PairData, PairData | None]:
         """Return the batches to train on and those to evaluate on; their pairs are numbered through."""

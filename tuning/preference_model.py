@@ -30,11 +30,9 @@ class Pairs:
 
     chosen: torch.Tensor
     rejected: torch.Tensor
-    n_chosen: torch.Tensor
-    """number of tokens of each answer"""
+    n_chosen: torch.Tensor  # number of tokens of each answer
     n_rejected: torch.Tensor
-    ref_chosen: torch.Tensor | None = None
-    """log-probabilities by the reference model, where there is one"""
+    ref_chosen: torch.Tensor | None = None  # log-probabilities by the reference model, where there is one
     ref_rejected: torch.Tensor | None = None
 
 
@@ -78,9 +76,8 @@ class PreferenceModel(nn.Module):
         Arguments as in `Transformer.forward`; the batch is from a `PairData`, so that it holds both texts of each pair.
         """
         texts, log_p, n_tokens = self.text_log_probs(tokens, targets, positions, doc_ids)  # (2n,) each
-        chosen, rejected = log_p.view(-1, 2).unbind(
-            1
-        )  # (n,) each: texts are sorted, so the two of a pair are neighbours
+        # (2n,) -> (n, 2) -> two of (n,): texts are sorted, so the two of a pair are neighbours
+        chosen, rejected = log_p.view(-1, 2).unbind(1)
         n_chosen, n_rejected = n_tokens.view(-1, 2).unbind(1)
         ref = (None, None) if self.reference is None else self.reference[texts].view(-1, 2).unbind(1)
         loss, metrics = self.objective(Pairs(chosen, rejected, n_chosen, n_rejected, *ref))  # (n,)
