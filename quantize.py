@@ -86,10 +86,10 @@ from torch import nn
 
 from checkpoint import quantized
 from checkpoint.directory import load_model, save_tokenizer
+from checkpoint.transformers_model import TransformersModel
 from evaluation.text_rows import draw_rows
 from files import written_aside
 from hardware import choose_device
-from model import Transformer
 from quant import awq
 from quant.calibrate import Solve, Stream, inputs_of, quantize_block
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
@@ -104,7 +104,7 @@ def main(args: Args) -> dict[str, Any]:
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)
     model = load_model(directory, device).eval()
-    if not isinstance(model, Transformer):
+    if isinstance(model, TransformersModel):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
     tokenizer, stop_ids = find_tokenizer(directory)
     if tokenizer is None:
@@ -136,7 +136,7 @@ def main(args: Args) -> dict[str, Any]:
 # ---- the layers
 
 
-def quantize_model(model: Transformer, rows: torch.Tensor, args: Args, grid: GridOptions) -> dict[str, dict[str, Any]]:
+def quantize_model(model: nn.Module, rows: torch.Tensor, args: Args, grid: GridOptions) -> dict[str, dict[str, Any]]:
     """Quantize the blocks of `model` in place, one after another; returns the report of each layer by name."""
     stream = make_stream(model, rows, keep_full=args.method == "gptq" and args.propagation > 0)
     solver = make_solver(args, grid)
@@ -173,7 +173,7 @@ def make_solver(args: Args, grid: GridOptions) -> Solve:
 
 
 @torch.no_grad()
-def make_stream(model: Transformer, rows: torch.Tensor, keep_full: bool, batch_tokens: int = 4096) -> Stream:
+def make_stream(model: nn.Module, rows: torch.Tensor, keep_full: bool, batch_tokens: int = 4096) -> Stream:
     """Return the calibration rows (n, T) as hidden states in front of the first block, in batches."""
     batches = rows.split(max(1, batch_tokens // rows.shape[1])) if len(rows) else []
     hidden = [model.embedding(batch) for batch in batches]  # (B, T, dim) each
@@ -184,7 +184,7 @@ def make_stream(model: Transformer, rows: torch.Tensor, keep_full: bool, batch_t
     return Stream(call, hidden, [x.clone() for x in hidden] if keep_full else None)
 
 
-def scale_block(model: Transformer, block: nn.Module, stream: Stream, grid: GridOptions) -> None:
+def scale_block(model: nn.Module, block: nn.Module, stream: Stream, grid: GridOptions) -> None:
     """Enlarge the columns of a block's weights that AWQ finds to carry the largest activations.
 
     The scales of all folds are found on the weights as they are, and applied together.
@@ -206,7 +206,7 @@ def scale_block(model: Transformer, block: nn.Module, stream: Stream, grid: Grid
         awq.apply_scale(fold, scales[name])
 
 
-def pad_feed_forward(model: Transformer, multiple: int) -> None:
+def pad_feed_forward(model: nn.Module, multiple: int) -> None:
     """Widen the feed-forward layers to a multiple of `multiple` with rows and columns of zeros: nothing changes.
 
     Readers of GPTQ files cut layers whose sides are no multiple of 32.
@@ -225,7 +225,7 @@ def pad_feed_forward(model: Transformer, multiple: int) -> None:
     say(f"the feed-forward width {before} is padded with zeros to {before + missing}, which GPTQ's readers need")
 
 
-def check_shapes(model: Transformer, args: Args) -> None:
+def check_shapes(model: nn.Module, args: Args) -> None:
     """Raise ValueError for layers that the format cannot keep, before anything is computed."""
     for name, layer in model.model.layers[0].named_modules():
         if not isinstance(layer, nn.Linear):

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPTS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "eval", "quantize", "convert merge", "convert tokens")
+SCRIPTS = (
+    *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval"),
+    *("convert merge", "convert tokens"),
+)
 # Runs a script with its own --help, and tells on stderr whether torch was loaded.
 PROBE = """
 import runpy, sys
