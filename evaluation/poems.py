@@ -22,8 +22,7 @@ from corpora.packages import pip_package
 from corpora.poem_tasks import conversation
 from corpora.poems import load_poems
 from corpora.verse import Poem, form_of, forms, split_lines
-from evaluation.shares import Share, plain, total
-from evaluation.task import TextTask
+from evaluation.task import Share, TextTask, plain, total
 from serving.assistant import Assistant
 
 RhymeBook = Mapping[str, Collection[str]]

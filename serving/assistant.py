@@ -49,21 +49,14 @@ class Assistant:
 
     @property
     def stop(self) -> Stop:
-        """What ends an answer."""
-        return Stop(self.stop_ids, self.stop_strings.ended)
+        """What ends an answer: the stop ids of the template (without one: eos) and the stop strings."""
+        ids = {self.tokenizer.eos_id} - {None} if self.template is None else self.template.stop_ids
+        return Stop(ids, self.stop_strings.ended)
 
     @property
     def longest(self) -> int:
         """The longest prompt, in tokens."""
         return sys.maxsize if cache_class(self.cache).endless else self.model.args.max_seq_len
-
-    @property
-    def stop_ids(self) -> Sequence[int]:
-        """The ids that end an answer."""
-        if self.template is not None:
-            return self.template.stop_ids
-        eos = self.tokenizer.eos_id
-        return [] if eos is None else [eos]
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Return the prompt of a conversation; without a template, of the text that is the only message."""

@@ -24,7 +24,6 @@ class ChatSession:
     def __init__(self, assistant: Assistant) -> None:
         """The assistant needs a chat template."""
         self.assistant = assistant
-        self.system = [{"role": "system", "content": assistant.system}] if assistant.system else []
         self.cache = assistant.model.make_cache(1, kind=assistant.cache)
         self.asked = 0
         self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
@@ -52,17 +51,14 @@ class ChatSession:
         messages, forgotten = [*self.messages, {"role": "user", "content": text}], 0
         context = self.cache.max_len
         room = min(params.max_new_tokens, context // 2)  # for the answer
-        prompt = self._encode(messages)
+        prompt = self.assistant.encode(messages)
         while len(prompt) + room > context and len(messages) > 1:
             messages, forgotten = messages[2:], forgotten + 1  # drop the oldest question and its answer
-            prompt = self._encode(messages)
+            prompt = self.assistant.encode(messages)
         check_prompts(self.assistant.model, [prompt], context)
         params = replace(params, seed=params.seed + self.asked)
         self.asked, self.forgotten = self.asked + 1, self.forgotten + forgotten
         return self._answer(messages, prompt, params)
-
-    def _encode(self, messages: list[dict]) -> list[int]:
-        return self.assistant.template.encode(self.system + messages, add_generation_prompt=True)[0]
 
     def _answer(self, messages: list[dict], prompt: list[int], params: SamplingParams) -> Iterator[int]:
         keep_prefix(self.cache, prompt, self._fed)

@@ -20,7 +20,7 @@ from chat.conversations import to_messages
 from checkpoint import peft
 from corpora import CORPORA, SourceArgs, named, read
 from decoding.params import SamplingParams
-from evaluation.shares import Share
+from evaluation.task import Share
 from lora import adapters, inject
 from lora.adapters import LoraArgs
 from optim.optimizers import Optimizers

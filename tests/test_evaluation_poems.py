@@ -22,7 +22,7 @@ from decoding.params import SamplingParams, Stop
 from eval import Args, main
 from evaluation import poems as poems_file
 from evaluation.poems import PoemForms, evenly, rhyme_book, rhymes, table
-from evaluation.shares import Share, total
+from evaluation.task import Share, total
 from serving.assistant import Assistant
 from tokenizer import load_tokenizer
 

@@ -121,7 +121,7 @@ def test_new_tokens_make_a_template_fit(folder, capsys):
     convert.tokens(parse(convert.Tokens, "convert", [*where, *markers]))
     adapted = ["--init_from", str(folder / "more"), "--out", str(folder / "adapter"), "--lora.method", "lora"]
     assert run(folder, "--data.template", "chatml", *adapted)["steps"] == 2
-    assert load_assistant(folder / "adapter" / "last", torch.device("cpu"), torch.float32).stop_ids[-1] == before + 1
+    assert load_assistant(folder / "adapter" / "last", torch.device("cpu"), torch.float32).stop.ids[-1] == before + 1
 
 
 def test_the_same_conversations_from_another_model_are_another_run(folder):

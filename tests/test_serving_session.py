@@ -73,7 +73,7 @@ def test_each_turn_equals_the_whole_conversation_from_scratch(monkeypatch, syste
         if turn:  # the question with its three markers, and what the answer before left unfed
             assert widths[0] <= len(question) + 5
         history.append({"role": "assistant", "content": tokenizer.decode(answer)})
-        assert session.system + session.messages == history
+        assert session.messages == history[bool(system) :]
 
 
 def test_the_oldest_turns_go_when_the_context_is_full():
@@ -81,7 +81,7 @@ def test_the_oldest_turns_go_when_the_context_is_full():
     session = ChatSession(Assistant(model, ByteTokenizer(), template, system="s"))
     for i in range(5):
         answer = list(session.ask(f"question {i}", CHAT))
-        kept = session.system + session.messages[:-1]
+        kept = [{"role": "system", "content": "s"}, *session.messages[:-1]]
         prompt, _ = template.encode(kept, add_generation_prompt=True)
         assert len(prompt) <= 30 and kept[0]["content"] == "s" and kept[-1]["content"] == f"question {i}"
         assert answer == generate(model, [prompt], CHAT, Stop(template.stop_ids))[0]
