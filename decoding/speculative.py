@@ -25,16 +25,16 @@ from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
 
+Guesses = tuple[list[int], torch.Tensor]  # n ids, and the distributions (n, V) that they were drawn from
+
 
 class Drafter(Protocol):
     """A source of guesses."""
 
     vocab_size: int
 
-    def propose(
-        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
-    ) -> tuple[list[int], torch.Tensor]:
-        """Return up to `n` ids that may follow `ids`, and the distributions (n, V) they were drawn from."""
+    def propose(self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator) -> Guesses:
+        """Return up to `n` guesses of what follows `ids`."""
 
 
 class DraftModel:
@@ -45,9 +45,7 @@ class DraftModel:
         self._feed = Feeder(model, model.make_cache(1))
         self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
 
-    def propose(
-        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
-    ) -> tuple[list[int], torch.Tensor]:
+    def propose(self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator) -> Guesses:
         n = min(n, self.model.args.max_seq_len + 1 - len(ids))  # the context of the draft may be shorter
         cache, drafted, q = self._feed.cache, list(ids), []
         keep_prefix(cache, ids, self._fed)
@@ -67,9 +65,7 @@ class PromptLookup:
     def __init__(self, vocab_size: int, longest: int = 3) -> None:
         self.vocab_size, self.longest = vocab_size, longest
 
-    def propose(
-        self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator
-    ) -> tuple[list[int], torch.Tensor]:
+    def propose(self, ids: Ids, n: int, params: SamplingParams, generator: torch.Generator) -> Guesses:
         # the ends of earlier occurrences of the last ids: of the most ids first, and of these the latest first
         ends = (
             start + size

@@ -11,7 +11,8 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ class Trainer:
         check_length(data.seq_len, model)
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
         self.args, self.optim, self.run, self.adaptive = args, optim, run, adaptive
-        self.eval_data, self.token_bytes, self.group_names = eval_data, token_bytes, list(group_names)
+        self.eval_data, self.group_names = eval_data, group_names
         if eval_data is not None:
-            self.eval_batches = batches_on_the_way(args, eval_data, token_bytes is not None, self.group_names)
+            self.eval_batches = batches_on_the_way(args, eval_data, token_bytes is not None, group_names)
+            how = {"backend": backend, "micro_batch_size": args.micro_batch_size, "group_names": group_names}
+            self.evaluate = partial(evaluate, model, eval_data, token_bytes, **how)
         self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
@@ -93,34 +96,28 @@ class Trainer:
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
         self.log, self.clock = start_log(self, dtype)
         catching = caught_signals(self.signals, backend.world)
-        try:
-            with contextlib.closing(self.log), catching, backends.use(self.args.attention):
-                self._train()
-                return self._stop() if self.stopping else self._finish()
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{str(error).split('. ')[0]}: lower --train.micro_batch_size (gradients are accumulated), "
-                "or use --train.gradient_checkpointing true"
-            ) from error
+        with contextlib.closing(self.log), catching, backends.use(self.args.attention), explain_out_of_memory():
+            self._train()
+            return self._stop() if self.stopping else self._finish()
 
     def _train(self) -> None:
-        args, state = self.args, self.state
+        args, state, epoch = self.args, self.state, self.data.steps_per_epoch
         while not self.finished and not self.stopping:
             norm = self._step()
             if self.adaptive is not None and (values := self.adaptive.after_step(state.step)):
                 self.log.write(state.step, values)
             at_end = state.step == self.total_steps
-            if self._due(args.log_interval) or (at_end and args.log_interval):
+            if is_due(args.log_interval, state.step, epoch) or (at_end and args.log_interval):
                 log_averages(self, norm)
             if at_end:
                 return
-            if self._due(args.eval_interval) and self.eval_data is not None:
+            if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
                 self._evaluate_and_save()
                 if self.finished:
                     if args.log_interval and state.targets:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
-            elif self._due(args.save_interval):
+            elif is_due(args.save_interval, state.step, epoch):
                 self.checkpoints.save(state)
 
     def _step(self) -> float:
@@ -133,35 +130,22 @@ class Trainer:
         inputs = [inputs_of(micro, token_losses=n_groups > 0) for micro in micro_batches]
         outputs = backend.forward_backward(self.forward, inputs, n_targets)
         norm = backend.step(self.args.grad_clip)
-        total = torch.zeros((), device=backend.device)  # on the device, which is waited for once; float32
-        for loss, _ in outputs:
-            total += loss
-        values = {"loss": total.item(), "stop": len(self.signals)}
-        values["groups"] = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
+        groups = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
         metrics = take_metrics(self.model)
-        sums = backend.sum_named(values | {"metrics": list(metrics.values())})
+        values = {"loss": sum_of_losses(outputs), "groups": groups, "metrics": list(metrics.values())}
+        sums = backend.sum_named(values | {"stop": len(self.signals)})
         self.stopping = sums["stop"] > 0
         if not math.isfinite(norm):
-            in_a_row = state.skipped + 1
-            self.log.say(f"step {state.step + 1}: gradient norm {norm}; the step was skipped ({in_a_row} in a row)")
+            skipped = f"the step was skipped ({state.skipped + 1} in a row)"
+            self.log.say(f"step {state.step + 1}: gradient norm {norm}; {skipped}")
         totals = sums["loss"], sums["groups"], dict(zip(metrics, sums["metrics"]))
         state.add(norm, backend.data_world * batch.tokens.numel(), n_targets, *totals)
         return norm
 
-    def _due(self, interval: float) -> bool:
-        """Return whether the last step ends an interval, in steps or, below 1, as a share of an epoch."""
-        steps = interval if interval >= 1 else max(1, round(interval * self.data.steps_per_epoch))
-        return interval > 0 and self.state.step % steps == 0
-
-    def _evaluate(self, n_batches: int = 0) -> dict[str, float]:
-        """Return the metrics on the first `n_batches` of the held-out data; 0: on all."""
-        how = self.token_bytes, n_batches, self.backend, self.args.micro_batch_size, self.group_names
-        return evaluate(self.model, self.eval_data, *how)
-
     def _evaluate_and_save(self) -> None:
         """Evaluate on the way, log it and save; the checkpoint is the `best` if none was better."""
         state, n_batches = self.state, self.eval_batches
-        metrics = self._evaluate(n_batches)
+        metrics = self.evaluate(max_batches=n_batches)
         self.log.write(state.step, {f"eval_{name}": value for name, value in metrics.items()})
         is_best = state.judge(metrics[self.args.metric])
         note = f" (first {n_batches} batches)" * (n_batches > 0) + ", best so far" * is_best
@@ -186,13 +170,39 @@ class Trainer:
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
-            metrics = self._evaluate()
+            metrics = self.evaluate()
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
         if self.backend.main:
             (self.run / "result.json").write_text(json.dumps(result, indent=2))
         return result
+
+
+@contextlib.contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Raise ValueError, with the flags that save memory, where the block runs out of the device's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{str(error).split('. ')[0]}: lower --train.micro_batch_size (gradients are accumulated), "
+            "or use --train.gradient_checkpointing true"
+        ) from error
+
+
+def is_due(interval: float, step: int, steps_per_epoch: int) -> bool:
+    """Return whether `step` ends an interval, in steps or, below 1, as a share of an epoch; 0: never."""
+    steps = interval if interval >= 1 else max(1, round(interval * steps_per_epoch))
+    return interval > 0 and step % steps == 0
+
+
+def sum_of_losses(outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Return the sum of the losses of the micro-batches, in float32 on their device, which is waited for once."""
+    total = torch.zeros((), device=outputs[0][0].device)
+    for loss, _ in outputs:
+        total += loss
+    return total.item()
 
 
 def inputs_of(micro: Batch, token_losses: bool) -> dict[str, Any]:
