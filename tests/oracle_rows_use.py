@@ -292,3 +292,47 @@ def four_bit_products() -> float:
         with torch.no_grad():
             worst = max(worst, apart(rooms.quantized(layer, kind)(x), theirs.to("cpu")(x)))
     return worst
+
+
+@row("GPTQ: codes that differ", "least squares after every column, fp64", "8 settings, 3 shapes, ragged groups", 0)
+def gptq() -> float:
+    rooms, pairs = room("test_quant_gptq"), []
+    for options in rooms.OPTIONS.values():
+        for shape in ((5, 24), (1, 7), (9, 33)):
+            weight, x = rooms.some_weight(*shape), rooms.correlated(80, shape[1])
+            found, _ = rooms.solve(weight, rooms.statistics_of(x), options)
+            pairs += zip(found.codes.flatten().tolist(), rooms.by_least_squares(weight, x, options).flatten().tolist())
+    return differing(pairs)
+
+
+@row("AWQ: folded scales, logits", "the model before, fp64", "4 folds, 4 shapes of heads, both layers", 1e-11)
+def awq_folds() -> float:
+    rooms, worst = room("test_quant_awq"), 0.0
+    for shape in ({}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"attention_bias": True, "head_dim": 6}):
+        model, tokens = rooms.small_model(**shape), torch.randint(61, (2, 11))
+        with torch.no_grad():
+            before = model(tokens)
+            for layer in range(2):
+                for fold in rooms.folds(model, layer).values():
+                    rooms.apply_scale(fold, torch.rand(len(fold.before.weight), dtype=torch.float64) * 5 + 0.05)
+            worst = max(worst, apart(model(tokens), before))
+    return worst
+
+
+@row("quantized files: weights", "compressed-tensors' reader, fp32", "2, 3, 4, 8 bits; with and without zero points", 0)
+def quantized_files() -> float:
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    rooms, worst = room("test_quant_layouts"), 0.0
+    for bits in (2, 3, 4, 8):
+        for symmetric in (False, True):
+            quantized = rooms.some_layer((40, 96), bits, 32, symmetric)
+            tensors = rooms.LAYOUTS["compressed-tensors"].write(quantized, bits)
+            if symmetric:
+                del tensors["weight_zero_point"]
+            args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=32)
+            scheme = QuantizationScheme(targets=["Linear"], weights=args)
+            theirs = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"].float()
+            worst = max(worst, (theirs - quantized.dequantize()).abs().max().item())
+    return worst
