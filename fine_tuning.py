@@ -97,7 +97,7 @@ def main(args: Args) -> dict[str, Any]:
     names = [task.name for task in args.data.tasks]
     torch.manual_seed(args.train.seed)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
-        model = load_whole_model(args.init_from)
+        model = load_whole_model(args.init_from, to_train=args.lora.method == "none")
         check_length(args.data.seq_len, model)
         tokenizer, grown = grow_vocabulary(
             model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from

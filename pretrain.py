@@ -153,7 +153,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
         if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
             raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
         return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
-    model, asked = load_whole_model(args.init_from), changed_fields(args.model)
+    model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
         own = load_tokenizer(args.init_from)

@@ -94,6 +94,7 @@ from quant import awq
 from quant.calibrate import Solve, Stream, inputs_of, quantize_block
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
 from quant.grid import GridOptions, Quantized
+from quant.replace import base_layers, refuse_quantized
 from quant.statistics import InputStatistics
 
 
@@ -106,6 +107,7 @@ def main(args: Args) -> dict[str, Any]:
     model = load_model(directory, device).eval()
     if isinstance(model, TransformersModel):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
+    refuse_quantized(model, "quantizing them again would add to the error")
     tokenizer, stop_ids = find_tokenizer(directory)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
@@ -227,9 +229,9 @@ def pad_feed_forward(model: nn.Module, multiple: int) -> None:
 
 def check_shapes(model: nn.Module, args: Args) -> None:
     """Raise ValueError for layers that the format cannot keep, before anything is computed."""
-    for name, layer in model.model.layers[0].named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
+    for name, layer in base_layers(model):
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"--model: the weights of {name} are not finite: its training has diverged")
         size, multiple = args.group_size, 8 if args.format == "awq" else 32
         if args.format in ("awq", "compressed-tensors") and size != -1 and layer.in_features % size:
             raise ValueError(

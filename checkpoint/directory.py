@@ -41,9 +41,13 @@ def load_model(
 
 
 def load_whole_model(
-    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    to_train: bool = False,
 ) -> Transformer | TransformersModel:
-    """Load the model in a directory as `load_model` does; refuse an adapter.
+    """Load the model in a directory as `load_model` does; refuse an adapter, and with `to_train` a quantized model.
 
     Models of the LLaMA family become our `Transformer`, whose parameters are views of the mapped file where dtype and
     device are the file's; any other causal language model is transformers' own, behind the same interface.
@@ -52,7 +56,10 @@ def load_whole_model(
     if config.get("model_type", "llama") not in config_json.FAMILY:
         return transformers_model.load(directory, device, dtype)
     if config.get(quantized.KEY):
-        return quantized.load(directory, device, dtype)
+        model = quantized.load(directory, device, dtype)
+        if to_train:
+            refuse_quantized(model, f"training {directory} in full would need them")
+        return model
 
     def make(config: dict[str, Any]) -> Transformer:
         return Transformer(config_json.read(config), initialize=False)

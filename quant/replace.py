@@ -62,8 +62,8 @@ def refuse_quantized(model: nn.Module, what: str) -> None:
     """Raise ValueError where a layer of `model` is quantized, since `what` needs the full weights."""
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(
-            f"the weights of this model are quantized, and {what}: train an adapter on it (fine_tuning.py "
-            "--lora.method lora), or take the model it was quantized from"
+            f"the weights of this model are quantized, and {what}: take the model that they were quantized "
+            "from, or train an adapter (fine_tuning.py --lora.method lora)"
         )
 
 

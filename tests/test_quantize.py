@@ -7,10 +7,11 @@ import torch
 from helpers.tiny_chat_model import TEXT, save_chat_model
 from safetensors.torch import load_file, save_file
 
+import fine_tuning
 import quantize
 from bins.token_bin import BinWriter
 from checkpoint import peft
-from checkpoint.directory import load_model, save_model
+from checkpoint.directory import load_model, load_whole_model, save_model
 from checkpoint.quantized import read_scheme
 from decoding.generate import generate
 from decoding.params import SamplingParams
@@ -20,6 +21,7 @@ from model import Transformer
 from quant.grouped import GroupedLinear
 from quant.linear import QuantizedLinear
 from tokenizer import load_tokenizer
+from tuning.args import DataArgs
 
 FORMATS = quantize.FORMATS
 SHAPE = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96}
@@ -252,9 +254,25 @@ def test_dtype_and_layers_of_a_loaded_model(made):
     assert logits(model).isfinite().all()
 
 
-def test_it_is_neither_trained_in_full_nor_saved_as_a_dense_model(made, tmp_path):
-    with pytest.raises(ValueError, match="weights of this model are quantized"):
+def test_it_is_neither_trained_in_full_nor_saved_as_dense_nor_quantized_again(folder, made, tmp_path):
+    message = "weights of this model are quantized"
+    with pytest.raises(ValueError, match=message):
         save_model(tmp_path / "again", load_model(made))
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "twice", model=made)
+    with pytest.raises(ValueError, match=message):
+        load_whole_model(made, to_train=True)
+    tune = {"init_from": made, "out": tmp_path / "run", "data": DataArgs(train=(folder / "chats.jsonl",))}
+    with pytest.raises(ValueError, match=message):
+        fine_tuning.main(fine_tuning.Args(**tune))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_without_text_too(folder, tmp_path):
+    save_chat_model(tmp_path / "model", **SHAPE)
+    change_tensors(tmp_path / "model", lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj are not finite"):
+        run(folder, tmp_path / "out", model=tmp_path / "model", method="rtn")
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
