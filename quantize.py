@@ -39,8 +39,8 @@ class Args:
     symmetric: bool = False
     """put zero in the middle of the codes; False: where the weights of a group ask for it, which loses less"""
     format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq"
-    """files that auto-gptq, vLLM and transformers read (gptq), with true zero points (gptq_v2), AutoAWQ's (awq), or
-    llm-compressor's (compressed-tensors)"""
+    """layout of the files. gptq: AutoGPTQ's; gptq_v2: the same with true zero points; awq: AutoAWQ's, 4 bits only;
+    compressed-tensors: pack-quantized, any shape"""
     calib: tuple[Path, ...] = ()
     """calibration text for gptq and awq: token bins, text files or folders, or conversations in any form"""
     calib_tokens: int = 25_000
