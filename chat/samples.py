@@ -135,7 +135,7 @@ def encode_samples(
 
 
 def collect(records: Iterable[Record], kind: Kind, seq_len: int, too_long: str) -> Samples:
-    """Return the samples of those records that fit and have something to learn, as `encode_samples` does."""
+    """Return the samples of all records but those that teach nothing, cut or dropped as `encode_samples` says."""
     if too_long not in ("cut", "drop"):
         raise ValueError(f"too_long is 'cut' or 'drop', found {too_long!r}")
     ids, mask, offsets, lengths = array("i"), bytearray(), array("Q", [0]), array("I")

@@ -22,10 +22,10 @@ def generate(
     seeds: Sequence[int] | None = None,
     cache: str = "static",
 ) -> list[list[int]]:
-    """Return the ids that follow each of the prompts (of any lengths), without the prompt and without the stop id.
+    """Return the new ids of each prompt, without the prompt and the stop id; prompts may differ in length.
 
-    Row i draws with seeds[i], by default params.seed + i. cache: its kind (attention/cache.py). A row that ends by
-    `stop.ended` keeps the ids that spell its stop string (streaming.text_pieces leaves them out). Raises ValueError as
+    seeds: one for each prompt; by default prompt i has params.seed + i. cache: "static", "int8" or "sinks". The ids that
+    spell a stop string stay in the result (serving.streaming.text_pieces removes its text). Raises ValueError as
     `check_prompts` does.
     """
     answers = generate_scored(model, prompts, params, stop, seeds, cache, top=None)

@@ -119,7 +119,11 @@ class Rows:
         return grown
 
     def _next_logits(self) -> torch.Tensor:
-        """Feed what has not been fed; return the logits (B, V) after the last id of each row. All rows run then."""
+        """Return the logits (B, V) that follow the last id of each row, running rows first, then waiting ones.
+
+        Feed the last id of each running row, and of each waiting row the whole prompt less what the cache holds. After
+        the call the waiting rows are running rows.
+        """
         parts = []
         if self._running:
             last = [row.ids[-1:] for row in self._running]

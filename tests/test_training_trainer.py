@@ -349,5 +349,5 @@ def test_intervals_as_a_share_of_an_epoch(tmp_path):
     assert evaluated == sorted({*range(half, 2 * n, half), 2 * n})
     saved = {int(path.name[5:]) for path in checkpoints(tmp_path / "run")}
     assert saved == {*evaluated, *range(quarter, 2 * n + 1, quarter)}
-    with pytest.raises(ValueError, match=r"save_interval should be whole steps, or a share of an epoch below 1"):
+    with pytest.raises(ValueError, match=r"save_interval should be a whole number of steps, a share of an epoch"):
         TrainArgs(save_interval=1.5)

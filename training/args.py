@@ -69,7 +69,10 @@ class TrainArgs:
             raise ValueError("--train.max_steps and --train.epochs are both 0: there is nothing to train; set one")
         for name in ("eval_interval", "save_interval"):
             if (value := getattr(self, name)) > 1 and value != int(value):
-                raise ValueError(f"--train.{name} should be whole steps, or a share of an epoch below 1, found {value}")
+                raise ValueError(
+                    f"--train.{name} should be a whole number of steps, a share of an epoch between 0 and 1, or 0, "
+                    f"found {value}"
+                )
         if self.s2_group % 2:
             raise ValueError(
                 "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "
