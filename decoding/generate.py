@@ -24,7 +24,7 @@ def generate(
 ) -> list[list[int]]:
     """Return the new ids of each prompt, without the prompt and the stop id; prompts may differ in length.
 
-    seeds: one for each prompt; by default prompt i has params.seed + i. cache: "static", "int8" or "sinks". The ids that
+    seeds: one for each prompt; by default prompt i has params.seed + i. cache: static, int8 or sinks. The ids that
     spell a stop string stay in the result (serving.streaming.text_pieces removes its text). Raises ValueError as
     `check_prompts` does.
     """
