@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant.gptq import GPTQOptions, solve, solve_nearest
+from quant.gptq import GPTQOptions, propagate_error, solve, solve_nearest
 from quant.grid import GridOptions, find_grid, find_grids, group_index, round_to_grid
 from quant.statistics import InputStatistics
 
@@ -130,8 +130,6 @@ def test_propagation_brings_the_output_nearer_to_the_unquantized_models():
 def test_propagation_is_the_least_squares_solution_at_full_strength():
     weight, x_full = some_weight(3, 6), correlated(50, 6)
     x = x_full + 0.1 * correlated(50, 6, seed=9)
-    from quant.gptq import propagate_error
-
     corrected = propagate_error(weight, statistics_of(x, x_full), GPTQOptions(damping=1e-12, propagation=1.0))
     solution = torch.linalg.lstsq(x, x_full @ weight.T).solution.T
     torch.testing.assert_close(corrected, solution, atol=1e-6, rtol=1e-6)
