@@ -16,6 +16,8 @@
 #include <omp.h>
 #endif
 
+#include "cpu_grouped.h"
+
 using std::int64_t;
 
 struct bf16 {
@@ -24,14 +26,16 @@ struct bf16 {
 
 // The same fields in the same order stand in cpu_step.py. Missing biases and norms are null.
 struct Layer {
-    const void *input_norm, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o, *mlp_norm, *gate, *up, *down;
+    Weight q, k, v, o, gate, up, down;
+    const void *input_norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *mlp_norm;
 };
 
 struct Model {
     int64_t dtype, n_layers, dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, window, max_len;
     double norm_eps;
     const Layer *layers;
-    const void *embedding, *norm, *head;
+    const void *embedding, *norm;
+    Weight head;
     const float *cos, *sin;  // (max_len, head_dim / 2)
 };
 
@@ -63,7 +67,44 @@ inline V<float> load(const bf16 *p) {  // a bfloat16 is the upper half of a floa
     return (V<float>)(__builtin_convertvector(half, typename Vector<uint32_t, LANES<float>>::type) << 16);
 }
 
+template <class A> inline V<A> all(A x) { return x - V<A>{}; }  // x in every place
+
 template <class A> inline void store(A *p, V<A> v) { *(typename Vector<A, LANES<A>>::anywhere *)p = v; }
+
+// sum + a * b, rounded once where the processor can. The compiler would do so in some loops and not in others (it is told
+// not to, by -ffp-contract=off), so that a result would depend on the number of rows and threads.
+inline float add_product(float sum, float a, float b) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+inline double add_product(double sum, double a, double b) {
+#ifdef __FMA__
+    return __builtin_fma(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+inline V<float> add_product(V<float> sum, V<float> a, V<float> b) {
+#if defined(__AVX512F__)
+    return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (V<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+inline V<double> add_product(V<double> sum, V<double> a, V<double> b) {
+#if defined(__AVX512F__)
+    return (V<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(__FMA__)
+    return (V<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    return sum + a * b;
+#endif
+}
 
 // Sum of the N numbers of a vector: the halves are added until two numbers are left.
 template <class A, int N = LANES<A>> inline A sum(typename Vector<A, N>::type v) {
@@ -109,9 +150,9 @@ template <class A> class Buffer {
 template <class W, class A> A dot(const W *w, const A *x, int64_t n) {
     V<A> total = {};
     int64_t i = 0;
-    for (; i + LANES<A> <= n; i += LANES<A>) total += load(w + i) * load(x + i);
+    for (; i + LANES<A> <= n; i += LANES<A>) total = add_product(total, load(w + i), load(x + i));
     A out = sum<A>(total);
-    for (; i < n; i++) out += value(w[i]) * x[i];
+    for (; i < n; i++) out = add_product(out, value(w[i]), x[i]);
     return out;
 }
 
@@ -130,7 +171,7 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
         }
         for (int b = 0; b < N; b++) {
             V<A> column = load(x + b * n + i);
-            for (int r = 0; r < R; r++) total[b][r] += weights[r] * column;
+            for (int r = 0; r < R; r++) total[b][r] = add_product(total[b][r], weights[r], column);
         }
     }
 #pragma GCC unroll 8
@@ -140,7 +181,10 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
     // the numbers after the last whole vector
     for (; i < n; i++)
         for (int b = 0; b < N; b++)
-            for (int r = 0; r < R; r++) out[b * out_stride + r] += value(w[r * n + i]) * x[b * n + i];
+            for (int r = 0; r < R; r++) {
+                A &here = out[b * out_stride + r];
+                here = add_product(here, value(w[r * n + i]), x[b * n + i]);
+            }
 }
 
 // The same for N rows of x and any number of rows of w.
@@ -212,12 +256,12 @@ void attend(const A *q, const W *keys, const W *values, int64_t count, int64_t D
     int64_t d = 0;
     for (; d + LANES<A> <= D; d += LANES<A>) {
         V<A> sums = {};
-        for (int64_t j = 0; j < count; j++) sums += load(values + j * D + d) * scores[j];
+        for (int64_t j = 0; j < count; j++) sums = add_product(sums, load(values + j * D + d), all<A>(scores[j]));
         store(out + d, sums / total);
     }
     for (; d < D; d++) {
         A one = 0;
-        for (int64_t j = 0; j < count; j++) one += value(values[j * D + d]) * scores[j];
+        for (int64_t j = 0; j < count; j++) one = add_product(one, value(values[j * D + d]), scores[j]);
         out[d] = one / total;
     }
 }
@@ -245,21 +289,37 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
         const int me = 0, n = 1;
 #endif
         Buffer<A> normed(T * dim), head(D), scores(L);  // each thread computes all norms itself: cheaper than waiting
+        Buffer<char> integers(grouped::Rounded::bytes(T, std::max({dim, H * D, F})));
+        grouped::Rounded rounded(integers.data());  // of what goes into the next product, if that is quantized
         auto norm = [&](const void *weight) {
+            rounded.forget();
             for (int64_t t = 0; t < T; t++)
                 rms_norm(&x[t * dim], (const W *)weight, dim, eps, &normed[t * dim]);
         };
+        // this thread's columns of out (batch, rows) = in (batch, columns) wᵀ, quantized or not
+        auto multiply = [&](const Weight &w, const A *in, int64_t rows, int64_t columns, int64_t batch, A *out) {
+            const Share mine(rows, me, n);
+            if constexpr (std::is_same_v<A, float>) {
+                if (w.bits) {
+                    rounded.round(in, batch, columns, w.group);
+                    auto run = w.bits == 4 ? grouped::matmul<4> : grouped::matmul<8>;
+                    return run(w, rounded, batch, mine.first, mine.last, rows, out);
+                }
+            }
+            matmul((const W *)w.data, in, rows, columns, batch, mine, out);
+        };
         // this thread's columns of out (T, rows) = normed (T, dim) wᵀ + bias
-        auto project = [&](const void *w, const void *bias, int64_t rows, A *out) {
-            Share mine(rows, me, n);
-            matmul((const W *)w, normed.data(), rows, dim, T, mine, out);
+        auto project = [&](const Weight &w, const void *bias, int64_t rows, A *out) {
+            multiply(w, normed.data(), rows, dim, T, out);
+            const Share mine(rows, me, n);
             for (int64_t t = 0; bias && t < T; t++)
                 for (int64_t r = mine.first; r < mine.last; r++) out[t * rows + r] += value(((const W *)bias)[r]);
         };
         // x (T, dim) += in (T, columns) wᵀ, for this thread's columns of x
-        auto add = [&](const void *w, const A *in, int64_t columns) {
-            Share mine(dim, me, n);
-            matmul((const W *)w, in, dim, columns, T, mine, change.data());
+        auto add = [&](const Weight &w, const A *in, int64_t columns) {
+            rounded.forget();
+            multiply(w, in, dim, columns, T, change.data());
+            const Share mine(dim, me, n);
             for (int64_t t = 0; t < T; t++)
                 for (int64_t r = mine.first; r < mine.last; r++) x[t * dim + r] += change[t * dim + r];
         };
@@ -309,12 +369,13 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
             add(layer.down, up.data(), F);
 #pragma omp barrier
         }
+        rounded.forget();
         // norm of the tokens that logits are returned for, gathered into the first rows of `normed`
         for (int64_t r = 0; r < B * in.last; r++) {
             int64_t t = in.starts[r / in.last + 1] - in.last + r % in.last;
             rms_norm(&x[t * dim], (const W *)m.norm, dim, eps, &normed[r * dim]);
         }
-        matmul((const W *)m.head, normed.data(), m.vocab_size, dim, B * in.last, Share(m.vocab_size, me, n), logits);
+        multiply(m.head, normed.data(), m.vocab_size, dim, B * in.last, logits);
     }
 }
 

@@ -31,6 +31,9 @@ from attention.cache import KVCache
 from cli.progress import say
 from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
 from model_args import ModelArgs
+from quant.gptq import solve_nearest
+from quant.grid import GridOptions
+from quant.grouped import GroupedLinear
 
 PLAIN = {Transformer, Decoder, Block, Attention, FeedForward, Linear, RMSNorm, nn.Embedding, nn.ModuleList}
 # fields of ModelArgs that cpu_step.cpp supports; all others must have their defaults
@@ -39,26 +42,45 @@ KNOWN = {
     *("ffn_dim_multiplier", "norm_eps", "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings"),
     *("attention_bias", "qk_norm", "sliding_window"),
 }
+CHUNK = 32  # inputs that the step unpacks at once; groups are multiples of it
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # A step of more tokens is limited by arithmetic, where PyTorch is faster: it uses the processor's bfloat16 products.
 MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-SOURCE = Path(__file__).with_name("cpu_step.cpp")
-# the fields of `Layer` in cpu_step.cpp
-LAYER = (
-    *("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    *("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    *("self_attn.q_norm.weight", "self_attn.k_norm.weight", "self_attn.o_proj.weight"),
-    *("post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
+FLAGS = ("-O3", "-ffp-contract=off", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_grouped.h"))
+# the fields of `Layer` in cpu_step.cpp: linear layers, then addresses
+LINEAR = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+VECTORS = (
+    *("input_layernorm.weight", "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    *("self_attn.q_norm.weight", "self_attn.k_norm.weight", "post_attention_layernorm.weight"),
 )
 # the fields of `Model` in cpu_step.cpp: integers, then norm_eps, then pointers
 INTEGERS = (
     *("dtype", "n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
     *("window", "max_len"),
 )
-POINTERS = ("layers", "embedding", "norm", "head", "cos", "sin")
+POINTERS = ("layers", "embedding", "norm")
+TABLES = ("cos", "sin")
 
 Step = Callable[[Sequence[Sequence[int]], Sequence[int], int], torch.Tensor]
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` in cpu_grouped.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("bits", "group")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` in cpu_step.cpp."""
+
+    _fields_ = (*((name, _Weight) for name in LINEAR), *((name, ctypes.c_void_p) for name in VECTORS))
 
 
 class _Model(ctypes.Structure):
@@ -68,6 +90,8 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in INTEGERS),
         ("norm_eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in POINTERS),
+        ("head", _Weight),
+        *((name, ctypes.c_void_p) for name in TABLES),
     )
 
 
@@ -85,18 +109,24 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         return None
     # the struct holds addresses only: everything it points to has to live as long as `step` (`alive`)
     a, weight = model.args, model.embedding.weight
-    layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
-        *(_address(block, name) for block in model.model.layers for name in LAYER)
-    )
+    kept: list[torch.Tensor] = []  # of quantized layers
+    layers = (_Layer * a.n_layers)()
+    for layer, block in zip(layers, model.model.layers):
+        for name in LINEAR:
+            setattr(layer, name, _weight(block.get_submodule(name), kept))
+        for name in VECTORS:
+            setattr(layer, name, _address(block, name))
+    quantized = any(isinstance(module, GroupedLinear) for module in model.modules())
+    head = _weight(in_8_bits(model.lm_head) if quantized else model.lm_head, kept)
     # rotary tables of all positions, float32 as the C++ code expects
     cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
     struct = _Model(
         *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
         *(cache.window or cache.max_len, cache.max_len, a.norm_eps),
         *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
-        *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+        *(head, cos.data_ptr(), sin.data_ptr()),
     )
-    alive = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])
+    alive = (layers, cos, sin, kept, [parameter.detach() for parameter in model.parameters()])
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
     def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _alive: tuple = alive) -> torch.Tensor:
@@ -138,12 +168,17 @@ def supports(model: Transformer, cache: KVCache) -> bool:
         weight.dtype in DTYPES
         and model.compute_dtype in (None, weight.dtype)
         and all(getattr(model.args, f.name) == f.default for f in fields(ModelArgs) if f.name not in KNOWN)
-        and all(type(m) in PLAIN and not is_modified(m) for m in model.modules())
+        and all((type(m) in PLAIN or is_grouped(m, weight.dtype)) and not is_modified(m) for m in model.modules())
         and all(p.device.type == "cpu" and p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
         and cache.rotated
         and cache.keys.device.type == "cpu"
         and cache.keys.dtype == weight.dtype
     )
+
+
+def is_grouped(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether a module is a quantized layer that the compiled step reads, in a model of `dtype`."""
+    return type(module) is GroupedLinear and dtype != torch.float64 and module.in_blocks_of(CHUNK)
 
 
 def is_modified(module: nn.Module) -> bool:
@@ -177,14 +212,14 @@ def _library(compiler: str) -> Path:
     """Return the path of the compiled library in the cache directory; compile it if it is missing."""
     # its name is a hash of all that its machine code depends on
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    inputs = "".join((SOURCE.read_text(), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    inputs = "".join((*(source.read_text() for source in SOURCES), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
     library = cache / f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
             output = Path(directory) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
+            command = [compiler, *FLAGS, str(SOURCES[0]), "-o", str(output)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
                 subprocess.run(command, capture_output=True, text=True, check=True)
             output.replace(library)
@@ -196,6 +231,24 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def in_8_bits(head: nn.Linear) -> nn.Linear | GroupedLinear:
+    """Return a copy of the head rounded to 8 bits, a model's largest matrix once the others are quantized; the head
+    itself where its width does not allow it."""
+    size = next((size for size in (128, 64, 32) if head.in_features % size == 0), None)
+    if size is None:
+        return head
+    return GroupedLinear(head, solve_nearest(head.weight.detach().float(), GridOptions(8, size, search=False)), 8)
+
+
+def _weight(layer: nn.Module, kept: list[torch.Tensor]) -> _Weight:
+    """Return what the compiled step reads of a linear layer; tensors that have to live as long are added to `kept`."""
+    if not isinstance(layer, GroupedLinear):
+        return _Weight(data=layer.weight.data_ptr())
+    bits, codes, scales, zeros = layer.in_bytes()
+    kept += codes, scales, zeros
+    return _Weight(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), bits, layer.in_features // scales.shape[1])
 
 
 def _address(block: nn.Module, name: str) -> int | None:

@@ -36,6 +36,21 @@ class GroupedLinear(QuantizedLinear):
         """Return the weight (out, in)."""
         return self.quantized().dequantize().to(dtype)
 
+    def in_blocks_of(self, size: int) -> bool:
+        """Return whether the groups are of neighbouring inputs, all of one size, which is a multiple of `size`."""
+        per_group, rest = divmod(self.in_features, self.zero.shape[1])
+        expected = torch.arange(self.in_features, dtype=torch.int32, device=self.group.device) // max(1, per_group)
+        return not rest and per_group % size == 0 and torch.equal(self.group, expected)
+
+    def in_bytes(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what compiled code reads: bits (4 or 8), codes from the lowest bit on, scales (out, groups) float32
+        and zero points (out, groups) uint8. Codes of 2 and 3 bits are copied as 4; the others are the layer's own."""
+        packed, bits = self.packed, self.bits
+        if bits < 4:
+            bits = 4
+            packed = pack(unpack(packed, self.bits, self.in_features), bits)
+        return bits, packed, self.scale.view(torch.float32), self.zero
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.zero.shape[1]}"
 

@@ -32,6 +32,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(words: torch.Tensor, bits: int, n: int | None = None) -> torch.Tensor:
     """Return the codes (rows, n) uint8 of words (rows, ceil(n * bits / 32)) int32; n None: as many as they hold."""
     rows, held = len(words), words.shape[1] * 32 // bits
+    if 8 % bits == 0:  # no code lies across two bytes
+        octets = words.contiguous().view(torch.uint8)  # (rows, 4 words)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        return ((octets[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, held)[:, :n]
     single = (words.to(torch.int64)[:, :, None] >> torch.arange(32, device=words.device)) & 1  # (rows, words, 32)
     single = single.reshape(rows, words.shape[1] * 32)[:, : held * bits]
     values = single.reshape(rows, held, bits) << torch.arange(bits, device=words.device)  # (rows, held, bits)

@@ -1,0 +1,166 @@
+// Products with weights of 4 or 8 bits in groups (quant/grouped.py), read where they lie. Included by cpu_step.cpp.
+//
+// weight ~ scale * (code - zero), with a scale and a zero point for each group of inputs of a row. x is rounded to 16-bit
+// integers, so that all products are of integers, which are exact: 16 bits of x are far more than the 4 or 8 of a weight.
+// A block is a part of a group: its sum fits in 32 bits, and its x share a scale.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// The same fields in the same order stand in cpu_step.py.
+struct Weight {
+    const void *data;      // (rows, n) numbers; or (rows, n * bits / 8) bytes, codes from the lowest bit on
+    const float *scales;   // (rows, n / group)
+    const uint8_t *zeros;  // (rows, n / group)
+    int64_t bits, group;   // bits: 4 or 8, or 0 for a weight that is not quantized; group: a multiple of 32
+};
+
+namespace grouped {
+
+constexpr int CHUNK = 32;  // inputs whose codes are unpacked at once: the 16 of even number, then the 16 of odd number
+
+typedef int16_t short16 __attribute__((vector_size(32)));
+typedef uint16_t ushort16 __attribute__((vector_size(32)));
+typedef int32_t int8 __attribute__((vector_size(32)));
+typedef float float8 __attribute__((vector_size(32)));
+
+template <class T> inline T read(const void *p) {
+    T out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+}
+
+// sum + a b, where neighbours are added: 16 products in 8 sums.
+inline int8 multiply_add(int8 sum, short16 a, short16 b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (int8)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVXVNNI__)
+    return (int8)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sum + (int8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    for (int i = 0; i < 16; i++) sum[i / 2] += (int32_t)a[i] * b[i];
+    return sum;
+#endif
+}
+
+inline float total(float8 v) {
+    float out[8];
+    std::memcpy(out, &v, sizeof v);
+    return ((out[0] + out[4]) + (out[2] + out[6])) + ((out[1] + out[5]) + (out[3] + out[7]));
+}
+
+// The codes of 32 inputs, from 4 * BITS bytes.
+template <int BITS> inline void unpack(const uint8_t *codes, short16 &even, short16 &odd) {
+    if constexpr (BITS == 4) {
+        typedef uint8_t byte16 __attribute__((vector_size(16)));
+        ushort16 pairs = __builtin_convertvector(read<byte16>(codes), ushort16);
+        even = (short16)(pairs & 15), odd = (short16)(pairs >> 4);
+    } else {
+        ushort16 pairs = read<ushort16>(codes);
+        even = (short16)(pairs & 255), odd = (short16)(pairs >> 8);
+    }
+}
+
+inline int64_t block_of(int64_t group) { return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32; }
+
+// x (batch, n) as integers: x ~ scale * integer, with a scale for each block.
+class Rounded {
+  public:
+    int64_t block = 0, blocks = 0;  // inputs in a block; blocks in a row
+    int16_t *values = nullptr;      // (batch, n), in the order of `unpack`
+    float *scales = nullptr;        // (batch, blocks)
+    int32_t *sums = nullptr;        // (batch, blocks, 8): of the integers of a block, as multiply_add leaves them
+
+    // `memory`: Rounded::bytes(batch, n), at the beginning of a cache line.
+    explicit Rounded(void *memory) : values((int16_t *)memory) {}
+
+    static int64_t bytes(int64_t batch, int64_t n) { return batch * (2 * n + 36 * (n / CHUNK)); }
+
+    // Forget x, which changes.
+    void forget() { blocks = 0; }
+
+    // Round x for weights in groups of `group`, unless it is so already.
+    void round(const float *x, int64_t batch, int64_t n, int64_t group) {
+        if (blocks && block == block_of(group)) return;
+        block = block_of(group), blocks = n / block;
+        sums = (int32_t *)(values + batch * n), scales = (float *)(sums + batch * blocks * 8);
+        for (int64_t b = 0; b < batch * blocks; b++) round_block(x + b * block, b);
+    }
+
+  private:
+    void round_block(const float *from, int64_t b) {
+        int16_t *to = values + b * block;
+        int32_t largest_bits = 0;  // numbers above 0 are ordered as their bits are
+        for (int64_t i = 0; i < block; i++) largest_bits = std::max(largest_bits, read<int32_t>(from + i) & 0x7fffffff);
+        const float largest = read<float>(&largest_bits);
+        const bool finite = largest_bits < 0x7f800000;
+        // where x holds something that is not a number, the products are not a number, either
+        scales[b] = finite ? largest / 32767 : NAN;
+        const float by = finite && largest > 1e-30f ? 32767 / largest : 0;  // else 32767 / largest may be infinite
+        const short16 ones = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+        int8 sum = {};
+        for (int64_t i = 0; i < block; i += CHUNK, to += CHUNK) {
+            int32_t rounded[CHUNK];
+            // adding 1.5 * 2^23 leaves the nearest integer in the lowest bits
+            for (int64_t j = 0; j < CHUNK; j++) {
+                const float moved = from[i + j] * by + 12582912.0f;
+                rounded[j] = read<int32_t>(&moved) - 0x4b400000;
+            }
+            for (int64_t j = 0; j < 16; j++) to[j] = rounded[2 * j], to[16 + j] = rounded[2 * j + 1];
+            sum = multiply_add(multiply_add(sum, read<short16>(to), ones), read<short16>(to + 16), ones);
+        }
+        std::memcpy(sums + 8 * b, &sum, sizeof sum);
+    }
+};
+
+// out[b] = w[row] . x[b] for N rows of x from `first` on. The order of the sums does not depend on N.
+template <int BITS, int N>
+inline void dot(const Weight &w, const Rounded &x, int64_t row, int64_t first, float *out, int64_t out_stride) {
+    const int64_t n = x.block * x.blocks, per_group = w.group / x.block, groups = n / w.group;
+    const uint8_t *codes = (const uint8_t *)w.data + row * n * BITS / 8;
+    float8 result[N] = {};
+    for (int64_t block = 0; block < x.blocks; block++) {
+        const int64_t g = row * groups + block / per_group;
+        const int32_t zero = w.zeros[g];
+        int8 sums[N];
+        for (int b = 0; b < N; b++) sums[b] = read<int8>(x.sums + ((first + b) * x.blocks + block) * 8) * -zero;
+        const int16_t *at = x.values + first * n + block * x.block;
+        for (int64_t i = 0; i < x.block; i += CHUNK, codes += CHUNK * BITS / 8, at += CHUNK) {
+            short16 even, odd;
+            unpack<BITS>(codes, even, odd);
+            __builtin_prefetch(codes + 2048);
+            for (int b = 0; b < N; b++) {
+                sums[b] = multiply_add(sums[b], even, read<short16>(at + b * n));
+                sums[b] = multiply_add(sums[b], odd, read<short16>(at + b * n + 16));
+            }
+        }
+        for (int b = 0; b < N; b++)
+            result[b] += __builtin_convertvector(sums[b], float8) * (w.scales[g] * x.scales[(first + b) * x.blocks + block]);
+    }
+    for (int b = 0; b < N; b++) out[(first + b) * out_stride + row] = total(result[b]);
+}
+
+// out[b][r] = w[r] . x[b] for rows first <= r < last, and all rows b of x (batch); out (batch, rows).
+template <int BITS>
+__attribute__((noinline)) void matmul(const Weight &w, const Rounded &x, int64_t batch, int64_t first, int64_t last,
+                                      int64_t rows, float *out) {
+    for (int64_t from = first; from < last; from += 8) {  // few enough to stay in the nearest cache for all of x
+        const int64_t to = std::min(last, from + 8);
+        int64_t b = 0;
+        for (; b + 4 <= batch; b += 4)
+            for (int64_t r = from; r < to; r++) dot<BITS, 4>(w, x, r, b, out, rows);
+        for (; b < batch; b++)
+            for (int64_t r = from; r < to; r++) dot<BITS, 1>(w, x, r, b, out, rows);
+    }
+}
+
+}  // namespace grouped
