@@ -96,6 +96,7 @@ from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
 from quant.grid import GridOptions, Quantized
 from quant.replace import base_layers, refuse_quantized
 from quant.statistics import InputStatistics
+from tokenizer import Tokenizer
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -111,22 +112,9 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer, stop_ids = find_tokenizer(directory)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
-    least_zero = 1 if args.format == "gptq" else 0
-    grid = GridOptions(args.bits, args.group_size, args.symmetric, args.search and args.method != "awq", least_zero)
-    if args.format.startswith("gptq"):
-        pad_feed_forward(model, 32)
-    check_shapes(model, args)
-    rows = torch.empty(0, 1, dtype=torch.long)
-    if args.method != "rtn":
-        length = min(args.seq_len or 512, model.args.max_seq_len)
-        rows = draw_rows(args.calib, tokenizer, length, args.calib_tokens, args.seed).to(device)
-        say(f"calibration: {rows.numel():,} tokens in {len(rows)} rows of {rows.shape[1]}")
     began = time.monotonic()
-    report = quantize_model(model, rows, args, grid)
-    scheme = quantized.Scheme(args.format, args.bits, args.group_size)
-    with written_aside(args.out) as aside:
-        ids = save_tokenizer(aside, tokenizer, stop_ids)
-        quantized.save(aside, model, scheme, ids, args.symmetric, act_order=args.act_order, damping=args.damping)
+    report = quantize_in_place(model, tokenizer, args)
+    write(model, tokenizer, stop_ids, args)
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
     print(
         f"{args.out}: {args.method}, {args.bits} bits, {size / 1e6:.2f} MB, {time.monotonic() - began:.0f} s",
@@ -135,7 +123,30 @@ def main(args: Args) -> dict[str, Any]:
     return {"model": str(args.out), "bytes": size, "layers": report}
 
 
+def write(model: nn.Module, tokenizer: Tokenizer, stop_ids: list[int], args: Args) -> None:
+    """Write the directory --out of a quantized model."""
+    scheme = quantized.Scheme(args.format, args.bits, args.group_size)
+    with written_aside(args.out) as aside:
+        ids = save_tokenizer(aside, tokenizer, stop_ids)
+        quantized.save(aside, model, scheme, ids, args.symmetric, act_order=args.act_order, damping=args.damping)
+
+
 # ---- the layers
+
+
+def quantize_in_place(model: nn.Module, tokenizer: Tokenizer, args: Args) -> dict[str, dict[str, Any]]:
+    """Quantize every linear layer of `model` but the head; returns the report of each layer by name."""
+    least_zero = 1 if args.format == "gptq" else 0
+    grid = GridOptions(args.bits, args.group_size, args.symmetric, args.search and args.method != "awq", least_zero)
+    if args.format.startswith("gptq"):
+        pad_feed_forward(model, 32)
+    check_shapes(model, args)
+    rows = torch.empty(0, 1, dtype=torch.long)
+    if args.method != "rtn":
+        length = min(args.seq_len or 512, model.args.max_seq_len)
+        rows = draw_rows(args.calib, tokenizer, length, args.calib_tokens, args.seed).to(model.device)
+        say(f"calibration: {rows.numel():,} tokens in {len(rows)} rows of {rows.shape[1]}")
+    return quantize_model(model, rows, args, grid)
 
 
 def quantize_model(model: nn.Module, rows: torch.Tensor, args: Args, grid: GridOptions) -> dict[str, dict[str, Any]]:

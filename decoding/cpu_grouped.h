@@ -17,11 +17,11 @@
 
 // The same fields in the same order stand in cpu_step.py.
 struct Weight {
-    const void *data;      // (rows, n) numbers; or (rows, n * bits / 8) bytes, codes from the lowest bit on
-    const float *scales;   // (rows, n / group)
-    const uint8_t *zeros;  // (rows, n / group)
-    int64_t bits, group;   // bits: 4 or 8, or 0 for a weight that is not quantized; group: a multiple of 32
-};
+    const void *data;  // (rows, inputs) numbers; or (rows, groups * group * bits / 8) bytes, codes from the lowest bit on
+    const float *scales;          // (rows, groups)
+    const uint8_t *zeros;         // (rows, groups)
+    int64_t bits, group, groups;  // bits: 4 or 8, or 0 for a weight that is not quantized; group: a multiple of 32
+};  // groups * group may exceed the inputs: the codes beyond them count for nothing
 
 namespace grouped {
 
@@ -62,7 +62,11 @@ inline float total(float8 v) {
 template <int BITS> inline void unpack(const uint8_t *codes, short16 &even, short16 &odd) {
     if constexpr (BITS == 4) {
         typedef uint8_t byte16 __attribute__((vector_size(16)));
+#if defined(__AVX2__)  // one instruction, which the compiler does not find
+        ushort16 pairs = (ushort16)_mm256_cvtepu8_epi16((__m128i)read<byte16>(codes));
+#else
         ushort16 pairs = __builtin_convertvector(read<byte16>(codes), ushort16);
+#endif
         even = (short16)(pairs & 15), odd = (short16)(pairs >> 4);
     } else {
         ushort16 pairs = read<ushort16>(codes);
@@ -72,39 +76,52 @@ template <int BITS> inline void unpack(const uint8_t *codes, short16 &even, shor
 
 inline int64_t block_of(int64_t group) { return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32; }
 
-// x (batch, n) as integers: x ~ scale * integer, with a scale for each block.
+// x (batch, inputs) as integers, padded with zeros: x ~ scale * integer, with a scale for each block.
 class Rounded {
   public:
     int64_t block = 0, blocks = 0;  // inputs in a block; blocks in a row
-    int16_t *values = nullptr;      // (batch, n), in the order of `unpack`
-    float *scales = nullptr;        // (batch, blocks)
-    int32_t *sums = nullptr;        // (batch, blocks, 8): of the integers of a block, as multiply_add leaves them
+    int16_t *values = nullptr;      // (batch, blocks * block), in the order of `unpack`
+    int64_t stride = 0;             // blocks, rounded up to whole vectors
+    float *scales = nullptr;        // (batch, stride), 0 beyond the blocks
+    float *sums = nullptr;          // (batch, stride): of the integers of a block
 
-    // `memory`: Rounded::bytes(batch, n), at the beginning of a cache line.
+    // `memory`: Rounded::bytes, at the beginning of a cache line.
     explicit Rounded(void *memory) : values((int16_t *)memory) {}
 
-    static int64_t bytes(int64_t batch, int64_t n) { return batch * (2 * n + 36 * (n / CHUNK)); }
+    static int64_t bytes(const Weight &w, int64_t batch) {
+        const int64_t n = w.groups * w.group;
+        return batch * (2 * n + 8 * (n / CHUNK + 8));
+    }
 
     // Forget x, which changes.
     void forget() { blocks = 0; }
 
     // Round x for weights in groups of `group`, unless it is so already.
-    void round(const float *x, int64_t batch, int64_t n, int64_t group) {
-        if (blocks && block == block_of(group)) return;
-        block = block_of(group), blocks = n / block;
-        sums = (int32_t *)(values + batch * n), scales = (float *)(sums + batch * blocks * 8);
-        for (int64_t b = 0; b < batch * blocks; b++) round_block(x + b * block, b);
+    void round(const float *x, int64_t batch, int64_t inputs, const Weight &w) {
+        const int64_t size = block_of(w.group), count = w.groups * w.group / size;
+        if (blocks == count && block == size) return;
+        block = size, blocks = count, stride = (count + 7) / 8 * 8;
+        scales = (float *)(values + batch * blocks * block), sums = scales + batch * stride;
+        std::fill_n(scales, 2 * batch * stride, 0.0f);
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t i = 0; i < blocks; i++) {
+                const int64_t here = std::clamp<int64_t>(inputs - i * block, 0, block);
+                const float *from = x + b * inputs + i * block;
+                int16_t *to = values + (b * blocks + i) * block;
+                float padded[128] = {};
+                if (here < block) from = std::copy(from, from + here, padded) - here;
+                round_block(from, to, scales[b * stride + i], sums[b * stride + i]);
+            }
     }
 
   private:
-    void round_block(const float *from, int64_t b) {
-        int16_t *to = values + b * block;
+    void round_block(const float *from, int16_t *to, float &scale, float &of_integers) {
         int32_t largest_bits = 0;  // numbers above 0 are ordered as their bits are
         for (int64_t i = 0; i < block; i++) largest_bits = std::max(largest_bits, read<int32_t>(from + i) & 0x7fffffff);
         const float largest = read<float>(&largest_bits);
         const bool finite = largest_bits < 0x7f800000;
         // where x holds something that is not a number, the products are not a number, either
-        scales[b] = finite ? largest / 32767 : NAN;
+        scale = finite ? largest / 32767 : NAN;
         const float by = finite && largest > 1e-30f ? 32767 / largest : 0;  // else 32767 / largest may be infinite
         const short16 ones = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
         int8 sum = {};
@@ -118,49 +135,76 @@ class Rounded {
             for (int64_t j = 0; j < 16; j++) to[j] = rounded[2 * j], to[16 + j] = rounded[2 * j + 1];
             sum = multiply_add(multiply_add(sum, read<short16>(to), ones), read<short16>(to + 16), ones);
         }
-        std::memcpy(sums + 8 * b, &sum, sizeof sum);
+        of_integers = total(__builtin_convertvector(sum, float8));  // below 2^23: exact
     }
 };
 
-// out[b] = w[row] . x[b] for N rows of x from `first` on. The order of the sums does not depend on N.
-template <int BITS, int N>
+// out[b][row] = w[row] . x[b] for N rows of x from `first` on. The order of the sums does not depend on N.
+template <int BITS, int BLOCK, int N>
 inline void dot(const Weight &w, const Rounded &x, int64_t row, int64_t first, float *out, int64_t out_stride) {
-    const int64_t n = x.block * x.blocks, per_group = w.group / x.block, groups = n / w.group;
+    const int64_t n = BLOCK * x.blocks, per_group = w.group / BLOCK;
     const uint8_t *codes = (const uint8_t *)w.data + row * n * BITS / 8;
-    float8 result[N] = {};
-    for (int64_t block = 0; block < x.blocks; block++) {
-        const int64_t g = row * groups + block / per_group;
-        const int32_t zero = w.zeros[g];
-        int8 sums[N];
-        for (int b = 0; b < N; b++) sums[b] = read<int8>(x.sums + ((first + b) * x.blocks + block) * 8) * -zero;
-        const int16_t *at = x.values + first * n + block * x.block;
-        for (int64_t i = 0; i < x.block; i += CHUNK, codes += CHUNK * BITS / 8, at += CHUNK) {
-            short16 even, odd;
-            unpack<BITS>(codes, even, odd);
-            __builtin_prefetch(codes + 2048);
-            for (int b = 0; b < N; b++) {
-                sums[b] = multiply_add(sums[b], even, read<short16>(at + b * n));
-                sums[b] = multiply_add(sums[b], odd, read<short16>(at + b * n + 16));
+    const float *scales = w.scales + row * w.groups;
+    const uint8_t *zeros = w.zeros + row * w.groups;
+    float8 result[N] = {}, of_zeros[N] = {};
+    for (int64_t from = 0; from < x.blocks; from += 8) {
+        const int64_t count = std::min<int64_t>(8, x.blocks - from);
+        // scale and zero point of eight blocks
+        float8 scale = {}, zero = {};
+        if (count == 8 && per_group == 1) {
+            typedef uint8_t byte8 __attribute__((vector_size(8)));
+            scale = read<float8>(scales + from), zero = __builtin_convertvector(read<byte8>(zeros + from), float8);
+        } else {
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t g = (from + i) / per_group;
+                scale[i] = scales[g], zero[i] = zeros[g];
             }
         }
-        for (int b = 0; b < N; b++)
-            result[b] += __builtin_convertvector(sums[b], float8) * (w.scales[g] * x.scales[(first + b) * x.blocks + block]);
+        float factors[N][8];
+        for (int b = 0; b < N; b++) {
+            const int64_t at = (first + b) * x.stride + from;
+            const float8 factor = scale * read<float8>(x.scales + at);
+            of_zeros[b] += factor * zero * read<float8>(x.sums + at);
+            std::memcpy(factors[b], &factor, sizeof factor);
+        }
+        const int16_t *at = x.values + first * n + from * BLOCK;
+        for (int64_t i = 0; i < count; i++) {
+            int8 sums[N] = {};
+            for (int64_t j = 0; j < BLOCK; j += CHUNK, codes += CHUNK * BITS / 8, at += CHUNK) {
+                short16 even, odd;
+                unpack<BITS>(codes, even, odd);
+                __builtin_prefetch(codes + 2048);
+                for (int b = 0; b < N; b++) {
+                    sums[b] = multiply_add(sums[b], even, read<short16>(at + b * n));
+                    sums[b] = multiply_add(sums[b], odd, read<short16>(at + b * n + 16));
+                }
+            }
+            for (int b = 0; b < N; b++) result[b] += __builtin_convertvector(sums[b], float8) * factors[b][i];
+        }
     }
-    for (int b = 0; b < N; b++) out[(first + b) * out_stride + row] = total(result[b]);
+    for (int b = 0; b < N; b++) out[(first + b) * out_stride + row] = total(result[b] - of_zeros[b]);
 }
 
 // out[b][r] = w[r] . x[b] for rows first <= r < last, and all rows b of x (batch); out (batch, rows).
-template <int BITS>
-__attribute__((noinline)) void matmul(const Weight &w, const Rounded &x, int64_t batch, int64_t first, int64_t last,
-                                      int64_t rows, float *out) {
+template <int BITS, int BLOCK>
+__attribute__((noinline)) void rows_of(const Weight &w, const Rounded &x, int64_t batch, int64_t first, int64_t last,
+                                       int64_t rows, float *out) {
     for (int64_t from = first; from < last; from += 8) {  // few enough to stay in the nearest cache for all of x
         const int64_t to = std::min(last, from + 8);
         int64_t b = 0;
         for (; b + 4 <= batch; b += 4)
-            for (int64_t r = from; r < to; r++) dot<BITS, 4>(w, x, r, b, out, rows);
+            for (int64_t r = from; r < to; r++) dot<BITS, BLOCK, 4>(w, x, r, b, out, rows);
         for (; b < batch; b++)
-            for (int64_t r = from; r < to; r++) dot<BITS, 1>(w, x, r, b, out, rows);
+            for (int64_t r = from; r < to; r++) dot<BITS, BLOCK, 1>(w, x, r, b, out, rows);
     }
+}
+
+// The same for any width of the codes and any block.
+inline void matmul(const Weight &w, const Rounded &x, int64_t batch, int64_t first, int64_t last, int64_t rows,
+                   float *out) {
+    auto run = w.bits == 4 ? (x.block == 128 ? rows_of<4, 128> : x.block == 64 ? rows_of<4, 64> : rows_of<4, 32>)
+                           : (x.block == 128 ? rows_of<8, 128> : x.block == 64 ? rows_of<8, 64> : rows_of<8, 32>);
+    run(w, x, batch, first, last, rows, out);
 }
 
 }  // namespace grouped

@@ -289,7 +289,12 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
         const int me = 0, n = 1;
 #endif
         Buffer<A> normed(T * dim), head(D), scores(L);  // each thread computes all norms itself: cheaper than waiting
-        Buffer<char> integers(grouped::Rounded::bytes(T, std::max({dim, H * D, F})));
+        int64_t most = 0;  // bytes that any product needs
+        for (int64_t i = 0; i < m.n_layers; i++)
+            for (const Weight *w : {&m.layers[i].q, &m.layers[i].k, &m.layers[i].v, &m.layers[i].o, &m.layers[i].gate,
+                                    &m.layers[i].up, &m.layers[i].down})
+                most = std::max(most, grouped::Rounded::bytes(*w, T));
+        Buffer<char> integers(std::max(most, grouped::Rounded::bytes(m.head, T)));
         grouped::Rounded rounded(integers.data());  // of what goes into the next product, if that is quantized
         auto norm = [&](const void *weight) {
             rounded.forget();
@@ -301,9 +306,8 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
             const Share mine(rows, me, n);
             if constexpr (std::is_same_v<A, float>) {
                 if (w.bits) {
-                    rounded.round(in, batch, columns, w.group);
-                    auto run = w.bits == 4 ? grouped::matmul<4> : grouped::matmul<8>;
-                    return run(w, rounded, batch, mine.first, mine.last, rows, out);
+                    rounded.round(in, batch, columns, w);
+                    return grouped::matmul(w, rounded, batch, mine.first, mine.last, rows, out);
                 }
             }
             matmul((const W *)w.data, in, rows, columns, batch, mine, out);

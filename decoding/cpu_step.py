@@ -46,6 +46,7 @@ CHUNK = 32  # inputs that the step unpacks at once; groups are multiples of it
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # A step of more tokens is limited by arithmetic, where PyTorch is faster: it uses the processor's bfloat16 products.
 MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
+MOST_TOKENS_QUANTIZED = 1024  # PyTorch would unpack all weights first
 FLAGS = ("-O3", "-ffp-contract=off", "-march=native", "-std=c++17", "-shared", "-fPIC")
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_grouped.h"))
 # the fields of `Layer` in cpu_step.cpp: linear layers, then addresses
@@ -73,7 +74,7 @@ class _Weight(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("bits", "group")),
+        *((name, ctypes.c_int64) for name in ("bits", "group", "groups")),
     )
 
 
@@ -116,8 +117,7 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
             setattr(layer, name, _weight(block.get_submodule(name), kept))
         for name in VECTORS:
             setattr(layer, name, _address(block, name))
-    quantized = any(isinstance(module, GroupedLinear) for module in model.modules())
-    head = _weight(in_8_bits(model.lm_head) if quantized else model.lm_head, kept)
+    head = _weight(in_8_bits(model.lm_head) if is_quantized(model) else model.lm_head, kept)
     # rotary tables of all positions, float32 as the C++ code expects
     cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
     struct = _Model(
@@ -155,6 +155,16 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     return step
 
 
+def most_tokens(model: nn.Module) -> int:
+    """Return the number of tokens up to which the compiled step is faster than PyTorch."""
+    return MOST_TOKENS_QUANTIZED if is_quantized(model) else MOST_TOKENS.get(model.dtype, 0)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether a model has layers whose weights are codes in groups."""
+    return any(isinstance(module, GroupedLinear) for module in model.modules())
+
+
 def supports(model: Transformer, cache: KVCache) -> bool:
     """Return whether the compiled step computes the same as `model` with `cache`.
 
@@ -178,7 +188,7 @@ def supports(model: Transformer, cache: KVCache) -> bool:
 
 def is_grouped(module: nn.Module, dtype: torch.dtype) -> bool:
     """Return whether a module is a quantized layer that the compiled step reads, in a model of `dtype`."""
-    return type(module) is GroupedLinear and dtype != torch.float64 and module.in_blocks_of(CHUNK)
+    return type(module) is GroupedLinear and dtype != torch.float64 and module.group_size(CHUNK) is not None
 
 
 def is_modified(module: nn.Module) -> bool:
@@ -233,22 +243,19 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def in_8_bits(head: nn.Linear) -> nn.Linear | GroupedLinear:
-    """Return a copy of the head rounded to 8 bits, a model's largest matrix once the others are quantized; the head
-    itself where its width does not allow it."""
-    size = next((size for size in (128, 64, 32) if head.in_features % size == 0), None)
-    if size is None:
-        return head
-    return GroupedLinear(head, solve_nearest(head.weight.detach().float(), GridOptions(8, size, search=False)), 8)
+def in_8_bits(head: nn.Linear) -> GroupedLinear:
+    """Return a copy of the head rounded to 8 bits: it is a model's largest matrix once the others are quantized."""
+    return GroupedLinear(head, solve_nearest(head.weight.detach().float(), GridOptions(8, 64, search=False)), 8)
 
 
 def _weight(layer: nn.Module, kept: list[torch.Tensor]) -> _Weight:
     """Return what the compiled step reads of a linear layer; tensors that have to live as long are added to `kept`."""
     if not isinstance(layer, GroupedLinear):
         return _Weight(data=layer.weight.data_ptr())
-    bits, codes, scales, zeros = layer.in_bytes()
-    kept += codes, scales, zeros
-    return _Weight(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), bits, layer.in_features // scales.shape[1])
+    bits, size, codes = layer.in_bytes(CHUNK)
+    scales = layer.scale.view(torch.float32)  # (out, groups)
+    kept += codes, scales, layer.zero
+    return _Weight(codes.data_ptr(), scales.data_ptr(), layer.zero.data_ptr(), bits, size, scales.shape[1])
 
 
 def _address(block: nn.Module, name: str) -> int | None:

@@ -20,7 +20,7 @@ class Feeder:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.device = model.device
-        self.few = cpu_step.MOST_TOKENS.get(model.dtype, 0)
+        self.few = cpu_step.most_tokens(model)
 
     @torch.inference_mode()
     def __call__(self, runs: Sequence[Ids], past: Sequence[int], n: int = 1) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from quant.grid import Quantized
@@ -36,20 +37,26 @@ class GroupedLinear(QuantizedLinear):
         """Return the weight (out, in)."""
         return self.quantized().dequantize().to(dtype)
 
-    def in_blocks_of(self, size: int) -> bool:
-        """Return whether the groups are of neighbouring inputs, all of one size, which is a multiple of `size`."""
-        per_group, rest = divmod(self.in_features, self.zero.shape[1])
-        expected = torch.arange(self.in_features, dtype=torch.int32, device=self.group.device) // max(1, per_group)
-        return not rest and per_group % size == 0 and torch.equal(self.group, expected)
+    def group_size(self, multiple: int) -> int | None:
+        """Return the number of inputs of a group, where it is a multiple of `multiple` and groups are of neighbours; a
+        single group is rounded up. None where it cannot be so."""
+        size = int((self.group == 0).sum())
+        if self.zero.shape[1] == 1:
+            size += -size % multiple
+        inputs = torch.arange(self.in_features, dtype=torch.int32, device=self.group.device)
+        return size if size and size % multiple == 0 and torch.equal(self.group, inputs // size) else None
 
-    def in_bytes(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what compiled code reads: bits (4 or 8), codes from the lowest bit on, scales (out, groups) float32
-        and zero points (out, groups) uint8. Codes of 2 and 3 bits are copied as 4; the others are the layer's own."""
-        packed, bits = self.packed, self.bits
-        if bits < 4:
-            bits = 4
-            packed = pack(unpack(packed, self.bits, self.in_features), bits)
-        return bits, packed, self.scale.view(torch.float32), self.zero
+    def in_bytes(self, multiple: int) -> tuple[int, int, torch.Tensor]:
+        """Return what compiled code reads: bits (4 or 8), the group size, and the codes (out, words), from the lowest
+        bit on. They are the layer's own where that is possible: codes of 2 and 3 bits are copied as 4, and a row that
+        ends inside of its last group is filled up."""
+        size = self.group_size(multiple)
+        missing = size * self.zero.shape[1] - self.in_features
+        if self.bits >= 4 and not missing:
+            return self.bits, size, self.packed
+        codes = unpack(self.packed, self.bits, self.in_features)
+        bits = max(4, self.bits)
+        return bits, size, pack(F.pad(codes, (0, missing)), bits)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.zero.shape[1]}"
