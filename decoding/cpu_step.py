@@ -155,12 +155,13 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     return step
 
 
-def most_tokens(model: nn.Module) -> int:
+def most_tokens(model: Transformer) -> int:
     """Return the number of tokens up to which the compiled step is faster than PyTorch."""
-    return MOST_TOKENS_QUANTIZED if is_quantized(model) else MOST_TOKENS.get(model.dtype, 0)
+    quantized = isinstance(model, Transformer) and is_quantized(model)
+    return MOST_TOKENS_QUANTIZED if quantized else MOST_TOKENS.get(model.dtype, 0)
 
 
-def is_quantized(model: nn.Module) -> bool:
+def is_quantized(model: Transformer) -> bool:
     """Return whether a model has layers whose weights are codes in groups."""
     return any(isinstance(module, GroupedLinear) for module in model.modules())
 
