@@ -3,10 +3,10 @@
     python bench/quantization.py --model out/tiny/sft/best --calib data/tiny/sft_train.jsonl \\
         --heldout data/tiny/sft_heldout.jsonl --group_size 32
 
-"more nats" is the loss on held-out rows less that of the model in float32 on the same rows, with the 95 % interval of the
-mean of the rows' differences. "of rounding" is that difference as a share of what plain rounding (rtn-) to as many bits
-loses. KL is that of the float32 model's predictions to the row's, in nats a token. All is computed as decoding computes
-it, by the compiled step where it applies. Methods that draw calibration rows are run for every draw; the table has the
+"more nats" is the loss on held-out rows less that of the model in float32 on the same rows, with the 95 % interval of
+the mean of the rows' differences. "of rounding" is that difference as a share of what plain rounding (rtn-) to as many
+bits loses. KL is that of the float32 model's predictions to the row's, in nats a token. All is computed as decoding
+computes it, by the compiled step where it applies. Methods that draw calibration rows are run for every draw; the table has the
 mean, and "of rounding" the range.
 """
 
@@ -89,8 +89,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     rows = draw_rows(args.heldout, tokenizer, length, args.heldout_tokens, seed=1234)
     bench = Bench(args, directory, full, rows, torch.from_numpy(tokenizer.token_bytes())[rows[:, 1:]].sum(1))
     print(
-        f"{directory}: {full.n_parameters():,} parameters; groups of {args.group_size}; {rows.numel():,} held-out tokens in "
-        f"rows of {length}, {args.calib_tokens:,} calibration tokens, {args.draws} draws, {args.threads} threads"
+        f"{directory}: {full.n_parameters():,} parameters; groups of {args.group_size}; {rows.numel():,} held-out "
+        f"tokens in rows of {length}, {args.calib_tokens:,} calibration tokens, {args.draws} draws, "
+        f"{args.threads} threads"
     )
     print(
         f"{'method':13}{'bits':>5}{'loss':>9}{'more nats':>20}{'of rounding':>14}{'bits/byte':>10}{'KL':>9}{'top-1':>8}"

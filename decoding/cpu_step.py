@@ -223,7 +223,15 @@ def _library(compiler: str) -> Path:
     """Return the path of the compiled library in the cache directory; compile it if it is missing."""
     # its name is a hash of all that its machine code depends on
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    inputs = "".join((*(source.read_text() for source in SOURCES), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    inputs = "".join(
+        (
+            *(source.read_text() for source in SOURCES),
+            *FLAGS,
+            version,
+            torch.backends.cpu.get_cpu_capability(),
+            _processor(),
+        )
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
     library = cache / f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
