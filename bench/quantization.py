@@ -6,7 +6,8 @@
 "more nats" is the loss on held-out rows less that of the model in float32 on the same rows, with the 95 % interval of
 the mean of the rows' differences. "of rounding" is that difference as a share of what plain rounding (rtn-) to as many
 bits loses. KL is that of the float32 model's predictions to the row's, in nats a token. All is computed as decoding
-computes it, by the compiled step where it applies. Methods that draw calibration rows are run for every draw; the table has the
+computes it, by the compiled step where it applies.
+Methods that draw calibration rows are run for every draw; the table has the
 mean, and "of rounding" the range.
 """
 
