@@ -195,7 +195,8 @@ def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[s
         del plain[name]
     stats = {str(path): path.stat() for path in inputs}
     plain["inputs"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return plain | {"tokenizer_sha256": tokenizer.sha256()}
+    begins = {"bos": tokenizer.begins} if tokenizer.begins else {}
+    return plain | {"tokenizer_sha256": tokenizer.sha256()} | begins
 
 
 def summarize(

@@ -176,20 +176,23 @@ class PretrainData:
     def _read(self, i: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read windows (b,) of bin i.
 
-        Returns ids (b, T+1); bool (b, T+1), False for an id outside the bin; bool (b, T), True for an input that
-        starts a document.
+        Returns ids (b, T+1); bool (b, T+1), False for an id that is no target: outside the bin, or a bos; bool (b, T),
+        True for an input that starts a document.
         """
         bin, eos_id = self.bins[i], self.bins[i].meta.get("eos_id", self.headerless_eos_id)
         where = (windows - self._first[i])[:, None] * self.seq_len + np.arange(-1, self.seq_len)  # (b, T+1)
         exists = (where >= 0) & (where < len(bin))
         ids = np.where(exists, np.asarray(bin.tokens)[where.clip(0, len(bin) - 1)], eos_id)
-        if not self.isolate_documents:
+        if not self.isolate_documents and not bin.bos:
             return ids, exists, np.False_
         if bin.offsets is None:
             return ids, exists, ids[:, :-1] == eos_id
         # The input before a document's first token starts it: its target is a document's offset. As int64, because
         # numpy compares uint64 with int64 as floats, and copies all of them to do so.
         starts = np.asarray(bin.offsets).view(np.int64)
+        if bin.bos:  # bos is the first input of a document; nothing is to be learnt from what comes before it
+            within = where - starts[np.searchsorted(starts, where, side="right") - 1]  # place in its document
+            return ids, exists & (within >= len(bin.bos)), within[:, :-1] == 0
         nearest = starts[np.searchsorted(starts, where[:, 1:]).clip(max=len(starts) - 1)]
         return ids, exists, nearest == where[:, 1:]
 

@@ -93,7 +93,7 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
     for each in [*bins, *heldout]:
-        each.check(tokenizer.sha256(), tokenizer.vocab_size)
+        each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins)
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}

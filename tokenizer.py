@@ -31,7 +31,7 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # special tokens of our chat template
@@ -46,6 +46,7 @@ class Tokenizer:
 
     vocab_size: number of ids
     bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
+    begins: ids that stand before every text, usually [bos_id] or none; see `ids_before_text`
     special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
@@ -56,6 +57,7 @@ class Tokenizer:
         self.vocab_size = len(pieces)
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
         self.special = special
+        self.begins: list[int] = []
         self.chat_template: Any = None
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
@@ -66,7 +68,7 @@ class Tokenizer:
             raise ValueError(f"this tokenizer's model reads {', '.join(unsafe)} in plain text as special tokens")
 
     def encode(self, text: str, follows_special: bool = False) -> list[int]:
-        """Return the ids of plain text, without bos or eos. Raises ValueError for a lone surrogate (no UTF-8 form).
+        """Return the ids of plain text, without `begins` and eos. Raises ValueError for a lone surrogate (no UTF-8 form).
 
         follows_special: the text comes after a special token. Some vocabularies put a space before the first text only.
         """
@@ -121,6 +123,10 @@ class Tokenizer:
         ids = zip(SPECIAL_KEYS, (self.bos_id, self.eos_id, self.pad_id, self.unk_id))
         return {key: self._special_names[i] for key, i in ids if i in self._special_names}
 
+    def ids_before_text(self, config: dict[str, Any]) -> list[int]:
+        """Return the ids that stand before every text; config: that of tokenizer_config.json. As in transformers."""
+        raise NotImplementedError
+
     def special_id(self, piece: str) -> int | None:
         """Return the id of a special token by its name, None if there is no such special token."""
         return self.special.get(piece)
@@ -156,6 +162,13 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         return self._processor.encode(text)
 
+    def ids_before_text(self, config: dict[str, Any]) -> list[int]:
+        # Without a word in the config, a model with bos is LLaMA's, whose tokenizer writes it, unless the directory is
+        # one of `save`, or the vocabulary one of ours or ChatGLM2's.
+        ours = "tokenizer_model_of" in config or all(marker in self.special for marker in MARKERS)
+        wanted = config.get("add_bos_token", not ours and "sop" not in self.special)
+        return [self.bos_id] if wanted and self.bos_id is not None else []
+
     def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
         # Count the bytes of the pieces: exact for every model that does not normalise the text; no chat model does.
         ids = self.encode(text)
@@ -169,11 +182,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         model = self._processor.serialized_model_proto()
-        same = to_tokenizers(ModelProto.FromString(model), self.special).to_str().encode()
-        config = self.special_names() | {
+        fast = to_tokenizers(ModelProto.FromString(model), self.special)
+        config: dict[str, Any] = self.special_names() | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
+        if self.begins:
+            bos = config["bos_token"]
+            fast.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, self.bos_id)])
+            config["add_bos_token"] = True
+        same = fast.to_str().encode()
         # load_tokenizer compares this hash and reads the .model, which is faster, if tokenizer.json is unchanged.
         config["tokenizer_model_of"] = hashlib.sha256(same).hexdigest()
         return config, {"tokenizer.model": model, "tokenizer.json": same}
@@ -232,6 +250,11 @@ class HuggingFaceTokenizer(Tokenizer):
         backend.no_padding()
         return backend
 
+    def ids_before_text(self, config: dict[str, Any]) -> list[int]:
+        # The post-processor decides alone: beside a tokenizer.json, transformers ignores add_bos_token.
+        plain, whole = (self._backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
+
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         return self._backend_for(follows_special).encode(text, add_special_tokens=False).ids
 
@@ -264,7 +287,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"{path}: no such tokenizer (and no .model there); train one with train_tokenizer.py")
     is_json = path.suffix == ".json"
     tokenizer = HuggingFaceTokenizer(path) if is_json else SentencePieceTokenizer(path.read_bytes(), path)
-    tokenizer.chat_template = _read_config(path.parent).get("chat_template")
+    config = _read_config(path.parent)
+    tokenizer.chat_template, tokenizer.begins = config.get("chat_template"), tokenizer.ids_before_text(config)
     return tokenizer
 
 

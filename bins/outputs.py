@@ -47,6 +47,7 @@ class Outputs:
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             tokenizer_sha256=tokenizer.sha256(),
+            bos=tokenizer.begins,
         )
         self.shard = state.get("shard", 0)
         self.train = self._bin(self._train_prefix(), state=state.get("train"))

@@ -4,7 +4,8 @@ A bin is three files with the same prefix:
 
     prefix.bin    ids of all documents in order, little-endian uint16, or uint32 for vocabularies above 65536
     prefix.idx    first token of each document, uint64, documents + 1 values; the last one is the number of tokens
-    prefix.json   dtype, tokens, documents, eos_id, vocab_size, tokenizer_sha256, sources {name: documents}, text_bytes
+    prefix.json   dtype, tokens, documents, bos (ids before the text of every document), eos_id, vocab_size,
+                  tokenizer_sha256, sources {name: documents}, text_bytes
 
 A `.bin` without the other two files is read as the headerless uint16 file of nanoGPT and baby-llama2.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from cli.progress import say
 
 UINT16_IDS = 1 << 16  # number of ids that fit uint16: the largest is 65535
 _SCAN = 1 << 24  # ids read at a time to check a headerless file: 32 MB
@@ -42,6 +45,7 @@ class BinWriter:
         tokenizer_sha256: str,
         dtype: Any = None,
         state: dict[str, Any] | None = None,
+        bos: Sequence[int] = (),
     ) -> None:
         if dtype is None:
             dtype = np.uint16 if vocab_size <= UINT16_IDS else np.uint32
@@ -54,6 +58,7 @@ class BinWriter:
             raise ValueError(f"eos_id should be from 0 to {vocab_size - 1} (vocab_size - 1), found {eos_id}")
         self.prefix = Path(prefix)
         self.vocab_size, self.eos_id, self.tokenizer_sha256 = vocab_size, eos_id, tokenizer_sha256
+        self.bos = list(bos)
         state = state or {"tokens": 0, "documents": 0, "text_bytes": 0, "sources": {}}
         self.tokens, self.documents, self.text_bytes = state["tokens"], state["documents"], state["text_bytes"]
         self.sources = Counter(state["sources"])
@@ -133,6 +138,7 @@ class BinWriter:
             "dtype": self.dtype.name,
             "tokens": self.tokens,
             "documents": self.documents,
+            "bos": self.bos,
             "eos_id": self.eos_id,
             "vocab_size": self.vocab_size,
             "tokenizer_sha256": self.tokenizer_sha256,
@@ -226,8 +232,14 @@ class TokenBin:
     def __reduce__(self) -> tuple[type[TokenBin], tuple[Path]]:
         return TokenBin, (self.path,)
 
-    def check(self, tokenizer_sha256: str, vocab_size: int) -> None:
-        """Raise ValueError when the bin was made with another tokenizer.
+    @property
+    def bos(self) -> list[int]:
+        """The ids before the text of every document; none in bins of versions that did not write them."""
+        return self.meta.get("bos") or []
+
+    def check(self, tokenizer_sha256: str, vocab_size: int, begins: Sequence[int] = ()) -> None:
+        """Raise ValueError when the bin was made with another tokenizer; say so when its documents do not begin with
+        the ids `begins` of the tokenizer.
 
         A headerless bin does not name its tokenizer: all its ids are read, and an id above the vocabulary is refused.
         """
@@ -243,6 +255,11 @@ class TokenBin:
                 f"{self.path} was made with another tokenizer: expected vocabulary {vocab_size}, sha256 "
                 f"{tokenizer_sha256[:12]}, found {self.meta['vocab_size']}, {self.meta['tokenizer_sha256'][:12]}; "
                 f"run data_process.py with this tokenizer"
+            )
+        if self.meta and self.bos != list(begins):
+            say(
+                f"{self.path}: its documents begin with the ids {self.bos}, and a text of this tokenizer with "
+                f"{list(begins)}: losses differ from those of the model's own texts; make it again with data_process.py"
             )
 
 

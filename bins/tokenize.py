@@ -21,7 +21,7 @@ from tokenizer import Tokenizer
 def tokenize(
     batches: Iterator[ScreenedBatch], tokenizer: Tokenizer, processes: int
 ) -> Iterator[tuple[ScreenedBatch, list[np.ndarray]]]:
-    """Yield each batch with the ids of its documents, uint32 arrays that end with eos.
+    """Yield each batch with the ids of its documents, uint32 arrays that begin and end as `encode` says.
 
     The order is that of `batches` for any number of processes. At most two batches per process wait in memory.
     Raises OSError when a process dies.
@@ -68,8 +68,11 @@ def take(pending: deque[tuple[ScreenedBatch, Future]]) -> tuple[ScreenedBatch, l
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of all texts, each with eos at its end, (n,) uint32, and the end of each, (len(texts),) int64."""
-    documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    """Return the ids of all texts, (n,) uint32, and the end of each, (len(texts),) int64.
+
+    Each text has before it what the tokenizer puts there (bos, or nothing), and eos at its end.
+    """
+    documents = [[*tokenizer.begins, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
     return np.fromiter(chain.from_iterable(documents), np.uint32), ends
 

@@ -43,15 +43,15 @@ class Record(NamedTuple):
 
 
 def encode_conversation(messages: Messages, template: ChatTemplate, train_on: str) -> Record:
-    """Encode a conversation, or a text without roles, which is trained from bos to eos."""
+    """Encode a conversation, or a text without roles, which is trained to its eos."""
     turns = sum(message["role"] == "assistant" for message in messages)
     if messages[0]["role"] != "text":
         text = template.encode(messages if train_on == "all" else only_last(messages))
         return Record(question(messages), [text], turns)
     tokenizer = template.tokenizer
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    before, after = ([] if i is None else [i] for i in (start, tokenizer.eos_id))
-    text = tokenizer.encode(messages[0]["content"], follows_special=bool(before)) + after
+    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    before = tokenizer.begins or after  # without bos, a text follows the eos of another, as in token bins
+    text = tokenizer.encode(messages[0]["content"]) + after
     return Record(question(messages), [(before + text, [False] * len(before) + [True] * len(text))], turns)
 
 

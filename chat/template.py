@@ -60,7 +60,15 @@ def load_template(tokenizer: Tokenizer, name: str = "auto") -> ChatTemplate:
             f"the template {name} needs the special tokens {', '.join(missing)}, which this vocabulary lacks; "
             f"add them with --add_special_tokens {' '.join(map(shlex.quote, missing))}"
         )
-    return ChatTemplate(tokenizer, jinja, name)
+    return ChatTemplate(tokenizer, with_bos(jinja, tokenizer), name)
+
+
+def with_bos(jinja: str, tokenizer: Tokenizer) -> str:
+    """Return a template that begins as every text of the tokenizer begins: with bos, unless it writes bos itself."""
+    bos = tokenizer.special_names().get("bos_token")
+    if not tokenizer.begins or bos is None or "bos_token" in jinja or bos in jinja:
+        return jinja
+    return "{{- bos_token -}}\n" + jinja
 
 
 def read_template(path: Path) -> tuple[str, list[str]]:

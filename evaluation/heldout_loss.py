@@ -47,7 +47,7 @@ class HeldoutLoss(Task):
         sources: dict[Path, BatchSource] = {}
         if self.heldout.is_file():
             tokens = TokenBin(self.heldout)
-            tokens.check(tokenizer.sha256(), tokenizer.vocab_size)
+            tokens.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins)
             sources[self.heldout] = PretrainData([tokens], seq_len, self.batch_size, seed=0, shuffle=False)
         if assistant.template is not None and self.sft_heldout.is_file():
             samples = encode_samples(file_conversations(self.sft_heldout, []), assistant.template, seq_len)

@@ -43,12 +43,12 @@ def draw_rows(paths: Sequence[Path], tokenizer: Tokenizer, length: int, n_tokens
 
 
 def read_ids(path: Path, tokenizer: Tokenizer, at_most: int) -> np.ndarray:
-    """Return the first ids of a token bin, a file of conversations, or texts with eos behind each: (n,) int64."""
+    """Return the first ids of a token bin, a file of conversations, or texts as bins have them: (n,) int64."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a token bin, a text file or folder, or conversations")
     if path.suffix == ".bin":
         tokens = TokenBin(path)
-        tokens.check(tokenizer.sha256(), tokenizer.vocab_size)
+        tokens.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins)
         return np.asarray(tokens.tokens[:at_most], np.int64)
     first = next(iter(records(path)), None) if path.is_file() else None
     value = getattr(first, "value", None)
@@ -59,7 +59,7 @@ def read_ids(path: Path, tokenizer: Tokenizer, at_most: int) -> np.ndarray:
     ids: list[int] = []
     for document in read_files(path, "text"):
         if isinstance(document, Document):
-            ids += [*tokenizer.encode(document.text), *end]
+            ids += [*tokenizer.begins, *tokenizer.encode(document.text), *end]
         if len(ids) >= at_most:
             break
     return np.asarray(ids[:at_most], np.int64)

@@ -67,10 +67,11 @@ class Assistant:
         check_messages(messages)
         if len(messages) != 1:
             raise ValueError("a model without a chat template takes a single text, not a conversation")
-        # In our token bins eos separates documents and there is no bos, so a raw prompt starts with eos.
-        ours = self.tokenizer.bos_id is None or has_markers(self.tokenizer)
-        start = self.tokenizer.eos_id if ours else self.tokenizer.bos_id
-        return [start] * (start is not None) + self.tokenizer.encode(messages[0]["content"])
+        start, eos = self.tokenizer.begins, self.tokenizer.eos_id
+        if not start and has_markers(self.tokenizer):  # in bins of our vocabularies, eos stands before every text
+            start = [eos]
+        ids = [*start, *self.tokenizer.encode(messages[0]["content"])]
+        return ids or [eos if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
         """Return an iterator over the ids of the answer to one prompt. cache: see `Decoder.stream`."""

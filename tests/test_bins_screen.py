@@ -148,7 +148,7 @@ def test_ids_come_in_order_with_eos_at_their_ends(tokenizer, monkeypatch, proces
     for batch, ids in tokenize(iter(screened(items, min_chars=2)), tokenizer, processes):
         assert len(ids) == len(batch.documents) and all(document.dtype == np.uint32 for document in ids)
         found += [document.tolist() for document in ids]
-    assert found == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts[1:-1]]
+    assert found == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts[1:-1]]
 
 
 def test_a_batch_of_nothing_still_comes(tokenizer):

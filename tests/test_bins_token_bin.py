@@ -83,6 +83,7 @@ def test_meta_counts_sources_and_bytes(tmp_path):
         "dtype": "uint16",
         "tokens": 6,
         "documents": 3,
+        "bos": [],
         "eos_id": EOS,
         "vocab_size": 100,
         "tokenizer_sha256": SHA,

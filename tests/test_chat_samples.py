@@ -104,7 +104,7 @@ def test_only_the_last_answer_is_trained_if_so_asked():
 def test_a_text_without_roles_is_trained_whole(chat_template):
     tokenizer = chat_template.tokenizer
     samples = encode_samples([[{"role": "text", "content": "明月"}]], chat_template, 40)
-    assert samples.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("明月"), tokenizer.eos_id]
+    assert samples.ids.tolist() == [tokenizer.eos_id, *tokenizer.encode("明月"), tokenizer.eos_id]
     assert samples.mask.tolist() == [False] + [True] * (len(samples.ids) - 1)
 
 

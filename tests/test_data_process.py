@@ -71,7 +71,7 @@ def test_the_summary_counts_what_an_independent_count_finds(make, tokenizer_path
     source = SourceArgs(input=(tmp_path / "some.jsonl", tmp_path / "more.txt"))
     out, summary = make(None, source=source)
     tokenizer = load_tokenizer(tokenizer_path)
-    n_tokens, n_chars = sum(len(tokenizer.encode(text)) + 1 for text in texts), sum(map(len, texts))
+    n_tokens, n_chars = sum(len(tokenizer.encode(text)) + 2 for text in texts), sum(map(len, texts))
     assert summary["sources"]["some.jsonl"] == {
         "documents": 40,
         "held_out": sum(stable_share(text) < 0.1 for text in texts),
