@@ -68,7 +68,7 @@ class Tokenizer:
             raise ValueError(f"this tokenizer's model reads {', '.join(unsafe)} in plain text as special tokens")
 
     def encode(self, text: str, follows_special: bool = False) -> list[int]:
-        """Return the ids of plain text, without `begins` and eos. Raises ValueError for a lone surrogate (no UTF-8 form).
+        """Return the ids of plain text, without `begins` and eos. Raises ValueError for a lone surrogate.
 
         follows_special: the text comes after a special token. Some vocabularies put a space before the first text only.
         """

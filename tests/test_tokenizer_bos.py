@@ -118,7 +118,7 @@ def test_bos_is_an_input_and_no_target(tmp_path, isolate):
     batches = [data.batch(step) for step in range(data.steps_per_epoch)]
     tokens = np.concatenate([batch.tokens.numpy().ravel() for batch in batches])
     targets = np.concatenate([batch.targets.numpy().ravel() for batch in batches])
-    stream = sum(documents, [])
+    stream = [id for document in documents for id in document]
     assert tokens[1 : len(stream)].tolist() == stream[:-1]
     assert targets[: len(stream)].tolist() == [IGNORE if id == 1 else id for id in stream]
     assert (targets[len(stream) :] == IGNORE).all()
