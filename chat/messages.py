@@ -17,6 +17,7 @@ A key that a record lacks, or has as null, is absent. A text without roles is on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 Message = dict[str, Any]
@@ -65,3 +66,12 @@ def _check_optional(n: int, message: Message) -> None:
             raise ValueError(f'message {n}: a tool call should have a "function" with a name, found {call!r:.100}')
         if not isinstance(function.get("arguments", ""), dict | str):
             raise ValueError(f"message {n}: arguments should be an object or its JSON, found {call!r:.100}")
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in a message, or in a value of it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.items() if isinstance(value, dict) else value:
+            yield from texts(list(each) if isinstance(each, tuple) else each)

@@ -2,7 +2,8 @@
 
 A template is Jinja text: one of chat/templates/ or the model's own. It is rendered as in transformers, so the ids equal
 those of `apply_chat_template`; the mask, too, if the template has {% generation %} blocks. Without such blocks, the
-trained tokens are those between the prompt of an answer and the special token that ends the answer, inclusive.
+trained tokens are those between the prompt of an answer and the special token that ends the answer, inclusive
+(chat/answers.py). If such a template cuts the thought out of the last answer, the thought is put back.
 
 Special tokens written in a message are text here, so that a message cannot end its turn and begin another one. (In
 transformers it can, unless the caller sanitizes it.) Some templates separate messages by plain text, such as LLaMA 2's
@@ -11,20 +12,25 @@ transformers it can, unless the caller sanitizes it.) Some templates separate me
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import re
 import shlex
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 
+from chat.answers import CLOSE, OPEN, find_answers, with_last_thought
+from chat.features import calling, rendered_parts
 from chat.jinja import BEGIN, BREAK, ENVIRONMENT, FINISH, MARKS
-from chat.messages import Message, check_messages
+from chat.messages import OPTIONAL, Message, check_messages, texts
 from cli.args import nearest
 from tokenizer import MARKERS, Tokenizer
 
+BLOCK = re.compile(f"{BEGIN}([^{FINISH}]*){FINISH}")  # what a {% generation %} block writes
 TEMPLATES = Path(__file__).parent / "templates"
 # First line of a template file that names special tokens in literal text. It is not a part of the template: the saved
 # text and its hash stay the same when only this line changes.
@@ -101,6 +107,8 @@ class ChatTemplate:
         # A rendered text is split at marks and at special tokens, except those after BREAK, which are text.
         names = _any_of(tokenizer.special)
         self._names = re.compile(f"(?={names})")
+        # Templates look for these two in an answer, so there they stay what they are.
+        self._names_in_answers = re.compile(f"(?={_any_of(set(tokenizer.special) - {OPEN, CLOSE})})")
         self._split = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
         # Some special tokens remove the white space to their left or right, also when a mark stands in between.
         before, after = (_any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
@@ -108,10 +116,11 @@ class ChatTemplate:
         self._spaces = [re.compile(f"{space}(?<!{BREAK}){before}"), re.compile(f"(?<!{BREAK}){after}{space}")]
         try:
             self._template = ENVIRONMENT.from_string(jinja)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"{name} is not a valid Jinja template: {error}") from None
         self._has_blocks = re.search(r"\{%[-+]?\s*generation\b", jinja) is not None
         self.separators: list[str] = []
+        self._ends: set[str] = set()
         self._probe()
 
     def encode(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
@@ -121,16 +130,13 @@ class ChatTemplate:
         `check_messages`), a message contains a separator, or the template refuses or changes a message.
         """
         rendered = self._without_spaces(self.check(messages, add_generation_prompt))
-        trained_turns = iter([m.get("loss", True) for m in messages if m["role"] == "assistant"])
         ids: list[int] = []
         mask: list[bool] = []
         run: list[tuple[str, bool]] = []
         trained = False
         for n, part in enumerate(self._split.split(rendered)):  # text, mark or special token, text, ...
-            if part == BEGIN:
-                trained = bool(next(trained_turns))
-            elif part == FINISH:
-                trained = False
+            if part in (BEGIN, FINISH):
+                trained = part == BEGIN
             elif n % 2 and part != BREAK:  # a special token: encode the text before it
                 encode_texts(self.tokenizer, run, ids, mask)
                 run = []
@@ -150,88 +156,117 @@ class ChatTemplate:
     def check(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Return the rendered text of a conversation (see `render`); raises the errors of `encode`."""
         check_messages(messages, add_generation_prompt)
-        self._check_separators(messages)
+        self._check_texts(messages)
         return self.render(messages, add_generation_prompt)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation with marks in it.
 
-        BREAK stands before a special token that is text; BEGIN and FINISH stand around the generated part of each
-        assistant message.
+        BREAK stands before a special token that is text; BEGIN and FINISH stand around all that is trained.
         """
-        if self._has_blocks:
-            rendered = self._fill(messages, add_generation_prompt)
-            if rendered.count(BEGIN) != sum(message["role"] == "assistant" for message in messages):
-                raise ValueError(f"{self.name} should have one {{% generation %}} block for each assistant message")
-            return rendered
-        return self._mark_answers(messages, add_generation_prompt)
-
-    def _fill(self, messages: list[Message], add_generation_prompt: bool, marked: str = "") -> str:
-        """Render the template, with BREAK before special tokens in messages.
-
-        marked: BEGIN and FINISH go "around" each answer, "inside" of the white space around it, or nowhere ("").
-        """
-        filled = []
-        for message in messages:
-            content = self._names.sub(BREAK, message["content"])
-            if marked and message["role"] == "assistant":
-                text = content if marked == "around" else content.strip()
-                before, _, after = content.partition(text) if text else ("", "", content)
-                content = f"{before}{BEGIN}{text}{FINISH}{after}"
-            filled.append({"role": message["role"], "content": content})
+        messages = [self._as_text(message) for message in messages]
+        text = self._fill(messages, add_generation_prompt)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        trained = [bool(message.get("loss", True)) for message in answers]
+        if self._has_blocks and all(trained):
+            return text
         try:
-            return self._template.render(
-                messages=filled,
-                tools=None,
+            return (self._only_trained if self._has_blocks else self._mark_answers)(messages, text, trained)
+        except ValueError as error:
+            if add_generation_prompt:  # nothing of a prompt is trained
+                return text
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def _as_text(self, message: Message) -> Message:
+        """Return a message with BREAK before special tokens in all its texts."""
+        names = self._names_in_answers if message["role"] == "assistant" else self._names
+
+        def mark(value: Any) -> Any:
+            if isinstance(value, str):
+                return names.sub(BREAK, value)
+            if isinstance(value, dict):
+                return {mark(key): mark(each) for key, each in value.items()}
+            return [mark(each) for each in value] if isinstance(value, list) else value
+
+        return {key: value if key == "role" else mark(value) for key, value in message.items()}
+
+    def _fill(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Return the template's text of messages of `_as_text`; its variables are those of transformers."""
+        tools = next((message["tools"] for message in messages if message.get("tools")), None)
+        given = [{key: value for key, value in each.items() if key not in ("tools", "loss")} for each in messages]
+        for message in given:
+            if "reasoning_content" in message:
+                message["thinking"] = message["reasoning_content"]  # the name that gpt-oss reads
+        try:
+            return ENVIRONMENT.fill(
+                self._template,
+                messages=given,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_names(),
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.name} refuses this conversation: {error}") from None
 
-    def _mark_answers(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """Return what `render` does for a template without {% generation %} blocks.
+    def _unmarked(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Return what `_fill` does, without the marks of {% generation %} blocks."""
+        return BLOCK.sub(r"\1", self._fill(messages, add_generation_prompt))
 
-        The answers are found by rendering them with marks, which the template has to leave where they are.
+    def _mark_answers(self, messages: list[Message], text: str, trained: list[bool]) -> str:
+        """Return `text`, of a template without {% generation %} blocks, with marks around the trained answers."""
+        spans = self._spans(messages, text)
+        if messages[-1]["role"] == "assistant":
+            whole = with_last_thought(self._unmarked, messages, text, spans[-1])
+            if whole != text:
+                text, spans = whole, self._spans(messages, whole)
+        for (start, stop), is_trained in list(zip(spans, trained))[::-1]:
+            if is_trained:
+                text = text[:start] + BEGIN + text[start:stop] + FINISH + text[stop:]
+        return text
+
+    def _spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
+        """Return where each answer begins and ends in `text`, which has no marks."""
+        return find_answers(self._unmarked, messages, text, self._split, self._ends)
+
+    def _only_trained(self, messages: list[Message], text: str, trained: list[bool]) -> str:
+        """Return `text`, of a template with {% generation %} blocks, without the marks of answers that are not trained.
+
+        A template may have no block for an answer, or several.
         """
-        plain = self._fill(messages, add_generation_prompt)
-        for how in ("around", "inside"):  # many templates strip an answer: marks outside of it would stop that
-            marked = self._fill(messages, add_generation_prompt, how)
-            if re.sub(f"[{BEGIN}{FINISH}]", "", marked) == plain and marked.count(BEGIN) == sum(
-                message["role"] == "assistant" for message in messages
-            ):
-                break
-        else:
-            raise ValueError(
-                f"{self.name} changes an answer and has no {{% generation %}} blocks, which would show what to train"
-            )
-        out, at, pieces = [], 0, re.split(f"{BEGIN}|{FINISH}", marked)  # text, answer, text, answer, ..., text
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        bounds = list(itertools.accumulate(map(len, pieces)))  # start and stop of each answer in `plain`
-        for n, start, stop in zip(answers, bounds[0::2], bounds[1::2]):
-            # What follows the prompt is generated: from there, not only from the answer itself ...
-            prompt = self._prompt_length(messages[:n], plain)
-            start = prompt if prompt is not None and at <= prompt <= start else start
-            # ... to the end of the next special token, which ends the turn.
-            end = next((match.end() for match in self._split.finditer(plain, stop) if match[0] != BREAK), stop)
-            out += [plain[at:start], BEGIN, plain[start:end], FINISH]
-            at = end
-        return "".join([*out, plain[at:]])
+        plain = BLOCK.sub(r"\1", text)
+        stops = [stop for _, stop in self._spans(messages, plain)]
+        parts, at = [], 0
+        for n, piece in enumerate(re.split(f"{BEGIN}|{FINISH}", text)):  # text, block, text, block, ..., text
+            if n % 2 and not trained[sum(stop <= at for stop in stops)]:
+                parts.append(piece)
+            else:
+                parts.append(f"{BEGIN}{piece}{FINISH}" if n % 2 else piece)
+            at += len(piece)
+        return "".join(parts)
 
-    def _prompt_length(self, messages: list[Message], plain: str) -> int | None:
-        """Return the length in characters of the prompt for `messages`, None if `plain` does not begin with it."""
-        try:
-            prompt = self._fill(messages, True)
-        except ValueError:
-            return None
-        return len(prompt) if plain.startswith(prompt) else None
+    def leaves_out(self, messages: list[Message]) -> list[str]:
+        """Return the parts of a conversation that the template does not render: keys, and "role tool" or "role system".
 
-    def _check_separators(self, messages: list[Message]) -> None:
+        A thought that the template leaves out of earlier answers on purpose is no such part.
+        """
+        keys = [key for key in OPTIONAL if any(message.get(key) for message in messages)]
+        roles = [role for role in ("system", "tool") if any(message["role"] == role for message in messages)]
+        return [key for key in keys if key not in self.rendered] + [
+            f"role {role}" for role in roles if role not in self.rendered
+        ]
+
+    @cached_property
+    def rendered(self) -> set[str]:
+        """The optional parts that the template renders, see `rendered_parts`."""
+        return rendered_parts(self.render)
+
+    def _check_texts(self, messages: list[Message]) -> None:
         """Raise ValueError when a message contains a mark, or, except for answers, a separator."""
         for n, message in enumerate(messages):
-            if mark := MARKS.search(message["content"]):
-                raise ValueError(f"message {n} contains U+{ord(mark[0]):X}, a noncharacter: remove it")
+            for text in texts(message):
+                if mark := MARKS.search(text):
+                    raise ValueError(f"message {n} contains U+{ord(mark[0]):X}, a noncharacter: remove it")
             for separator in self.separators if message["role"] != "assistant" else ():
                 if separator in message["content"]:
                     raise ValueError(
@@ -239,25 +274,39 @@ class ChatTemplate:
                     )
 
     def _probe(self) -> None:
-        """Render a short conversation to find the ids that end an answer and the texts that separate messages."""
+        """Render short conversations to find the ids that end an answer and the texts that separate messages."""
         question, answer = {"role": "user", "content": "\ufdd3"}, {"role": "assistant", "content": "\ufdd4"}
-        ids, mask = self.encode([question, answer])
-        names = set(self.tokenizer.special.values()) - {self.tokenizer.unk_id}
-        ends = {i for i, trained in zip(ids, mask) if trained and i in names}
-        if not ends:
+        unk = {name for name, i in self.tokenizer.special.items() if i == self.tokenizer.unk_id}
+        text = self._unmarked([question, answer], False)
+        if "\ufdd4" not in text and not self._has_blocks:
+            raise ValueError(
+                f"{self.name} changes an answer and has no {{% generation %}} blocks, which would show what to train"
+            )
+        self._ends = set(self._tokens_after("\ufdd4", text)[:1]) - unk
+        if self._has_blocks:  # they say it themselves
+            blocks = BLOCK.findall(self._fill([question, answer], False))
+            self._ends = {token for part in blocks for token in self._tokens_after("", part)} - unk
+        if not self._ends:
             raise ValueError(
                 f"{self.name} writes no special token of this vocabulary at the end of an answer, "
                 "so that no answer could end; choose another template"
             )
-        self.stop_ids: list[int] = sorted({*ends, self.tokenizer.eos_id} - {None})
+        for call in (calling("\ufdd5", content=""), calling("\ufdd5")):  # a call may end with another token
+            with contextlib.suppress(ValueError):
+                self._ends |= set(self._tokens_after("\ufdd5", self._unmarked([question, call], False))[-1:]) - unk
+        self.stop_ids: list[int] = sorted(
+            {*(self.tokenizer.special[name] for name in self._ends), self.tokenizer.eos_id} - {None}
+        )
         conversation = [question, answer]
-        try:
-            self._fill([{"role": "system", "content": "\ufdd5"}, *conversation], False)
-            conversation = [{"role": "system", "content": "\ufdd5"}, *conversation]
-        except ValueError:
-            pass  # the template has no system message
-        between = re.split("[\ufdd3-\ufdd5]", MARKS.sub("", self._fill(conversation, False)))[1:-1]
+        with contextlib.suppress(ValueError):  # not every template has a system message
+            text = self._unmarked([{"role": "system", "content": "\ufdd5"}, *conversation], False)
+        between = re.split("[\ufdd3-\ufdd5]", text)[1:-1]
         self.separators = [text.strip() for text in between if text.strip() and not self._names.search(text)]
+
+    def _tokens_after(self, place: str, text: str) -> list[str]:
+        """Return the special tokens after the last `place` in `text`."""
+        start = text.rfind(place) if place else 0
+        return [match[0] for match in self._split.finditer(text, start)] if start >= 0 else []
 
 
 def encode_texts(tokenizer: Tokenizer, run: list[tuple[str, bool]], ids: list[int], mask: list[bool]) -> None:

@@ -1,0 +1,87 @@
+"""Where the answers stand in the text of a conversation, for templates without {% generation %} blocks.
+
+An answer begins where the prompt for it ends, and ends with the special token that ends a turn. The prompt is what the
+template makes of the messages before the answer; no mark inside an answer is needed, so a template may cut an answer
+into thought and text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import takewhile
+
+from chat.jinja import BREAK, FINISH
+from chat.messages import Message
+
+Fill = Callable[[list[Message], bool], str]  # messages, add_generation_prompt -> the template's text
+OPEN, CLOSE = "<think>", "</think>"  # around a thought inside the content of an answer
+WAY_ON = "put {% generation %} blocks around answers in a template file, or choose another --data.template"
+
+
+def find_answers(
+    fill: Fill, messages: list[Message], text: str, tokens: re.Pattern[str], ends: set[str]
+) -> list[tuple[int, int]]:
+    """Return where each answer begins and ends in `text`, which is the template's text of `messages`.
+
+    tokens: finds special tokens and marks; ends: special tokens that end an answer. Raises ValueError when a place
+    cannot be found.
+    """
+    spans, last = [], 0
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = _start(fill, messages, n, text, tokens)
+        if start < last:
+            raise ValueError(f"the place of message {n} cannot be found: {WAY_ON}")
+        matches = (match for match in tokens.finditer(text, start) if match[0] in ends)
+        last = next((match.end() for match in matches), len(text))
+        spans.append((start, last))
+    return spans
+
+
+def _start(fill: Fill, messages: list[Message], n: int, text: str, tokens: re.Pattern[str]) -> int:
+    """Return where the answer `messages[n]` begins in `text`."""
+    prompt = fill(messages[:n], True)
+    if text.startswith(prompt):
+        return len(prompt)
+    # Later messages change what the template writes for earlier ones (tools before the last question), or the prompt
+    # opens a thought that is not in the text. So only what follows the last message before the answer is compared.
+    marked = [*messages[: n - 1], messages[n - 1] | {"content": messages[n - 1]["content"].rstrip() + FINISH}]
+    after_prompt = fill(marked, True).partition(FINISH)[2]
+    before, found, after = fill([*marked, *messages[n:]], False).partition(FINISH)
+    if not found or not text.startswith(before):
+        raise ValueError(f"the place of message {n} cannot be found, because its prompt is another text: {WAY_ON}")
+    same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(after_prompt, after)))
+    if same != after_prompt:  # an answer may begin like the rest of the prompt by chance: go back to a token or a line
+        ends = [match.end() for match in tokens.finditer(same) if match[0] != BREAK]
+        same = same[: max([0, *ends, same.rfind("\n") + 1])]
+    return len(before) + len(same)
+
+
+def with_last_thought(fill: Fill, messages: list[Message], text: str, span: tuple[int, int]) -> str:
+    """Return `text`, whose last answer lies at `span`, with the thought of that answer if the template cuts it out.
+
+    Templates such as DeepSeek-R1's cut a thought out of every answer, because they are made for the history of a chat.
+    The model itself continues the prompt with the thought. So the prompt, then the answer as it was written, is what
+    it has to learn.
+    """
+    start, stop = span
+    content, thought = messages[-1].get("content", ""), messages[-1].get("reasoning_content", "").strip()
+    head, closed, visible = content.rpartition(CLOSE)
+    prompt = fill(messages[:-1], True)
+    opens = prompt.rstrip().endswith(OPEN)
+    if closed:
+        thought = head.replace(OPEN, "").strip()
+    elif opens and thought:
+        content, visible = f"{OPEN}\n{thought}\n{CLOSE}\n\n{content}", content
+    if not (closed or opens) or not thought or thought in text[start:]:
+        return text
+    _, found, end = text[start:].rpartition(visible.strip())
+    if not found or not prompt.startswith(text[:start]) or len(text) - len(end) > stop:
+        raise ValueError(f"the template cuts out the thought of the last answer: {WAY_ON}")
+    if opens and content.lstrip().startswith(OPEN):
+        content = content.lstrip().removeprefix(OPEN)
+        gap = prompt[len(prompt.rstrip()) :]
+        content = content.removeprefix(gap) if content.startswith(gap) else content.lstrip()
+    return prompt + content.rstrip() + end
