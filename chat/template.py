@@ -13,6 +13,7 @@ transformers it can, unless the caller sanitizes it.) Some templates separate me
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable
@@ -35,6 +36,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 # First line of a template file that names special tokens in literal text. It is not a part of the template: the saved
 # text and its hash stay the same when only this line changes.
 NEEDS = re.compile(r"\{#- special tokens: (.*) -#\}\n")
+# Texts of our templates before they rendered thoughts and tools, as checkpoints of that time know them. Conversations
+# without these have the same ids, so such a run is resumed.
+FORMER = {
+    "ours": "f530fd4305ec53d63d2348bf3b4e79a55cc8d9559133fdecedd659f8d0fdaf1e",
+    "chatml": "508e2be4fe8392a766bbbfd250ba5dd8b424d8768526122220ff287ddbc63a59",
+    "llama2": "cd0319e3071ae51f18681e89d4f310e8c5a44addfc15a332d7efe2a76e5ab912",
+}
 
 
 def load_template(tokenizer: Tokenizer, name: str = "auto") -> ChatTemplate:
@@ -77,6 +85,12 @@ def read_template(path: Path) -> tuple[str, list[str]]:
     jinja = path.read_text(encoding="utf8").rstrip("\n")
     needs = NEEDS.match(jinja)
     return (jinja[needs.end() :], needs[1].split()) if needs else (jinja, [])
+
+
+def template_hash(jinja: str) -> str:
+    """Return the SHA-256 of a template's text, by which a run knows its template when it is resumed."""
+    same = (former for name, former in FORMER.items() if jinja == read_template(TEMPLATES / f"{name}.jinja")[0])
+    return next(same, hashlib.sha256(jinja.encode()).hexdigest())
 
 
 def _any_of(names: Iterable[str]) -> str:
