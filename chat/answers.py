@@ -59,29 +59,30 @@ def _start(fill: Fill, messages: list[Message], n: int, text: str, tokens: re.Pa
     return len(before) + len(same)
 
 
-def with_last_thought(fill: Fill, messages: list[Message], text: str, span: tuple[int, int]) -> str:
-    """Return `text`, whose last answer lies at `span`, with the thought of that answer if the template cuts it out.
+def with_last_thought(fill: Fill, messages: list[Message], text: str, start: int) -> str:
+    """Return `text`, whose last answer begins at `start`, with the thought of that answer if the template cuts it out.
 
     Templates such as DeepSeek-R1's cut a thought out of every answer, because they are made for the history of a chat.
-    The model itself continues the prompt with the thought. So the prompt, then the answer as it was written, is what
-    it has to learn.
+    The model itself continues the prompt with the thought. So the prompt, then the thought and the rest of the answer,
+    is what it has to learn.
     """
-    start, stop = span
     content, thought = messages[-1].get("content", ""), messages[-1].get("reasoning_content", "").strip()
-    head, closed, visible = content.rpartition(CLOSE)
-    prompt = fill(messages[:-1], True)
-    opens = prompt.rstrip().endswith(OPEN)
+    written, closed, _ = content.partition(CLOSE)
     if closed:
-        thought = head.replace(OPEN, "").strip()
-    elif opens and thought:
-        content, visible = f"{OPEN}\n{thought}\n{CLOSE}\n\n{content}", content
-    if not (closed or opens) or not thought or thought in text[start:]:
+        thought = written.rpartition(OPEN)[2].strip()
+    if not thought:
         return text
-    _, found, end = text[start:].rpartition(visible.strip())
-    if not found or not prompt.startswith(text[:start]) or len(text) - len(end) > stop:
+    prompt, rest = fill(messages[:-1], True), text[start:]
+    opens = prompt.rstrip().endswith(OPEN)
+    # A key that the template does not know is no thought that it cuts out, unless its prompt asks for one.
+    if not (closed or opens) or CLOSE in rest or (thought in rest and not opens):
+        return text
+    if not prompt.startswith(text[:start]):
         raise ValueError(f"the template cuts out the thought of the last answer: {WAY_ON}")
-    if opens and content.lstrip().startswith(OPEN):
-        content = content.lstrip().removeprefix(OPEN)
-        gap = prompt[len(prompt.rstrip()) :]
-        content = content.removeprefix(gap) if content.startswith(gap) else content.lstrip()
-    return prompt + content.rstrip() + end
+    head = f"{OPEN}\n{thought}\n{CLOSE}\n\n"
+    if closed:  # as it is written, with the space after it
+        head = content[: len(content) - len(content.rpartition(CLOSE)[2].lstrip())]
+    if opens and head.lstrip().startswith(OPEN):
+        head, gap = head.lstrip().removeprefix(OPEN), prompt[len(prompt.rstrip()) :]
+        head = head.removeprefix(gap) if head.startswith(gap) else head.lstrip()
+    return prompt + head + rest.lstrip()

@@ -8,14 +8,25 @@ from typing import Any
 from chat.messages import OPTIONAL, Message
 
 WORD = "Zq7Kx3Wv9"  # nine letters and digits, because Mistral's template wants ids of calls in this form
+ROLES = {"system": "role system", "tool": "role tool"}
+BESIDE = "content beside tool_calls"
+PARTS = (*OPTIONAL, *ROLES.values(), BESIDE)
+
+
+def parts_of(messages: list[Message]) -> list[str]:
+    """Return which of PARTS a conversation has."""
+    parts = {key for message in messages for key in OPTIONAL if message.get(key)}
+    parts |= {ROLES[message["role"]] for message in messages if message["role"] in ROLES}
+    parts |= {BESIDE for message in messages if message.get("tool_calls") and message.get("content", "").strip()}
+    return [part for part in PARTS if part in parts]
 
 
 def rendered_parts(render: Callable[[list[Message], bool], str]) -> set[str]:
-    """Return which keys of OPTIONAL, and which of the roles "system" and "tool", a template renders.
+    """Return which of PARTS a template renders.
 
     render: messages, add_generation_prompt -> text; ValueError where the template refuses them
     """
-    return {part for part in (*OPTIONAL, "system", "tool") if any(_shows(render, each) for each in probes(part))}
+    return {part for part in PARTS if any(_shows(render, each) for each in probes(part))}
 
 
 def _shows(render: Callable[[list[Message], bool], str], messages: list[Message]) -> bool:
@@ -26,20 +37,23 @@ def _shows(render: Callable[[list[Message], bool], str], messages: list[Message]
 
 
 def probes(part: str) -> Iterator[list[Message]]:
-    """Yield conversations in which WORD is the value of `part`, a key or a role."""
+    """Yield conversations in which WORD is the value of `part`."""
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    if part == "system":
+    if part == ROLES["system"]:
         yield [{"role": "system", "content": WORD}, question, answer]
     elif part == "tools":
         yield [question | {"tools": [{"type": "function", "function": _function(WORD)}]}]
     elif part == "reasoning_content":
         yield [question, answer | {"reasoning_content": WORD}]
+    elif part == BESIDE:
+        yield [question, calling("f", content=WORD)]
     for content in ({"content": ""}, {}):  # templates differ in what they expect of a message that only calls
         if part == "tool_calls":
             yield [question, calling(WORD, **content)]
-        elif part in ("tool", "name", "tool_call_id"):
+        elif part in (ROLES["tool"], "name", "tool_call_id"):
             result = {"role": "tool", "content": "r", "name": "f", "tool_call_id": WORD[::-1]}
-            yield [question, calling("f", **content), result | {"content" if part == "tool" else part: WORD}]
+            key = "content" if part == ROLES["tool"] else part
+            yield [question, calling("f", **content), result | {key: WORD}]
 
 
 def calling(name: str, **content: str) -> Message:

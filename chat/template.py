@@ -16,22 +16,20 @@ import contextlib
 import hashlib
 import re
 import shlex
-from collections.abc import Iterable
 from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
-from chat.answers import CLOSE, OPEN, find_answers, with_last_thought
-from chat.features import calling, rendered_parts
-from chat.jinja import BEGIN, BREAK, ENVIRONMENT, FINISH, MARKS
-from chat.messages import OPTIONAL, Message, check_messages, texts
+from chat.answers import find_answers, with_last_thought
+from chat.features import calling, parts_of, rendered_parts
+from chat.jinja import BEGIN, BREAK, FINISH, MARKS
+from chat.messages import Message, check_messages, texts
+from chat.renderer import BLOCK, Renderer, any_of
 from cli.args import nearest
 from tokenizer import MARKERS, Tokenizer
 
-BLOCK = re.compile(f"{BEGIN}([^{FINISH}]*){FINISH}")  # what a {% generation %} block writes
 TEMPLATES = Path(__file__).parent / "templates"
 # First line of a template file that names special tokens in literal text. It is not a part of the template: the saved
 # text and its hash stay the same when only this line changes.
@@ -93,11 +91,6 @@ def template_hash(jinja: str) -> str:
     return next(same, hashlib.sha256(jinja.encode()).hexdigest())
 
 
-def _any_of(names: Iterable[str]) -> str:
-    """Return a regular expression that matches one of the names, the longest first; without names it never matches."""
-    return f"(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)'})"
-
-
 def own_jinja(tokenizer: Tokenizer) -> str | None:
     """Return the Jinja text that came with the tokenizer; the one named "default" if there are several."""
     own = tokenizer.chat_template
@@ -118,21 +111,11 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, jinja: str, name: str = "the chat template") -> None:
         self.tokenizer, self.jinja, self.name = tokenizer, jinja, name
-        # A rendered text is split at marks and at special tokens, except those after BREAK, which are text.
-        names = _any_of(tokenizer.special)
-        self._names = re.compile(f"(?={names})")
-        # Templates look for these two in an answer, so there they stay what they are.
-        self._names_in_answers = re.compile(f"(?={_any_of(set(tokenizer.special) - {OPEN, CLOSE})})")
-        self._split = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
+        self._renderer = Renderer(tokenizer, jinja, name)
         # Some special tokens remove the white space to their left or right, also when a mark stands in between.
-        before, after = (_any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
+        before, after = (any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
         space = rf"[\s{BREAK}{BEGIN}{FINISH}]*"
         self._spaces = [re.compile(f"{space}(?<!{BREAK}){before}"), re.compile(f"(?<!{BREAK}){after}{space}")]
-        try:
-            self._template = ENVIRONMENT.from_string(jinja)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ValueError(f"{name} is not a valid Jinja template: {error}") from None
-        self._has_blocks = re.search(r"\{%[-+]?\s*generation\b", jinja) is not None
         self.separators: list[str] = []
         self._ends: set[str] = set()
         self._probe()
@@ -148,7 +131,7 @@ class ChatTemplate:
         mask: list[bool] = []
         run: list[tuple[str, bool]] = []
         trained = False
-        for n, part in enumerate(self._split.split(rendered)):  # text, mark or special token, text, ...
+        for n, part in enumerate(self._renderer.tokens.split(rendered)):  # text, mark or special token, text, ...
             if part in (BEGIN, FINISH):
                 trained = part == BEGIN
             elif n % 2 and part != BREAK:  # a special token: encode the text before it
@@ -178,60 +161,21 @@ class ChatTemplate:
 
         BREAK stands before a special token that is text; BEGIN and FINISH stand around all that is trained.
         """
-        messages = [self._as_text(message) for message in messages]
-        text = self._fill(messages, add_generation_prompt)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        trained = [bool(message.get("loss", True)) for message in answers]
-        if self._has_blocks and all(trained):
+        messages = [self._renderer.as_text(message) for message in messages]
+        text = self._renderer.fill(messages, add_generation_prompt)
+        trained = [bool(message.get("loss", True)) for message in messages if message["role"] == "assistant"]
+        if all(trained) if self._renderer.has_blocks else add_generation_prompt:  # nothing of a prompt is trained
             return text
         try:
-            return (self._only_trained if self._has_blocks else self._mark_answers)(messages, text, trained)
+            return (self._only_trained if self._renderer.has_blocks else self._mark_answers)(messages, text, trained)
         except ValueError as error:
-            if add_generation_prompt:  # nothing of a prompt is trained
-                return text
             raise ValueError(f"{self.name}: {error}") from None
-
-    def _as_text(self, message: Message) -> Message:
-        """Return a message with BREAK before special tokens in all its texts."""
-        names = self._names_in_answers if message["role"] == "assistant" else self._names
-
-        def mark(value: Any) -> Any:
-            if isinstance(value, str):
-                return names.sub(BREAK, value)
-            if isinstance(value, dict):
-                return {mark(key): mark(each) for key, each in value.items()}
-            return [mark(each) for each in value] if isinstance(value, list) else value
-
-        return {key: value if key == "role" else mark(value) for key, value in message.items()}
-
-    def _fill(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """Return the template's text of messages of `_as_text`; its variables are those of transformers."""
-        tools = next((message["tools"] for message in messages if message.get("tools")), None)
-        given = [{key: value for key, value in each.items() if key not in ("tools", "loss")} for each in messages]
-        for message in given:
-            if "reasoning_content" in message:
-                message["thinking"] = message["reasoning_content"]  # the name that gpt-oss reads
-        try:
-            return ENVIRONMENT.fill(
-                self._template,
-                messages=given,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_names(),
-            )
-        except ValueError as error:
-            raise ValueError(f"{self.name} refuses this conversation: {error}") from None
-
-    def _unmarked(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """Return what `_fill` does, without the marks of {% generation %} blocks."""
-        return BLOCK.sub(r"\1", self._fill(messages, add_generation_prompt))
 
     def _mark_answers(self, messages: list[Message], text: str, trained: list[bool]) -> str:
         """Return `text`, of a template without {% generation %} blocks, with marks around the trained answers."""
         spans = self._spans(messages, text)
         if messages[-1]["role"] == "assistant":
-            whole = with_last_thought(self._unmarked, messages, text, spans[-1])
+            whole = with_last_thought(self._renderer.fill, messages, text, spans[-1][0])
             if whole != text:
                 text, spans = whole, self._spans(messages, whole)
         for (start, stop), is_trained in list(zip(spans, trained))[::-1]:
@@ -241,38 +185,34 @@ class ChatTemplate:
 
     def _spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """Return where each answer begins and ends in `text`, which has no marks."""
-        return find_answers(self._unmarked, messages, text, self._split, self._ends)
+        return find_answers(self._renderer.fill_plain, messages, text, self._renderer.tokens, self._ends)
 
     def _only_trained(self, messages: list[Message], text: str, trained: list[bool]) -> str:
         """Return `text`, of a template with {% generation %} blocks, without the marks of answers that are not trained.
 
         A template may have no block for an answer, or several.
         """
-        plain = BLOCK.sub(r"\1", text)
-        stops = [stop for _, stop in self._spans(messages, plain)]
-        parts, at = [], 0
-        for n, piece in enumerate(re.split(f"{BEGIN}|{FINISH}", text)):  # text, block, text, block, ..., text
-            if n % 2 and not trained[sum(stop <= at for stop in stops)]:
-                parts.append(piece)
-            else:
-                parts.append(f"{BEGIN}{piece}{FINISH}" if n % 2 else piece)
-            at += len(piece)
-        return "".join(parts)
+        pieces = re.split(f"{BEGIN}|{FINISH}", text)  # text, block, text, block, ..., text
+        owners = range(len(trained))  # the answer that each block belongs to
+        if len(pieces) != 2 * len(trained) + 1:
+            stops = [stop for _, stop in self._spans(messages, "".join(pieces))]
+            begins = accumulate(map(len, pieces))
+            owners = [sum(stop <= begin for stop in stops[:-1]) for begin in list(begins)[0:-1:2]]
+        for n, owner in enumerate(owners):
+            if trained[owner]:
+                pieces[2 * n + 1] = f"{BEGIN}{pieces[2 * n + 1]}{FINISH}"
+        return "".join(pieces)
 
     def leaves_out(self, messages: list[Message]) -> list[str]:
-        """Return the parts of a conversation that the template does not render: keys, and "role tool" or "role system".
+        """Return the parts of a conversation (`features.PARTS`) that the template does not render.
 
         A thought that the template leaves out of earlier answers on purpose is no such part.
         """
-        keys = [key for key in OPTIONAL if any(message.get(key) for message in messages)]
-        roles = [role for role in ("system", "tool") if any(message["role"] == role for message in messages)]
-        return [key for key in keys if key not in self.rendered] + [
-            f"role {role}" for role in roles if role not in self.rendered
-        ]
+        return [part for part in parts_of(messages) if part not in self.rendered]
 
     @cached_property
     def rendered(self) -> set[str]:
-        """The optional parts that the template renders, see `rendered_parts`."""
+        """Parts of conversations that the template renders."""
         return rendered_parts(self.render)
 
     def _check_texts(self, messages: list[Message]) -> None:
@@ -291,15 +231,16 @@ class ChatTemplate:
         """Render short conversations to find the ids that end an answer and the texts that separate messages."""
         question, answer = {"role": "user", "content": "\ufdd3"}, {"role": "assistant", "content": "\ufdd4"}
         unk = {name for name, i in self.tokenizer.special.items() if i == self.tokenizer.unk_id}
-        text = self._unmarked([question, answer], False)
-        if "\ufdd4" not in text and not self._has_blocks:
+        text = self._renderer.fill([question, answer], False)
+        if self._renderer.has_blocks:
+            ends = [self._renderer.tokens_in(block)[-1:] for block in BLOCK.findall(text)]
+        elif "\ufdd4" in text:
+            ends = [self._renderer.tokens_in(text, "\ufdd4")[:1]]
+        else:
             raise ValueError(
                 f"{self.name} changes an answer and has no {{% generation %}} blocks, which would show what to train"
             )
-        self._ends = set(self._tokens_after("\ufdd4", text)[:1]) - unk
-        if self._has_blocks:  # they say it themselves
-            blocks = BLOCK.findall(self._fill([question, answer], False))
-            self._ends = {token for part in blocks for token in self._tokens_after("", part)} - unk
+        self._ends = set(chain(*ends)) - unk
         if not self._ends:
             raise ValueError(
                 f"{self.name} writes no special token of this vocabulary at the end of an answer, "
@@ -307,20 +248,17 @@ class ChatTemplate:
             )
         for call in (calling("\ufdd5", content=""), calling("\ufdd5")):  # a call may end with another token
             with contextlib.suppress(ValueError):
-                self._ends |= set(self._tokens_after("\ufdd5", self._unmarked([question, call], False))[-1:]) - unk
+                text = self._renderer.fill_plain([question, call], False)
+                self._ends |= set(self._renderer.tokens_in(text, "\ufdd5")[-1:]) - unk
         self.stop_ids: list[int] = sorted(
             {*(self.tokenizer.special[name] for name in self._ends), self.tokenizer.eos_id} - {None}
         )
         conversation = [question, answer]
+        text = self._renderer.fill_plain(conversation, False)
         with contextlib.suppress(ValueError):  # not every template has a system message
-            text = self._unmarked([{"role": "system", "content": "\ufdd5"}, *conversation], False)
+            text = self._renderer.fill_plain([{"role": "system", "content": "\ufdd5"}, *conversation], False)
         between = re.split("[\ufdd3-\ufdd5]", text)[1:-1]
-        self.separators = [text.strip() for text in between if text.strip() and not self._names.search(text)]
-
-    def _tokens_after(self, place: str, text: str) -> list[str]:
-        """Return the special tokens after the last `place` in `text`."""
-        start = text.rfind(place) if place else 0
-        return [match[0] for match in self._split.finditer(text, start)] if start >= 0 else []
+        self.separators = [text.strip() for text in between if text.strip() and not self._renderer.names.search(text)]
 
 
 def encode_texts(tokenizer: Tokenizer, run: list[tuple[str, bool]], ids: list[int], mask: list[bool]) -> None:
