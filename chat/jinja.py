@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -46,6 +47,15 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class Compiler(jinja2.compiler.CodeGenerator):
+    """Computes nothing while it compiles, because no bound holds there."""
+
+    def _output_child_to_const(self, node: jinja2.nodes.Expr, frame: Any, finalize: Any) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
 class Environment(ImmutableSandboxedEnvironment):
     """The sandbox of transformers, with a bound on the time and on the length of a rendered text.
 
@@ -53,17 +63,16 @@ class Environment(ImmutableSandboxedEnvironment):
     """
 
     intercepted_binops = frozenset(["+", "*", "**"])
+    code_generator_class = Compiler
     seconds = 10.0  # of computing; a usual template takes less than a thousandth of a second
     length = 2**26  # characters; a million tokens are about 2**22
 
     def __init__(self) -> None:
-        # A `finalize` that needs the context keeps Jinja from computing printed constants while it compiles.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[Generation, jinja2.ext.loopcontrols],
             optimized=False,
-            finalize=jinja2.pass_context(lambda _, value: value),
         )
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
@@ -73,15 +82,16 @@ class Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
         for node in list(tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro))):
-            tick = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("tick"), [], [], None, None)
-            node.body.insert(0, jinja2.nodes.ExprStmt(tick).set_lineno(node.lineno))
+            clock = jinja2.nodes.EnvironmentAttribute("clock")
+            node.body.insert(0, jinja2.nodes.ExprStmt(clock).set_lineno(node.lineno))
         for node in list(tree.find_all(jinja2.nodes.Concat)):  # a ~ b
             joined = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("join"), node.nodes, [], None, None)
             node.nodes = [joined.set_lineno(node.lineno)]
         return tree
 
-    def tick(self) -> None:
-        """Raise TemplateError when the template has run for too long."""
+    @property
+    def clock(self) -> None:
+        """Raise TemplateError when the template has run for too long. (Jinja takes far longer to call a function.)"""
         if time.thread_time() > self._of_thread.deadline:
             raise jinja2.TemplateError(f"it runs for more than {self.seconds:g} seconds")
 
@@ -94,14 +104,15 @@ class Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Compute a sum, a product or a power, unless the result would be enormous."""
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            self._check_size(len(left) + len(right))
+            if len(left) + len(right) > self.length:  # the most frequent operation, so without another call
+                self._check_size(len(left) + len(right))
         elif operator == "*":
             repeated, times = (left, right) if isinstance(right, int) else (right, left)
             if hasattr(repeated, "__len__") and isinstance(times, int):
                 self._check_size(len(repeated) * times)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             self._check_size(left.bit_length() * right)
-        return super().call_binop(context, operator, left, right)
+        return self.binop_table[operator](left, right)
 
     def _check_size(self, size: int) -> None:
         if size > self.length:
