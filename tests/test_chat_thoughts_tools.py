@@ -14,6 +14,11 @@ from hypothesis import strategies as st
 from test_chat_template import in_transformers, rendered, text_of
 
 from chat.template import TEMPLATES, ChatTemplate, load_template, read_template, template_hash
+from decoding.params import SamplingParams
+from model import Transformer
+from model_args import ModelArgs
+from serving.assistant import Assistant
+from serving.session import ChatSession
 
 TOOLS = [
     {
@@ -341,3 +346,30 @@ def test_a_place_that_cannot_be_found_names_the_way_on(tmp_path):
     template, _ = open_published("mistral3", tmp_path, jinja)
     with pytest.raises(ValueError, match=r"cannot be found.* generation .*, or choose another --data\.template"):
         template.encode([user("q"), answer("a"), user("q"), answer("b")])
+
+
+class Scripted:
+    """A decoder that answers with these texts, one after another."""
+
+    def __init__(self, template: ChatTemplate, *texts: str) -> None:
+        self.ids, self.prompts = iter([template.tokenizer.encode(text) for text in texts]), []
+
+    def stream(self, prompt, params, stop, cache):
+        self.prompts.append(list(prompt))
+        return iter(next(self.ids))
+
+
+@pytest.mark.parametrize("name, opened", [("qwen3", "<think>\n"), ("r1", "")])
+def test_a_chat_shows_thoughts_and_passes_them_on_as_the_template_wants(tmp_path, name, opened):
+    template, theirs = open_published(name, tmp_path)
+    texts = [f"{opened}Two.\n</think>\n\n5", f"{opened}Five.\n</think>\n\n6", f"{opened}None.\n</think>\n\n7"]
+    model = Transformer(ModelArgs(vocab_size=template.tokenizer.vocab_size, dim=8, n_layers=1, n_heads=1))
+    decoder = Scripted(template, *texts)
+    session = ChatSession(Assistant(model, template.tokenizer, template, decoder=decoder))
+    history = []
+    for question, text in zip(("2+3?", "+1?", "+1?"), texts):
+        assert "".join(session.reply(question, SamplingParams())) == text
+        history.append(user(question))
+        assert decoder.prompts[-1] == their_ids(theirs, history, True)
+        history.append(answer(text))
+    assert session.messages == history
