@@ -34,10 +34,15 @@ def find_answers(
         start = _start(fill, messages, n, text, tokens)
         if start < last:
             raise ValueError(f"the place of message {n} cannot be found: {WAY_ON}")
-        matches = (match for match in tokens.finditer(text, start) if match[0] in ends)
-        last = next((match.end() for match in matches), len(text))
+        last = end_of_answer(text, start, tokens, ends)
         spans.append((start, last))
     return spans
+
+
+def end_of_answer(text: str, start: int, tokens: re.Pattern[str], ends: set[str]) -> int:
+    """Return where the answer that begins at `start` ends: after the next of `ends`, or else with the text."""
+    matches = (match for match in tokens.finditer(text, start) if match[0] in ends)
+    return next((match.end() for match in matches), len(text))
 
 
 def _start(fill: Fill, messages: list[Message], n: int, text: str, tokens: re.Pattern[str]) -> int:
@@ -47,10 +52,11 @@ def _start(fill: Fill, messages: list[Message], n: int, text: str, tokens: re.Pa
         return len(prompt)
     # Later messages change what the template writes for earlier ones (tools before the last question), or the prompt
     # opens a thought that is not in the text. So only what follows the last message before the answer is compared.
-    marked = [*messages[: n - 1], messages[n - 1] | {"content": messages[n - 1]["content"].rstrip() + FINISH}]
+    last, shown = messages[n - 1], messages[n - 1]["content"].rstrip()  # the mark must not keep spaces from being cut
+    marked = [*messages[: n - 1], last | {"content": shown + FINISH + last["content"][len(shown) :]}]
     after_prompt = fill(marked, True).partition(FINISH)[2]
-    before, found, after = fill([*marked, *messages[n:]], False).partition(FINISH)
-    if not found or not text.startswith(before):
+    before, _, after = fill([*marked, *messages[n:]], False).partition(FINISH)
+    if before + after != text or not after:
         raise ValueError(f"the place of message {n} cannot be found, because its prompt is another text: {WAY_ON}")
     same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(after_prompt, after)))
     if same != after_prompt:  # an answer may begin like the rest of the prompt by chance: go back to a token or a line
@@ -59,8 +65,9 @@ def _start(fill: Fill, messages: list[Message], n: int, text: str, tokens: re.Pa
     return len(before) + len(same)
 
 
-def with_last_thought(fill: Fill, messages: list[Message], text: str, start: int) -> str:
-    """Return `text`, whose last answer begins at `start`, with the thought of that answer if the template cuts it out.
+def with_last_thought(fill: Fill, messages: list[Message], text: str, start: int) -> tuple[str, int]:
+    """Return `text`, whose last answer begins at `start`, with the thought of that answer if the template cuts it out;
+    and where the answer then begins.
 
     Templates such as DeepSeek-R1's cut a thought out of every answer, because they are made for the history of a chat.
     The model itself continues the prompt with the thought. So the prompt, then the thought and the rest of the answer,
@@ -71,12 +78,12 @@ def with_last_thought(fill: Fill, messages: list[Message], text: str, start: int
     if closed:
         thought = written.rpartition(OPEN)[2].strip()
     if not thought:
-        return text
+        return text, start
     prompt, rest = fill(messages[:-1], True), text[start:]
     opens = prompt.rstrip().endswith(OPEN)
     # A key that the template does not know is no thought that it cuts out, unless its prompt asks for one.
     if not (closed or opens) or CLOSE in rest or (thought in rest and not opens):
-        return text
+        return text, start
     if not prompt.startswith(text[:start]):
         raise ValueError(f"the template cuts out the thought of the last answer: {WAY_ON}")
     head = f"{OPEN}\n{thought}\n{CLOSE}\n\n"
@@ -85,4 +92,4 @@ def with_last_thought(fill: Fill, messages: list[Message], text: str, start: int
     if opens and head.lstrip().startswith(OPEN):
         head, gap = head.lstrip().removeprefix(OPEN), prompt[len(prompt.rstrip()) :]
         head = head.removeprefix(gap) if head.startswith(gap) else head.lstrip()
-    return prompt + head + rest.lstrip()
+    return prompt + head + rest.lstrip(), len(prompt)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chat.answers import find_answers, with_last_thought
+from chat.answers import end_of_answer, find_answers, with_last_thought
 from chat.features import calling, parts_of, rendered_parts
 from chat.jinja import BEGIN, BREAK, FINISH, MARKS
 from chat.messages import Message, check_messages, texts
@@ -175,9 +175,8 @@ class ChatTemplate:
         """Return `text`, of a template without {% generation %} blocks, with marks around the trained answers."""
         spans = self._spans(messages, text)
         if messages[-1]["role"] == "assistant":
-            whole = with_last_thought(self._renderer.fill, messages, text, spans[-1][0])
-            if whole != text:
-                text, spans = whole, self._spans(messages, whole)
+            text, start = with_last_thought(self._renderer.fill, messages, text, spans[-1][0])
+            spans[-1] = (start, end_of_answer(text, start, self._renderer.tokens, self._ends))
         for (start, stop), is_trained in list(zip(spans, trained))[::-1]:
             if is_trained:
                 text = text[:start] + BEGIN + text[start:stop] + FINISH + text[stop:]
@@ -216,8 +215,11 @@ class ChatTemplate:
         return rendered_parts(self.render)
 
     def _check_texts(self, messages: list[Message]) -> None:
-        """Raise ValueError when a message contains a mark, or, except for answers, a separator."""
+        """Raise ValueError when a message contains a mark, or, except for answers, a separator, or has an answer that
+        only calls, and the template leaves calls out."""
         for n, message in enumerate(messages):
+            if message.get("tool_calls") and not message.get("content") and "tool_calls" not in self.rendered:
+                raise ValueError(f"message {n} is nothing but tool_calls, which {self.name} does not render")
             for text in texts(message):
                 if mark := MARKS.search(text):
                     raise ValueError(f"message {n} contains U+{ord(mark[0]):X}, a noncharacter: remove it")

@@ -4,6 +4,7 @@ by hand."""
 import copy
 import hashlib
 import json
+import re
 from itertools import chain
 
 import pytest
@@ -150,7 +151,9 @@ def test_what_our_templates_look_like(saved):
 def test_templates_that_cannot_render_results_refuse_them(ours, name):
     template = load_template(ours, name)
     with pytest.raises(ValueError, match=f"{name} refuses this conversation"):
-        template.encode(AGENT)
+        template.encode([user("q"), call("a", {}), result("r"), answer("a")])
+    with pytest.raises(ValueError, match=f"message 1 is nothing but tool_calls, which {name} does not render"):
+        template.encode(AGENT[:2])
     assert template.leaves_out(KEYS) == ["reasoning_content"]
 
 
@@ -188,7 +191,15 @@ def test_any_texts_are_rendered_as_transformers_does(published, messages):
     name, template, theirs = published
     if not name.startswith("qwen"):
         pytest.skip("the template refuses several calls in a message, or knows no tools")
-    assert template.encode(messages)[0] == their_ids(theirs, messages)
+    ids, mask = template.encode(messages)
+    assert ids == their_ids(theirs, messages)
+    # Each answer is trained from its marker on to the end of its turn, which Qwen writes once for each.
+    answers = text_of(template.tokenizer, ids, mask)
+    assert len(answers) == sum(message["role"] == "assistant" for message in messages)
+    shown = template.tokenizer.decode(ids, skip_special=False)
+    assert answers == [
+        f"{turn}<|im_end|>" for turn in re.findall(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", shown, re.S)
+    ]
 
 
 # By hand: what a model writes after each prompt.
