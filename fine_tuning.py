@@ -10,7 +10,6 @@ python fine_tuning.py --init_from DIR --data my_conversations.jsonl --show 3    
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -67,7 +66,7 @@ import torch
 
 from chat.samples import Samples
 from chat.show import statistics
-from chat.template import ChatTemplate, load_template
+from chat.template import ChatTemplate, load_template, template_hash
 from checkpoint import peft
 from checkpoint.directory import load_weights, load_whole_model, save_model
 from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
@@ -197,7 +196,7 @@ def identity(args: Args, trained: list[Samples], jinja: str) -> dict[str, Any]:
         "tasks": names if len(names) > 1 else None,
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
-        "template": hashlib.sha256(jinja.encode()).hexdigest(),
+        "template": template_hash(jinja),
         "objective": None if args.objective == "sft" else [args.objective, to_plain(args.preference)],
         "optimizer": args.optim.optimizer,
         "lora": None if args.lora.method == "none" else to_plain(args.lora),

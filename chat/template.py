@@ -2,7 +2,8 @@
 
 A template is Jinja text: one of chat/templates/ or the model's own. It is rendered as in transformers, so the ids equal
 those of `apply_chat_template`; the mask, too, if the template has {% generation %} blocks. Without such blocks, the
-trained tokens are those between the prompt of an answer and the special token that ends the answer, inclusive.
+trained tokens are those between the prompt of an answer and the special token that ends the answer, inclusive
+(chat/answers.py). If such a template cuts the thought out of the last answer, the thought is put back.
 
 Special tokens written in a message are text here, so that a message cannot end its turn and begin another one. (In
 transformers it can, unless the caller sanitizes it.) Some templates separate messages by plain text, such as LLaMA 2's
@@ -11,17 +12,21 @@ transformers it can, unless the caller sanitizes it.) Some templates separate me
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import hashlib
 import re
 import shlex
-from collections.abc import Iterable
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-from chat.jinja import BEGIN, BREAK, ENVIRONMENT, FINISH, MARKS
-from chat.messages import Message, check_messages
+from chat.answers import end_of_answer, find_answers, with_last_thought
+from chat.features import calling, parts_of, rendered_parts
+from chat.jinja import BEGIN, BREAK, FINISH, MARKS
+from chat.messages import Message, check_messages, texts
+from chat.renderer import BLOCK, Renderer, any_of
 from cli.args import nearest
 from tokenizer import MARKERS, Tokenizer
 
@@ -29,6 +34,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 # First line of a template file that names special tokens in literal text. It is not a part of the template: the saved
 # text and its hash stay the same when only this line changes.
 NEEDS = re.compile(r"\{#- special tokens: (.*) -#\}\n")
+# Texts of our templates before they rendered thoughts and tools, as checkpoints of that time know them. Conversations
+# without these have the same ids, so such a run is resumed.
+FORMER = {
+    "ours": "f530fd4305ec53d63d2348bf3b4e79a55cc8d9559133fdecedd659f8d0fdaf1e",
+    "chatml": "508e2be4fe8392a766bbbfd250ba5dd8b424d8768526122220ff287ddbc63a59",
+    "llama2": "cd0319e3071ae51f18681e89d4f310e8c5a44addfc15a332d7efe2a76e5ab912",
+}
 
 
 def load_template(tokenizer: Tokenizer, name: str = "auto") -> ChatTemplate:
@@ -81,9 +93,10 @@ def read_template(path: Path) -> tuple[str, list[str]]:
     return (jinja[needs.end() :], needs[1].split()) if needs else (jinja, [])
 
 
-def _any_of(names: Iterable[str]) -> str:
-    """Return a regular expression that matches one of the names, the longest first; without names it never matches."""
-    return f"(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)'})"
+def template_hash(jinja: str) -> str:
+    """Return the SHA-256 of a template's text, by which a run knows its template when it is resumed."""
+    same = (former for name, former in FORMER.items() if jinja == read_template(TEMPLATES / f"{name}.jinja")[0])
+    return next(same, hashlib.sha256(jinja.encode()).hexdigest())
 
 
 def own_jinja(tokenizer: Tokenizer) -> str | None:
@@ -106,20 +119,13 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, jinja: str, name: str = "the chat template") -> None:
         self.tokenizer, self.jinja, self.name = tokenizer, jinja, name
-        # A rendered text is split at marks and at special tokens, except those after BREAK, which are text.
-        names = _any_of(tokenizer.special)
-        self._names = re.compile(f"(?={names})")
-        self._split = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
+        self._renderer = Renderer(tokenizer, jinja, name)
         # Some special tokens remove the white space to their left or right, also when a mark stands in between.
-        before, after = (_any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
+        before, after = (any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
         space = rf"[\s{BREAK}{BEGIN}{FINISH}]*"
         self._spaces = [re.compile(f"{space}(?<!{BREAK}){before}"), re.compile(f"(?<!{BREAK}){after}{space}")]
-        try:
-            self._template = ENVIRONMENT.from_string(jinja)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{name} is not a valid Jinja template: {error}") from None
-        self._has_blocks = re.search(r"\{%[-+]?\s*generation\b", jinja) is not None
         self.separators: list[str] = []
+        self._ends: set[str] = set()
         self._probe()
 
     def encode(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
@@ -129,16 +135,13 @@ class ChatTemplate:
         `check_messages`), a message contains a separator, or the template refuses or changes a message.
         """
         rendered = self._without_spaces(self.check(messages, add_generation_prompt))
-        trained_turns = iter([m.get("loss", True) for m in messages if m["role"] == "assistant"])
         ids: list[int] = []
         mask: list[bool] = []
         run: list[tuple[str, bool]] = []
         trained = False
-        for n, part in enumerate(self._split.split(rendered)):  # text, mark or special token, text, ...
-            if part == BEGIN:
-                trained = bool(next(trained_turns))
-            elif part == FINISH:
-                trained = False
+        for n, part in enumerate(self._renderer.tokens.split(rendered)):  # text, mark or special token, text, ...
+            if part in (BEGIN, FINISH):
+                trained = part == BEGIN
             elif n % 2 and part != BREAK:  # a special token: encode the text before it
                 encode_texts(self.tokenizer, run, ids, mask)
                 run = []
@@ -158,88 +161,76 @@ class ChatTemplate:
     def check(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Return the rendered text of a conversation (see `render`); raises the errors of `encode`."""
         check_messages(messages, add_generation_prompt)
-        self._check_separators(messages)
+        self._check_texts(messages)
         return self.render(messages, add_generation_prompt)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation with marks in it.
 
-        BREAK stands before a special token that is text; BEGIN and FINISH stand around the generated part of each
-        assistant message.
+        BREAK stands before a special token that is text; BEGIN and FINISH stand around all that is trained.
         """
-        if self._has_blocks:
-            rendered = self._fill(messages, add_generation_prompt)
-            if rendered.count(BEGIN) != sum(message["role"] == "assistant" for message in messages):
-                raise ValueError(f"{self.name} should have one {{% generation %}} block for each assistant message")
-            return rendered
-        return self._mark_answers(messages, add_generation_prompt)
-
-    def _fill(self, messages: list[Message], add_generation_prompt: bool, marked: str = "") -> str:
-        """Render the template, with BREAK before special tokens in messages.
-
-        marked: BEGIN and FINISH go "around" each answer, "inside" of the white space around it, or nowhere ("").
-        """
-        filled = []
-        for message in messages:
-            content = self._names.sub(BREAK, message["content"])
-            if marked and message["role"] == "assistant":
-                text = content if marked == "around" else content.strip()
-                before, _, after = content.partition(text) if text else ("", "", content)
-                content = f"{before}{BEGIN}{text}{FINISH}{after}"
-            filled.append({"role": message["role"], "content": content})
+        messages = [self._renderer.as_text(message) for message in messages]
+        text = self._renderer.fill(messages, add_generation_prompt)
+        trained = [bool(message.get("loss", True)) for message in messages if message["role"] == "assistant"]
+        if all(trained) if self._renderer.has_blocks else add_generation_prompt:  # nothing of a prompt is trained
+            return text
         try:
-            return self._template.render(
-                messages=filled,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_names(),
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self.name} refuses this conversation: {error}") from None
+            return (self._only_trained if self._renderer.has_blocks else self._mark_answers)(messages, text, trained)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
-    def _mark_answers(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """Return what `render` does for a template without {% generation %} blocks.
+    def _mark_answers(self, messages: list[Message], text: str, trained: list[bool]) -> str:
+        """Return `text`, of a template without {% generation %} blocks, with marks around the trained answers."""
+        spans = self._spans(messages, text)
+        if messages[-1]["role"] == "assistant":
+            text, start = with_last_thought(self._renderer.fill, messages, text, spans[-1][0])
+            spans[-1] = (start, end_of_answer(text, start, self._renderer.tokens, self._ends))
+        for (start, stop), is_trained in list(zip(spans, trained))[::-1]:
+            if is_trained:
+                text = text[:start] + BEGIN + text[start:stop] + FINISH + text[stop:]
+        return text
 
-        The answers are found by rendering them with marks, which the template has to leave where they are.
+    def _spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
+        """Return where each answer begins and ends in `text`, which has no marks."""
+        return find_answers(self._renderer.fill_plain, messages, text, self._renderer.tokens, self._ends)
+
+    def _only_trained(self, messages: list[Message], text: str, trained: list[bool]) -> str:
+        """Return `text`, of a template with {% generation %} blocks, without the marks of answers that are not trained.
+
+        A template may have no block for an answer, or several.
         """
-        plain = self._fill(messages, add_generation_prompt)
-        for how in ("around", "inside"):  # many templates strip an answer: marks outside of it would stop that
-            marked = self._fill(messages, add_generation_prompt, how)
-            if re.sub(f"[{BEGIN}{FINISH}]", "", marked) == plain and marked.count(BEGIN) == sum(
-                message["role"] == "assistant" for message in messages
-            ):
-                break
-        else:
-            raise ValueError(
-                f"{self.name} changes an answer and has no {{% generation %}} blocks, which would show what to train"
-            )
-        out, at, pieces = [], 0, re.split(f"{BEGIN}|{FINISH}", marked)  # text, answer, text, answer, ..., text
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        bounds = list(itertools.accumulate(map(len, pieces)))  # start and stop of each answer in `plain`
-        for n, start, stop in zip(answers, bounds[0::2], bounds[1::2]):
-            # What follows the prompt is generated: from there, not only from the answer itself ...
-            prompt = self._prompt_length(messages[:n], plain)
-            start = prompt if prompt is not None and at <= prompt <= start else start
-            # ... to the end of the next special token, which ends the turn.
-            end = next((match.end() for match in self._split.finditer(plain, stop) if match[0] != BREAK), stop)
-            out += [plain[at:start], BEGIN, plain[start:end], FINISH]
-            at = end
-        return "".join([*out, plain[at:]])
+        pieces = re.split(f"{BEGIN}|{FINISH}", text)  # text, block, text, block, ..., text
+        owners = range(len(trained))  # the answer that each block belongs to
+        if len(pieces) != 2 * len(trained) + 1:
+            stops = [stop for _, stop in self._spans(messages, "".join(pieces))]
+            begins = accumulate(map(len, pieces))
+            owners = [sum(stop <= begin for stop in stops[:-1]) for begin in list(begins)[0:-1:2]]
+        for n, owner in enumerate(owners):
+            if trained[owner]:
+                pieces[2 * n + 1] = f"{BEGIN}{pieces[2 * n + 1]}{FINISH}"
+        return "".join(pieces)
 
-    def _prompt_length(self, messages: list[Message], plain: str) -> int | None:
-        """Return the length in characters of the prompt for `messages`, None if `plain` does not begin with it."""
-        try:
-            prompt = self._fill(messages, True)
-        except ValueError:
-            return None
-        return len(prompt) if plain.startswith(prompt) else None
+    def leaves_out(self, messages: list[Message]) -> list[str]:
+        """Return the parts of a conversation (`features.PARTS`) that the template does not render.
 
-    def _check_separators(self, messages: list[Message]) -> None:
-        """Raise ValueError when a message contains a mark, or, except for answers, a separator."""
+        A thought that the template leaves out of earlier answers on purpose is no such part.
+        """
+        return [part for part in parts_of(messages) if part not in self.rendered]
+
+    @cached_property
+    def rendered(self) -> set[str]:
+        """Parts of conversations that the template renders."""
+        return rendered_parts(self.render)
+
+    def _check_texts(self, messages: list[Message]) -> None:
+        """Raise ValueError when a message contains a mark, or, except for answers, a separator, or has an answer that
+        only calls, and the template leaves calls out."""
         for n, message in enumerate(messages):
-            if mark := MARKS.search(message["content"]):
-                raise ValueError(f"message {n} contains U+{ord(mark[0]):X}, a noncharacter: remove it")
+            if message.get("tool_calls") and not message.get("content") and "tool_calls" not in self.rendered:
+                raise ValueError(f"message {n} is nothing but tool_calls, which {self.name} does not render")
+            for text in texts(message):
+                if mark := MARKS.search(text):
+                    raise ValueError(f"message {n} contains U+{ord(mark[0]):X}, a noncharacter: remove it")
             for separator in self.separators if message["role"] != "assistant" else ():
                 if separator in message["content"]:
                     raise ValueError(
@@ -247,25 +238,37 @@ class ChatTemplate:
                     )
 
     def _probe(self) -> None:
-        """Render a short conversation to find the ids that end an answer and the texts that separate messages."""
+        """Render short conversations to find the ids that end an answer and the texts that separate messages."""
         question, answer = {"role": "user", "content": "\ufdd3"}, {"role": "assistant", "content": "\ufdd4"}
-        ids, mask = self.encode([question, answer])
-        names = set(self.tokenizer.special.values()) - {self.tokenizer.unk_id}
-        ends = {i for i, trained in zip(ids, mask) if trained and i in names}
-        if not ends:
+        unk = {name for name, i in self.tokenizer.special.items() if i == self.tokenizer.unk_id}
+        text = self._renderer.fill([question, answer], False)
+        if self._renderer.has_blocks:
+            ends = [self._renderer.tokens_in(block)[-1:] for block in BLOCK.findall(text)]
+        elif "\ufdd4" in text:
+            ends = [self._renderer.tokens_in(text, "\ufdd4")[:1]]
+        else:
+            raise ValueError(
+                f"{self.name} changes an answer and has no {{% generation %}} blocks, which would show what to train"
+            )
+        self._ends = set(chain(*ends)) - unk
+        if not self._ends:
             raise ValueError(
                 f"{self.name} writes no special token of this vocabulary at the end of an answer, "
                 "so that no answer could end; choose another template"
             )
-        self.stop_ids: list[int] = sorted({*ends, self.tokenizer.eos_id} - {None})
+        for call in (calling("\ufdd5", content=""), calling("\ufdd5")):  # a call may end with another token
+            with contextlib.suppress(ValueError):
+                text = self._renderer.fill_plain([question, call], False)
+                self._ends |= set(self._renderer.tokens_in(text, "\ufdd5")[-1:]) - unk
+        self.stop_ids: list[int] = sorted(
+            {*(self.tokenizer.special[name] for name in self._ends), self.tokenizer.eos_id} - {None}
+        )
         conversation = [question, answer]
-        try:
-            self._fill([{"role": "system", "content": "\ufdd5"}, *conversation], False)
-            conversation = [{"role": "system", "content": "\ufdd5"}, *conversation]
-        except ValueError:
-            pass  # the template has no system message
-        between = re.split("[\ufdd3-\ufdd5]", MARKS.sub("", self._fill(conversation, False)))[1:-1]
-        self.separators = [text.strip() for text in between if text.strip() and not self._names.search(text)]
+        text = self._renderer.fill_plain(conversation, False)
+        with contextlib.suppress(ValueError):  # not every template has a system message
+            text = self._renderer.fill_plain([{"role": "system", "content": "\ufdd5"}, *conversation], False)
+        between = re.split("[\ufdd3-\ufdd5]", text)[1:-1]
+        self.separators = [text.strip() for text in between if text.strip() and not self._renderer.names.search(text)]
 
 
 def encode_texts(tokenizer: Tokenizer, run: list[tuple[str, bool]], ids: list[int], mask: list[bool]) -> None:

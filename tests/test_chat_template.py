@@ -270,7 +270,7 @@ def test_a_saved_vocabulary_carries_its_template(ours, stories, tmp_path):
     ours.chat_template = load_template(ours).jinja
     ours.save(tmp_path / "ours")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
-    with pytest.raises(Exception, match="unknown role tool"):
-        theirs.apply_chat_template([{"role": "tool", "content": "x"}])
+    with pytest.raises(Exception, match="unknown role bot"):
+        theirs.apply_chat_template([{"role": "bot", "content": "x"}])
     stories.save(tmp_path / "base")  # a base model claims no chat template
     assert "chat_template" not in json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())

@@ -103,8 +103,6 @@ def test_what_cannot_be_told_is_refused(byte_level):
 
     with pytest.raises(ValueError, match="changes an answer and has no"):
         template("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}")
-    with pytest.raises(ValueError, match=r"should have one .* block for each"):
-        template("{% generation %}{{ messages[-1].content }}<|im_end|>{% endgeneration %}").encode(TALK)
     strict = template(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ m.role + m.content }}<|im_end|>{% endfor %}"
