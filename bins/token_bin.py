@@ -4,13 +4,15 @@ A bin is three files with the same prefix:
 
     prefix.bin    ids of all documents in order, little-endian uint16, or uint32 for vocabularies above 65536
     prefix.idx    first token of each document, uint64, documents + 1 values; the last one is the number of tokens
-    prefix.json   dtype, tokens, documents, eos_id, vocab_size, tokenizer_sha256, sources {name: documents}, text_bytes
+    prefix.json   dtype, tokens, documents, eos_id, vocab_size, tokenizer_sha256, sources {name: documents}, text_bytes,
+                  sha256 of prefix.bin (as `sha256sum` prints it) and idx_sha256 of prefix.idx
 
 A `.bin` without the other two files is read as the headerless uint16 file of nanoGPT and baby-llama2.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -63,8 +65,9 @@ class BinWriter:
         # .bin: 2 or 4 bytes per token; .idx: 8 bytes per document, and 8 for the zero at its start
         self._bin = open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
         self._idx = open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
+        self._hashes = {file: _hash_of(Path(file.name), file.tell()) for file in (self._bin, self._idx)}
         if not self.documents:
-            self._idx.write(bytes(8))  # the first document begins at token 0
+            self._write(self._idx, bytes(8))  # the first document begins at token 0
 
     def add(self, ids: Sequence[int] | np.ndarray, source: str = "", text_bytes: int = 0) -> None:
         """Append one document.
@@ -85,12 +88,16 @@ class BinWriter:
             )
         if ids[-1] != self.eos_id:
             raise ValueError(f"document {self.documents} ends with id {ids[-1]}, expected eos_id {self.eos_id}")
-        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._write(self._bin, ids.astype(self.dtype).tobytes())
         self.tokens += ids.size
         self.documents += 1
         self.text_bytes += text_bytes
         self.sources[source] += 1
-        self._idx.write(self.tokens.to_bytes(8, "little"))
+        self._write(self._idx, self.tokens.to_bytes(8, "little"))
+
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        file.write(data)
+        self._hashes[file].update(data)
 
     def state(self) -> dict[str, Any]:
         """Flush all documents to the disk and return a dict for JSON; pass it as `state` to continue from here."""
@@ -138,6 +145,8 @@ class BinWriter:
             "tokenizer_sha256": self.tokenizer_sha256,
             "sources": dict(self.sources),
             "text_bytes": self.text_bytes,
+            "sha256": self._hashes[self._bin].hexdigest(),
+            "idx_sha256": self._hashes[self._idx].hexdigest(),
         }
 
     def _reopen(self) -> None:
@@ -189,6 +198,7 @@ class TokenBin:
         index, header = self.path.with_suffix(".idx"), self.path.with_suffix(".json")
         self.meta: dict[str, Any] = {}
         self.offsets: np.ndarray | None = None
+        self._sha256: str | None = None  # of a bin whose .json does not have it
         if header.is_file():
             self._read_described(index, header)
         elif index.is_file():
@@ -223,6 +233,15 @@ class TokenBin:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of the .bin file, which says what it holds: from its .json, or of the file if not there.
+
+        Bins of older versions and headerless bins do not store it: their file is read, once for each TokenBin.
+        """
+        if "sha256" not in self.meta and self._sha256 is None:
+            self._sha256 = _hash_of(self.path).hexdigest()
+        return self.meta.get("sha256") or self._sha256
+
     def __reduce__(self) -> tuple[type[TokenBin], tuple[Path]]:
         return TokenBin, (self.path,)
 
@@ -244,6 +263,16 @@ class TokenBin:
                 f"{tokenizer_sha256[:12]}, found {self.meta['vocab_size']}, {self.meta['tokenizer_sha256'][:12]}; "
                 f"run data_process.py with this tokenizer"
             )
+
+
+def _hash_of(path: Path, size: int | None = None) -> Any:
+    """Return hashlib's SHA-256 of the first `size` bytes of a file; None: of all of them."""
+    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (data := file.read(min(_SCAN, left))):
+            digest.update(data)
+            left -= len(data)
+    return digest
 
 
 def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,28 @@ def test_meta_counts_sources_and_bytes(tmp_path):
         "tokenizer_sha256": SHA,
         "sources": {"诗": 2, "bad \udcff name": 1},
         "text_bytes": 9,
+        # what `sha256sum` prints of the ids 5 2 5 6 2 2 as uint16, and of the offsets 0 2 5 6 as uint64
+        "sha256": sha256_of(tmp_path / "train.bin"),
+        "idx_sha256": sha256_of(tmp_path / "train.idx"),
     }
+
+
+def sha256_of(path: Path) -> str:
+    """Return what the program sha256sum says of a file."""
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_the_hash_is_that_of_the_file_also_where_the_json_does_not_have_it(tmp_path):
+    bin = write(tmp_path / "train", [[5, EOS], [6, EOS]])
+    expected = sha256_of(bin.path)
+    assert bin.sha256() == bin.meta["sha256"] == expected
+    header = bin.path.with_suffix(".json")  # of a version that stored no hash
+    header.write_text(
+        json.dumps({key: value for key, value in bin.meta.items() if key not in ("sha256", "idx_sha256")})
+    )
+    assert "sha256" not in TokenBin(bin.path).meta and TokenBin(bin.path).sha256() == expected
+    header.unlink(), bin.path.with_suffix(".idx").unlink()
+    assert TokenBin(bin.path).sha256() == expected
 
 
 def test_an_empty_bin(tmp_path):
