@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 UINT16_IDS = 1 << 16  # number of ids that fit uint16: the largest is 65535
-_SCAN = 1 << 24  # ids read at a time to check a headerless file: 32 MB
+_SCAN = 1 << 24  # ids, or bytes to hash, that are read at a time
+VERIFIED_BYTES = 1 << 29  # SHA-256 takes about two seconds a gigabyte: files up to this size are always verified
 
 
 class BinWriter:
@@ -245,24 +246,43 @@ class TokenBin:
     def __reduce__(self) -> tuple[type[TokenBin], tuple[Path]]:
         return TokenBin, (self.path,)
 
-    def check(self, tokenizer_sha256: str, vocab_size: int) -> None:
-        """Raise ValueError when the bin was made with another tokenizer.
+    def check(self, tokenizer_sha256: str, vocab_size: int, verify: bool = False) -> None:
+        """Raise ValueError when the bin was made with another tokenizer, or its files changed after they were written.
 
-        A headerless bin does not name its tokenizer: all its ids are read, and an id above the vocabulary is refused.
+        All ids and the index are read. The SHA-256 of both files is compared with the .json, too, where they have up to
+        VERIFIED_BYTES; `verify`: also of larger ones. A headerless bin does not name its tokenizer and has no hash.
         """
-        if not self.meta:
-            highest = max((int(self.tokens[at : at + _SCAN].max()) for at in range(0, len(self), _SCAN)), default=0)
-            if highest >= vocab_size:
-                raise ValueError(
-                    f"{self.path} holds id {highest}, but the tokenizer has {vocab_size} ids: "
-                    "it was made with another tokenizer; run data_process.py with this one"
-                )
-        elif self.meta["vocab_size"] != vocab_size or self.meta["tokenizer_sha256"] != tokenizer_sha256:
+        if self.meta and (self.meta["vocab_size"] != vocab_size or self.meta["tokenizer_sha256"] != tokenizer_sha256):
             raise ValueError(
                 f"{self.path} was made with another tokenizer: expected vocabulary {vocab_size}, sha256 "
                 f"{tokenizer_sha256[:12]}, found {self.meta['vocab_size']}, {self.meta['tokenizer_sha256'][:12]}; "
                 f"run data_process.py with this tokenizer"
             )
+        highest = max((int(self.tokens[at : at + _SCAN].max()) for at in range(0, len(self), _SCAN)), default=0)
+        if highest >= vocab_size:
+            cause = "it is damaged" if self.meta else "it was made with another tokenizer"
+            raise ValueError(
+                f"{self.path} holds id {highest}, but the tokenizer has {vocab_size} ids: "
+                f"{cause}; run data_process.py with this tokenizer"
+            )
+        if self.offsets is not None and not _rises(self.offsets):
+            raise ValueError(
+                f"{self.path.with_suffix('.idx')}: expected offsets that rise from document to document, found one "
+                "that does not: it is damaged; copy it again, or make it again"
+            )
+        for path, key in ((self.path, "sha256"), (self.path.with_suffix(".idx"), "idx_sha256")):
+            asked = key in self.meta and (verify or path.stat().st_size <= VERIFIED_BYTES)
+            if asked and _hash_of(path).hexdigest() != self.meta[key]:
+                raise ValueError(
+                    f"{path}: its SHA-256 is not the one that its .json holds, so it changed after it was written; "
+                    "copy it again, or make it again"
+                )
+
+
+def _rises(offsets: np.ndarray) -> bool:
+    """Return whether each offset is above the one before; reads _SCAN of them at a time."""
+    parts = (offsets[at : at + _SCAN + 1] for at in range(0, len(offsets), _SCAN))
+    return all(bool((part[1:] > part[:-1]).all()) for part in parts)
 
 
 def _hash_of(path: Path, size: int | None = None) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bins import token_bin
 from bins.token_bin import BinWriter, TokenBin, open_at
 
 SHA = "a" * 64
@@ -271,3 +272,31 @@ def test_a_file_is_gone_on_with_where_it_stood(tmp_path):
         file.write(b"!")
         assert file.tell() == 5
     assert path.read_bytes() == b"kept!"
+
+
+@pytest.mark.parametrize(
+    ("file", "at", "value", "message"),
+    [
+        ("train.bin", 0, 200, "train.bin holds id 200, but the tokenizer has 100 ids: it is damaged"),
+        ("train.bin", 0, 7, "train.bin: its SHA-256 is not the one"),
+        ("train.idx", 8, 6, "train.idx: expected offsets that rise"),
+        ("train.idx", 8, 2, "train.idx: its SHA-256 is not the one"),
+        ("train.idx", 8, 0, "train.idx: expected offsets that rise"),
+    ],
+)
+def test_damage_of_the_same_size_is_found_before_training(tmp_path, file, at, value, message):
+    write(tmp_path / "train", [[5, 5, EOS], [6, EOS], [7, EOS]]).check(SHA, 100)
+    data = bytearray((tmp_path / file).read_bytes())
+    data[at] = value
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        TokenBin(tmp_path / "train.bin").check(SHA, 100)
+
+
+def test_large_files_are_verified_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_bin, "VERIFIED_BYTES", 9)
+    write(tmp_path / "train", [[5] * 5 + [EOS]])
+    (tmp_path / "train.bin").write_bytes(np.array([5, 5, 6, 5, 5, EOS], "<u2").tobytes())
+    TokenBin(tmp_path / "train.bin").check(SHA, 100)
+    with pytest.raises(ValueError, match=r"train\.bin: its SHA-256"):
+        TokenBin(tmp_path / "train.bin").check(SHA, 100, verify=True)
