@@ -28,6 +28,7 @@ from corpora.streams import Damaged, Record, bad, beginning, has_bytes, open_tex
 from corpora.tables import read_csv, read_parquet
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
+FORMS = ("auto", "lines", "paragraphs", "file")  # what a document of a txt file is
 PACKED = ("gz", "zst")
 UNPACKED_RATIO = 3  # estimate: compressed Chinese, English and JSON text grows to 2.5 to 4 times its size
 _EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
@@ -84,13 +85,17 @@ def text_size(path: Path) -> int:
 # --- records of one file ----------------------------------------------------------------------------------------
 
 
-def records(path: Path, columns: list[str] | None = None) -> Iterator[Record | BadRecord]:
+def records(path: Path, columns: list[str] | None = None, form: str = "auto") -> Iterator[Record | BadRecord]:
     """Yield every record of one file. Raises ValueError for a file of unknown format.
 
     columns: the only columns to read from a parquet file; a csv or parquet file without one of them is a BadRecord.
+    form: what a document of a txt file is, one of FORMS.
+    A damaged file gives the records before its damage, then a DamagedFile.
     """
     place = str(path)
     read = _reader(path)
+    if format_of(path) == "txt":
+        read = partial(read, form=form)
     try:
         for record in read(path, columns):
             place = record.where
@@ -112,9 +117,9 @@ def _lines(file: TextIO) -> Iterator[str]:
     return iter(lambda: file.readline(MAX_CHARS), "")
 
 
-def _read_txt(path: Path, columns: list[str] | None, form: str | None = None) -> Iterator[Record | BadRecord]:
-    """Yield each document: a line, a paragraph (lines between blank lines) or the file; form None: as it looks."""
-    has_blocks = form != "lines" and re.search(r"\n\s*\n", beginning(path).strip())
+def _read_txt(path: Path, columns: list[str] | None, form: str = "auto") -> Iterator[Record | BadRecord]:
+    """Yield each document: a line, a paragraph (lines between blank lines) or the file; auto: as it looks."""
+    has_blocks = form == "auto" and re.search(r"\n\s*\n", beginning(path).strip())
     with open_text(path) as file:
         numbered = enumerate(_lines(file), 1)
         if form in ("paragraphs", "file") or has_blocks:
@@ -234,12 +239,13 @@ def text_under(key: str) -> Callable[[Any], str]:
     return text_of
 
 
-def read_files(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
+def read_files(path: Path, text_key: str, form: str = "auto") -> Iterator[Document | BadRecord]:
     """Yield every document of a file or of the files in a folder; their source is the name of `path`.
 
     Raises the errors of `find_files` at once, before the first document.
     """
-    streams = (to_documents(records(file, [text_key]), text_under(text_key), path.name) for file in find_files(path))
+    read = (records(file, [text_key], form) for file in find_files(path))
+    streams = (to_documents(stream, text_under(text_key), path.name) for stream in read)
     return itertools.chain.from_iterable(streams)
 
 
