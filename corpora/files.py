@@ -3,7 +3,8 @@
 Formats: txt, json (an array, or one value per line), jsonl, csv, tsv, parquet; all but parquet also as .gz or .zst.
 Everything streams in bounded memory. A record that cannot be read becomes a BadRecord that names its file and line.
 
-- txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document.
+- txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document. --format
+  says it otherwise. A byte that is not UTF-8 costs its line.
 - csv: commas, quotes as in RFC 4180; tsv: tabs, no quotes. Both begin with a header row.
 - A file without suffix is read as JSON lines if it begins with `{`.
 """

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -325,6 +326,17 @@ def test_bad_input_as_a_process(tmp_path, tokenizer_path, name):
     done = subprocess.run([*map(str, command)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.glob("out/*"))
     assert re.fullmatch(f"error: .*{sentence}.*\n", done.stderr), done.stderr
+
+
+def test_a_file_name_that_is_not_utf8_and_no_standard_input(tmp_path, tokenizer_path):
+    (tmp_path / "b\udcff.txt").write_text("a text that is long enough\n")
+    command = [sys.executable, "data_process.py", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
+    command += ["--input", tmp_path / "b\udcff.txt", "--processes", "1"]
+    shell = ["bash", "-c", 'exec "$@" <&-', "bash", *command]
+    done = subprocess.run(
+        shell, cwd=REPOSITORY, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
+    )
+    assert done.returncode == 0 and rb"b\udcff.txt" in done.stdout and done.stderr.count(b"error") == 0
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, make, tokenizer_path, monkeypatch):
