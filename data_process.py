@@ -46,7 +46,7 @@ class Args(SourceArgs):
     processes: int = os.cpu_count() or 1
     """Number of tokenizing processes; 1 uses the main process only. The output does not depend on it."""
     tokens_per_file: int = 100_000_000
-    """Maximum number of tokens in a training bin. Documents are never cut, so a longer document makes a larger bin."""
+    """Maximum number of tokens in a training bin. A document lies in one bin, so a longer one makes a larger bin."""
     held_out: float = 0.01
     """Share of documents that are not trained on, chosen by the hash of their text. A corpus with a split keeps it."""
     min_chars: int = 10
