@@ -24,14 +24,15 @@ from bins.tokenize import tokenize
 from cli.args import parse, run
 from cli.progress import Progress, track
 from cli.record import record_run, to_plain
-from corpora import BadRecord, Document, SourceArgs, read, read_conversations, text_size
+from corpora import BadRecord, DamagedFile, Document, SourceArgs, read, read_conversations, text_size
 from corpora.files import find_files
-from files import alone_in, write_json
+from files import alone_in, write_json, written_aside
 from tokenizer import Tokenizer, load_tokenizer
 
 CHECKPOINT_SECONDS = 10.0
 TABLE_ROWS = 20
-COUNTS = ("documents", "held_out", "tokens", "characters", "bytes", "too_short", "duplicate", "bad")
+COUNTS = ("documents", "held_out", "tokens", "held_out_tokens", "characters", "bytes", "too_short", "duplicate", "bad")
+NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Args(SourceArgs):
     processes: int = os.cpu_count() or 1
     """Number of tokenizing processes; 1 uses the main process only. The output does not depend on it."""
     tokens_per_file: int = 100_000_000
-    """Maximum number of tokens in a training bin. Documents are never cut, so a longer document makes a larger bin."""
+    """Maximum number of tokens in a training bin. A document lies in one bin, so a longer one makes a larger bin."""
     held_out: float = 0.01
     """Share of documents that are not trained on, chosen by the hash of their text. A corpus with a split keeps it."""
     min_chars: int = 10
@@ -59,14 +60,20 @@ class Args(SourceArgs):
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Write the bins; returns the content of `out/summary.json`: counts per source, files and their sizes."""
+    """Write the bins and the tokenizer beside them; returns the content of `out/summary.json`.
+
+    It has counts per source, files and their sizes.
+    """
     check_arguments(args)
     tokenizer = load_tokenizer(args.tokenizer)
+    check_copy(args, tokenizer)
     if tokenizer.eos_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no end-of-text token, which ends every document in a bin")
     items = read(args)
     with alone_in(args.out):
-        return write_outputs(args, items, tokenizer)
+        summary = write_outputs(args, items, tokenizer)
+        copy_tokenizer(args, tokenizer)
+    return summary
 
 
 def write_outputs(args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -114,6 +121,24 @@ def check_arguments(args: Args) -> None:
             )
 
 
+def check_copy(args: Args, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when out/tokenizer, where training looks for the tokenizer of the bins, is another one."""
+    beside = args.out / "tokenizer"
+    if beside.exists() and not args.overwrite and load_tokenizer(beside).sha256() != tokenizer.sha256():
+        raise ValueError(
+            f"{beside} is another tokenizer than --tokenizer {args.tokenizer}; choose another --out, or replace it: "
+            "--overwrite true"
+        )
+
+
+def copy_tokenizer(args: Args, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer to out/tokenizer, unless it is there: pretraining and evaluation look for it there."""
+    beside = args.out / "tokenizer"
+    if not beside.exists() or load_tokenizer(beside).sha256() != tokenizer.sha256():
+        with written_aside(beside) as aside:
+            tokenizer.save(aside)
+
+
 def process(
     args: Args, items: Iterable[Document | BadRecord], tokenizer: Tokenizer, work: Path, progress: dict[str, Any]
 ) -> dict[str, Any]:
@@ -126,15 +151,19 @@ def process(
     outputs = Outputs(work, tokenizer, args.tokens_per_file, args.save_all_text, progress["outputs"])
     done = sum(numbers["bytes"] for numbers in counts.values())
     bar = Progress("tokenizing", "B", text_size(args), done)
+    damaged = progress.setdefault("damaged", [])
     saved_at, saved_shard = time.monotonic(), outputs.shard
     for batch, documents in tokenize(skip_written(batches, progress["items"]), tokenizer, args.processes):
         for document, ids in zip(batch.documents, documents):
             n_bytes = outputs.add(document, ids)
             numbers = {"documents": 1, "held_out": int(document.held_out), "tokens": len(ids), "bytes": n_bytes}
+            numbers["held_out_tokens"] = len(ids) if document.held_out else 0
             batch.count(document.source, **numbers, characters=len(document.text))
         for record in batch.bad:
             outputs.add_bad(record)
             batch.count(source_of(record, args), bad=1)
+            if isinstance(record, DamagedFile):
+                damaged.append(f"{record.where}: {record.reason}")
         for name, numbers in batch.counts.items():
             counts.setdefault(name, Counter()).update(numbers)
         bar.add(sum(numbers["bytes"] for numbers in batch.counts.values()))
@@ -145,7 +174,7 @@ def process(
     bar.close()
     outputs.close()
     conversations = write_conversations(track(read_conversations(args), "writing", "conversations"), work)
-    summary = summarize(counts, conversations, progress["made_from"], work)
+    summary = summarize(counts, conversations, progress["made_from"], work) | {"damaged_files": damaged}
     if not any(name.startswith(("train_", "sft_train")) for name in summary["files"]):
         reasons = why_nothing(summary["total"], work)
         shutil.rmtree(work)
@@ -193,6 +222,8 @@ def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[s
     plain = to_plain(args)
     for name in ("tokenizer", "out", "processes", "overwrite"):
         del plain[name]
+    if not inputs:  # they are about the user's own files; bins of before that had neither are the same
+        del plain["format"], plain["part_chars"]
     stats = {str(path): path.stat() for path in inputs}
     plain["inputs"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     begins = {"bos": tokenizer.begins} if tokenizer.begins else {}
@@ -239,17 +270,30 @@ def first_bad(folder: Path) -> str:
 
 def print_table(summary: dict[str, Any], out: Path) -> None:
     """Print the counts of each source, largest first."""
-    keys = ("documents", "held_out", "tokens", "characters_per_token", "too_short", "duplicate", "bad")
-    heads = ("documents", "held out", "tokens", "chars/token", "too short", "duplicate", "bad")
+    keys = (
+        "documents",
+        "held_out",
+        "tokens",
+        "held_out_tokens",
+        "characters_per_token",
+        "too_short",
+        "duplicate",
+        "bad",
+    )
+    heads = ("documents", "held out", "tokens", "held-out tokens", "chars/token", "too short", "duplicate", "bad")
     rows = sorted(summary["sources"].items(), key=lambda row: -row[1]["tokens"])
     table = [*rows[:TABLE_ROWS], ("all", summary["total"])]
     width = max(len(name) for name, _ in table)
-    print("  ".join([" " * width, *(f"{head:>11}" for head in heads)]))
+    print("  ".join([" " * width, *(f"{head:>{max(len(head), 11)}}" for head in heads)]))
     for name, numbers in table:
         values = ("-" if numbers[key] is None else f"{numbers[key]:,}" for key in keys)
-        print("  ".join([f"{name:<{width}}", *(f"{value:>11}" for value in values)]))
+        print(
+            "  ".join([f"{name:<{width}}", *(f"{value:>{max(len(head), 11)}}" for value, head in zip(values, heads))])
+        )
     if len(rows) > TABLE_ROWS:
         print(f"({out / 'summary.json'} lists {len(rows) - TABLE_ROWS} smaller sources)")
+    for warning in warnings_of(summary):
+        print(f"warning: {warning}")
     if summary["total"]["bad"]:
         print(f"bad records are in {out / 'bad_records.jsonl'}; the first one: {first_bad(out)}")
     conversations = [
@@ -259,6 +303,23 @@ def print_table(summary: dict[str, Any], out: Path) -> None:
     ]
     n_bins = sum(name.endswith(".bin") for name in summary["files"])
     print(f"{out}: " + ", ".join([f"{n_bins} token bins", *conversations]))
+
+
+def warnings_of(summary: dict[str, Any]) -> list[str]:
+    """Return sentences about damaged files, and about documents of which none is held out although some should be."""
+    found, damaged = [], summary.get("damaged_files", [])  # summaries of older versions have no such entry
+    if damaged:
+        more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        found.append(f"damaged files, of which only a part or nothing was read: {'; '.join(damaged[:NAMED])}{more}")
+    sources = {name: numbers["documents"] for name, numbers in summary["sources"].items() if not numbers["held_out"]}
+    sources = {name: documents for name, documents in sources.items() if documents}
+    if sources and summary["made_from"]["held_out"]:
+        names = ", ".join(f"{name} ({n:,} document{'s' * (n != 1)})" for name, n in [*sources.items()][:NAMED])
+        found.append(
+            f"nothing is held out of {names}, so no loss tells how training does on it: raise --held_out, or lower "
+            "--part_chars, which cuts long documents into more parts"
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class DataArgs:
     """number of times that each bin of --data.train is used in an epoch; default: once"""
     dir: Path = Path("data/tiny")
     """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
+    verify: bool = False
+    """compare the SHA-256 of bins above 512 MB, too, with their .json: 2 s a GB; smaller ones always are"""
     seq_len: int = 128
     """tokens per row of a batch"""
     batch_size: int = 64
@@ -93,7 +95,7 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
     for each in [*bins, *heldout]:
-        each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins)
+        each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins, args.data.verify)
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}

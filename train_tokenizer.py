@@ -23,7 +23,7 @@ from chat.template import TEMPLATES, read_template
 from cli.args import parse, run
 from cli.progress import Progress
 from cli.record import record_run
-from files import written_aside
+from files import alone_in, read_json, written_aside
 from tokenizer import MARKERS, SPACE, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 PAD = "<pad>"
@@ -84,6 +84,8 @@ class Args(corpora.SourceArgs):
     """SentencePiece BPE .model (such as LLaMA's) to which the new pieces are added; its own ids do not change."""
     compare: tuple[Path, ...] = ()
     """Other tokenizers to compare in the report: directories, .model or tokenizer.json files."""
+    overwrite: bool = False
+    """Replace a tokenizer in --out that token bins beside it were made with."""
     seed: int = 0
     """Random seed for the sample of lines."""
     threads: int = 2
@@ -97,37 +99,63 @@ def main(args: Args) -> dict[str, Any]:
     too small for the characters of the corpus or too large for its text.
     """
     check_arguments(args)
+    with alone_in(args.out):
+        try:
+            return train(args)
+        finally:
+            if not any(args.out.iterdir()):  # the lock made it
+                args.out.rmdir()
+
+
+def train(args: Args) -> dict[str, Any]:
+    """Do what `main` says, alone in the directory."""
     base = read_base(args.merge) if args.merge else None
     others = {str(path): load_tokenizer(path) for path in (args.merge, *args.compare) if path}
-    train, held_out, counts = read_sample(args)
-    coverage = args.character_coverage or choose_coverage(train.lines, args.vocab_size)
-    seconds = expected_seconds(train.bytes, args.vocab_size)
-    size = f"{len(train.lines):,} lines, {train.bytes / 1e6:.1f} MB"
+    sample, held_out, counts = read_sample(args)
+    coverage = args.character_coverage or choose_coverage(sample.lines, args.vocab_size)
+    seconds = expected_seconds(sample.bytes, args.vocab_size)
+    size = f"{len(sample.lines):,} lines, {sample.bytes / 1e6:.1f} MB"
     print(f"training a vocabulary of {args.vocab_size} on {size}: about {seconds:.0f} s", flush=True)
     started = time.monotonic()
-    model = train_model(train.lines, coverage, args)
+    model = train_model(sample.lines, coverage, args)
     print(f"trained in {time.monotonic() - started:.1f} s")
     if base is not None:
         model = merge(base, model)
     tokenizer = SentencePieceTokenizer(model)
     tokenizer.chat_template, _ = read_template(TEMPLATES / "ours.jinja")
+    check_bins(args, tokenizer)
     texts = SAMPLES | ({"held-out": "\n".join(held_out.lines)} if held_out.lines else {})
     report = {
         "vocab_size": tokenizer.vocab_size,
         "sha256": tokenizer.sha256(),
         "character_coverage": round(coverage, 6),
         **counts,
-        "lines": len(train.lines),
-        "bytes": train.bytes,
+        "lines": len(sample.lines),
+        "bytes": sample.bytes,
         "characters_per_token": compare({str(args.out): tokenizer, **others}, texts),
     }
     print(table(report["characters_per_token"]))
+    print(f"({', '.join(SAMPLES)}: short texts built into this program; held-out: documents of this corpus)")
     with written_aside(args.out) as aside:
         tokenizer.save(aside)
         (aside / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf8")
         record_run(aside, "train_tokenizer", args, [args.merge] if args.merge else [])
     print(f"wrote {args.out}: {tokenizer.vocab_size} ids")
     return report
+
+
+def check_bins(args: Args, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when bins beside --out were made with the tokenizer in --out and `tokenizer` is another one."""
+    if args.overwrite or not (args.out / "report.json").is_file():
+        return
+    old = read_json(args.out / "report.json")["sha256"]
+    bins = [path for pattern in ("train_*.json", "heldout.json") for path in sorted(args.out.parent.glob(pattern))]
+    made = [path for path in bins if read_json(path).get("tokenizer_sha256") == old]
+    if made and tokenizer.sha256() != old:
+        raise ValueError(
+            f"--out {args.out} holds the tokenizer that {made[0].with_suffix('.bin')} was made with, and the new one "
+            "is another; choose another --out, or replace it and make the bins again: --overwrite true"
+        )
 
 
 def check_arguments(args: Args) -> None:
@@ -137,6 +165,9 @@ def check_arguments(args: Args) -> None:
     for name in ("vocab_size", "max_piece_length", "sample_bytes", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} should be at least 1, found {getattr(args, name)}")
+    for name, most in (("vocab_size", 2**31 - 1), ("max_piece_length", 512), ("threads", 1024)):  # SentencePiece's
+        if getattr(args, name) > most:
+            raise ValueError(f"--{name} should be at most {most}, found {getattr(args, name)}")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"--held_out should be a share of at least 0 and below 1, found {args.held_out}")
     if args.out.exists() and not args.out.is_dir():
@@ -199,14 +230,16 @@ def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
         for batch in batches:
             counts["bad_records"] += len(batch.bad)
             for record in batch.bad[:1]:
-                first_bad = first_bad or f", the first one {record.where}: {record.reason}"
+                first_bad = first_bad or f"the first one {record.where}: {record.reason}"
             for document in batch.documents:
                 counts["held_out_documents" if document.held_out else "documents"] += 1
                 (held_out if document.held_out else train).add(document.text)
                 bar.add(len(document.text.encode()))
     if not train.lines:
         numbers = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in counts.items())
-        raise ValueError(f"no text to train on: {numbers}{first_bad}")
+        raise ValueError(f"no text to train on: {', '.join(filter(None, (numbers, first_bad)))}")
+    if first_bad:
+        print(f"bad records, left out: {counts['bad_records']:,}; {first_bad}")
     return train, held_out, counts
 
 

@@ -61,7 +61,7 @@ class Outputs:
         if document.held_out:
             self.heldout.add(ids, document.source, len(text))
             return len(text)
-        # Documents are never cut: start a new bin if this one would exceed the limit.
+        # A document lies in one bin: start a new bin if this one would exceed the limit.
         if self.train.documents and self.train.tokens + len(ids) > self.tokens_per_file:
             self.train.close()
             self.shard += 1

@@ -5,13 +5,15 @@ A bin is three files with the same prefix:
     prefix.bin    ids of all documents in order, little-endian uint16, or uint32 for vocabularies above 65536
     prefix.idx    first token of each document, uint64, documents + 1 values; the last one is the number of tokens
     prefix.json   dtype, tokens, documents, bos (ids before the text of every document), eos_id, vocab_size,
-                  tokenizer_sha256, sources {name: documents}, text_bytes
+                  tokenizer_sha256, sources {name: documents}, text_bytes; SHA-256 of the other two files: sha256 (of
+                  prefix.bin, as `sha256sum` prints it) and idx_sha256
 
 A `.bin` without the other two files is read as the headerless uint16 file of nanoGPT and baby-llama2.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -24,7 +26,8 @@ import numpy as np
 from cli.progress import say
 
 UINT16_IDS = 1 << 16  # number of ids that fit uint16: the largest is 65535
-_SCAN = 1 << 24  # ids read at a time to check a headerless file: 32 MB
+_SCAN = 1 << 24  # ids, or bytes to hash, that are read at a time
+VERIFIED_BYTES = 1 << 29  # SHA-256 takes about two seconds a gigabyte: files up to this size are always verified
 
 
 class BinWriter:
@@ -68,8 +71,9 @@ class BinWriter:
         # .bin: 2 or 4 bytes per token; .idx: 8 bytes per document, and 8 for the zero at its start
         self._bin = open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
         self._idx = open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
+        self._hashes = {file: _hash_of(Path(file.name), file.tell()) for file in (self._bin, self._idx)}
         if not self.documents:
-            self._idx.write(bytes(8))  # the first document begins at token 0
+            self._write(self._idx, bytes(8))  # the first document begins at token 0
 
     def add(self, ids: Sequence[int] | np.ndarray, source: str = "", text_bytes: int = 0) -> None:
         """Append one document.
@@ -90,12 +94,16 @@ class BinWriter:
             )
         if ids[-1] != self.eos_id:
             raise ValueError(f"document {self.documents} ends with id {ids[-1]}, expected eos_id {self.eos_id}")
-        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._write(self._bin, ids.astype(self.dtype).tobytes())
         self.tokens += ids.size
         self.documents += 1
         self.text_bytes += text_bytes
         self.sources[source] += 1
-        self._idx.write(self.tokens.to_bytes(8, "little"))
+        self._write(self._idx, self.tokens.to_bytes(8, "little"))
+
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        file.write(data)
+        self._hashes[file].update(data)
 
     def state(self) -> dict[str, Any]:
         """Flush all documents to the disk and return a dict for JSON; pass it as `state` to continue from here."""
@@ -144,6 +152,8 @@ class BinWriter:
             "tokenizer_sha256": self.tokenizer_sha256,
             "sources": dict(self.sources),
             "text_bytes": self.text_bytes,
+            "sha256": self._hashes[self._bin].hexdigest(),
+            "idx_sha256": self._hashes[self._idx].hexdigest(),
         }
 
     def _reopen(self) -> None:
@@ -195,6 +205,7 @@ class TokenBin:
         index, header = self.path.with_suffix(".idx"), self.path.with_suffix(".json")
         self.meta: dict[str, Any] = {}
         self.offsets: np.ndarray | None = None
+        self._sha256: str | None = None  # of a bin whose .json does not have it
         if header.is_file():
             self._read_described(index, header)
         elif index.is_file():
@@ -229,6 +240,15 @@ class TokenBin:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of the .bin file, which says what it holds: from its .json, or of the file if not there.
+
+        Bins of older versions and headerless bins do not store it: their file is read, once for each TokenBin.
+        """
+        if "sha256" not in self.meta and self._sha256 is None:
+            self._sha256 = _hash_of(self.path).hexdigest()
+        return self.meta.get("sha256") or self._sha256
+
     def __reduce__(self) -> tuple[type[TokenBin], tuple[Path]]:
         return TokenBin, (self.path,)
 
@@ -237,30 +257,59 @@ class TokenBin:
         """The ids before the text of every document; none in bins of versions that did not write them."""
         return self.meta.get("bos") or []
 
-    def check(self, tokenizer_sha256: str, vocab_size: int, begins: Sequence[int] = ()) -> None:
-        """Raise ValueError when the bin was made with another tokenizer; say so when its documents do not begin with
-        the ids `begins` of the tokenizer.
+    def check(self, tokenizer_sha256: str, vocab_size: int, begins: Sequence[int] = (), verify: bool = False) -> None:
+        """Raise ValueError when the bin was made with another tokenizer, or its files changed after they were written;
+        say so when its documents do not begin with the ids `begins` of the tokenizer.
 
-        A headerless bin does not name its tokenizer: all its ids are read, and an id above the vocabulary is refused.
+        All ids and the index are read. The SHA-256 of both files is compared with the .json, too, where they have up to
+        VERIFIED_BYTES; `verify`: also of larger ones. A headerless bin does not name its tokenizer and has no hash.
         """
-        if not self.meta:
-            highest = max((int(self.tokens[at : at + _SCAN].max()) for at in range(0, len(self), _SCAN)), default=0)
-            if highest >= vocab_size:
-                raise ValueError(
-                    f"{self.path} holds id {highest}, but the tokenizer has {vocab_size} ids: "
-                    "it was made with another tokenizer; run data_process.py with this one"
-                )
-        elif self.meta["vocab_size"] != vocab_size or self.meta["tokenizer_sha256"] != tokenizer_sha256:
+        if self.meta and (self.meta["vocab_size"] != vocab_size or self.meta["tokenizer_sha256"] != tokenizer_sha256):
             raise ValueError(
                 f"{self.path} was made with another tokenizer: expected vocabulary {vocab_size}, sha256 "
                 f"{tokenizer_sha256[:12]}, found {self.meta['vocab_size']}, {self.meta['tokenizer_sha256'][:12]}; "
                 f"run data_process.py with this tokenizer"
             )
+        highest = max((int(self.tokens[at : at + _SCAN].max()) for at in range(0, len(self), _SCAN)), default=0)
+        if highest >= vocab_size:
+            cause = "it is damaged" if self.meta else "it was made with another tokenizer"
+            raise ValueError(
+                f"{self.path} holds id {highest}, but the tokenizer has {vocab_size} ids: "
+                f"{cause}; run data_process.py with this tokenizer"
+            )
+        if self.offsets is not None and not _rises(self.offsets):
+            raise ValueError(
+                f"{self.path.with_suffix('.idx')}: expected offsets that rise from document to document, found one "
+                "that does not: it is damaged; copy it again, or make it again"
+            )
+        for path, key in ((self.path, "sha256"), (self.path.with_suffix(".idx"), "idx_sha256")):
+            asked = key in self.meta and (verify or path.stat().st_size <= VERIFIED_BYTES)
+            if asked and _hash_of(path).hexdigest() != self.meta[key]:
+                raise ValueError(
+                    f"{path}: its SHA-256 is not the one that its .json holds, so it changed after it was written; "
+                    "copy it again, or make it again"
+                )
         if self.meta and self.bos != list(begins):
             say(
                 f"{self.path}: its documents begin with the ids {self.bos}, and a text of this tokenizer with "
                 f"{list(begins)}: losses differ from those of the model's own texts; make it again with data_process.py"
             )
+
+
+def _rises(offsets: np.ndarray) -> bool:
+    """Return whether each offset is above the one before; reads _SCAN of them at a time."""
+    parts = (offsets[at : at + _SCAN + 1] for at in range(0, len(offsets), _SCAN))
+    return all(bool((part[1:] > part[:-1]).all()) for part in parts)
+
+
+def _hash_of(path: Path, size: int | None = None) -> Any:
+    """Return hashlib's SHA-256 of the first `size` bytes of a file; None: of all of them."""
+    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (data := file.read(min(_SCAN, left))):
+            digest.update(data)
+            left -= len(data)
+    return digest
 
 
 def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

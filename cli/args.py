@@ -231,6 +231,9 @@ def sentence(error: Exception) -> str:
 
 def run(main: typing.Callable[[Any], dict], args: Any) -> None:
     """Call `main(args)`; exits with status 1 and one sentence for an error that the user can correct."""
+    for stream in (sys.stdout, sys.stderr):  # None where it is closed
+        if getattr(stream, "errors", "") == "strict":  # the name of a file may be bytes that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except (ValueError, OSError) as error:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from cli.args import nearest
 from corpora import bilingual, files, named, poems  # noqa: F401 - importing them fills CORPORA
-from corpora.files import read_files, read_loader
-from corpora.registry import CORPORA, BadRecord, Conversation, Corpus, Document
+from corpora.files import FORMS, read_files, read_loader
+from corpora.parts import in_parts
+from corpora.registry import CORPORA, BadRecord, Conversation, Corpus, DamagedFile, Document
 
 __all__ = [
     "CORPORA",
     "BadRecord",
     "Conversation",
     "Corpus",
+    "DamagedFile",
     "Document",
     "SourceArgs",
     "read",
@@ -35,6 +37,12 @@ class SourceArgs:
     """Your own files or folders: txt, json, jsonl, csv, tsv or parquet, plain or compressed (.gz, .zst)."""
     text_key: str = "text"
     """The key (JSON) or column (csv, parquet) of your own files that holds the text."""
+    format: str = "auto"
+    """What a document of your txt files is: lines, paragraphs (separated by blank lines) or file; auto: paragraphs if
+    the first megabyte has blank lines, otherwise lines."""
+    part_chars: int = 10_000
+    """Longer documents of your own files are cut into parts of at most so many characters, at paragraphs or lines, and
+    each part is a document: held out, or dropped as a duplicate, by itself. 0: never cut."""
     loader: Path | None = None
     """Your own Python file with a generator data_loader() that yields strings, or dicts with the key --text_key."""
     raw_dir: Path = Path("data/raw")
@@ -56,11 +64,15 @@ def read(source: SourceArgs) -> Iterator[Document | BadRecord]:
     Raises before the first document: ValueError for an unknown corpus or a file of unknown format, FileNotFoundError
     for a missing path. Packages are downloaded during the iteration, which raises FetchError (an OSError) on failure.
     """
+    if source.format not in FORMS:
+        raise ValueError(f"--format should be {', '.join(FORMS[:-1])} or {FORMS[-1]}, found {source.format!r}")
+    if source.part_chars < 0:
+        raise ValueError(f"--part_chars should be at least 0 (never cut), found {source.part_chars}")
     streams = [corpus.documents(source.raw_dir) for corpus in source.corpora()]
-    streams += [read_files(path, source.text_key) for path in source.input]
+    own = [read_files(path, source.text_key, source.format) for path in source.input]
     if source.loader:
-        streams.append(read_loader(source.loader, source.text_key))
-    return itertools.chain.from_iterable(streams)
+        own.append(read_loader(source.loader, source.text_key))
+    return itertools.chain(*streams, *(in_parts(stream, source.part_chars) for stream in own))
 
 
 def read_conversations(source: SourceArgs) -> Iterator[Conversation]:

@@ -3,50 +3,37 @@
 Formats: txt, json (an array, or one value per line), jsonl, csv, tsv, parquet; all but parquet also as .gz or .zst.
 Everything streams in bounded memory. A record that cannot be read becomes a BadRecord that names its file and line.
 
-- txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document.
+- txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document. --format
+  says it otherwise. A byte that is not UTF-8 costs its line.
 - csv: commas, quotes as in RFC 4180; tsv: tabs, no quotes. Both begin with a header row.
 - A file without suffix is read as JSON lines if it begins with `{`.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
 import importlib.util
-import io
 import itertools
 import json
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import zstandard
 
-from corpora.json_array import CHUNK, MAX_CHARS, Malformed, elements
-from corpora.registry import RAW_CHARS, BadRecord, Document
+from corpora.json_array import MAX_CHARS, Malformed, elements
+from corpora.registry import BadRecord, DamagedFile, Document
+from corpora.streams import Damaged, Record, bad, beginning, has_bytes, open_text
+from corpora.tables import read_csv, read_parquet
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
+FORMS = ("auto", "lines", "paragraphs", "file")  # what a document of a txt file is
 PACKED = ("gz", "zst")
 UNPACKED_RATIO = 3  # estimate: compressed Chinese, English and JSON text grows to 2.5 to 4 times its size
 _EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
-_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError)
-
-
-class Record(NamedTuple):
-    """One record of a file and its place: the value is a str (txt), a dict (csv, parquet) or any JSON value."""
-
-    where: str
-    value: Any
-
-
-def bad(where: str, reason: str, raw: str) -> BadRecord:
-    """Return a BadRecord; its raw text is cut, and escaped where it is not UTF-8, so that it can be written."""
-    return BadRecord(where, reason, raw[:RAW_CHARS].encode("utf8", "backslashreplace").decode())
+_BROKEN = (Damaged, OSError, pa.ArrowException, UnicodeDecodeError)
 
 
 # --- which files ------------------------------------------------------------------------------------------------
@@ -71,6 +58,11 @@ def find_files(path: Path) -> list[Path]:
     Raises FileNotFoundError for a missing path, ValueError for a folder without such files or an unknown format.
     """
     if path.is_dir():
+        for folder in (path, *(p for p in path.rglob("*") if p.is_dir())):
+            if not os.access(folder, os.R_OK | os.X_OK):  # otherwise its files would be left out in silence
+                raise PermissionError(
+                    f"{folder}: no permission to read this folder; change it, or give another --input"
+                )
         inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
         files = sorted(p for p in inside if p.is_file() and format_of(p))
         if not files:
@@ -94,19 +86,25 @@ def text_size(path: Path) -> int:
 # --- records of one file ----------------------------------------------------------------------------------------
 
 
-def records(path: Path, columns: list[str] | None = None) -> Iterator[Record | BadRecord]:
+def records(path: Path, columns: list[str] | None = None, form: str = "auto") -> Iterator[Record | BadRecord]:
     """Yield every record of one file. Raises ValueError for a file of unknown format.
 
     columns: the only columns to read from a parquet file; a csv or parquet file without one of them is a BadRecord.
+    form: what a document of a txt file is, one of FORMS.
+    A damaged file gives the records before its damage, then a DamagedFile.
     """
     place = str(path)
     read = _reader(path)
+    if format_of(path) == "txt":
+        read = partial(read, form=form)
     try:
         for record in read(path, columns):
             place = record.where
             yield record
+    except FileNotFoundError:
+        raise
     except _BROKEN as error:
-        yield bad(place, f"the file is broken after this place: {error}", "")
+        yield DamagedFile(place, f"the file is broken after this place: {error}; what is before it is kept", "")
 
 
 def _reader(path: Path) -> Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]:
@@ -115,58 +113,43 @@ def _reader(path: Path) -> Callable[[Path, list[str] | None], Iterator[Record | 
     return _READERS[format_of(path)]
 
 
-def _open_text(path: Path, newline: str = "\n") -> TextIO:
-    """Open a file as text: UTF-8 with or without a byte order mark, or UTF-16 with one.
-
-    Bytes that are not UTF-8 are read as lone surrogates; `to_documents` reports them later.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        stream = gzip.GzipFile(path, "rb")
-    elif suffix == ".zst":
-        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-    else:
-        stream = path.open("rb", buffering=0)
-    stream = io.BufferedReader(stream)
-    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return io.TextIOWrapper(stream, encoding="utf-16", errors="surrogatepass", newline=newline)
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
 def _lines(file: TextIO) -> Iterator[str]:
     """Yield lines with their line ends; a line longer than MAX_CHARS comes in pieces of that size."""
     return iter(lambda: file.readline(MAX_CHARS), "")
 
 
-def _read_txt(path: Path, columns: list[str] | None) -> Iterator[Record]:
-    with _open_text(path) as file:
-        has_blocks = re.search(r"\n\s*\n", file.read(CHUNK).strip())
-    with _open_text(path) as file:
+def _read_txt(path: Path, columns: list[str] | None, form: str = "auto") -> Iterator[Record | BadRecord]:
+    """Yield each document: a line, a paragraph (lines between blank lines) or the file; auto: as it looks."""
+    has_blocks = form == "auto" and re.search(r"\n\s*\n", beginning(path).strip())
+    with open_text(path) as file:
         numbered = enumerate(_lines(file), 1)
-        if has_blocks:
-            yield from _blocks(path, numbered)
+        if form in ("paragraphs", "file") or has_blocks:
+            yield from _blocks(path, numbered, whole=form == "file")
         else:
             yield from (Record(f"{path}:{n}", line.rstrip("\r\n")) for n, line in numbered if line.strip())
 
 
-def _blocks(path: Path, numbered: Iterable[tuple[int, str]]) -> Iterator[Record]:
-    """Yield the lines between blank lines as one record.
+def _blocks(path: Path, numbered: Iterable[tuple[int, str]], whole: bool) -> Iterator[Record | BadRecord]:
+    """Yield the lines between blank lines as one record, or all lines if `whole`; a line with a broken byte apart.
 
     A record ends at MAX_CHARS characters, too: otherwise a file without further blank lines would fill the memory.
     """
     block, start, size = [], 1, 0
     for number, line in itertools.chain(numbered, [(0, "")]):
-        if block and (not line.strip() or size + len(line) > MAX_CHARS):
+        ends = not number or (not line.strip() and not whole)
+        if block and (ends or size + len(line) > MAX_CHARS):
             yield Record(f"{path}:{start}", "".join(block).rstrip("\r\n"))
             block, size = [], 0
-        if line.strip():
+        if has_bytes(line):  # costs the line, not the whole block
+            yield Record(f"{path}:{number}", line.rstrip("\r\n"))  # `to_documents` reports it
+        elif line.strip() or (block and whole):
             start = start if block else number
             block.append(line)
             size += len(line)
 
 
 def _read_jsonl(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         yield from _json_lines(path, file)
 
 
@@ -189,9 +172,8 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[Record | BadRecord]:
 
 
 def _read_json(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
-    with _open_text(path) as file:
-        is_array = file.read(CHUNK).lstrip().startswith("[")
-    with _open_text(path) as file:
+    is_array = beginning(path).lstrip().startswith("[")
+    with open_text(path) as file:
         if not is_array:
             yield from _json_lines(path, file)
             return
@@ -200,61 +182,14 @@ def _read_json(path: Path, columns: list[str] | None) -> Iterator[Record | BadRe
             yield bad(where, value.reason, value.raw) if isinstance(value, Malformed) else Record(where, value)
 
 
-def _read_csv(path: Path, columns: list[str] | None, **dialect: Any) -> Iterator[Record | BadRecord]:
-    csv.field_size_limit(MAX_CHARS)
-    with _open_text(path, newline="") as file:
-        rows = csv.reader(_lines(file), strict=True, **dialect)
-        header = None
-        while True:
-            where = f"{path}:{rows.line_num + 1}"
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                yield bad(where, f"not {format_of(path)}: {error}", "")
-                continue
-            if row is None:
-                return
-            if header is None:
-                header = row
-                if missing := [name for name in columns or () if name not in header]:
-                    yield bad(where, _no_column(missing[0], header), ",".join(header))
-                    return
-            elif len(row) == len(header):
-                yield Record(where, dict(zip(header, row)))
-            elif row:
-                yield bad(where, f"{len(row)} fields under a header of {len(header)}", ",".join(row))
-
-
-def _read_tsv(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
-    return _read_csv(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
-    # Read in batches of rows through a small buffer: one column of a row group may be gigabytes.
-    with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
-        names = file.schema_arrow.names
-        if missing := [name for name in columns or () if name not in names]:
-            yield bad(f"{path}:1", _no_column(missing[0], names), "")
-            return
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield Record(f"{path}:{number}", row)
-
-
-def _no_column(name: str, names: list[str]) -> str:
-    return f"no column {name!r} (set by --text_key); the columns are {', '.join(map(repr, names))}"
-
-
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]] = {
     "txt": _read_txt,
     "json": _read_json,
     "jsonl": _read_jsonl,
     "ndjson": _read_jsonl,
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "parquet": _read_parquet,
+    "csv": read_csv,
+    "tsv": partial(read_csv, delimiter="\t"),
+    "parquet": read_parquet,
 }
 
 
@@ -305,12 +240,13 @@ def text_under(key: str) -> Callable[[Any], str]:
     return text_of
 
 
-def read_files(path: Path, text_key: str) -> Iterator[Document | BadRecord]:
+def read_files(path: Path, text_key: str, form: str = "auto") -> Iterator[Document | BadRecord]:
     """Yield every document of a file or of the files in a folder; their source is the name of `path`.
 
     Raises the errors of `find_files` at once, before the first document.
     """
-    streams = (to_documents(records(file, [text_key]), text_under(text_key), path.name) for file in find_files(path))
+    read = (records(file, [text_key], form) for file in find_files(path))
+    streams = (to_documents(stream, text_under(text_key), path.name) for stream in read)
     return itertools.chain.from_iterable(streams)
 
 

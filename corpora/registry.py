@@ -37,6 +37,10 @@ class BadRecord:
     """Original text of the record, cut to RAW_CHARS characters."""
 
 
+class DamagedFile(BadRecord):
+    """A file that can be read up to the place `where` only, or not at all; what was read of it counts."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One sample for fine-tuning."""

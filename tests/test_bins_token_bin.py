@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bins import token_bin
 from bins.token_bin import BinWriter, TokenBin, open_at
 
 SHA = "a" * 64
@@ -89,7 +91,28 @@ def test_meta_counts_sources_and_bytes(tmp_path):
         "tokenizer_sha256": SHA,
         "sources": {"诗": 2, "bad \udcff name": 1},
         "text_bytes": 9,
+        # what `sha256sum` prints of the ids 5 2 5 6 2 2 as uint16, and of the offsets 0 2 5 6 as uint64
+        "sha256": sha256_of(tmp_path / "train.bin"),
+        "idx_sha256": sha256_of(tmp_path / "train.idx"),
     }
+
+
+def sha256_of(path: Path) -> str:
+    """Return what the program sha256sum says of a file."""
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_the_hash_is_that_of_the_file_also_where_the_json_does_not_have_it(tmp_path):
+    bin = write(tmp_path / "train", [[5, EOS], [6, EOS]])
+    expected = sha256_of(bin.path)
+    assert bin.sha256() == bin.meta["sha256"] == expected
+    header = bin.path.with_suffix(".json")  # of a version that stored no hash
+    header.write_text(
+        json.dumps({key: value for key, value in bin.meta.items() if key not in ("sha256", "idx_sha256")})
+    )
+    assert "sha256" not in TokenBin(bin.path).meta and TokenBin(bin.path).sha256() == expected
+    header.unlink(), bin.path.with_suffix(".idx").unlink()
+    assert TokenBin(bin.path).sha256() == expected
 
 
 def test_an_empty_bin(tmp_path):
@@ -250,3 +273,31 @@ def test_a_file_is_gone_on_with_where_it_stood(tmp_path):
         file.write(b"!")
         assert file.tell() == 5
     assert path.read_bytes() == b"kept!"
+
+
+@pytest.mark.parametrize(
+    ("file", "at", "value", "message"),
+    [
+        ("train.bin", 0, 200, "train.bin holds id 200, but the tokenizer has 100 ids: it is damaged"),
+        ("train.bin", 0, 7, "train.bin: its SHA-256 is not the one"),
+        ("train.idx", 8, 6, "train.idx: expected offsets that rise"),
+        ("train.idx", 8, 2, "train.idx: its SHA-256 is not the one"),
+        ("train.idx", 8, 0, "train.idx: expected offsets that rise"),
+    ],
+)
+def test_damage_of_the_same_size_is_found_before_training(tmp_path, file, at, value, message):
+    write(tmp_path / "train", [[5, 5, EOS], [6, EOS], [7, EOS]]).check(SHA, 100)
+    data = bytearray((tmp_path / file).read_bytes())
+    data[at] = value
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        TokenBin(tmp_path / "train.bin").check(SHA, 100)
+
+
+def test_large_files_are_verified_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_bin, "VERIFIED_BYTES", 9)
+    write(tmp_path / "train", [[5] * 5 + [EOS]])
+    (tmp_path / "train.bin").write_bytes(np.array([5, 5, 6, 5, 5, EOS], "<u2").tobytes())
+    TokenBin(tmp_path / "train.bin").check(SHA, 100)
+    with pytest.raises(ValueError, match=r"train\.bin: its SHA-256"):
+        TokenBin(tmp_path / "train.bin").check(SHA, 100, verify=True)

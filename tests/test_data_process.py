@@ -1,7 +1,9 @@
 """data_process.py from texts to bins: what is written, in which order, and what it refuses."""
 
+import gzip
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -19,7 +21,7 @@ from bins import screen
 from bins.token_bin import TokenBin
 from cli import progress
 from cli.args import parse, run
-from corpora import CORPORA, Conversation, Corpus, Document, SourceArgs
+from corpora import CORPORA, Conversation, Corpus, Document, SourceArgs, read
 from corpora.registry import stable_share
 from data_process import Args, main
 from tokenizer import load_tokenizer
@@ -58,7 +60,7 @@ def test_every_document_lies_in_one_bin_in_order(make, tokenizer_path):
     train, heldout = decoded(out / "train_00000.bin", tokenizer), decoded(out / "heldout.bin", tokenizer)
     assert train == [text for text in texts if stable_share(text) >= 0.1]
     assert heldout == [text for text in texts if stable_share(text) < 0.1] and heldout
-    assert {p.name for p in out.iterdir()} == {*summary["files"], "summary.json", *NOT_COMPARED}
+    assert {p.name for p in out.iterdir()} == {*summary["files"], "summary.json", "tokenizer", *NOT_COMPARED}
     assert json.loads((out / "summary.json").read_text()) == summary
     TokenBin(out / "train_00000.bin").check(tokenizer.sha256(), tokenizer.vocab_size)
 
@@ -76,6 +78,7 @@ def test_the_summary_counts_what_an_independent_count_finds(make, tokenizer_path
         "documents": 40,
         "held_out": sum(stable_share(text) < 0.1 for text in texts),
         "tokens": n_tokens,
+        "held_out_tokens": sum(len(tokenizer.encode(text)) + 2 for text in texts if stable_share(text) < 0.1),
         "characters": n_chars,
         "bytes": sum(len(text.encode()) for text in texts),
         "too_short": 3,
@@ -200,6 +203,63 @@ def test_a_vocabulary_beyond_uint16_is_written_as_uint32(make, tmp_path):
     assert bin.tokens.dtype == np.uint32 and bin.tokens.tolist() == [*ids, 1]
 
 
+def test_the_tokenizer_lies_beside_the_bins(make, tokenizer_path, tmp_path):
+    out, _ = make(made_up_texts(20))
+    expected = load_tokenizer(tokenizer_path)
+    assert load_tokenizer(out / "tokenizer").sha256() == expected.sha256()
+    (out / "tokenizer" / "mark").touch()
+    make(made_up_texts(20))
+    assert (out / "tokenizer" / "mark").exists()  # it is there: not written again
+    other = train_tiny_tokenizer(tmp_path, vocab_size=690)
+    with pytest.raises(ValueError, match=r"tokenizer is another tokenizer than --tokenizer .*; choose another --out"):
+        main(Args(input=(tmp_path / "texts.jsonl",), tokenizer=other, out=out, processes=1))
+    main(Args(input=(tmp_path / "texts.jsonl",), tokenizer=other, out=out, processes=1, overwrite=True))
+    assert load_tokenizer(out / "tokenizer").sha256() == load_tokenizer(other).sha256() != expected.sha256()
+
+
+def test_a_novel_is_cut_into_parts_and_nothing_held_out_is_a_warning(make, tokenizer_path, tmp_path, capsys):
+    lines = [f"第{n}回" + re.sub(r"\s", "", text) for n, text in enumerate(made_up_texts(400))]
+    (tmp_path / "novel.txt").write_text("\n".join(lines[:9]) + "\n\n" + "\n".join(lines[9:]))
+    source = SourceArgs(input=(tmp_path / "novel.txt",), part_chars=400)
+    out, summary = make(None, source=source)
+    numbers = summary["sources"]["novel.txt"]
+    assert numbers["documents"] > 20 and numbers["held_out"] > 0
+    assert numbers["held_out_tokens"] == len(TokenBin(out / "heldout.bin"))
+    texts = [decoded(out / name, load_tokenizer(tokenizer_path)) for name in ("train_00000.bin", "heldout.bin")]
+    assert max(len(text) for each in texts for text in each) <= 400
+    assert sorted("".join(texts[0] + texts[1]).replace("\n", "")) == sorted("".join(lines))
+    assert "held-out tokens" in capsys.readouterr().out
+    whole = SourceArgs(input=(tmp_path / "novel.txt",), part_chars=0)
+    _, summary = make(None, "whole", source=whole, held_out=0.001)
+    assert summary["sources"]["novel.txt"]["documents"] == 2
+    assert "nothing is held out of novel.txt (2 documents)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("form", "n"), [("lines", 4), ("paragraphs", 2), ("file", 1), ("auto", 2)])
+def test_what_a_document_of_a_txt_file_is(tmp_path, form, n):
+    text = "one line of it\nanother line\n\na third line\nthe fourth one"
+    (tmp_path / "a.txt").write_text(text)
+    documents = [item.text for item in read(SourceArgs(input=(tmp_path / "a.txt",), format=form))]
+    assert len(documents) == n and (form != "file" or documents == [text])
+    with pytest.raises(ValueError, match="--format should be auto, lines, paragraphs or file, found 'line'"):
+        read(SourceArgs(input=(tmp_path / "a.txt",), format="line"))
+
+
+def test_damaged_files_are_named_and_counted(make, tmp_path, capsys):
+    texts = made_up_texts(4000)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    packed = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (folder / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (folder / "b.parquet").write_bytes(b"PAR1 no parquet")
+    write_texts(folder / "c.jsonl", made_up_texts(30, seed=5))
+    _, summary = make(None, source=SourceArgs(input=(folder,)))
+    assert [Path(line.split(":")[0]).name for line in summary["damaged_files"]] == ["a.jsonl.gz", "b.parquet"]
+    assert summary["total"]["documents"] > 1000 and summary["total"]["bad"] >= 2
+    printed = capsys.readouterr().out
+    assert "damaged files" in printed and "a.jsonl.gz" in printed and "b.parquet" in printed
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +326,17 @@ def test_bad_input_as_a_process(tmp_path, tokenizer_path, name):
     done = subprocess.run([*map(str, command)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.glob("out/*"))
     assert re.fullmatch(f"error: .*{sentence}.*\n", done.stderr), done.stderr
+
+
+def test_a_file_name_that_is_not_utf8_and_no_standard_input(tmp_path, tokenizer_path):
+    (tmp_path / "b\udcff.txt").write_text("a text that is long enough\n")
+    command = [sys.executable, "data_process.py", "--tokenizer", tokenizer_path, "--out", tmp_path / "out"]
+    command += ["--input", tmp_path / "b\udcff.txt", "--processes", "1"]
+    shell = ["bash", "-c", 'exec "$@" <&-', "bash", *command]
+    done = subprocess.run(
+        shell, cwd=REPOSITORY, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
+    )
+    assert done.returncode == 0 and rb"b\udcff.txt" in done.stdout and done.stderr.count(b"error") == 0
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, make, tokenizer_path, monkeypatch):

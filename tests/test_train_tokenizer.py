@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 import corpora
 import train_tokenizer
 from bins.screen import screen
+from bins.token_bin import BinWriter
 from chat.template import load_template
 from cli.args import parse
 from corpora import BadRecord, Document
+from files import alone_in
 from tokenizer import MARKERS, SentencePieceTokenizer, load_tokenizer
 from train_tokenizer import SAMPLES, Args, Sample, lines_of, main
 
@@ -217,6 +219,8 @@ def test_coverage_leaves_room_for_pieces_of_more_than_a_character(corpus, tmp_pa
         ),
         ({"vocab_size": 10}, r"--vocab_size 10 is too small: .* need at least \d+ ids; raise --vocab_size$"),
         ({"character_coverage": 0.5}, r"--character_coverage should be between 0\.98 and 1, found 0\.5"),
+        ({"max_piece_length": 513}, "--max_piece_length should be at most 512, found 513"),
+        ({"threads": 1025}, "--threads should be at most 1024, found 1025"),
         ({"max_piece_length": 0}, r"--max_piece_length should be at least 1, found 0"),
         ({"sample_bytes": -1}, r"--sample_bytes should be at least 1, found -1"),
         ({"held_out": 1.0}, r"--held_out should be a share of at least 0 and below 1, found 1"),
@@ -365,3 +369,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(tmp_path,
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="no permission to write to"):
         train_tokenizer.check_arguments(train_tokenizer.Args(out=tmp_path / "new"))
+
+
+def test_bad_records_and_the_built_in_texts_are_told(corpus, tmp_path, capsys):
+    corpus([*TEXTS, BadRecord("a.txt:3", "not UTF-8", "x"), BadRecord("a.txt:9", "other", "y")])
+    main(args(tmp_path))
+    printed = capsys.readouterr().out
+    assert "bad records, left out: 2; the first one a.txt:3: not UTF-8\n" in printed
+    assert "(Chinese, English, digits, code: short texts built into this program;" in printed
+
+
+def test_a_tokenizer_that_bins_were_made_with_is_not_replaced(corpus, tmp_path):
+    main(args(tmp_path))
+    old = load_tokenizer(tmp_path / "tokenizer")
+    with BinWriter(tmp_path / "train_00000", old.vocab_size, old.eos_id, old.sha256()) as writer:
+        writer.add([10, old.eos_id])
+    main(args(tmp_path))  # the same tokenizer
+    with pytest.raises(ValueError, match=r"train_00000\.bin was made with, .*: --overwrite true"):
+        main(args(tmp_path, vocab_size=450))
+    assert load_tokenizer(tmp_path / "tokenizer").sha256() == old.sha256()
+    main(args(tmp_path, vocab_size=450, overwrite=True))
+    assert load_tokenizer(tmp_path / "tokenizer").vocab_size == 450
+
+
+def test_two_at_a_time_in_one_directory_are_refused(corpus, tmp_path):
+    with alone_in(tmp_path / "tokenizer"), pytest.raises(ValueError, match="another process is at work"):
+        main(args(tmp_path))
+    assert (tmp_path / "tokenizer").is_dir()

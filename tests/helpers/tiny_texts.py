@@ -22,13 +22,13 @@ def made_up_texts(count: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def train_tiny_tokenizer(folder: Path) -> Path:
-    """A SentencePiece model of 700 pieces with byte fallback, as `folder/tiny.model`."""
+def train_tiny_tokenizer(folder: Path, vocab_size: int = 700) -> Path:
+    """A SentencePiece model of `vocab_size` pieces with byte fallback, as `folder/tiny.model`."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(made_up_texts(300, seed=99)),
         model_prefix=str(folder / "tiny"),
         model_type="bpe",
-        vocab_size=700,
+        vocab_size=vocab_size,
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,

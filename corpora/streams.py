@@ -1,0 +1,119 @@
+"""Open files of text, plain or compressed, such that a damaged one gives what can be read of it and then says so."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import zstandard
+
+from corpora.json_array import CHUNK
+from corpora.registry import RAW_CHARS, BadRecord
+
+_INPUT = 1 << 10  # compressed bytes that are unpacked at a time: at an error, what these hold is lost
+
+
+class Record(NamedTuple):
+    """One record of a file and its place: the value is a str (txt), a dict (csv, parquet) or any JSON value."""
+
+    where: str
+    value: Any
+
+
+class Damaged(Exception):
+    """A file could be read up to some place only; the message says why."""
+
+
+def bad(where: str, reason: str, raw: str) -> BadRecord:
+    """Return a BadRecord; its raw text is cut, and escaped where it is not UTF-8, so that it can be written."""
+    return BadRecord(where, reason, raw[:RAW_CHARS].encode("utf8", "backslashreplace").decode())
+
+
+class Unpacked(io.RawIOBase):
+    """The plain bytes of a .gz or .zst file. Where it is damaged or cut off, they end, and `damage` says why."""
+
+    def __init__(self, path: Path, new: Callable[[], Any]) -> None:
+        """new: makes a decompressor for one member of the file; a file may have several, one after the other."""
+        self._file, self._new = path.open("rb"), new
+        self._member: Any = None
+        self._ready, self._ended = memoryview(b""), False
+        self.damage = "" if path.stat().st_size else "it has no bytes"
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            self._ready = memoryview(b"".join(self._unpack(self._file.read(_INPUT))))
+        n = min(len(buffer), len(self._ready))
+        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        return n
+
+    def _unpack(self, data: bytes) -> Iterator[bytes]:
+        self._ended = not data
+        if self._ended and self._member is not None:
+            self.damage = "it is cut off"
+        try:
+            while data:
+                if self._member is None:
+                    data = data.lstrip(b"\0")  # zeros may fill up a file behind its last member
+                    self._member = self._new() if data else None
+                else:
+                    yield self._member.decompress(data)
+                    data = self._member.unused_data if self._member.eof else b""
+                    self._member = None if self._member.eof else self._member
+        except (zlib.error, zstandard.ZstdError) as error:
+            self._ended, self.damage = True, str(error)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(path: Path, newline: str) -> tuple[io.RawIOBase, TextIO]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        raw: io.RawIOBase = Unpacked(path, lambda: zlib.decompressobj(16 + zlib.MAX_WBITS))  # 16: with gzip's header
+    elif suffix == ".zst":
+        raw = Unpacked(path, lambda: zstandard.ZstdDecompressor().decompressobj())
+    else:
+        raw = path.open("rb", buffering=0)
+    stream = io.BufferedReader(raw)
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return raw, io.TextIOWrapper(stream, encoding="utf-16", errors="surrogatepass", newline=newline)
+    return raw, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+@contextmanager
+def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
+    """Open a file as text: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Bytes that are not UTF-8 are read as lone surrogates, which `has_bytes` finds. Of a damaged file the text ends where
+    the damage is, and the block ends with Damaged.
+    """
+    raw, file = _open(path, newline)
+    with file:
+        yield file
+    if damage := getattr(raw, "damage", ""):
+        raise Damaged(damage)
+
+
+def beginning(path: Path) -> str:
+    """Return the first characters of a file, up to CHUNK, as `open_text` reads them."""
+    _, file = _open(path, "\n")
+    with file:
+        return file.read(CHUNK)
+
+
+def has_bytes(text: str) -> bool:
+    """Return whether a text of `open_text` has a byte that is not UTF-8."""
+    try:
+        text.encode("utf8")
+    except UnicodeEncodeError:
+        return True
+    return False
