@@ -125,6 +125,7 @@ def load_assistant(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}: "
             "they do not belong together"
         )
+    model.n_ids = tokenizer.vocab_size  # rows beyond are padding
     template = None if raw else usable_template(tokenizer)
     return Assistant(
         model, tokenizer, template, stop_strings=stop_strings, system=system, cache=cache, directory=directory
@@ -139,14 +140,16 @@ def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
     """
     model = assistant.model
     if draft == "lookup":
-        return Speculative(model, PromptLookup(model.args.vocab_size), n_draft)
+        return Speculative(model, PromptLookup(assistant.tokenizer.vocab_size), n_draft)
     directory = find_model(Path(draft))
     if load_tokenizer(directory).sha256() != assistant.tokenizer.sha256():
         raise ValueError(
             f"the draft in {directory} has another tokenizer than {assistant.directory}: "
             "a draft needs the vocabulary of the model it guesses for"
         )
-    return Speculative(model, DraftModel(load_model(directory, model.device, model.dtype).eval()), n_draft)
+    draft_model = load_model(directory, model.device, model.dtype).eval()
+    draft_model.n_ids = assistant.tokenizer.vocab_size
+    return Speculative(model, DraftModel(draft_model), n_draft)
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:

@@ -229,7 +229,7 @@ def test_a_chat_with_sinks_forgets_no_turn(tmp_path, monkeypatch, capsys):
         ({"stop": ("",)}, "a stop string is empty"),
         ({"attention": "flash"}, "attention by flash needs a CUDA GPU"),
         ({"logprobs": -1}, "--logprobs should be 0 or more, found -1"),
-        ({"task": "loss"}, "--prompt needs --task chat"),
+        ({"task": "loss"}, "needs --task chat, found loss"),
     ],
     ids=str,
 )
