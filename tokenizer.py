@@ -31,7 +31,7 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # special tokens of our chat template
@@ -47,6 +47,7 @@ class Tokenizer:
     vocab_size: number of ids
     bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
     special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
+    begins_with: ids that the model's tokenizer puts before every text, [bos] or []
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
     chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
@@ -57,6 +58,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
         self.special = special
         self.chat_template: Any = None
+        self.begins_with: list[int] = []
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
@@ -169,11 +171,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         model = self._processor.serialized_model_proto()
-        same = to_tokenizers(ModelProto.FromString(model), self.special).to_str().encode()
+        backend = to_tokenizers(ModelProto.FromString(model), self.special)
+        if self.begins_with:
+            bos = self._special_names[self.bos_id]
+            backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, self.bos_id)])
+        same = backend.to_str().encode()
         config = self.special_names() | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
+        config |= {"add_bos_token": True} if self.begins_with else {}
         # load_tokenizer compares this hash and reads the .model, which is faster, if tokenizer.json is unchanged.
         config["tokenizer_model_of"] = hashlib.sha256(same).hexdigest()
         return config, {"tokenizer.model": model, "tokenizer.json": same}
@@ -264,8 +271,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"{path}: no such tokenizer (and no .model there); train one with train_tokenizer.py")
     is_json = path.suffix == ".json"
     tokenizer = HuggingFaceTokenizer(path) if is_json else SentencePieceTokenizer(path.read_bytes(), path)
-    tokenizer.chat_template = _read_config(path.parent).get("chat_template")
+    config = _read_config(path.parent)
+    tokenizer.chat_template = config.get("chat_template")
+    if tokenizer.bos_id is not None and _adds_bos(tokenizer, config):
+        tokenizer.begins_with = [tokenizer.bos_id]
     return tokenizer
+
+
+def _adds_bos(tokenizer: Tokenizer, config: dict[str, Any]) -> bool:
+    """Return whether bos stands before every text: as tokenizer_config.json says, else the post-processor or class."""
+    if isinstance(config.get("add_bos_token"), bool):
+        return config["add_bos_token"]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer._backend.encode("a", add_special_tokens=True).ids[0] == tokenizer.bos_id
+    return str(config.get("tokenizer_class")).removesuffix("Fast") in ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -68,8 +68,11 @@ def take(pending: deque[tuple[ScreenedBatch, Future]]) -> tuple[ScreenedBatch, l
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of all texts, each with eos at its end, (n,) uint32, and the end of each, (len(texts),) int64."""
-    documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    """Return the ids of all texts, (n,) uint32, and the end of each, (len(texts),) int64.
+
+    Each begins with bos where the tokenizer puts one, and ends with eos.
+    """
+    documents = [[*tokenizer.begins_with, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
     return np.fromiter(chain.from_iterable(documents), np.uint32), ends
 

@@ -59,7 +59,7 @@ def read_ids(path: Path, tokenizer: Tokenizer, at_most: int) -> np.ndarray:
     ids: list[int] = []
     for document in read_files(path, "text"):
         if isinstance(document, Document):
-            ids += [*tokenizer.encode(document.text), *end]
+            ids += [*tokenizer.begins_with, *tokenizer.encode(document.text), *end]
         if len(ids) >= at_most:
             break
     return np.asarray(ids[:at_most], np.int64)

@@ -69,8 +69,8 @@ class Assistant:
             raise ValueError("a model without a chat template takes a single text, not a conversation")
         # In our token bins eos separates documents and there is no bos, so a raw prompt starts with eos.
         ours = self.tokenizer.bos_id is None or has_markers(self.tokenizer)
-        start = self.tokenizer.eos_id if ours else self.tokenizer.bos_id
-        return [start] * (start is not None) + self.tokenizer.encode(messages[0]["content"])
+        start = self.tokenizer.begins_with or ([self.tokenizer.eos_id] if ours else [])
+        return [i for i in start if i is not None] + self.tokenizer.encode(messages[0]["content"])
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
         """Return an iterator over the ids of the answer to one prompt. cache: see `Decoder.stream`."""

@@ -285,3 +285,16 @@ def test_what_cannot_be_encoded_or_decoded(ours, byte_level):
         for i in (-1, tokenizer.vocab_size):
             with pytest.raises(ValueError, match="outside the vocabulary"):
                 tokenizer.decode([i])
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_text_begins_as_in_transformers(adds, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sp_model())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = names | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": adds}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    assert ours.begins_with == ([ours.bos_id] if adds else [])
+    ours.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").begins_with + ours.encode("a b") == theirs("a b").input_ids
