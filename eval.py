@@ -19,11 +19,22 @@ from typing import Any, Literal
 from attention import CACHES, Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
 from cli.args import parse, run
+from cli.flags import Needs, check_flags
 from cli.progress import say
 from decoding.params import SamplingParams
 from evaluation.registry import BENCHMARKS, make_task
 
 TASKS = ("chat", *BENCHMARKS)
+OWN_PROMPTS = "the other tasks have prompts of their own; remove it"
+NEEDS = (
+    Needs("prompt", "task", ("chat",), OWN_PROMPTS),
+    Needs("input", "task", ("chat",), OWN_PROMPTS),
+    Needs("demo", "task", ("chat",), OWN_PROMPTS),
+    Needs("output", "prompt", (None,), "one answer is printed and not written to a file; remove it"),
+    Needs("output", "demo", (False,), "these answers are printed and not written to a file; remove it"),
+    Needs("output", "task", ("chat", "poems"), "the other tasks write no file; remove it"),
+    Needs("system", "raw", (False,), "a text without a chat template has no system message; remove it"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,14 +105,19 @@ class Args:
     def __post_init__(self) -> None:
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"--logprobs should be 0 or more, found {self.logprobs}")
+        for name in ("batch_size", "draft_tokens", "seq_len", "n_poems", "num_beams"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name} should be at least 1, found {value}")
+        check_flags(self, NEEDS)
 
 
 IS_SET: dict[str, Callable[[Args], bool]] = {
-    "--task chat": lambda args: args.task == "chat",
     "--prompt": lambda args: args.prompt is not None,
     "--input": lambda args: args.input is not None,
     "--demo": lambda args: args.demo,
     "--logprobs": lambda args: args.logprobs is not None,
+    "--draft_tokens": lambda args: args.draft_tokens != 4,
+    "--length_penalty": lambda args: args.length_penalty != 1,
     "--num_beams": lambda args: args.num_beams != 1,
     "--draft": lambda args: args.draft is not None,
     "--cache sinks": lambda args: not cache_class(args.cache).can_rewind,
@@ -109,13 +125,12 @@ IS_SET: dict[str, Callable[[Args], bool]] = {
     "--repetition_penalty 1": lambda args: args.sampling.repetition_penalty == 1,
 }
 COMBINATIONS = (  # flag, the flags one of which it needs or, after "no", the flag it excludes; why
-    ("--prompt", "--task chat", "the other tasks have prompts of their own"),
-    ("--input", "--task chat", "the other tasks have prompts of their own"),
-    ("--demo", "--task chat", "the other tasks have prompts of their own"),
     ("--prompt", "no --input", "either one prompt is answered or a file of them"),
     ("--logprobs", "--prompt", "it prints the tokens of one answer"),
     ("--logprobs", "no --num_beams", "it prints the tokens of a sampled or greedy answer"),
     ("--logprobs", "no --draft", "it needs one pass of the model for each token"),
+    ("--draft_tokens", "--draft", "it is the number of tokens that a draft guesses"),
+    ("--length_penalty", "--num_beams", "it compares the beams of a search"),
     ("--num_beams", "no --draft", "each is a way to decode of its own"),
     ("--num_beams", "--prompt or --input", "a chat shows its answers token by token"),
     ("--num_beams", "--temperature 0", "beam search looks for the likeliest answer and draws nothing"),

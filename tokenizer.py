@@ -109,10 +109,11 @@ class Tokenizer:
         return text[1:] if self.dummy_prefix and text.startswith(" ") else text
 
     def id_to_bytes(self, i: int) -> bytes:
-        """Return the bytes of one id, which may be a part of a character; b"" for special tokens."""
-        if not 0 <= i < self.vocab_size:
-            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size} ids")
-        return self._pieces[i]
+        """Return the bytes of one id, which may be a part of a character; b"" for special tokens, and for ids beyond
+        the vocabulary, to which the rows of padding of an embedding belong."""
+        if i < 0:
+            raise ValueError(f"a token id should be 0 or more, found {i}")
+        return self._pieces[i] if i < self.vocab_size else b""
 
     def token_bytes(self) -> np.ndarray:
         """Return the number of UTF-8 bytes of each id, (vocab_size,) int64; 0 for special tokens."""

@@ -106,7 +106,23 @@ def find_tokenizer(*directories: Path) -> tuple[Tokenizer | None, list[int] | No
     stated); (None, None) where no directory has one."""
     for directory in directories:
         if has_tokenizer(directory):
-            path = directory / "generation_config.json"
-            stop = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-            return load_tokenizer(directory), [stop] if isinstance(stop, int) else stop
+            return load_tokenizer(directory), read_stop_ids(directory)
     return None, None
+
+
+def read_stop_ids(directory: Path) -> list[int] | None:
+    """Return `eos_token_id` of generation_config.json, or else of config.json, as a list; None if neither states it.
+
+    Raises ValueError where the file is damaged.
+    """
+    path = next((directory / n for n in ("generation_config.json", "config.json") if (directory / n).is_file()), None)
+    if path is None:
+        return None
+    try:
+        stop = json.loads(path.read_text(encoding="utf8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} should be a JSON object: {error}; copy it again or remove it") from None
+    stop = [stop] if isinstance(stop, int) else stop
+    if stop is not None and not (isinstance(stop, list) and all(type(i) is int for i in stop)):
+        raise ValueError(f"{path}: eos_token_id should be an id or a list of ids, found {stop!r}")
+    return stop

@@ -20,19 +20,20 @@ class Feeder:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.device = model.device
+        self.n_ids = drawable(model)
         self.few = cpu_step.most_tokens(model)
 
     @torch.inference_mode()
     def __call__(self, runs: Sequence[Ids], past: Sequence[int], n: int = 1) -> torch.Tensor:
         """Feed B runs of ids, of unequal lengths, run i from position past[i] on. Return the logits (B, n, V) after
-        each of the last n ids of every run.
+        each of the last n ids of every run; V leaves out rows of padding (see `drawable`).
 
         An interrupted pass (Ctrl-C) leaves the length of the cache as it was, because some layers have stored the new
         tokens and others have not.
         """
         width, length = max(map(len, runs)), self.cache.length
         if sum(map(len, runs)) <= self.few and self.step is not None:
-            return self.step(runs, past, n)
+            return self.step(runs, past, n)[..., : self.n_ids]
         # Pad on the right: the next tokens of a row overwrite its padding before any query can see it.
         lengths = [n + len(ids) for n, ids in zip(past, runs)]
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in runs], device=self.device)  # (B, T)
@@ -45,12 +46,22 @@ class Feeder:
         # The head is the largest product of a small model: compute it for the last n tokens of each row only.
         ends = torch.tensor([len(ids) for ids in runs], device=self.device)
         last = ends[:, None] + torch.arange(-n, 0, device=self.device)  # (B, n)
-        return self.model.logits(hidden[torch.arange(len(runs), device=self.device)[:, None], last])
+        logits = self.model.logits(hidden[torch.arange(len(runs), device=self.device)[:, None], last])
+        return logits[..., : self.n_ids]
 
     @cached_property
     def step(self) -> cpu_step.Step | None:
         """The compiled step, which feeds a few ids faster; None where it does not apply."""
         return cpu_step.stepper(self.model, self.cache)
+
+
+def drawable(model: Transformer) -> int:
+    """Return the number of ids that may be drawn: all that the model has, or `model.n_ids` where that is set.
+
+    Whoever loads a model with its tokenizer sets `n_ids` to the size of the tokenizer: rows of the embedding beyond it
+    are padding, and no text belongs to them.
+    """
+    return getattr(model, "n_ids", model.args.vocab_size)
 
 
 @contextlib.contextmanager

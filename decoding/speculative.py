@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from attention.cache import KVCache, keep_prefix
 from decoding.decoder import Decoder
-from decoding.feeder import Feeder, check_prompts, evaluating
+from decoding.feeder import Feeder, check_prompts, drawable, evaluating
 from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.sampling import draw, probabilities, process_logits
 from model import Transformer
@@ -41,7 +41,7 @@ class DraftModel:
     """Guess with a smaller model of the same vocabulary; its cache forgets the guesses that were not kept."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.vocab_size = model, model.args.vocab_size
+        self.model, self.vocab_size = model, drawable(model)
         self._feed = Feeder(model, model.make_cache(1))
         self._fed: list[int] = []  # the cache holds the first `cache.length` of these ids
 
@@ -98,9 +98,9 @@ class Speculative(Decoder):
 
     def __init__(self, model: Transformer, drafter: Drafter, n_draft: int = 4) -> None:
         """n_draft: number of guesses a pass. Raises ValueError when the drafter has another vocabulary."""
-        if drafter.vocab_size != model.args.vocab_size:
+        if drafter.vocab_size != drawable(model):
             raise ValueError(
-                f"the draft has {drafter.vocab_size} ids, the model {model.args.vocab_size}: "
+                f"the draft has {drafter.vocab_size} ids, the model {drawable(model)}: "
                 "a draft needs the same vocabulary as the model"
             )
         if n_draft < 1:

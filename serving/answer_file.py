@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ def answer_file(
 ) -> dict[str, Any]:
     """Write every record of --input with an "answer" beside its own fields; return the counts.
 
-    Records that cannot be answered go with their places and reasons to a file beside `output`. Raises ValueError where
-    there is no record to answer, before anything is written.
+    Each answer is written as soon as it is there. After an interruption, a call with the same questions, model and
+    settings goes on behind the last whole answer, with the same answers as without it. Records that cannot be answered
+    go with their places and reasons to a file beside `output`. Raises ValueError where there is no record to answer,
+    before anything is written.
     """
     output = output or path.with_suffix(".answers.jsonl")
     if not path.is_file():
@@ -29,9 +33,17 @@ def answer_file(
     if output.resolve() == path.resolve():
         raise ValueError(f"--output {output} would overwrite the questions; name another file")
     questions, prompts, broken = read_questions(assistant, path)
-    with output.open("w", encoding="utf8", errors="backslashreplace") as file:  # half a surrogate pair stays its escape
-        for question, answer in zip(questions, assistant.answers(prompts, params, batch_size)):
+    begun = output.with_suffix(".begun.json")  # what the answers depend on; it is there until all are written
+    done = begin(output, begun, describe(assistant, prompts, params))
+    if done:
+        say(f"{output} has {done} of {len(questions)} answers already: going on behind them")
+    # half a surrogate pair stays its escape
+    with output.open("a", encoding="utf8", errors="backslashreplace") as file:
+        answers = assistant.answers(prompts[done:], replace(params, seed=params.seed + done), batch_size)
+        for question, answer in zip(questions[done:], answers):
             file.write(json.dumps({**question, "answer": answer}, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+    begun.unlink()
     print(f"{len(questions)} answers in {output}")
     if broken:
         aside = output.with_suffix(".bad.jsonl")
@@ -40,6 +52,30 @@ def answer_file(
         places = ", ".join(record.where for record in broken[:3]) + ", ..." * (len(broken) > 3)
         say(f"{len(broken)} records could not be read ({places}); they are kept in {aside}")
     return {"answers": len(questions), "bad": len(broken), "output": str(output)}
+
+
+def begin(output: Path, begun: Path, description: dict[str, Any]) -> int:
+    """Make `output` ready for more lines and return how many whole ones of the same description it has; where `begun`
+    does not hold that description, the file is emptied."""
+    text = json.dumps(description, indent=2)
+    if begun.is_file() and output.is_file() and begun.read_text(encoding="utf8") == text:
+        whole = output.read_bytes().rpartition(b"\n")
+        output.write_bytes(b"".join(whole[:2]))  # without half a line after a kill
+        return whole[0].count(b"\n") + bool(whole[1])
+    output.write_bytes(b"")
+    begun.write_text(text, encoding="utf8")
+    return 0
+
+
+def describe(assistant: Assistant, prompts: list[list[int]], params: SamplingParams) -> dict[str, Any]:
+    """Return all that the answers depend on, as values that JSON can hold."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in assistant.directory.glob("*.*")}
+    return {
+        "model": {str(assistant.directory.resolve()): dict(sorted(files.items()))},
+        "decoding": [type(assistant.decoder).__name__, assistant.cache, repr(assistant.stop_strings.strings)],
+        "sampling": {name: str(value) for name, value in vars(params).items()},
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }
 
 
 def read_questions(assistant: Assistant, path: Path) -> tuple[list[dict], list[list[int]], list[BadRecord]]:

@@ -13,7 +13,7 @@ from attention.cache import KVCache, cache_class
 from chat.messages import check_messages
 from chat.template import ChatTemplate, load_template
 from checkpoint.directory import load_model
-from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter
+from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter, read_stop_ids
 from cli.progress import say
 from decoding.decoder import Decoder
 from decoding.generate import Sampled
@@ -42,6 +42,8 @@ class Assistant:
     """kind of key-value cache (attention/cache.py)"""
     directory: Path | None = None
     """where the model lies"""
+    stop_ids: frozenset[int] = frozenset()
+    """more ids that end an answer: those of the model's generation_config.json"""
 
     def __post_init__(self) -> None:
         self.decoder = self.decoder or Sampled(self.model)
@@ -49,9 +51,9 @@ class Assistant:
 
     @property
     def stop(self) -> Stop:
-        """What ends an answer: the stop ids of the template (without one: eos) and the stop strings."""
+        """What ends an answer: stop ids of the template (without one: eos) and of the model, and stop strings."""
         ids = {self.tokenizer.eos_id} - {None} if self.template is None else self.template.stop_ids
-        return Stop(ids, self.stop_strings.ended)
+        return Stop({*ids, *self.stop_ids}, self.stop_strings.ended)
 
     @property
     def longest(self) -> int:
@@ -113,11 +115,13 @@ def load_assistant(
     adapter = directory if is_adapter(directory) else None
     if adapter is not None:
         base = find_base(adapter, base)
-        tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base)
+        home = adapter if has_tokenizer(adapter) else base
     elif base is None:
-        tokenizer = load_tokenizer(directory)
+        home = directory
     else:
         raise ValueError(f"--base is for an adapter, and {directory} is a whole model: leave it out")
+    tokenizer = load_tokenizer(home)
+    stop_ids = frozenset(i for i in read_stop_ids(home) or () if i < tokenizer.vocab_size)
     stop_strings = StopStrings(tokenizer, stop)  # refused before a large model is loaded
     model = load_model(directory, device, dtype, base=base)
     model.eval()
@@ -126,10 +130,10 @@ def load_assistant(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}: "
             "they do not belong together"
         )
+    model.n_ids = tokenizer.vocab_size  # rows beyond are padding
     template = None if raw else usable_template(tokenizer)
-    return Assistant(
-        model, tokenizer, template, stop_strings=stop_strings, system=system, cache=cache, directory=directory
-    )
+    settings = {"stop_strings": stop_strings, "stop_ids": stop_ids, "system": system, "cache": cache}
+    return Assistant(model, tokenizer, template, directory=directory, **settings)
 
 
 def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
@@ -140,14 +144,16 @@ def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
     """
     model = assistant.model
     if draft == "lookup":
-        return Speculative(model, PromptLookup(model.args.vocab_size), n_draft)
+        return Speculative(model, PromptLookup(assistant.tokenizer.vocab_size), n_draft)
     directory = find_model(Path(draft))
     if load_tokenizer(directory).sha256() != assistant.tokenizer.sha256():
         raise ValueError(
             f"the draft in {directory} has another tokenizer than {assistant.directory}: "
             "a draft needs the vocabulary of the model it guesses for"
         )
-    return Speculative(model, DraftModel(load_model(directory, model.device, model.dtype).eval()), n_draft)
+    draft_model = load_model(directory, model.device, model.dtype).eval()
+    draft_model.n_ids = assistant.tokenizer.vocab_size
+    return Speculative(model, DraftModel(draft_model), n_draft)
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:

@@ -241,3 +241,12 @@ def test_what_makes_no_sense_is_refused():
     Feeder(model, cache)([[1, 2, 3]], [0])
     with pytest.raises(ValueError, match="the cache holds 3 ids, the prompt 3"):
         speculative.stream([1, 2, 3], GREEDY, cache=cache)
+
+
+def test_a_draft_whose_embedding_has_more_rows_of_padding():
+    model, draft = small_model(), small_model(vocab_size=70)
+    model.n_ids = draft.n_ids = 50
+    with torch.no_grad():
+        model.lm_head.weight[50:] = 100 * model.lm_head.weight[:11]  # would often be the likeliest
+    ids = list(Speculative(model, DraftModel(draft), 3).stream([1, 2, 3], GREEDY))
+    assert ids == list(stream(model, [1, 2, 3], GREEDY)) and max(ids) < 50

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ from chat.template import load_template
 from checkpoint import peft
 from checkpoint.directory import load_model
 from cli.args import parse, run
-from decoding.generate import generate
+from decoding.generate import Sampled, generate
 from decoding.params import SamplingParams, Stop
 from eval import Args, main
 from lora import adapters
+from serving.assistant import load_assistant
 from tokenizer import load_tokenizer
 
 SHORT = SamplingParams(temperature=0.8, max_new_tokens=20, seed=3)
@@ -156,6 +158,72 @@ def test_a_file_of_questions(args, directory, tmp_path, capsys):
     assert [int(record["where"].rsplit(":", 1)[1]) for record in kept] == [2, 4, 6, 7, 8, 9]
     assert "not JSON" in kept[0]["reason"] and "254 tokens long" in kept[4]["reason"]
     assert "6 records could not be read" in capsys.readouterr().err
+
+
+def test_answers_go_on_where_they_stopped(args, tmp_path, monkeypatch, capsys):
+    path, output = tmp_path / "questions.jsonl", tmp_path / "questions.answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("江上", "明月", "低头", "床前", "故乡")))
+    asked = dataclasses.replace(args, input=path, batch_size=2)
+    main(asked)
+    whole, begun = output.read_bytes(), tmp_path / "questions.answers.begun.json"
+    assert not begun.exists()
+
+    def answers_until(n):
+        original = Sampled.answers
+
+        def answers(self, prompts, *settings):
+            for i, ids in enumerate(original(self, prompts, *settings)):
+                if i == n:
+                    raise KeyboardInterrupt
+                yield ids
+
+        return answers
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Sampled, "answers", answers_until(3))
+        main(asked)
+    assert output.read_bytes() == b"".join(whole.splitlines(True)[:3]) and begun.exists()
+    output.write_bytes(output.read_bytes()[:-4])  # a kill while a line is written
+    capsys.readouterr()
+    main(asked)
+    assert output.read_bytes() == whole and not begun.exists()
+    assert "2 of 5 answers already" in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Sampled, "answers", answers_until(3))
+        main(asked)
+    other = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, seed=99))
+    main(other)  # other settings begin anew
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 5 and output.read_bytes() != whole
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("{", "should be a JSON object"),
+        ("[1]", "should be a JSON object"),
+        ('{"eos_token_id": "2"}', "should be an id or a list of ids, found '2'"),
+        ('{"eos_token_id": [2, null]}', "should be an id or a list of ids"),
+    ],
+)
+def test_a_broken_generation_config_is_one_sentence(args, directory, tmp_path, content, sentence):
+    copy = tmp_path / "model"
+    shutil.copytree(directory, copy)
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        main(dataclasses.replace(args, model=copy, prompt="江上"))
+
+
+def test_every_id_of_generation_config_ends_a_text(directory, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(directory, copy)
+    (copy / "generation_config.json").write_text('{"eos_token_id": [9, 11]}')
+    assistant = load_assistant(copy, torch.device("cpu"), torch.float32)
+    assert {9, 11, *assistant.template.stop_ids} == set(assistant.stop.ids)
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text()) | {"eos_token_id": [12, 13]}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert {12, 13} <= set(load_assistant(copy, torch.device("cpu"), torch.float32).stop.ids)
 
 
 def test_half_a_character_beside_a_question_is_written_back(args, tmp_path):
