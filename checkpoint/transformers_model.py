@@ -257,7 +257,7 @@ class TokenCache:
     can_rewind, endless = True, False  # as of `cache.KVCache`
 
     def __init__(self, batch: int, max_len: int, device: torch.device | str = "cpu") -> None:
-        self.ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+        self.ids = torch.zeros(batch, 0, dtype=torch.long, device=device)  # (B, length of the longest text so far)
         self.max_len = max_len
         self.length = 0  # highest position written so far, plus one
 
@@ -266,9 +266,14 @@ class TokenCache:
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= self.max_len:
             raise ValueError(f"the cache holds positions 0..{self.max_len - 1}, asked to store {low}..{high}")
+        self.widen(high + 1)
         self.ids.scatter_(1, positions, tokens)
         self.length = max(self.length, high + 1)
         return self.ids[:, : self.length]
+
+    def widen(self, length: int) -> None:
+        """Make room for texts of `length` tokens."""
+        self.ids = F.pad(self.ids, (0, max(0, length - self.ids.shape[1])))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
@@ -279,7 +284,9 @@ class TokenCache:
         self.ids = self.ids[rows]
 
     def append(self, other: TokenCache) -> None:
-        """Add the rows of another cache with the same room after those of this one."""
+        """Add the rows of another cache with the same limit after those of this one."""
+        self.widen(other.ids.shape[1])
+        other.widen(self.ids.shape[1])
         self.ids, self.length = torch.cat([self.ids, other.ids]), max(self.length, other.length)
 
 

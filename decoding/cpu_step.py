@@ -54,7 +54,7 @@ LAYER = (
 # the fields of `Model` in cpu_step.cpp: integers, then norm_eps, then pointers
 INTEGERS = (
     *("dtype", "n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-    *("window", "max_len"),
+    *("window", "slots"),
 )
 POINTERS = ("layers", "embedding", "norm", "head", "cos", "sin")
 
@@ -88,18 +88,21 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     layers = (ctypes.c_void_p * (len(LAYER) * a.n_layers))(
         *(_address(block, name) for block in model.model.layers for name in LAYER)
     )
-    # rotary tables of all positions, float32 as the C++ code expects
-    cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
     struct = _Model(
         *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
-        *(cache.window or cache.max_len, cache.max_len, a.norm_eps),
+        *(cache.window or cache.max_len, 0, a.norm_eps),
         *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
-        *(model.lm_head.weight.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+        *(model.lm_head.weight.data_ptr(), None, None),
     )
-    alive = (layers, cos, sin, [parameter.detach() for parameter in model.parameters()])
+    alive = [layers, [parameter.detach() for parameter in model.parameters()], None]
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _alive: tuple = alive) -> torch.Tensor:
+    def fit_tables() -> None:
+        """Make rotary tables for all slots of the cache, float32 as the C++ code expects."""
+        cos, sin = rope.cos_sin(torch.arange(cache.room), *model.rope.frequencies(0))  # (slots, D/2)
+        struct.slots, struct.cos, struct.sin, alive[2] = cache.room, cos.data_ptr(), sin.data_ptr(), (cos, sin)
+
+    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:
         # the compiled code checks nothing: an id or position out of range would read or write foreign memory
         batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
         if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
@@ -112,6 +115,9 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
             raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, found {min(ids)}..{max(ids)}")
         if n > min(map(len, runs)):
             raise ValueError(f"n should be at most {min(map(len, runs))}, the length of the shortest run, found {n}")
+        cache.reserve(max(lengths))
+        if struct.slots != cache.room:
+            fit_tables()
         # the runs concatenated, and where each begins
         logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
         starts = list(itertools.accumulate(map(len, runs), initial=0))

@@ -134,6 +134,13 @@ def test_rows_may_leave_and_weights_may_change_on_the_way():
     torch.testing.assert_close(step([[4], [5]], [1, 1])[:, 0], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_cache_grows_under_it(monkeypatch):
+    """Addresses and rotary tables are those of the larger tensors from then on."""
+    monkeypatch.setattr("attention.cache.BLOCK", 2)
+    assert walk(make(), [3, 1, 2], steps=12, most=3) < 1e-12
+    assert walk(make(sliding_window=5), [1], steps=30) < 1e-12
+
+
 def test_what_does_not_fit_the_cache_is_refused():
     model = make()
     step = stepper(model, model.make_cache(2, 10))
