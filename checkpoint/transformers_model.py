@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint.safetensors_files import listed, weight_files
+from checkpoint.locate import read_config
+from checkpoint.safetensors_files import check_depth, listed, opened, weight_files
 from loss import IGNORE
 
 
@@ -324,11 +325,20 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
             f"{directory} is no model of the LLaMA family, and transformers, which may know it, is not installed: "
             "pip install 'transformers>=5,<6'"
         ) from None
-    weight_files(directory)  # raises, in a sentence, for missing files and for pickles
+    config, files = read_config(directory), weight_files(directory)
+    check_depth(config, directory)
+    safe = files[0].suffix == ".safetensors"
+    for path in files:
+        with opened(path):  # raises, in a sentence, for a damaged file and a pickle that would run code
+            pass
     try:
         with quiet():
             inner, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+                directory,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=safe,
             )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
