@@ -125,4 +125,4 @@ COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
 
 
 if __name__ == "__main__":
-    run(COMMANDS[command][0], arguments)
+    run(COMMANDS[command][0], arguments, less_memory="the model is computed in float32: use a machine with more")

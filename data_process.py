@@ -261,4 +261,4 @@ def print_table(summary: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse(Args, "data_process"))
+    run(main, parse(Args, "data_process"), less_memory="a smaller --processes takes less")

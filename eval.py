@@ -200,4 +200,5 @@ def answer(assistant: Assistant, args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, arguments)
+    advice = "a smaller --batch_size, --num_beams or --max_new_tokens, --cache int8 or --dtype bf16 takes less"
+    run(main, arguments, less_memory=advice)

@@ -35,6 +35,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} should describe an adapter of peft_type LORA, found {config.get('peft_type')}")
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0} | config
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{path}: base_model_name_or_path should be a name or null, found {base!r:.100}")
     for key in ("r", "lora_alpha", "lora_dropout"):
         if not isinstance(config[key], (int, float)):
             raise ValueError(f"{path} should set {key} to a number, found {config[key]!r}")

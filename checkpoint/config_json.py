@@ -102,9 +102,13 @@ def read_window(config: dict[str, Any], kind: str) -> int | None:
         return window
     n_layers, first = integer(config, "num_hidden_layers"), integer(config, "max_window_layers", 28)
     slides = flag(config, "use_sliding_window") and window is not None
-    # Qwen: the first `max_window_layers` layers attend in full, the others in the window.
-    derived = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(n_layers)]
-    kinds = set(config.get("layer_types") or derived)
+    types = config.get("layer_types") or []
+    if not isinstance(types, list) or not all(isinstance(each, str) for each in types):
+        raise ValueError(f"config.json: layer_types should be a list of names, one a layer, found {types!r:.100}")
+    kinds = set(types)
+    if not kinds:  # Qwen: the first `max_window_layers` layers attend in full, the others in the window
+        kinds |= {"sliding_attention"} if slides and first < n_layers else set()
+        kinds |= {"full_attention"} if not slides or first > 0 else set()
     if kinds == {"full_attention"}:
         return None
     if kinds == {"sliding_attention"} and slides:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from checkpoint import config_json, peft, quantized, safetensors_files, transformers_model
-from checkpoint.locate import find_base, is_adapter, read_config
+from checkpoint.locate import CONFIG, find_base, is_adapter, read_config
 from checkpoint.transformers_model import TransformersModel
+from cli.memory import check_memory
 from lora import adapters
 from model import Transformer
 from quant.replace import refuse_quantized
@@ -62,7 +63,12 @@ def load_whole_model(
         return model
 
     def make(config: dict[str, Any]) -> Transformer:
-        return Transformer(config_json.read(config), initialize=False)
+        args = config_json.read(config)
+        safetensors_files.check_size(args, directory)
+        if torch.device(device).type == "cpu" and dtype != kept_dtype(directory):  # not only mapped, but converted
+            what = f"the model in {directory}, in {str(dtype).removeprefix('torch.')},"
+            check_memory(what, args.n_parameters() * dtype.itemsize, "use a machine with more, or fewer bits")
+        return Transformer(args, initialize=False)
 
     return safetensors_files.load(make, directory, device, dtype)
 
@@ -123,6 +129,10 @@ def save_tokenizer(directory: Path, tokenizer: Tokenizer | None, stop_ids: list[
 
 
 def kept_dtype(directory: Path) -> torch.dtype:
-    """Return the dtype that a model directory keeps its parameters in."""
+    """Return the dtype that a model directory keeps its parameters in; ValueError where that is none."""
     config = read_config(directory)
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{Path(directory) / CONFIG}: dtype should be float32, bfloat16 or the like, found {name!r}")
+    return dtype

@@ -22,6 +22,7 @@ from torch import nn
 from checkpoint.locate import CONFIG, read_config
 from checkpoint.pickled_files import PickledFile
 from files import read_json_object
+from model_args import ModelArgs
 
 MAX_SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -155,6 +156,15 @@ def check_depth(config: dict[str, Any], directory: Path) -> None:
             tensors += len(file.keys())
     if layers > tensors:
         raise ValueError(f"{directory} does not fit its config.json: {layers} layers, and {tensors} tensors in all")
+
+
+def check_size(args: ModelArgs, directory: Path) -> None:
+    """Raise ValueError for a shape of far more numbers than the files hold, before a model of it is built."""
+    stored = sum(path.stat().st_size for path in weight_files(directory))  # bytes; at most 4 numbers each, in 2 bits
+    if args.n_parameters() > max(10**9, 10 * stored):
+        raise ValueError(
+            f"its config.json makes a model of {args.n_parameters():,} numbers, and its files have {stored:,} bytes"
+        )
 
 
 @torch.no_grad()

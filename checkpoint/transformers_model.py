@@ -20,6 +20,7 @@ from torch import nn
 
 from checkpoint.locate import read_config
 from checkpoint.safetensors_files import check_depth, listed, opened, weight_files
+from cli.memory import memory_is_full
 from loss import IGNORE
 
 
@@ -340,8 +341,10 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
                 local_files_only=True,
                 use_safetensors=safe,
             )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the code of so many models meets in a config.json
+        if memory_is_full(error) and "overflow" not in str(error):  # a size that overflows is the config's fault
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"transformers cannot load {directory} as a causal language model: {reason}") from None
     faults = [f"{what.replace('_', ' ')} {listed(sorted(map(str, names)))}" for what, names in info.items() if names]
     if faults:

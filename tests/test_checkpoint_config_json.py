@@ -245,3 +245,11 @@ def test_both_spellings_may_stand_side_by_side_when_they_agree():
 def test_no_hugging_face_model_combines_everything():
     with pytest.raises(ValueError, match="no Hugging Face model combines"):
         config_json.write(Transformer(ModelArgs(n_layers=1, attention_bias=True, qk_norm=True)).args)
+
+
+@pytest.mark.parametrize("kinds", [3, "full_attention", {"a": 1}, [1, 2], [["full_attention"]], [None]])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_layer_types_that_are_no_names_are_refused(kind, kinds):
+    config = config_json.write(ModelArgs(dim=16, n_heads=2)) | {"model_type": kind, "layer_types": kinds}
+    with pytest.raises(ValueError, match="layer_types should be a list of names"):
+        config_json.read(config)

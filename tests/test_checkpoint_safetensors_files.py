@@ -250,6 +250,36 @@ def test_a_config_of_more_layers_than_there_are_tensors_is_refused_before_they_a
         load_model(path.parent)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gptq"])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"head_dim": 2**31}, "head_dim should be at most 65536, found 2147483648"),
+        ({"head_dim": 2**31, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "head_dim should be at most"),
+        ({"vocab_size": 10**15}, r"config\.json makes a model of [\d,]{19,} numbers, and its files have [\d,]+ bytes"),
+        ({"hidden_size": 2**62, "head_dim": 8}, r"config\.json makes a model of"),
+        ({"intermediate_size": 10**12}, r"config\.json makes a model of"),
+        ({"num_hidden_layers": 100_000}, "100000 layers, and 20 tensors in all"),
+    ],
+)
+def test_sizes_that_no_file_holds_are_refused_before_anything_is_built(tmp_path, kind, changes, message):
+    path = saved(tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "llama" if kind == "gptq" else kind} | changes
+    if kind == "gptq":
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_model(path.parent)
+
+
+def test_a_model_that_is_larger_than_memory_is_refused_where_it_is_converted(tmp_path, monkeypatch):
+    directory = saved(tmp_path)
+    monkeypatch.setattr("cli.memory.memory_bytes", lambda: 10_000)
+    load_model(directory)  # float32, as it is stored: mapped, not copied
+    with pytest.raises(ValueError, match=r"in float64, needs 58\.6 kB of memory, and there are 10\.0 kB"):
+        load_model(directory, dtype=torch.float64)
+
+
 # ---- shards and memory
 
 

@@ -280,3 +280,16 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 def test_the_family_stays_ours(tmp_path):
     assert isinstance(load_model(directory_of("llama", tmp_path)), Transformer)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layer_types": 3}, {"layer_types": [["a"]]}, {"hidden_size": 2**31}, {"num_hidden_layers": 10**5}]
+)
+def test_a_config_that_transformers_cannot_use_is_one_sentence(tmp_path, changes):
+    for kind in ("gemma2", "gpt_neox"):
+        path = directory_of(kind, tmp_path) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        if kind == "gpt_neox" and "layer_types" in changes:
+            continue  # it has none
+        with pytest.raises(ValueError, match=r"transformers cannot load .*: |does not fit its config\.json"):
+            load_model(path.parent)
