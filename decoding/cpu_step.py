@@ -29,6 +29,7 @@ import rope
 from attention import backends
 from attention.cache import KVCache
 from cli.progress import say
+from cli.record import file_sha256
 from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
 from model_args import ModelArgs
 
@@ -168,7 +169,7 @@ def compiled_step() -> Callable[..., None] | None:
         return None
     try:
         function = ctypes.CDLL(str(_library(compiler))).decode_step
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         why = getattr(error, "stderr", None) or error
         say(f"decoding goes without its compiled step: {str(why).strip()[:500]}")
         return None
@@ -180,21 +181,40 @@ def compiled_step() -> Callable[..., None] | None:
 
 
 def _library(compiler: str) -> Path:
-    """Return the path of the compiled library in the cache directory; compile it if it is missing."""
-    # its name is a hash of all that its machine code depends on
+    """Return the path of the compiled library in the cache directory; compile it where it is missing or damaged.
+
+    Its name ends in the SHA-256 of its contents: a library that was cut short would end the process when it is used.
+    Raises OSError where another user owns the directory, whose code would be run.
+    """
+    # the first part of its name is a hash of all that its machine code depends on
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     inputs = "".join((SOURCE.read_text(), *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    name = f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
-    library = cache / f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
-    if not library.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
-            output = Path(directory) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
-            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
-                subprocess.run(command, capture_output=True, text=True, check=True)
-            output.replace(library)
-    return library
+    cache.mkdir(parents=True, exist_ok=True)
+    if cache.stat().st_uid != os.getuid():
+        raise OSError(f"{cache} belongs to another user: set XDG_CACHE_HOME to a directory of your own")
+    cache.chmod(0o700)  # nobody else may put code there
+    for library in cache.glob(f"{name}-*.so"):
+        if _is_sound(library):
+            return library
+        library.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
+        output = Path(directory) / "step.so"
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
+        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        output.chmod(0o700)
+        with output.open("rb") as file:
+            os.fsync(file)  # on the disk before it has its name
+        return output.replace(cache / f"{name}-{file_sha256(output)}.so")
+
+
+def _is_sound(library: Path) -> bool:
+    """Return whether a compiled library is this user's own, and has the contents that its name states."""
+    status = library.stat()
+    own = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return own and library.stem.rpartition("-")[2] == file_sha256(library)
 
 
 def _processor() -> str:

@@ -71,9 +71,7 @@ def test_the_memory_of_this_machine():
 
 def test_what_needs_more_than_there_is_is_refused():
     memory.check_memory("the model", 2 * 10**9, "make it smaller", memory=2 * 10**9)
-    with pytest.raises(
-        ValueError, match=r"^the model needs 3\.1 GB of memory, and there are 2\.0 GB: make it smaller$"
-    ):
+    with pytest.raises(ValueError, match=r"^the model needs 3\.1 GB of memory, and there are 2\.0 GB: smaller$"):
         memory.check_memory("the model", 3_100_000_000, "smaller", memory=2 * 10**9)
 
 
