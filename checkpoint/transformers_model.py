@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint.config_json import longest_text
 from checkpoint.locate import read_config
 from checkpoint.safetensors_files import check_depth, listed, opened, weight_files
 from cli.memory import memory_is_full
@@ -48,6 +49,8 @@ def shape_of(inner: nn.Module) -> Shape:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     if missing := [name for name in needed if getattr(config, name, None) is None]:
         raise ValueError(f"the config of {type(inner).__name__} does not say its {', '.join(missing)}")
+    stated = config.to_dict() | {"max_position_embeddings": config.max_position_embeddings}  # n_positions in GPT-2
+    rope = getattr(config, "rope_parameters", None) or {}  # by layer type in some models, which stretch nothing
     dim, n_layers, n_heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or dim // n_heads
@@ -63,7 +66,7 @@ def shape_of(inner: nn.Module) -> Shape:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         vocab_size=inner.get_input_embeddings().num_embeddings,
-        max_seq_len=config.max_position_embeddings,
+        max_seq_len=longest_text(stated, rope if "rope_type" in rope else None),
         hidden_dim=max(0.0, (in_blocks / n_layers - attention) / (3 * dim)),
     )
 

@@ -293,3 +293,11 @@ def test_a_config_that_transformers_cannot_use_is_one_sentence(tmp_path, changes
             continue  # it has none
         with pytest.raises(ValueError, match=r"transformers cannot load .*: |does not fit its config\.json"):
             load_model(path.parent)
+
+
+@pytest.mark.parametrize("original, length", [(64, 256), (16, 64)])
+def test_stretched_positions_count(tmp_path, original, length):
+    """Whether max_position_embeddings (64) is the window before stretching or the length after it."""
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": original}
+    directory = directory_of("gemma", tmp_path, rope_parameters=scaling)
+    assert load_model(directory).args.max_seq_len == length
