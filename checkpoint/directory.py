@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from checkpoint import config_json, peft, quantized, safetensors_files, transformers_model
+from checkpoint.extend import resize, untie
 from checkpoint.locate import CONFIG, find_base, is_adapter, read_config
 from checkpoint.transformers_model import TransformersModel
 from cli.memory import check_memory
@@ -74,16 +75,23 @@ def load_whole_model(
 
 
 def load_adapted(
-    adapter: Path, base: Path, quantization: tuple[str, bool] | None = None
+    adapter: Path, base: Path, quantization: tuple[str, bool] | None = None, separate: bool = False
 ) -> Transformer | TransformersModel:
     """Load the model in `base` and add an adapter to its weights, in float32 on the CPU.
 
     quantization: what the base is quantized to and back before the sum, as `peft.base_kind` returns it; None: what the
-    adapter was trained on.
+    adapter was trained on. separate: give a head that is tied to the embedding a matrix of its own first. Where the
+    adapter's tables have more rows, because tokens were added, the model grows.
     """
     model = load_whole_model(base)
+    size = model.args.vocab_size
+    if (rows := peft.vocabulary_of(model.module_tree, adapter)) > size:
+        resize(model, size, [[]] * (rows - size))
+    tied = safetensors_files.second_names(model.module_tree)
+    if separate:
+        untie(model)
     adapters.quantize_base(model.module_tree, *(quantization or peft.base_kind(adapter)))
-    peft.load(model.module_tree, adapter)
+    peft.load(model.module_tree, adapter, tied=tied)
     adapters.merge_for_good(model.module_tree)
     return model
 

@@ -216,6 +216,20 @@ def resize(
     model.args = model.args.replace(vocab_size=size)
 
 
+def untie(model: Transformer | TransformersModel) -> None:
+    """Give the head a matrix of its own, where it is the embedding."""
+    ours = isinstance(model, Transformer)
+    head = model.lm_head if ours else model.inner.get_output_embeddings()
+    if head.weight is not model.embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    if ours:
+        model.args = model.args.replace(tie_embeddings=False)
+    else:
+        for config in (model.inner.config, model.inner.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def fit_vocabulary(
     model: Transformer | TransformersModel,
     own: Tokenizer | None,
