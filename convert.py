@@ -29,6 +29,8 @@ class Merge:
     the adapter's training, which its file states (PEFT's own do not: full)"""
     double_quant: bool = True
     """quantize the scales of nf4 and fp4, too; with auto, the adapter's file decides"""
+    untie: bool = False
+    """give a head that is tied to the embedding a matrix of its own: for an adapter that trained the two apart"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """dtype of the weights that are written (the sum is computed in fp32); auto: that of --model"""
 
@@ -72,7 +74,7 @@ def merge(args: Merge) -> dict[str, Any]:
     args = replace(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
-    model = load_adapted(args.adapter, args.model, kind)
+    model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
     check_ties(model, args)
     dtype = DTYPES.get(args.dtype) or kept_dtype(args.model)
     tokenizer, stop_ids = find_tokenizer(args.adapter, args.model)
@@ -113,11 +115,13 @@ def check_free(out: Path) -> None:
 
 def check_ties(model: torch.nn.Module, args: Merge) -> None:
     """Raise ValueError where an adapter has trained one of two tied matrices: config.json says that they are one."""
-    is_ours = isinstance(model, Transformer)
-    if is_ours and model.args.tie_embeddings and model.lm_head.weight is not model.embedding.weight:
+    ours = isinstance(model, Transformer)
+    tied = model.args.tie_embeddings if ours else model.inner.config.get_text_config().tie_word_embeddings
+    head = model.lm_head if ours else model.inner.get_output_embeddings()
+    if tied and head.weight is not model.embedding.weight:
         raise ValueError(
             f"--adapter {args.adapter} trains the embedding apart from the head, and in --model {args.model} they are "
-            "tied: save the model with tie_word_embeddings false and a head of its own first"
+            "tied: add --untie True, which gives each a matrix of its own"
         )
 
 
@@ -125,4 +129,4 @@ COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
 
 
 if __name__ == "__main__":
-    run(COMMANDS[command][0], arguments)
+    run(COMMANDS[command][0], arguments, less_memory="the model is computed in float32: use a machine with more")

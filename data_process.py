@@ -323,4 +323,4 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main, parse(Args, "data_process"))
+    run(main, parse(Args, "data_process"), less_memory="a smaller --processes takes less")

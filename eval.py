@@ -95,6 +95,8 @@ class Args:
     """number of poems in --task poems"""
     raw_dir: Path = Path("data/raw")
     """directory with the poems and the rhyme book of --task poems; they are fetched if they are missing"""
+    max_seq_len: int | None = None
+    """longest text of the model in tokens, prompt and answer; None: what its config.json says"""
     device: str = "auto"
     """auto: cuda, else mps, else cpu"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -105,6 +107,8 @@ class Args:
     def __post_init__(self) -> None:
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"--logprobs should be 0 or more, found {self.logprobs}")
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise ValueError(f"--max_seq_len should be at least 1, found {self.max_seq_len}")
         for name in ("batch_size", "draft_tokens", "seq_len", "n_poems", "num_beams"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name} should be at least 1, found {value}")
@@ -165,6 +169,7 @@ if __name__ == "__main__":
 
 from attention import backends
 from attention.cache import cache_class
+from checkpoint.extend import set_length
 from decoding.beam import Beam
 from hardware import DTYPES, choose_device, fastest_dtype
 from serving.answer_file import answer_file
@@ -181,6 +186,8 @@ def main(args: Args) -> dict[str, Any]:
     backends.check(args.attention, dtype, device, training=False)
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
     assistant = load_assistant(find_model(args.model), device, dtype, **options)
+    if args.max_seq_len is not None:
+        set_length(assistant.model, args.max_seq_len)
     with backends.use(args.attention):
         if args.task != "chat":
             return make_task(args.task, args).run(assistant)
@@ -215,4 +222,5 @@ def answer(assistant: Assistant, args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, arguments)
+    advice = "a smaller --batch_size, --num_beams or --max_new_tokens, --cache int8 or --dtype bf16 takes less"
+    run(main, arguments, less_memory=advice)

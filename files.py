@@ -38,6 +38,9 @@ def written_aside(directory: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():  # some libraries write files that other users cannot read
+                path.chmod(0o666 & ~umask())
         for path in [*aside.rglob("*"), aside]:
             sync(path)
         if directory.exists():  # the same step saved again; a rename does not replace a directory that is not empty
@@ -48,6 +51,13 @@ def written_aside(directory: Path) -> Iterator[Path]:
         raise OSError(f"could not write {directory}, what was saved before is as it was: {error}") from error
     finally:
         tidy()
+
+
+def umask() -> int:
+    """Return the bits that this process leaves out of the mode of new files."""
+    mask = os.umask(0)  # the system has no call that only reads it
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:

@@ -207,4 +207,5 @@ def identity(args: Args, trained: list[Samples], jinja: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, arguments)
+    advice = "a smaller --train.micro_batch_size or --data.seq_len, or --train.gradient_checkpointing True, takes less"
+    run(main, arguments, less_memory=f"{advice}, and --lora.method lora with --lora.base nf4 the least")

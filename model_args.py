@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_HEAD = 2**16  # the frequencies of all pairs of dimensions are computed one by one
+
 
 @dataclass(frozen=True)
 class ModelArgs:
@@ -67,6 +69,8 @@ class ModelArgs:
             raise ValueError(f"dim {self.dim} does not divide into n_heads {self.n_heads}; change one or set head_dim")
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.head_dim > LARGEST_HEAD:
+            raise ValueError(f"head_dim should be at most {LARGEST_HEAD}, found {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -82,6 +86,15 @@ class ModelArgs:
 
             # Make the encoding once, only to refuse a rope_scaling that contradicts itself before a model is built.
             rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
+
+    def n_parameters(self) -> int:
+        """Return the number of parameters of a model of this shape, without building it (and without those of CLEX)."""
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = self.dim * (q_dim + 2 * kv_dim) + q_dim * self.dim  # q, k, v; o
+        attention += (q_dim + 2 * kv_dim) * self.attention_bias + 2 * self.head_dim * self.qk_norm
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim  # gate, up, down; two norms
+        tables = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)  # embedding and head
+        return tables + self.n_layers * block + self.dim  # the last norm
 
     def replace(self, **changes: Any) -> ModelArgs:
         """Return a copy with some fields changed."""

@@ -193,4 +193,5 @@ def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, arguments)
+    advice = "a smaller --train.micro_batch_size or --data.seq_len, or --train.gradient_checkpointing True, takes less"
+    run(main, arguments, less_memory=advice)

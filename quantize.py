@@ -257,4 +257,4 @@ def check_shapes(model: nn.Module, args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run(main, arguments)
+    run(main, arguments, less_memory="a smaller --calib_tokens or --seq_len takes less")

@@ -5,6 +5,8 @@ query at position p sees the slots j <= p. So prompts of unequal length are padd
 beyond each row's own length, where no query of that row sees them, until the row's next tokens overwrite them.
 `Int8Cache` does the same in a quarter of float32's memory; `SinkCache` drops old tokens and is endless.
 
+Memory grows with the text, in blocks of slots: a model of a long context answers a few words in a few megabytes.
+
 Keys are stored after rotation (`rotated`) when the position encoding rotates a token by the same angle at every length
 of the text, and otherwise before it, to be rotated at every use by the positions that `extend` returns.
 """
@@ -20,6 +22,8 @@ from typing import Any
 import torch
 
 from attention import CACHES
+
+BLOCK = 256  # slots are allocated in multiples of this
 
 
 @dataclass
@@ -38,13 +42,15 @@ class View:
 
 
 class KVCache:
-    """Preallocated cache of keys and values, (n_layers, B, n_kv_heads, max_len, head_dim) each."""
+    """Cache of keys and values, (n_layers, B, n_kv_heads, slots, head_dim) each; slots are added as a text grows."""
 
     can_rewind = True
     """whether `truncate` keeps all tokens before the new length, which speculative decoding needs"""
     endless = False
     """whether a text may be longer than the memory, because old tokens are dropped"""
     stored = ("keys", "values")  # names of the tensors, (n_layers, B, n_kv_heads, slots, ...)
+    spare = 0
+    """number of slots at the end that hold no token"""
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class KVCache:
         rotated: bool = True,
         text_len: int | None = None,
     ) -> None:
-        """Allocate a cache for `batch` rows of up to `max_len` tokens.
+        """Make a cache for `batch` rows of up to `max_len` tokens.
 
         window: number of positions that a query sees (None: all). rotated: keys are stored after rotation. text_len:
         length of the text for encodings whose frequencies depend on it, in tokens (None: the tokens read so far).
@@ -68,7 +74,9 @@ class KVCache:
         if text_len is not None and text_len < max_len:
             raise ValueError(f"text_len should be at least the cache's max_len {max_len}, found {text_len}")
         self.max_len, self.window, self.rotated, self.text_len, self.dtype = max_len, window, rotated, text_len, dtype
-        self.allocate((n_layers, batch, n_kv_heads, max_len, head_dim), torch.device(device))
+        self.capacity = max_len  # largest number of slots for tokens
+        slots = min(max_len, BLOCK) + self.spare
+        self.allocate((n_layers, batch, n_kv_heads, slots, head_dim), torch.device(device))
         self.length = 0  # highest position written so far, plus one
         self._slots: slice | torch.Tensor = slice(0, 0)  # slots of the tokens of the present pass
         self._used = 0  # number of slots in use, S
@@ -77,6 +85,27 @@ class KVCache:
         """Allocate keys and values of `shape` (n_layers, B, n_kv_heads, slots, head_dim)."""
         self.keys = torch.zeros(shape, dtype=self.dtype, device=device)
         self.values = torch.zeros(shape, dtype=self.dtype, device=device)
+
+    @property
+    def room(self) -> int:
+        """Number of slots for tokens that are allocated."""
+        return self.keys.shape[3] - self.spare
+
+    def reserve(self, n: int) -> None:
+        """Allocate slots for texts of `n` tokens, if there are fewer; n is at most `capacity`."""
+        if n > self.room:
+            # at least half as much again, so that a long text is copied a few times only
+            wanted = max(n, self.room * 3 // 2)
+            self.resize(min(self.capacity, BLOCK * -(-wanted // BLOCK)))  # whole blocks, rounded up
+
+    def resize(self, room: int) -> None:
+        """Change the number of slots for tokens to `room`, not below that of now; what is stored stays."""
+        for name in self.stored:
+            old = getattr(self, name)
+            with torch.inference_mode(False):  # else nothing outside of inference mode could write to the tensor
+                new = old.new_zeros(*old.shape[:3], room + self.spare, *old.shape[4:])
+            new[:, :, :, : old.shape[3]] = old
+            setattr(self, name, new)
 
     def passes(self, T: int) -> list[int]:
         """Return how many of the next T tokens each of one or more forward passes has to take: here all in one."""
@@ -92,6 +121,7 @@ class KVCache:
         low, high, in_step = self._span(positions, T, lengths)
         if low < 0 or high >= self.max_len:
             raise ValueError(f"the cache holds positions 0..{self.max_len - 1}, found tokens at {low}..{high}")
+        self.reserve(high + 1)
         self.length = self._used = max(self.length, high + 1)
         slots = torch.arange(self.length, device=self.keys.device)  # (S,)
         if in_step:
@@ -156,7 +186,10 @@ class KVCache:
             setattr(self, name, getattr(self, name)[:, rows].contiguous())
 
     def append(self, other: KVCache) -> None:
-        """Add the rows of another cache, of the same kind and room, after those of this one."""
+        """Add the rows of another cache, of the same kind and limit, after those of this one."""
+        room = max(self.room, other.room)
+        self.resize(room)
+        other.resize(room)
         for name in self.stored:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)], dim=1))
         self.length = max(self.length, other.length)
@@ -219,6 +252,7 @@ class SinkCache(KVCache):
 
     can_rewind = False
     endless = True
+    spare = 1  # padding is written there
 
     def __init__(self, *shape: int, sinks: int = 4, **options: Any) -> None:
         """Allocate a cache; arguments as for `KVCache`. sinks: number of first tokens that are never dropped.
@@ -226,17 +260,12 @@ class SinkCache(KVCache):
         Raises ValueError when there is no room for a recent token, or the model has a window.
         """
         super().__init__(*shape, **options | {"rotated": False})
-        self.capacity, self.sinks, self.recent = self.max_len, sinks, self.max_len - sinks
+        self.sinks, self.recent = sinks, self.capacity - sinks
         if sinks < 0 or self.recent < 1:
             raise ValueError(f"sinks should lie in 0..{self.capacity - 1} in a cache of {self.capacity}, found {sinks}")
         if self.window is not None:
             raise ValueError(f"a cache with sinks goes with no sliding_window, found {self.window}: use static")
         self.max_len = sys.maxsize  # limit of the text, not of the memory
-        self._used = self.capacity
-
-    def allocate(self, shape: tuple[int, ...], device: torch.device) -> None:
-        # one slot more than is read: padding is written there
-        super().allocate((*shape[:3], shape[3] + 1, shape[4]), device)
 
     def passes(self, T: int) -> list[int]:
         """Return the sizes of passes: first as many tokens as have room, then half of the recent ones at a time."""
@@ -253,8 +282,10 @@ class SinkCache(KVCache):
         if self.recent < T and length > self.capacity:
             raise ValueError(f"a pass should have at most {self.recent} tokens in a full cache, found {T}")
         self.length = length
+        self.reserve(min(length, self.capacity))
+        self._used = self.room
         # The first slots hold the sinks, the others are a ring: token p lies in slot sinks + (p - sinks) % recent.
-        slots = torch.arange(self.capacity, device=positions.device)  # (S,)
+        slots = torch.arange(self.room, device=positions.device)  # (S,)
         # the last token written to each slot of the ring: counted back from the newest one, total - 1
         newest = total - 1 - (total - 1 - slots) % self.recent  # (B or 1, S)
         text = torch.where(slots < self.sinks, slots, newest)  # (B or 1, S): position in the text of each slot's token
@@ -262,7 +293,7 @@ class SinkCache(KVCache):
         mask = ((text >= slots) & (text < total))[:, None] & (text[:, None] <= positions[..., None])  # (B or 1, T, S)
         ring = self.sinks + (positions - self.sinks) % self.recent
         self._slots = torch.where(positions < self.sinks, positions, ring)
-        self._slots = self._slots.masked_fill(positions >= total, self.capacity)  # padding
+        self._slots = self._slots.masked_fill(positions >= total, self.room)  # padding
         # positions in the cache: those of recent tokens fall by the number of dropped ones
         dropped = (total - self.capacity).clamp(min=0)  # (B or 1, 1)
         key_positions = torch.where(slots < self.sinks, slots, text - dropped)  # (B or 1, S)

@@ -70,7 +70,7 @@ def read(config: dict[str, Any]) -> ModelArgs:
         vocab_size=integer(config, "vocab_size"),
         hidden_dim=integer(config, "intermediate_size"),
         norm_eps=number(config, "rms_norm_eps", 1e-6),
-        max_seq_len=integer(config, "max_seq_len", None) or integer(config, "max_position_embeddings"),
+        max_seq_len=longest_text(config, scaling),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=flag(config, "tie_word_embeddings"),
@@ -102,9 +102,13 @@ def read_window(config: dict[str, Any], kind: str) -> int | None:
         return window
     n_layers, first = integer(config, "num_hidden_layers"), integer(config, "max_window_layers", 28)
     slides = flag(config, "use_sliding_window") and window is not None
-    # Qwen: the first `max_window_layers` layers attend in full, the others in the window.
-    derived = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(n_layers)]
-    kinds = set(config.get("layer_types") or derived)
+    types = config.get("layer_types") or []
+    if not isinstance(types, list) or not all(isinstance(each, str) for each in types):
+        raise ValueError(f"config.json: layer_types should be a list of names, one a layer, found {types!r:.100}")
+    kinds = set(types)
+    if not kinds:  # Qwen: the first `max_window_layers` layers attend in full, the others in the window
+        kinds |= {"sliding_attention"} if slides and first < n_layers else set()
+        kinds |= {"full_attention"} if not slides or first > 0 else set()
     if kinds == {"full_attention"}:
         return None
     if kinds == {"sliding_attention"} and slides:
@@ -134,11 +138,54 @@ def read_rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if len(thetas) > 1:
         raise ValueError(f"config.json contradicts itself: it has rope_theta {' and '.join(map(str, sorted(thetas)))}")
     scaling = next(iter(scalings.values()), None)
-    if scaling and scaling["rope_type"] in ("llama3", "yarn", "longrope"):
-        scaling.setdefault(ORIGINAL, config.get(ORIGINAL) or integer(config, "max_position_embeddings"))
-    if scaling and scaling["rope_type"] == "dynamic" and "max_seq_len" in config:  # written by `write_rope`
-        scaling.setdefault(ORIGINAL, integer(config, "max_position_embeddings"))
-    return next(iter(thetas), 10000.0), scaling
+    return next(iter(thetas), 10000.0), scaling and with_window(config, scaling)
+
+
+def with_window(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """Return a scaling with the keys that it leaves to the rest of a `config.json`, as transformers reads them."""
+    kind = scaling["rope_type"]
+    if kind == "linear":  # whose frequencies do not depend on a window
+        return {key: value for key, value in scaling.items() if key != ORIGINAL}
+    if kind == "dynamic" and not is_of_ours(config):  # its window is this length, whatever the entry says
+        return scaling | {ORIGINAL: integer(config, "max_position_embeddings")}
+    if kind in ("llama3", "yarn", "longrope"):
+        length = integer(config, "max_position_embeddings")
+        window = integer(config, ORIGINAL, None) or scaling.get(ORIGINAL) or length
+        scaling = scaling | {ORIGINAL: window}
+        if kind != "llama3" and scaling.get("factor") is None and is_above(length, window):  # DeepSeek's, Phi-3's
+            scaling["factor"] = length / window
+    return scaling
+
+
+def longest_text(config: dict[str, Any], scaling: dict[str, Any] | None) -> int:
+    """Return the number of tokens that a model takes, stretched positions included.
+
+    scaling: as `with_window` returns it. `max_position_embeddings` is the length after stretching where it is above
+    `original_max_position_embeddings` (Llama 3.1), and otherwise the window before it (Qwen2.5's card, Vicuna 16k):
+    then the text is longer by the factor.
+    """
+    length, own = integer(config, "max_position_embeddings"), integer(config, "max_seq_len", None)
+    if own or is_of_ours(config):
+        return own or length
+    factor, kind = (scaling or {}).get("factor"), rope.rope_type(scaling)
+    if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope") or not is_above(factor, 1):
+        return length
+    entries = [config, *(config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))]
+    window = next((entry[ORIGINAL] for entry in entries if entry.get(ORIGINAL)), length)
+    return length if is_above(length, window) else round(length * factor)
+
+
+def is_of_ours(config: dict[str, Any]) -> bool:
+    """Return whether `write_rope` wrote a config when `max_position_embeddings` was always the length after stretching.
+
+    It writes the scaling under two keys; transformers writes one of them, which one depends on its version.
+    """
+    return bool(config.get("rope_parameters") and config.get("rope_scaling")) and "max_seq_len" not in config
+
+
+def is_above(value: Any, limit: Any) -> bool:
+    """Return whether both are numbers and the first is larger; other values are refused where they are used."""
+    return isinstance(value, int | float) and isinstance(limit, int | float) and value > limit
 
 
 def scaling_of(key: str, value: dict[str, Any]) -> dict[str, Any] | None:
@@ -225,8 +272,8 @@ def write_rope(args: ModelArgs) -> dict[str, Any]:
     """Return the keys on lengths and positions.
 
     transformers has no name for `ntk`, which is no more than a larger base: it is written, and read again, as that. For
-    `dynamic`, transformers expects the original window in `max_position_embeddings`; the length that the model is made
-    for stands beside it in a key of our own, `max_seq_len`.
+    `dynamic` and `linear`, other programs expect the original window in `max_position_embeddings`; the length that the
+    model is made for stands beside it in a key of our own, `max_seq_len`.
     """
     scaling = args.rope_scaling and dict(args.rope_scaling)  # a copy, because keys are taken out below
     theta, length = args.rope_theta, {"max_position_embeddings": args.max_seq_len}
@@ -234,5 +281,8 @@ def write_rope(args: ModelArgs) -> dict[str, Any]:
         scaling, theta = None, rope.ntk_theta(args.head_dim, theta, scaling["factor"])
     elif rope.rope_type(scaling) == "dynamic" and scaling.get(ORIGINAL):
         length = {"max_position_embeddings": scaling.pop(ORIGINAL), "max_seq_len": args.max_seq_len}
+    elif rope.rope_type(scaling) == "linear":
+        window = max(1, round(args.max_seq_len / scaling["factor"]))
+        length = {"max_position_embeddings": window, "max_seq_len": args.max_seq_len}
     parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
     return length | {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from checkpoint import config_json, peft, quantized, safetensors_files, transformers_model
-from checkpoint.locate import find_base, is_adapter, read_config
+from checkpoint.extend import resize, untie
+from checkpoint.locate import CONFIG, find_base, is_adapter, read_config
 from checkpoint.transformers_model import TransformersModel
+from cli.memory import check_memory
 from lora import adapters
 from model import Transformer
 from quant.replace import refuse_quantized
@@ -62,22 +64,34 @@ def load_whole_model(
         return model
 
     def make(config: dict[str, Any]) -> Transformer:
-        return Transformer(config_json.read(config), initialize=False)
+        args = config_json.read(config)
+        safetensors_files.check_size(args, directory)
+        if torch.device(device).type == "cpu" and dtype != kept_dtype(directory):  # not only mapped, but converted
+            what = f"the model in {directory}, in {str(dtype).removeprefix('torch.')},"
+            check_memory(what, args.n_parameters() * dtype.itemsize, "use a machine with more, or fewer bits")
+        return Transformer(args, initialize=False)
 
     return safetensors_files.load(make, directory, device, dtype)
 
 
 def load_adapted(
-    adapter: Path, base: Path, quantization: tuple[str, bool] | None = None
+    adapter: Path, base: Path, quantization: tuple[str, bool] | None = None, separate: bool = False
 ) -> Transformer | TransformersModel:
     """Load the model in `base` and add an adapter to its weights, in float32 on the CPU.
 
     quantization: what the base is quantized to and back before the sum, as `peft.base_kind` returns it; None: what the
-    adapter was trained on.
+    adapter was trained on. separate: give a head that is tied to the embedding a matrix of its own first. Where the
+    adapter's tables have more rows, because tokens were added, the model grows.
     """
     model = load_whole_model(base)
+    size = model.args.vocab_size
+    if (rows := peft.vocabulary_of(model.module_tree, adapter)) > size:
+        resize(model, size, [[]] * (rows - size))
+    tied = safetensors_files.second_names(model.module_tree)
+    if separate:
+        untie(model)
     adapters.quantize_base(model.module_tree, *(quantization or peft.base_kind(adapter)))
-    peft.load(model.module_tree, adapter)
+    peft.load(model.module_tree, adapter, tied=tied)
     adapters.merge_for_good(model.module_tree)
     return model
 
@@ -123,6 +137,10 @@ def save_tokenizer(directory: Path, tokenizer: Tokenizer | None, stop_ids: list[
 
 
 def kept_dtype(directory: Path) -> torch.dtype:
-    """Return the dtype that a model directory keeps its parameters in."""
+    """Return the dtype that a model directory keeps its parameters in; ValueError where that is none."""
     config = read_config(directory)
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{Path(directory) / CONFIG}: dtype should be float32, bfloat16 or the like, found {name!r}")
+    return dtype

@@ -5,6 +5,7 @@ A property of the checkpoint changes only when a flag asks for it; a flag that c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import rope
 from checkpoint.transformers_model import TransformersModel
 from model import Transformer
 from model_args import ModelArgs, RopeArgs
+from rope.keys import WINDOW
 from tokenizer import SPACE, Tokenizer, load_tokenizer
 
 # ---- the shape
@@ -76,6 +78,20 @@ def stretch_positions(model: Transformer, positions: RopeArgs, max_seq_len: int 
         model.rope.to(model.device)
     numbers = ", ".join(f"{key} {value:g}" for key, value in scaling.items() if isinstance(value, (int, float)))
     return f"positions: {scaling['rope_type']} ({numbers}), from {old} to {max_seq_len} tokens"
+
+
+def set_length(model: Transformer | TransformersModel, max_seq_len: int) -> None:
+    """Let `model` take texts of `max_seq_len` tokens, whatever its config.json says; its frequencies stay.
+
+    Raises ValueError where its scaling does not reach so far.
+    """
+    changes: dict[str, Any] = {"max_seq_len": max_seq_len}
+    if isinstance(model, Transformer) and rope.rope_type(model.args.rope_scaling) == "dynamic":
+        # its window is the old length where the entry has none
+        changes["rope_scaling"] = {WINDOW: model.args.max_seq_len} | model.args.rope_scaling
+    model.args = args = dataclasses.replace(model.args, **changes)
+    if isinstance(model, Transformer) and not isinstance(model.rope, rope.Clex):  # which has weights
+        model.rope = rope.make(args.head_dim, args.rope_theta, args.rope_scaling, max_seq_len)
 
 
 # ---- the vocabulary
@@ -198,6 +214,20 @@ def resize(
         model.embedding.weight = model.lm_head.weight
     model.embedding.num_embeddings = model.lm_head.out_features = size
     model.args = model.args.replace(vocab_size=size)
+
+
+def untie(model: Transformer | TransformersModel) -> None:
+    """Give the head a matrix of its own, where it is the embedding."""
+    ours = isinstance(model, Transformer)
+    head = model.lm_head if ours else model.inner.get_output_embeddings()
+    if head.weight is not model.embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    if ours:
+        model.args = model.args.replace(tie_embeddings=False)
+    else:
+        for config in (model.inner.config, model.inner.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def fit_vocabulary(

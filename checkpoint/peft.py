@@ -10,15 +10,18 @@ full keep their parameters' names behind the prefix. The layers that an adapter 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint.adapter_config import CONFIG, read_adapter_config
-from checkpoint.safetensors_files import listed, opened
+from checkpoint.adapter_config import CONFIG, in_pattern, read_adapter_config
+from checkpoint.adapter_tables import fill_rows, rows_needed, split_tables
+from checkpoint.safetensors_files import listed, opened, second_names
 from lora.inject import adapted, fully_trained, inject, specs, train_only
 from lora.spec import LoraSpec
 from lora.targets import matching, shortest
@@ -26,6 +29,7 @@ from quant.replace import kind_of_base
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+UNTIE = "give each a matrix of its own with python convert.py merge --untie True"
 
 
 def save(directory: Path, model: nn.Module, name: str = "default", base: str | None = None) -> None:
@@ -50,6 +54,8 @@ def save(directory: Path, model: nn.Module, name: str = "default", base: str | N
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "bias": "none",
+        "rank_pattern": {re.escape(path): r * times for path, r, _ in spec.layers},
+        "alpha_pattern": {re.escape(path): a * (times**0.5 if spec.rslora else times) for path, _, a in spec.layers},
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
@@ -87,12 +93,21 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def load(model: nn.Module, directory: Path, name: str = "default", trainable: bool = False) -> None:
+def load(
+    model: nn.Module,
+    directory: Path,
+    name: str = "default",
+    trainable: bool = False,
+    tied: Mapping[str, str] | None = None,
+) -> None:
     """Add the adapter in a PEFT directory to `model` and activate it.
 
+    tied: second name -> first name of each tied parameter when the adapter was trained (None: those of `model`).
     Raises ValueError that names what is not LoRA, belongs to another model, or has another shape.
     """
-    config, tensors = read_adapter_config(directory), read_tensors(directory)
+    config = read_adapter_config(directory)
+    tensors, base = split_tables(read_tensors(directory))
+    tensors = fill_rows(model, tensors, base, config, PREFIX, second_names(model) if tied is None else tied)
     names = dict.fromkeys(path for path, _ in model.named_modules())  # in the order of the tree
     paths, train = set(), set()
     for key in tensors:
@@ -105,6 +120,7 @@ def load(model: nn.Module, directory: Path, name: str = "default", trainable: bo
     spec = LoraSpec(
         r=config["r"],
         alpha=config["lora_alpha"],
+        layers=tuple(read_patterns(config, [path for path in names if path in paths])),
         dropout=config["lora_dropout"],
         targets=tuple(path for path in names if path in paths),
         train=tuple(path for path in names if path in train),
@@ -113,11 +129,27 @@ def load(model: nn.Module, directory: Path, name: str = "default", trainable: bo
         pissa=config.get("init_lora_weights") == "pissa",
     )
     compare(shapes(model, spec), tensors, directory)
-    compare_tied(model, spec.train, tensors, directory)
+    compare_tied(model, spec, tensors, directory)
+    for key, table in base.items():  # where tokens were added, they have rows that the base model does not have
+        model.get_submodule(key.removeprefix(PREFIX)).weight.copy_(table)
     inject(model, spec, name, trainable=False)
     copy_into(model, name, tensors)
     if trainable:
         train_only(model, name)
+
+
+def read_patterns(config: dict[str, Any], paths: Iterable[str]) -> Iterator[tuple[str, int, float]]:
+    """Yield name, rank and alpha of each of the layers `paths` whose rank or alpha is not that of the whole adapter."""
+    for path in paths:
+        r = in_pattern(config["rank_pattern"], path, config["r"])
+        alpha = in_pattern(config["alpha_pattern"], path, config["lora_alpha"])
+        if (r, alpha) != (config["r"], config["lora_alpha"]):
+            yield path, r, alpha
+
+
+def vocabulary_of(model: nn.Module, directory: Path) -> int:
+    """Return the number of tokens that an adapter's embedding or head has; 0 where it holds neither as a whole."""
+    return rows_needed(model, read_tensors(directory), PREFIX)
 
 
 def spec_of(model: nn.Module, name: str) -> LoraSpec:
@@ -158,13 +190,13 @@ def shapes(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor in the file of such an adapter of `model`."""
     expected: dict[str, tuple[int, ...]] = {}
     for path in spec.targets:
-        layer, prefix = model.get_submodule(path), f"{PREFIX}{path}."
+        layer, prefix, r = model.get_submodule(path), f"{PREFIX}{path}.", spec.of_layer(path).r
         if isinstance(layer, nn.Embedding):
-            expected[prefix + "lora_embedding_A"] = (spec.r, layer.num_embeddings)
-            expected[prefix + "lora_embedding_B"] = (layer.embedding_dim, spec.r)
+            expected[prefix + "lora_embedding_A"] = (r, layer.num_embeddings)
+            expected[prefix + "lora_embedding_B"] = (layer.embedding_dim, r)
         elif hasattr(layer, "in_features"):
-            expected[prefix + "lora_A.weight"] = (spec.r, layer.in_features)
-            expected[prefix + "lora_B.weight"] = (layer.out_features, spec.r)
+            expected[prefix + "lora_A.weight"] = (r, layer.in_features)
+            expected[prefix + "lora_B.weight"] = (layer.out_features, r)
             if spec.dora:
                 expected[prefix + "lora_magnitude_vector"] = (layer.out_features,)
     for path in spec.train:
@@ -189,19 +221,29 @@ def compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tenso
         raise ValueError(f"{directory} is an adapter of another model: {short(other)}")
 
 
-def compare_tied(model: nn.Module, train: Iterable[str], tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Raise ValueError when an adapter holds two versions of a parameter that modules of this model share."""
+def compare_tied(model: nn.Module, spec: LoraSpec, tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Raise ValueError when an adapter holds two versions of a parameter that modules of this model share, or changes
+    one of them by a low-rank update."""
+    shared: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        shared.setdefault(id(module._parameters.get("weight")), []).append(path)
+    for path in spec.targets:
+        weight = model.get_submodule(path)._parameters.get("weight")  # a quantized layer has none
+        if weight is not None and len(both := shared[id(weight)]) > 1:
+            raise ValueError(f"{directory} trained {short(both)} apart, which are tied in this model: {UNTIE}")
     first: dict[int, str] = {}
-    for path in train:
+    for path in spec.train:
         for key, parameter in model.get_submodule(path)._parameters.items():
             name = f"{PREFIX}{path}.{key}"
             other = first.setdefault(id(parameter), name)
             if parameter is not None and not torch.equal(tensors[other], tensors[name]):
-                raise ValueError(f"{directory} trained {short([other, name])} apart, which are tied in this model")
+                raise ValueError(
+                    f"{directory} trained {short([other, name])} apart, which are tied in this model: {UNTIE}"
+                )
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter's file, without the copies of base weights that PEFT adds for embeddings.
+    """Return the tensors of an adapter's file by their names there.
 
     Raises ValueError for numbers that are not finite.
     """
@@ -211,7 +253,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         tensors = {key: file.get_tensor(key) for key in names}
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} holds numbers that are not finite, in {short(broken)}: its training has diverged")
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
+    return tensors
 
 
 def weights_file(directory: Path) -> Path:

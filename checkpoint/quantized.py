@@ -95,9 +95,11 @@ def load(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Tra
     Raises ValueError that names the tensors that are missing or of another shape.
     """
     config = read_config(directory)
+    safetensors_files.check_depth(config, directory)
     try:
         scheme = read_scheme(config)
         args = config_json.read({key: value for key, value in config.items() if key != KEY})
+        safetensors_files.check_size(args, directory)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     with torch.device("meta"):

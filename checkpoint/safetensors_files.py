@@ -1,7 +1,8 @@
-"""The safetensors files of a model directory, whatever the model: mapped into memory, written shard by shard.
+"""The files of weights of a model directory, whatever the model: mapped into memory, written shard by shard.
 
-Tensors that are read are views of the mapped file: each part takes memory when it is first used, and only once. A file
-is written aside and renamed, so that a model that is still mapped from the old file keeps its numbers.
+They are safetensors; PyTorch's `.bin` files are read, too (pickled_files.py), and never written. Tensors that are read
+are views of the mapped file: each part takes memory when it is first used, and only once. A file is written aside and
+renamed, so that a model that is still mapped from the old file keeps its numbers.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from checkpoint.locate import CONFIG, read_config
+from checkpoint.pickled_files import PickledFile
 from files import read_json_object
+from model_args import ModelArgs
 
 MAX_SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# one file, and the index of several; the first kind that is there is read, as transformers does
+KINDS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the floating-point dtypes
 ANGLES = "rotary_emb.inv_freq"  # rotary buffers in older checkpoints; ignored, because rope_theta determines them
@@ -31,33 +36,38 @@ ANGLES = "rotary_emb.inv_freq"  # rotary buffers in older checkpoints; ignored, 
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the paths of a model directory's safetensors files, one or several.
+    """Return the paths of a model directory's weights, one file or several.
 
-    Raises FileNotFoundError where any is missing, and ValueError for an index that names no safetensors files there.
+    Where there is one file with all weights, an index beside it is ignored: it is left from an earlier model in shards.
+    Raises FileNotFoundError where any file is missing, and ValueError for an index that names no weights there.
     """
     directory = Path(directory)
-    index = directory / INDEX
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map from tensors to files")
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} should name safetensors files beside it, found {name!r}")
-        names = sorted(set(weight_map.values()))
-        if missing := [name for name in names if not (directory / name).is_file()]:
-            raise FileNotFoundError(f"{index} names {len(names)} files, and {', '.join(missing)} is not there")
-        return [directory / name for name in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
+    for single, index in KINDS:
+        if (directory / single).is_file():
+            return [directory / single]
+        if (directory / index).is_file():
+            return [directory / name for name in read_index(directory / index, Path(single).suffix)]
     pickles = [path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in sorted(directory.glob(pattern))]
     if pickles:
         raise FileNotFoundError(
-            f"{directory} has no {SINGLE}; its {pickles[0]} is a pickle, which can run code when it is read. Where you "
-            "trust it, convert it with transformers: "
-            f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained('NEW_DIR'); then give NEW_DIR"
+            f"{directory} has no {SINGLE} and no pytorch_model.bin; its {pickles[0]} is a pickle of another layout, "
+            "which is not read: convert it with the program that it is from, or take the model's safetensors files"
         )
-    raise FileNotFoundError(f"{directory} has no {SINGLE}; only safetensors weights are read")
+    raise FileNotFoundError(f"{directory} has no weights: expected {SINGLE} (or pytorch_model.bin)")
+
+
+def read_index(index: Path, suffix: str) -> list[str]:
+    """Return the names of the files that an index of shards names; raises as `weight_files` does."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+            raise ValueError(f"{index} should name {suffix} files beside it, found {name!r}")
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(f"{index} names {len(names)} files, and {', '.join(missing)} is not there")
+    return names
 
 
 def read_tensors(
@@ -148,6 +158,15 @@ def check_depth(config: dict[str, Any], directory: Path) -> None:
         raise ValueError(f"{directory} does not fit its config.json: {layers} layers, and {tensors} tensors in all")
 
 
+def check_size(args: ModelArgs, directory: Path) -> None:
+    """Raise ValueError for a shape of far more numbers than the files hold, before a model of it is built."""
+    stored = sum(path.stat().st_size for path in weight_files(directory))  # bytes; at most 4 numbers each, in 2 bits
+    if args.n_parameters() > max(10**9, 10 * stored):
+        raise ValueError(
+            f"its config.json makes a model of {args.n_parameters():,} numbers, and its files have {stored:,} bytes"
+        )
+
+
 @torch.no_grad()
 def copy_into(model: nn.Module, directory: Path) -> None:
     """Copy a directory's tensors into the parameters that a model has; raises as `read_tensors` does."""
@@ -164,7 +183,10 @@ def read_into(model: nn.Module, directory: Path) -> Iterator[tuple[str, torch.Te
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Yield a safetensors file, mapped; raises ValueError when it cannot be read."""
+    """Yield a safetensors file, or a `.bin` file with the same methods, mapped; ValueError when it cannot be read."""
+    if path.suffix == ".bin":
+        yield PickledFile(path)
+        return
     try:
         with safe_open(path, framework="pt") as file:
             yield file

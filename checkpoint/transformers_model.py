@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint.safetensors_files import listed, weight_files
+from checkpoint.config_json import longest_text
+from checkpoint.locate import read_config
+from checkpoint.safetensors_files import check_depth, listed, opened, weight_files
+from cli.memory import memory_is_full
 from loss import IGNORE
 
 
@@ -46,6 +49,8 @@ def shape_of(inner: nn.Module) -> Shape:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     if missing := [name for name in needed if getattr(config, name, None) is None]:
         raise ValueError(f"the config of {type(inner).__name__} does not say its {', '.join(missing)}")
+    stated = config.to_dict() | {"max_position_embeddings": config.max_position_embeddings}  # n_positions in GPT-2
+    rope = getattr(config, "rope_parameters", None) or {}  # by layer type in some models, which stretch nothing
     dim, n_layers, n_heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or dim // n_heads
@@ -61,7 +66,7 @@ def shape_of(inner: nn.Module) -> Shape:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         vocab_size=inner.get_input_embeddings().num_embeddings,
-        max_seq_len=config.max_position_embeddings,
+        max_seq_len=longest_text(stated, rope if "rope_type" in rope else None),
         hidden_dim=max(0.0, (in_blocks / n_layers - attention) / (3 * dim)),
     )
 
@@ -257,7 +262,7 @@ class TokenCache:
     can_rewind, endless = True, False  # as of `cache.KVCache`
 
     def __init__(self, batch: int, max_len: int, device: torch.device | str = "cpu") -> None:
-        self.ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+        self.ids = torch.zeros(batch, 0, dtype=torch.long, device=device)  # (B, length of the longest text so far)
         self.max_len = max_len
         self.length = 0  # highest position written so far, plus one
 
@@ -266,9 +271,14 @@ class TokenCache:
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= self.max_len:
             raise ValueError(f"the cache holds positions 0..{self.max_len - 1}, asked to store {low}..{high}")
+        self.widen(high + 1)
         self.ids.scatter_(1, positions, tokens)
         self.length = max(self.length, high + 1)
         return self.ids[:, : self.length]
+
+    def widen(self, length: int) -> None:
+        """Make room for texts of `length` tokens."""
+        self.ids = F.pad(self.ids, (0, max(0, length - self.ids.shape[1])))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
@@ -279,7 +289,9 @@ class TokenCache:
         self.ids = self.ids[rows]
 
     def append(self, other: TokenCache) -> None:
-        """Add the rows of another cache with the same room after those of this one."""
+        """Add the rows of another cache with the same limit after those of this one."""
+        self.widen(other.ids.shape[1])
+        other.widen(self.ids.shape[1])
         self.ids, self.length = torch.cat([self.ids, other.ids]), max(self.length, other.length)
 
 
@@ -317,14 +329,25 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
             f"{directory} is no model of the LLaMA family, and transformers, which may know it, is not installed: "
             "pip install 'transformers>=5,<6'"
         ) from None
-    weight_files(directory)  # raises, in a sentence, for missing files and for pickles
+    config, files = read_config(directory), weight_files(directory)
+    check_depth(config, directory)
+    safe = files[0].suffix == ".safetensors"
+    for path in files:
+        with opened(path):  # raises, in a sentence, for a damaged file and a pickle that would run code
+            pass
     try:
         with quiet():
             inner, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+                directory,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=safe,
             )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the code of so many models meets in a config.json
+        if memory_is_full(error) and "overflow" not in str(error):  # a size that overflows is the config's fault
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"transformers cannot load {directory} as a causal language model: {reason}") from None
     faults = [f"{what.replace('_', ' ')} {listed(sorted(map(str, names)))}" for what, names in info.items() if names]
     if faults:

@@ -30,6 +30,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from cli.memory import full_memory, memory_is_full
+
 T = TypeVar("T")
 NUMBERS = {  # tyro's words for a flag of this type, and for one that may be None as well
     r"invalid literal for int\(\) with base 10: '(.*?)'": "a whole number",
@@ -229,14 +231,21 @@ def sentence(error: Exception) -> str:
     return f"{error.strerror}:{where}" if where else error.strerror
 
 
-def run(main: typing.Callable[[Any], dict], args: Any) -> None:
-    """Call `main(args)`; exits with status 1 and one sentence for an error that the user can correct."""
+def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a machine with more") -> None:
+    """Call `main(args)`; exits with status 1 and one sentence for an error that the user can correct.
+
+    less_memory: what to change where memory is full.
+    """
     for stream in (sys.stdout, sys.stderr):  # None where it is closed
         if getattr(stream, "errors", "") == "strict":  # the name of a file may be bytes that are not UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if memory_is_full(error):
+            fail(full_memory(error, less_memory))
+        if isinstance(error, (RuntimeError, MemoryError)):
+            raise  # a mistake of ours keeps its traceback
         fail(" ".join(sentence(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)

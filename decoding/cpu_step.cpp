@@ -31,12 +31,12 @@ struct Layer {
 };
 
 struct Model {
-    int64_t dtype, n_layers, dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, window, max_len;
+    int64_t dtype, n_layers, dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, window, slots;
     double norm_eps;
     const Layer *layers;
     const void *embedding, *norm;
     Weight head;
-    const float *cos, *sin;  // (max_len, head_dim / 2)
+    const float *cos, *sin;  // (slots, head_dim / 2)
 };
 
 // Distance of prefetched weights. The processor's own prefetcher fails when much is computed between two loads: without
@@ -275,7 +275,7 @@ struct Input {
 
 template <class W, class A>
 void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int threads) {
-    const int64_t dim = m.dim, D = m.head_dim, H = m.n_heads, K = m.n_kv_heads, F = m.hidden_dim, L = m.max_len;
+    const int64_t dim = m.dim, D = m.head_dim, H = m.n_heads, K = m.n_kv_heads, F = m.hidden_dim, L = m.slots;
     const int64_t B = in.batch, T = in.starts[B];
     const A eps = m.norm_eps;
     // The residual stream x, and the results that threads exchange; T rows each.
@@ -340,7 +340,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
 #pragma omp barrier
             for (int64_t item = me; item < B * K; item += n) {  // a key head and the query heads that read it
                 const int64_t b = item / K, kv = item % K;
-                // the slots of this layer, row and head: (max_len, D)
+                // the slots of this layer, row and head: (slots, D)
                 W *row = keys + (i * B * K + item) * L * D, *value_row = values + (i * B * K + item) * L * D;
                 for (int64_t t = in.starts[b]; t < in.starts[b + 1]; t++) {
                     const int64_t position = in.past[b] + t - in.starts[b];
@@ -384,7 +384,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
 }
 
 // starts (batch + 1) begins with 0, past (batch), tokens (starts[batch]); keys, values (n_layers, batch, n_kv_heads,
-// max_len, head_dim), whose slots at the tokens' positions are written; logits (batch, last, vocab_size), float, or
+// slots, head_dim), whose slots at the tokens' positions are written; logits (batch, last, vocab_size), float, or
 // double for a model in double; last is at most the number of tokens of any row.
 extern "C" void decode_step(const Model *m, int64_t batch, const int64_t *starts, const int64_t *past,
                             const int64_t *tokens, int64_t last, void *keys, void *values, void *logits, int threads) {

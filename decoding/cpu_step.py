@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -29,6 +30,7 @@ import rope
 from attention import backends
 from attention.cache import KVCache
 from cli.progress import say
+from cli.record import file_sha256
 from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
 from model_args import ModelArgs
 from quant.gptq import solve_nearest
@@ -61,7 +63,7 @@ VECTORS = (
 # the fields of `Model` in cpu_step.cpp: integers, then norm_eps, then pointers
 INTEGERS = (
     *("dtype", "n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-    *("window", "max_len"),
+    *("window", "slots"),
 )
 POINTERS = ("layers", "embedding", "norm")
 TABLES = ("cos", "sin")
@@ -118,18 +120,21 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         for name in VECTORS:
             setattr(layer, name, _address(block, name))
     head = _weight(in_8_bits(model.lm_head) if is_quantized(model) else model.lm_head, kept)
-    # rotary tables of all positions, float32 as the C++ code expects
-    cos, sin = rope.cos_sin(torch.arange(cache.max_len), *model.rope.frequencies(0))  # (max_len, D/2)
     struct = _Model(
         *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
-        *(cache.window or cache.max_len, cache.max_len, a.norm_eps),
+        *(cache.window or cache.max_len, 0, a.norm_eps),
         *(ctypes.addressof(layers), weight.data_ptr(), model.model.norm.weight.data_ptr()),
-        *(head, cos.data_ptr(), sin.data_ptr()),
+        *(head, None, None),
     )
-    alive = (layers, cos, sin, kept, [parameter.detach() for parameter in model.parameters()])
+    alive = [layers, kept, [parameter.detach() for parameter in model.parameters()], None]
     out_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, _alive: tuple = alive) -> torch.Tensor:
+    def fit_tables() -> None:
+        """Make rotary tables for all slots of the cache, float32 as the C++ code expects."""
+        cos, sin = rope.cos_sin(torch.arange(cache.room), *model.rope.frequencies(0))  # (slots, D/2)
+        struct.slots, struct.cos, struct.sin, alive[3] = cache.room, cos.data_ptr(), sin.data_ptr(), (cos, sin)
+
+    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:
         # the compiled code checks nothing: an id or position out of range would read or write foreign memory
         batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
         if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
@@ -142,6 +147,9 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
             raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, found {min(ids)}..{max(ids)}")
         if n > min(map(len, runs)):
             raise ValueError(f"n should be at most {min(map(len, runs))}, the length of the shortest run, found {n}")
+        cache.reserve(max(lengths))
+        if struct.slots != cache.room:
+            fit_tables()
         # the runs concatenated, and where each begins
         logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
         starts = list(itertools.accumulate(map(len, runs), initial=0))
@@ -208,7 +216,7 @@ def compiled_step() -> Callable[..., None] | None:
         return None
     try:
         function = ctypes.CDLL(str(_library(compiler))).decode_step
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         why = getattr(error, "stderr", None) or error
         say(f"decoding goes without its compiled step: {str(why).strip()[:500]}")
         return None
@@ -220,29 +228,41 @@ def compiled_step() -> Callable[..., None] | None:
 
 
 def _library(compiler: str) -> Path:
-    """Return the path of the compiled library in the cache directory; compile it if it is missing."""
-    # its name is a hash of all that its machine code depends on
+    """Return the path of the compiled library in the cache directory; compile it where it is missing or damaged.
+
+    Its name ends in the SHA-256 of its contents: a library that was cut short would end the process when it is used.
+    Raises OSError where another user owns the directory, whose code would be run.
+    """
+    # the first part of its name is a hash of all that its machine code depends on
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    inputs = "".join(
-        (
-            *(source.read_text() for source in SOURCES),
-            *FLAGS,
-            version,
-            torch.backends.cpu.get_cpu_capability(),
-            _processor(),
-        )
-    )
+    texts = (source.read_text() for source in SOURCES)
+    inputs = "".join((*texts, *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
+    name = f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
-    library = cache / f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
-    if not library.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
-            output = Path(directory) / library.name
-            command = [compiler, *FLAGS, str(SOURCES[0]), "-o", str(output)]
-            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
-                subprocess.run(command, capture_output=True, text=True, check=True)
-            output.replace(library)
-    return library
+    cache.mkdir(parents=True, exist_ok=True)
+    if cache.stat().st_uid != os.getuid():
+        raise OSError(f"{cache} belongs to another user: set XDG_CACHE_HOME to a directory of your own")
+    cache.chmod(0o700)  # nobody else may put code there
+    for library in cache.glob(f"{name}-*.so"):
+        if _is_sound(library):
+            return library
+        library.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as directory:  # two processes may compile at the same time
+        output = Path(directory) / "step.so"
+        command = [compiler, *FLAGS, str(SOURCES[0]), "-o", str(output)]
+        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:  # Apple's has no OpenMP
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        output.chmod(0o700)
+        with output.open("rb") as file:
+            os.fsync(file)  # on the disk before it has its name
+        return output.replace(cache / f"{name}-{file_sha256(output)}.so")
+
+
+def _is_sound(library: Path) -> bool:
+    """Return whether a compiled library is this user's own, and has the contents that its name states."""
+    status = library.stat()
+    own = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return own and library.stem.rpartition("-")[2] == file_sha256(library)
 
 
 def _processor() -> str:
@@ -253,8 +273,17 @@ def _processor() -> str:
 
 
 def in_8_bits(head: nn.Linear) -> GroupedLinear:
-    """Return a copy of the head rounded to 8 bits: it is a model's largest matrix once the others are quantized."""
-    return GroupedLinear(head, solve_nearest(head.weight.detach().float(), GridOptions(8, 64, search=False)), 8)
+    """Return a copy of the head rounded to 8 bits: it is a model's largest matrix once the others are quantized. It is
+    made once for each head, as long as its weight stays."""
+    weight = head.weight
+    state = (weight.data_ptr(), weight._version)
+    if head not in _heads or _heads[head][0] != state:
+        grid = GridOptions(8, 64, search=False)
+        _heads[head] = state, GroupedLinear(head, solve_nearest(weight.detach().float(), grid), 8)
+    return _heads[head][1]
+
+
+_heads: weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], GroupedLinear]] = weakref.WeakKeyDictionary()
 
 
 def _weight(layer: nn.Module, kept: list[torch.Tensor]) -> _Weight:

@@ -80,9 +80,9 @@ def inject(model: nn.Module, spec: LoraSpec, name: str = "default", trainable: b
     for path in paths:
         check_layer(model, path, spec)
         if trainable:  # the rank of a loaded adapter may be larger, such as PiSSA's doubled one
-            check_rank(model, path, spec.r)
+            check_rank(model, path, spec.of_layer(path).r)
     for path in paths:
-        add(model.get_submodule(path), is_head(path), spec, name)
+        add(model.get_submodule(path), is_head(path), spec.of_layer(path), name)
     train_in_full(model, spec.train, name)
     specs(model)[name] = spec
     set_active(model, name)

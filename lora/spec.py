@@ -6,7 +6,7 @@ A new method is a file with a class, a field of `LoraSpec`, a line in `METHODS` 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from quant.kinds import KINDS
@@ -39,6 +39,8 @@ class LoraSpec:
     """whether the length of the weight's rows is trained, too"""
     pissa: bool = False
     """whether the factors are initialized with singular directions of the weight"""
+    layers: tuple[tuple[str, int, float], ...] = ()
+    """whole name, rank and alpha of each layer that has others (PEFT: rank_pattern and alpha_pattern)"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number out of range, and for dora with pissa."""
@@ -50,6 +52,11 @@ class LoraSpec:
             raise ValueError(f"dropout should lie in [0, 1), found {self.dropout}")
         if self.dora and self.pissa:
             raise ValueError("dora and pissa do not combine: both redefine the base weight; choose one")
+
+    def of_layer(self, path: str) -> LoraSpec:
+        """Return the spec with the rank and alpha of one layer."""
+        r, alpha = next((own for name, *own in self.layers if name == path), (self.r, self.alpha))
+        return replace(self, r=r, alpha=alpha)
 
     @property
     def scaling(self) -> float:

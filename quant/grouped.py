@@ -23,6 +23,7 @@ class GroupedLinear(QuantizedLinear):
     def __init__(self, base: nn.Linear, quantized: Quantized, bits: int) -> None:
         super().__init__(base)
         self.bits = bits
+        self._copy: torch.Tensor | None = None  # of the codes, in another form; see `in_bytes`
         self.register_buffer("packed", pack(quantized.codes, bits))
         self.register_buffer("scale", as_bytes(quantized.scales.float()))
         self.register_buffer("zero", quantized.zeros.contiguous())
@@ -54,9 +55,11 @@ class GroupedLinear(QuantizedLinear):
         missing = size * self.zero.shape[1] - self.in_features
         if self.bits >= 4 and not missing:
             return self.bits, size, self.packed
-        codes = unpack(self.packed, self.bits, self.in_features)
         bits = max(4, self.bits)
-        return bits, size, pack(F.pad(codes, (0, missing)), bits)
+        if self._copy is None:
+            codes = unpack(self.packed, self.bits, self.in_features)
+            self._copy = pack(F.pad(codes, (0, missing)), bits)
+        return bits, size, self._copy
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.zero.shape[1]}"

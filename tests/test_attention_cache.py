@@ -8,6 +8,7 @@ from helpers.small_model import random_tokens, sensitive_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention import CACHES
 from attention.backends import Mask
 from attention.cache import KVCache, keep_prefix
 from model import Transformer
@@ -155,3 +156,38 @@ def test_size_and_dtype_follow_the_model(model):
         assert model.make_cache(1).values.dtype == torch.bfloat16
     finally:
         model.compute_dtype = None
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_slots_are_added_as_texts_grow(model, kind, monkeypatch):
+    """As if all of them had been there from the start, whatever the kind, when rows join and leave, too."""
+    if kind == "sinks" and model.args.sliding_window:
+        pytest.skip("sinks do not go with a window")
+    tokens, found = random_tokens(3, 12), []
+    for block in (256, 2):
+        monkeypatch.setattr("attention.cache.BLOCK", block)
+        cache, other = model.make_cache(1, kind=kind), model.make_cache(2, kind=kind)
+        parts = [model(tokens[:1, :5], cache=cache), model(tokens[1:, :3], cache=other)]
+        with torch.inference_mode():
+            parts.append(model(tokens[1:, 3:5], cache=other))
+        cache.append(other)
+        parts.append(model(tokens[:, 5:10], cache=cache))
+        cache.reorder(torch.tensor([2, 0]))
+        parts.append(model(tokens[[2, 0], 10:], cache=cache))
+        found.append(parts)
+    for wide, grown in zip(*found):
+        torch.testing.assert_close(grown, wide, **EXACT)
+    if kind == "static":
+        torch.testing.assert_close(found[1][-1], model(tokens)[[2, 0], 10:], **EXACT)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_few_words_in_a_long_context_take_little_memory(kind):
+    model = sensitive_model(max_seq_len=10**9)
+    cache = model.make_cache(2, kind=kind)
+    tokens = random_tokens(2, 4)
+    torch.testing.assert_close(model(tokens, cache=cache)[:, -1], model(tokens)[:, -1], atol=0.02, rtol=0.05)
+    assert sum(getattr(cache, name).nbytes for name in cache.stored) < 2**20
+    # 3000 tokens: at most half as many slots again, and whole blocks
+    cache.reserve(3000)
+    assert 3000 <= cache.room <= 4500 + 256

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import rope
 from checkpoint import config_json
 from checkpoint.directory import load_model, save_model
 from model import Transformer
@@ -245,3 +246,70 @@ def test_both_spellings_may_stand_side_by_side_when_they_agree():
 def test_no_hugging_face_model_combines_everything():
     with pytest.raises(ValueError, match="no Hugging Face model combines"):
         config_json.write(Transformer(ModelArgs(n_layers=1, attention_bias=True, qk_norm=True)).args)
+
+
+@pytest.mark.parametrize("kinds", [3, "full_attention", {"a": 1}, [1, 2], [["full_attention"]], [None]])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_layer_types_that_are_no_names_are_refused(kind, kinds):
+    config = config_json.write(ModelArgs(dim=16, n_heads=2)) | {"model_type": kind, "layer_types": kinds}
+    with pytest.raises(ValueError, match="layer_types should be a list of names"):
+        config_json.read(config)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    "scaling, more, length",
+    [
+        # the window before stretching: the factor times as long fits
+        ({"type": "linear", "factor": 4.0}, {}, 256),  # Vicuna 16k
+        ({"type": "dynamic", "factor": 4.0}, {}, 256),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, {}, 256),  # Qwen2.5's card
+        ({"rope_type": "yarn", "factor": 4.0}, {}, 256),
+        (LLAMA3 | {"original_max_position_embeddings": 64}, {}, 512),
+        (LONG | {"factor": 4.0}, {}, 256),
+        # the length after stretching, which is above the window
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, {}, 64),
+        ({"type": "yarn", "factor": None, "original_max_position_embeddings": 16}, {}, 64),  # DeepSeek
+        (LLAMA3 | {"original_max_position_embeddings": 8}, {}, 64),  # Llama 3.1
+        (LONG, {"original_max_position_embeddings": 16}, 64),  # Phi-3
+        (LONG | {"original_max_position_embeddings": 32}, {"original_max_position_embeddings": 16}, 64),
+        ({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 16}, {}, 64),
+        ({"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}, {}, 64),
+        (None, {}, 64),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_lengths_and_frequencies_are_those_that_transformers_has(scaling, more, length, key):
+    """64 positions in config.json; frequencies at lengths within the window, beyond it and at the end."""
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config |= {"intermediate_size": 8, "vocab_size": 9, "max_position_embeddings": 64, key: scaling} | more
+    if key == "rope_parameters":
+        config[key] = (scaling or {"rope_type": "default"}) | {"rope_theta": 10000.0}
+    args = config_json.read(config)
+    assert args.max_seq_len == length
+    assert config_json.read(config_json.write(args)) == args
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
+    peer_config = transformers.LlamaConfig.from_dict(dict(config))
+    for n in (8, 40, length):
+        if n > length:
+            continue
+        peer = rotary(peer_config)
+        cos, sin = peer(torch.zeros(1), torch.arange(n)[None])
+        frequencies, factor = rope.make(args.head_dim, args.rope_theta, args.rope_scaling, length).frequencies(n)
+        # float32: angles up to 512
+        angles = torch.arange(n)[:, None] * torch.tensor(frequencies)
+        torch.testing.assert_close(factor * angles.cos().float(), cos[0, :, :4], atol=1e-4, rtol=0)
+        torch.testing.assert_close(factor * angles.sin().float(), sin[0, :, :4], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_a_config_that_was_written_with_the_length_after_stretching_keeps_it(kind):
+    """Ours of before; it has the scaling under both keys, and no `max_seq_len`."""
+    entry = {"rope_type": kind, "factor": 4.0}
+    config = config_json.write(ModelArgs(max_seq_len=64)) | {"rope_scaling": entry}
+    config["rope_parameters"] = entry | {"rope_theta": 10000.0}
+    args = config_json.read(config)
+    assert (args.max_seq_len, args.rope_scaling) == (64, entry)

@@ -1,6 +1,7 @@
 """Model directories against transformers' own loader, and what is left on disk when writing goes wrong."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -339,3 +340,17 @@ def test_what_a_run_goes_on_from(tmp_path):
     (tmp_path / "last").mkdir()
     with pytest.raises(ValueError, match=r"last should be a link to a checkpoint, found a folder .*: remove"):
         state.newest(tmp_path)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_others_may_read_weights_as_they_may_read_other_files(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with written_aside(tmp_path / "model") as aside:
+            save_model(aside, Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=37)))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert set(modes) == {"config.json", "generation_config.json", "model.safetensors"} and set(modes.values()) == {
+        mode
+    }

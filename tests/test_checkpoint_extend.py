@@ -9,7 +9,7 @@ from helpers.tiny_chat_model import chat_tokenizer
 import rope
 from checkpoint import extend
 from checkpoint.directory import load_model, save_model
-from checkpoint.extend import add_tokens, changed_fields, resize, spellings, stretch_positions
+from checkpoint.extend import add_tokens, changed_fields, resize, set_length, spellings, stretch_positions
 from model import Transformer
 from model_args import ModelArgs, RopeArgs
 from tokenizer import load_tokenizer
@@ -206,3 +206,28 @@ def test_a_larger_vocabulary_needs_the_models_own_tokenizer(tmp_path):
         extend.check_tokenizer(other, add_tokens(tokenizer, ["second"]), tmp_path, tmp_path)
     with pytest.raises(ValueError, match=r"id \d+ is nothing there and b'first' here"):
         extend.check_tokenizer(other, tokenizer, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scaling, fits",
+    [
+        (None, 4096),
+        ({"rope_type": "linear", "factor": 2.0}, 4096),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
+        ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, 4096),
+    ],
+)
+def test_a_longer_text_has_the_same_frequencies(scaling, fits):
+    if scaling and scaling["rope_type"] == "longrope":
+        scaling["original_max_position_embeddings"] = 16
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=16, n_heads=2, n_layers=1, vocab_size=9, max_seq_len=64, rope_scaling=scaling))
+    tokens = torch.randint(9, (1, 64))
+    expected = model(tokens)
+    set_length(model, fits)
+    assert model.args.max_seq_len == model.make_cache(1).max_len == fits
+    assert torch.equal(model(tokens), expected)
+    if fits < 4096:
+        with pytest.raises(ValueError, match="covers 128 positions, max_seq_len is 129"):
+            set_length(model, fits + 1)

@@ -42,7 +42,11 @@ def refused(adapter: Path, message: str, **shape: int) -> None:
         ({"lora_alpha": "16"}, "should set lora_alpha to a number"),
         ({"lora_dropout": None}, "should set lora_dropout to a number"),
         ({"bias": "all"}, "sets bias to 'all', which is not supported here"),
-        ({"rank_pattern": {"q_proj": 4}}, "sets rank_pattern to"),
+        ({"rank_pattern": {"q_proj": 4}}, r"q_proj\.lora_A\.weight is \(2, 24\) there and \(4, 24\) here"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern should map names of layers to numbers above 0"),
+        ({"alpha_pattern": [3]}, "alpha_pattern should map names of layers to numbers above 0"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern has '\(', which is no regular expression"),
+        ({"base_model_name_or_path": ["m"]}, r"base_model_name_or_path should be a name or null, found \['m'\]"),
         ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
     ],
 )

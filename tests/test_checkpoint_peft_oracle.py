@@ -10,6 +10,8 @@ import torch
 from helpers.lora_models import hf_model, our_model, save_as_hf, shake, some_tokens
 
 from checkpoint import peft as our_peft
+from checkpoint.directory import load_model
+from convert import Merge, merge
 from lora import adapters
 from lora.adapters import LoraArgs, LoraSpec
 
@@ -75,6 +77,69 @@ def test_theirs_load_here(variant, tmp_path):
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=2e-5)
     if variant != "pissa":  # whose base was changed in float32
         torch.testing.assert_close(model.double()(tokens), theirs.double()(tokens).logits, rtol=0, atol=1e-10)
+
+
+TABLES = {  # settings after which PEFT writes tables of the vocabulary, under one name or several
+    "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "saved and tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "rows": {"trainable_token_indices": [1, 3, 36]},
+    "rows of both": {"trainable_token_indices": {"embed_tokens": [1, 3], "lm_head": [1, 3]}},
+    "new rows only": {},
+    "low rank": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("added", [0, 2])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", TABLES)
+def test_tables_of_the_vocabulary_load_here(variant, tied, added, tmp_path):
+    """Whole or in part, and after tokens were added: what is merged here says what PEFT's model says."""
+    model = our_model(tied).float()
+    save_as_hf(model, tmp_path / "base")
+    grown = hf_model(tmp_path / "base").float()
+    if added:
+        grown.resize_token_embeddings(37 + added)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"]} | TABLES[variant])
+    theirs = peft.get_peft_model(grown, config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = theirs(some := some_tokens()).logits
+    # float32, logits up to 20; a row in the wrong place differs by more than 0.1
+    if variant != "low rank" or not tied:  # PEFT's merge changes the tied head, too, which its adapter did not
+        torch.testing.assert_close(theirs.merge_and_unload()(some).logits, expected, rtol=0, atol=3e-4)
+    merge(Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", untie=True))
+    known = 37 if variant == "low rank" and not tied else 37 + added  # PEFT leaves out the new rows of that head
+    for found in (load_model(tmp_path / "merged")(some), hf_model(tmp_path / "merged").float()(some).logits):
+        torch.testing.assert_close(found[..., :known], expected[..., :known], rtol=0, atol=3e-4)
+
+
+PATTERNS = {
+    "ranks": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5}},
+    "alphas": {"alpha_pattern": {"up_proj": 3, "model.layers.0.self_attn.q_proj": 20}},
+    "both": {"rank_pattern": {r".*\.0\..*": 1}, "alpha_pattern": {"q_proj": 1}, "use_dora": True},
+    "rank-stable": {"rank_pattern": {"q_proj": 9}, "use_rslora": True},
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers", "rank_pattern": {"up_proj": 2}},
+}
+
+
+@pytest.mark.parametrize("variant", PATTERNS)
+def test_ranks_and_alphas_by_layer(variant, tmp_path):
+    """From PEFT to us, and back."""
+    model = our_model().float()
+    save_as_hf(model, tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **PATTERNS[variant])
+    theirs = peft.get_peft_model(hf_model(tmp_path / "base").float(), config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bias": None}))  # as some programs write "none"
+    our_peft.load(model, tmp_path / "adapter")
+    tokens = some_tokens()
+    torch.testing.assert_close(model.double()(tokens), theirs.double()(tokens).logits, rtol=0, atol=1e-10)
+    our_peft.save(tmp_path / "again", model)
+    back = peft.PeftModel.from_pretrained(hf_model(tmp_path / "base"), tmp_path / "again").double()
+    torch.testing.assert_close(back(tokens).logits, model(tokens), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])

@@ -1,6 +1,7 @@
 """Files of weights: what does not fit or cannot be read is named; large models are mapped, and written in shards."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_truncated_weights(tmp_path, keep):
     [
         (
             {"weight_map": {"a": "gone.safetensors", "b": "model.safetensors"}},
-            r"names 2 files, and gone\.safetensors is",
+            r"names 2 files, and gone\.safetensors, model\.safetensors is",
         ),
         ({}, "has no weight_map"),
         ([], "should hold an object, found list"),
@@ -120,6 +121,7 @@ def test_truncated_weights(tmp_path, keep):
 )
 def test_an_index_that_leads_nowhere(tmp_path, index, message):
     directory = saved(tmp_path)
+    (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_model(directory)
@@ -142,20 +144,103 @@ def test_folders_that_are_no_model(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
     config.write_text(json.dumps(config_json.write(ModelArgs(**SHAPE))))
-    with pytest.raises(FileNotFoundError, match="only safetensors weights are read"):
+    with pytest.raises(FileNotFoundError, match=r"has no weights: expected model\.safetensors"):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
-def test_pickles_are_never_opened(tmp_path, name):
+def test_an_index_that_is_left_from_older_shards_is_not_followed(tmp_path):
+    """transformers leaves it there when a model of several files is saved again as one, and reads the one."""
+    directory = saved(tmp_path)
+    expected = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert_same(load_model(directory), expected)
+
+
+def assert_same(model: Transformer, expected: dict[str, torch.Tensor]) -> None:
+    state = model.state_dict()
+    assert expected.keys() <= state.keys() and all(torch.equal(state[name], each) for name, each in expected.items())
+
+
+# ---- PyTorch's pickles
+
+
+def as_bin(directory: Path, shards: int, **options) -> dict[str, torch.Tensor]:
+    """Replace the safetensors of a model directory by `.bin` files; return the tensors."""
+    state = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, directory / "pytorch_model.bin", **options)
+        return state
+    files = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(state)}
+    for file in files:
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, directory / file, **options)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return state
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("old", [False, True])
+def test_bin_files_are_read(tmp_path, shards, old):
+    directory = saved(tmp_path)
+    state = as_bin(directory, shards, _use_new_zipfile_serialization=not old)
+    assert_same(load_model(directory), state)
+    transformers = pytest.importorskip("transformers")
+    tokens = torch.arange(12)[None]
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    torch.testing.assert_close(load_model(directory)(tokens), peer(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+class Program:
+    """A pickle that makes a directory when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_a_pickle_that_would_run_code_is_refused_before_it_runs(tmp_path, kind):
+    directory, target = saved(tmp_path), tmp_path / "was_here"
+    as_bin(directory, 1)
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": kind}))
+    torch.save({NORM: Program(target)}, directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is refused: it is a pickle that asks for posix\.mkdir"):
+        load_model(directory)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\3\4 not a zip", b"\x80\x02}q\x00.", b"\x80\x04garbage", [1, 2], {"a": 3}]
+)
+def test_bin_files_that_are_none_are_named(tmp_path, content):
+    directory = saved(tmp_path)
+    as_bin(directory, 1)
+    path = directory / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin (cannot be read|should hold tensors|is refused)"):
+        load_model(directory)
+
+
+def test_a_truncated_bin_file_is_named(tmp_path):
+    directory = saved(tmp_path)
+    as_bin(directory, 1)
+    path = directory / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin (cannot be read|is refused)"):
+        load_model(directory)
+
+
+def test_pickles_of_another_layout_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_json.write(ModelArgs(**SHAPE))))
-    torch.save({}, tmp_path / name)
-    with pytest.raises(
-        FileNotFoundError, match=rf"its {name} is a pickle, which can run code .* convert it with transformers"
-    ):
+    torch.save({}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(FileNotFoundError, match=r"its consolidated.00.pth is a pickle of another layout"):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"is a file, not a model directory"):
-        load_model(tmp_path / name)
+        load_model(tmp_path / "consolidated.00.pth")
 
 
 def test_a_config_of_more_layers_than_there_are_tensors_is_refused_before_they_are_made(tmp_path):
@@ -163,6 +248,36 @@ def test_a_config_of_more_layers_than_there_are_tensors_is_refused_before_they_a
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**12}))
     with pytest.raises(ValueError, match="1000000000000 layers, and 20 tensors in all"):
         load_model(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gptq"])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"head_dim": 2**31}, "head_dim should be at most 65536, found 2147483648"),
+        ({"head_dim": 2**31, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "head_dim should be at most"),
+        ({"vocab_size": 10**15}, r"config\.json makes a model of [\d,]{19,} numbers, and its files have [\d,]+ bytes"),
+        ({"hidden_size": 2**62, "head_dim": 8}, r"config\.json makes a model of"),
+        ({"intermediate_size": 10**12}, r"config\.json makes a model of"),
+        ({"num_hidden_layers": 100_000}, "100000 layers, and 20 tensors in all"),
+    ],
+)
+def test_sizes_that_no_file_holds_are_refused_before_anything_is_built(tmp_path, kind, changes, message):
+    path = saved(tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "llama" if kind == "gptq" else kind} | changes
+    if kind == "gptq":
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_model(path.parent)
+
+
+def test_a_model_that_is_larger_than_memory_is_refused_where_it_is_converted(tmp_path, monkeypatch):
+    directory = saved(tmp_path)
+    monkeypatch.setattr("cli.memory.memory_bytes", lambda: 10_000)
+    load_model(directory)  # float32, as it is stored: mapped, not copied
+    with pytest.raises(ValueError, match=r"in float64, needs 58\.6 kB of memory, and there are 10\.0 kB"):
+        load_model(directory, dtype=torch.float64)
 
 
 # ---- shards and memory

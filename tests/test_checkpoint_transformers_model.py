@@ -280,3 +280,24 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 def test_the_family_stays_ours(tmp_path):
     assert isinstance(load_model(directory_of("llama", tmp_path)), Transformer)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layer_types": 3}, {"layer_types": [["a"]]}, {"hidden_size": 2**31}, {"num_hidden_layers": 10**5}]
+)
+def test_a_config_that_transformers_cannot_use_is_one_sentence(tmp_path, changes):
+    for kind in ("gemma2", "gpt_neox"):
+        path = directory_of(kind, tmp_path) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        if kind == "gpt_neox" and "layer_types" in changes:
+            continue  # it has none
+        with pytest.raises(ValueError, match=r"transformers cannot load .*: |does not fit its config\.json"):
+            load_model(path.parent)
+
+
+@pytest.mark.parametrize("original, length", [(64, 256), (16, 64)])
+def test_stretched_positions_count(tmp_path, original, length):
+    """Whether max_position_embeddings (64) is the window before stretching or the length after it."""
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": original}
+    directory = directory_of("gemma", tmp_path, rope_parameters=scaling)
+    assert load_model(directory).args.max_seq_len == length

@@ -1,5 +1,6 @@
 """convert.py: what it writes says the same as what it was made of, in transformers and here."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.lora_models import our_model, save_as_hf, shake, some_tokens
 from helpers.tiny_chat_model import save_chat_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import convert
 from checkpoint import peft
@@ -163,3 +164,31 @@ def test_more_tokens(tmp_path, capsys):
         convert.tokens(convert.Tokens(base, tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match=r"--model .* has no tokenizer"):
         convert.tokens(convert.Tokens(save_as_hf(our_model(), tmp_path / "bare"), tmp_path / "none", ("a",)))
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+@pytest.mark.parametrize("both", [True, False], ids=["both trained", "one trained"])
+def test_a_tied_pair_that_came_apart_gets_two_matrices(kind, both, tmp_path):
+    """The error names the flag, and with it both tables are those of the adapter."""
+    torch.manual_seed(0)
+    if kind == "ours":
+        save_as_hf(our_model(tied=True).float(), tmp_path / "base")
+    else:
+        size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+        config = AutoConfig.for_model("gpt_neox", vocab_size=37, tie_word_embeddings=True, **size)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    names = ["embed_tokens" if kind == "ours" else "embed_in", *["lm_head"] * both]
+    target = ["q_proj"] if kind == "ours" else ["query_key_value"]
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=target, modules_to_save=names))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    args = Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"tied in this model: .* merge --untie True|they are tied: add --untie True"):
+        convert.merge(args)
+    convert.merge(dataclasses.replace(args, untie=True))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = some_tokens()
+    torch.testing.assert_close(found(tokens).logits, theirs.eval()(tokens).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(load_model(tmp_path / "out")(tokens), found(tokens).logits, rtol=0, atol=2e-5)

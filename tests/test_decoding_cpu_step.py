@@ -1,5 +1,7 @@
 """The compiled decoding step against the model's own forward pass."""
 
+import hashlib
+import os
 import random
 from pathlib import Path
 
@@ -134,6 +136,13 @@ def test_rows_may_leave_and_weights_may_change_on_the_way():
     torch.testing.assert_close(step([[4], [5]], [1, 1])[:, 0], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_cache_grows_under_it(monkeypatch):
+    """Addresses and rotary tables are those of the larger tensors from then on."""
+    monkeypatch.setattr("attention.cache.BLOCK", 2)
+    assert walk(make(), [3, 1, 2], steps=12, most=3) < 1e-12
+    assert walk(make(sliding_window=5), [1], steps=30) < 1e-12
+
+
 def test_what_does_not_fit_the_cache_is_refused():
     model = make()
     step = stepper(model, model.make_cache(2, 10))
@@ -219,3 +228,59 @@ def test_it_is_compiled_once(fresh, tmp_path):
     cpu_step.compiled_step.cache_clear()
     assert cpu_step.compiled_step() is not None
     assert len(log.read_text()) == calls + 2  # it was asked for its version only
+
+
+def the_library(tmp_path: Path) -> Path:
+    (library,) = (tmp_path / "little-llama").glob("*.so")
+    return library
+
+
+def compiled_or_skip():
+    cpu_step.compiled_step.cache_clear()
+    if cpu_step.compiled_step() is None:
+        pytest.skip("there is no C++ compiler that works")
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:5000]),  # SIGBUS when it is loaded
+    "empty": lambda path: path.write_bytes(b""),
+    "another byte": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+    "written by all": lambda path: path.chmod(0o666),
+    "gone": Path.unlink,
+}
+
+
+def test_a_damaged_library_is_compiled_again(fresh, tmp_path):
+    compiled_or_skip()
+    path, log, kept = the_library(tmp_path), tmp_path / "log", tmp_path / "kept.so"
+    contents = path.read_bytes()
+    assert path.stem.rpartition("-")[2] == hashlib.sha256(contents).hexdigest()
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o700, 0o700)
+    kept.write_bytes(contents)
+    # a compiler that takes no time
+    script = f'test "$1" = --version && exec g++ "$@"; echo x >> {log}; while test "$1" != -o; do shift; done'
+    fresh.setenv("CXX", compiler(tmp_path / "quick", f"{script}; cp {kept} $2"))
+    for n, damage in enumerate(DAMAGE.values(), 1):
+        path.unlink()  # the process still maps the old file
+        path.write_bytes(contents)
+        path.chmod(0o700)
+        damage(path)
+        compiled_or_skip()
+        assert log.read_text() == "x\n" * n
+        assert the_library(tmp_path) == path and path.read_bytes() == contents
+
+
+def test_a_directory_of_another_user_is_not_used(fresh, tmp_path, capsys):
+    fresh.setenv("CXX", compiler(tmp_path / "never_run", "exit 0"))
+    fresh.setattr(os, "getuid", lambda: 12345)
+    assert cpu_step.compiled_step() is None
+    assert "little-llama belongs to another user: set XDG_CACHE_HOME" in capsys.readouterr().err
+
+
+def test_without_a_home_it_is_left_out(fresh, tmp_path, capsys):
+    fresh.setenv("CXX", compiler(tmp_path / "never_run", "exit 0"))
+    fresh.delenv("XDG_CACHE_HOME")
+    fresh.delenv("HOME", raising=False)
+    fresh.setattr("pwd.getpwuid", lambda _: {}[0])  # a user id without an entry, as in containers
+    assert cpu_step.compiled_step() is None
+    assert capsys.readouterr().err == "decoding goes without its compiled step: Could not determine home directory.\n"

@@ -51,6 +51,18 @@ def test_a_row_that_comes_while_others_decode_has_its_own_ids(monkeypatch, shape
     assert answers[again] == answers[first[0]]
 
 
+def test_rows_that_come_and_go_in_a_cache_that_grows(monkeypatch):
+    monkeypatch.setattr("attention.cache.BLOCK", 2)
+    model, prompts, answers = small_model(), random_prompts([3, 25, 1]), {}
+    rows = Rows(model)
+    keys = []
+    for prompt in prompts:
+        keys.append(rows.add(prompt, GREEDY))
+        collect(rows, answers, steps=4)
+    collect(rows, answers)
+    assert [answers[key] for key in keys] == [uncached(model, prompt, 12) for prompt in prompts]
+
+
 @given(st.integers(0, 10_000), st.sampled_from(["static", "int8", "sinks"]))
 @settings(max_examples=15, deadline=None)
 def test_whatever_comes_and_goes_each_row_is_as_it_is_alone(seed, kind):

@@ -271,3 +271,16 @@ def test_the_light_table_of_benchmarks_agrees_with_the_benchmarks():
     for name in BENCHMARKS:
         task = make_task(name, Args())
         assert {each.name for each in dataclasses.fields(task)} <= flags
+
+
+def test_a_context_that_the_config_understates(args, directory):
+    """Answers fit the length that the flag states, be it longer or shorter than the config's."""
+    own = load_model(directory).args.max_seq_len
+    for length, fits in ((None, own), (own + 9, own + 9), (own - 9, own - 9)):
+        asked = dataclasses.replace(args, max_seq_len=length, prompt="江" * (fits + 1), raw=True)
+        with pytest.raises(ValueError, match=rf"the model takes {fits};"):
+            main(asked)
+    longer = dataclasses.replace(args, max_seq_len=own + 200, prompt="江" * own, raw=True)
+    assert isinstance(main(longer)["answer"], str)
+    with pytest.raises(ValueError, match="--max_seq_len should be at least 1, found 0"):
+        dataclasses.replace(args, max_seq_len=0)

@@ -386,3 +386,21 @@ def test_equality_means_the_same_model():
     assert ModelArgs(hidden_dim=64, multiple_of=1) == ModelArgs(hidden_dim=64, multiple_of=2)
     for name, value in {"hidden_dim": 96, "rope_theta": 5e5, "norm_eps": 1e-6, "tie_embeddings": False}.items():
         assert ModelArgs(hidden_dim=64) != dataclasses.replace(ModelArgs(hidden_dim=64), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"n_heads": 4, "n_kv_heads": 2, "head_dim": 10, "dim": 24, "attention_bias": True, "tie_embeddings": False},
+        {"dim": 48, "n_heads": 6, "n_kv_heads": 1, "qk_norm": True, "hidden_dim": 7, "vocab_size": 11, "n_layers": 1},
+    ],
+)
+def test_a_shape_knows_its_number_of_parameters(shape):
+    args = ModelArgs(**shape)
+    assert args.n_parameters() == sum(p.numel() for p in Transformer(args).parameters())
+
+
+def test_the_shape_of_llama_2_has_its_published_size():
+    shape = {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256}
+    assert ModelArgs(**shape, tie_embeddings=False).n_parameters() == 6_738_415_616  # of meta-llama/Llama-2-7b-hf

@@ -1,0 +1,74 @@
+"""PyTorch's own weight files, `pytorch_model.bin`: pickles, of which only tensors are read and nothing is run.
+
+A pickle is a program. `torch.load(weights_only=True)` follows the few instructions that build tensors, and stops at any
+other before it is executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+NAMES = {  # dtypes by safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+class PickledFile:
+    """The tensors of a `.bin` file, with the methods of an opened safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file into memory. Raises ValueError where it holds anything but tensors by name, or is damaged."""
+        try:
+            # files of PyTorch before 1.6 are no zip archives, and are read as a whole
+            mapped = zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            raise ValueError(
+                f"{path} is refused: it is a pickle that asks for {asked[1] if asked else 'more than tensors'} when it "
+                "is read, and nothing of it was run; take the model's safetensors files"
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{path} cannot be read as PyTorch weights (truncated or damaged): {reason}") from None
+        if not isinstance(state, dict) or not all(torch.is_tensor(each) for each in state.values()):
+            raise ValueError(f"{path} should hold tensors by name, found something else: is it a file of weights?")
+        self.state: dict[str, torch.Tensor] = state
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self.state)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, a view of the mapped file."""
+        return self.state[name]
+
+    def get_slice(self, name: str) -> PickledTensor:
+        """Return what `get_shape` and `get_dtype` describe."""
+        return PickledTensor(self.state[name])
+
+    def metadata(self) -> None:
+        """Return None: a pickle has no metadata."""
+
+
+class PickledTensor:
+    """Shape and dtype of a tensor, in safetensors' words."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        """Return the name of the dtype."""
+        return NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
