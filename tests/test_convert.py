@@ -163,3 +163,15 @@ def test_more_tokens(tmp_path, capsys):
         convert.tokens(convert.Tokens(base, tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match=r"--model .* has no tokenizer"):
         convert.tokens(convert.Tokens(save_as_hf(our_model(), tmp_path / "bare"), tmp_path / "none", ("a",)))
+
+
+def test_another_base_than_the_adapter_names_is_told(trained, tmp_path, capsys):
+    trained(LoraArgs("lora", r=3))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    for number, (named, told) in enumerate(
+        [(tmp_path / "base", False), (tmp_path / "adapter", True), ("somebody/base", False), ("somebody/other", True)]
+    ):
+        config.write_text(json.dumps(settings | {"base_model_name_or_path": str(named)}))
+        convert.merge(Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / f"out{number}"))
+        assert (f"was trained on {named}, and --model is" in capsys.readouterr().err) == told, named
