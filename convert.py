@@ -62,6 +62,7 @@ from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
 from checkpoint.extend import grow_vocabulary
 from checkpoint.locate import find_model, find_tokenizer
+from cli.progress import say
 from files import written_aside
 from hardware import DTYPES
 from model import Transformer
@@ -73,6 +74,7 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = replace(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
+    warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
     check_ties(model, args)
@@ -111,6 +113,18 @@ def check_free(out: Path) -> None:
     """Raise ValueError where `out` exists: nothing is overwritten."""
     if out.exists():
         raise ValueError(f"--out {out} exists already: choose another, or remove it")
+
+
+def warn_of_another_base(args: Merge) -> None:
+    """Say so where the adapter names another model than --model; a model that is not here is known by its name only."""
+    named = read_adapter_config(args.adapter).get("base_model_name_or_path")
+    if not named or Path(named).resolve() == args.model.resolve():
+        return
+    if Path(named).exists() or Path(named).name not in args.model.resolve().parts:
+        say(
+            f"--adapter {args.adapter} was trained on {named}, and --model is {args.model}: what is written is right "
+            "only where both hold the same weights"
+        )
 
 
 def check_ties(model: torch.nn.Module, args: Merge) -> None:

@@ -10,19 +10,19 @@ python fine_tuning.py --init_from DIR --data my_conversations.jsonl --show 3    
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cli.args import parse, run
 from cli.flags import check_flags
-from cli.record import file_sha256, record_run, to_plain
+from cli.record import file_sha256, record_training, to_plain
 from lora.spec import LoraArgs
 from optim.args import OptimArgs
 from training.args import TrainArgs
@@ -68,8 +68,9 @@ from chat.samples import Samples
 from chat.show import statistics
 from chat.template import ChatTemplate, load_template, template_hash
 from checkpoint import peft
-from checkpoint.directory import load_weights, load_whole_model, save_model
+from checkpoint.directory import load_weights, load_whole_model, save_adapter, save_model
 from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
+from checkpoint.locate import model_in
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from cli.progress import say
@@ -81,17 +82,20 @@ from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
 from training.log import summary
 from training.precision import check_length, training_dtype
+from training.state import check_outside
 from training.trainer import Trainer
 from tuning.balance import make_coba
-from tuning.data import check_heldout, keep_aside, read_split
+from tuning.data import Split, check_heldout, keep_aside, read_split
 from tuning.describe import describe, sample_texts
 from tuning.objectives import make_objective
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; return the final measures. With --show, print samples instead."""
+    args = replace(args, init_from=model_in(args.init_from))
     if args.show:
         return show(args)
+    check_outside(args.out, args.init_from, args.train.resume)
     objective = make_objective(args.objective, args.preference)
     names = [task.name for task in args.data.tasks]
     torch.manual_seed(args.train.seed)
@@ -120,7 +124,7 @@ def main(args: Args) -> dict[str, Any]:
             args.out,
             save=save,
             load=load,
-            identity=identity(args, split.trained, template.jinja),
+            identity=identity(args, split, template.jinja),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes() if objective.of_tokens else None,
             group_names=names if len(names) > 1 else (),
@@ -129,7 +133,7 @@ def main(args: Args) -> dict[str, Any]:
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]
-                record_run(args.out, "fine_tuning", args, inputs=inputs)
+                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do)
                 about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)
@@ -175,18 +179,24 @@ def adapt(
         base = base.parent / base.readlink()
     tree = model.module_tree
     adapters.apply(tree, args.lora, dtype)
-
-    def save_adapter(directory: Path) -> None:
-        peft.save(directory, tree, base=str(base))
-        tokenizer.save(directory)
-        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": template.stop_ids}))
-
-    return save_adapter, partial(peft.restore, tree)
+    save = partial(save_adapter, tree=tree, base=str(base), tokenizer=tokenizer, stop_ids=template.stop_ids)
+    return save, partial(peft.restore, tree)
 
 
-def identity(args: Args, trained: list[Samples], jinja: str) -> dict[str, Any]:
+def contents(samples: Samples) -> str:
+    """Return the hex SHA-256 of encoded samples: of their ids, what of them is trained, and where each begins."""
+    sha256 = hashlib.sha256()
+    for array in (samples.ids, samples.mask, samples.offsets):
+        sha256.update(array.tobytes())
+    return sha256.hexdigest()
+
+
+def identity(args: Args, split: Split, jinja: str) -> dict[str, Any]:
     """Return all that determines the losses of a run: a checkpoint is resumed only by a run of the same identity."""
-    names = [task.name for task in args.data.tasks]
+    trained, names = split.trained, [task.name for task in args.data.tasks]
+    data = {name: contents(samples) for name, samples in zip(names, trained)}
+    if args.data.loss == "coba":  # the one loss that the held-out samples determine, too
+        data |= {f"held out of {name}": contents(samples) for name, samples in zip(names, split.heldout or [])}
     return {
         "seed": args.train.seed,
         "seq_len": args.data.seq_len,
@@ -194,6 +204,7 @@ def identity(args: Args, trained: list[Samples], jinja: str) -> dict[str, Any]:
         "packing": args.data.packing,
         "samples": [samples.stats for samples in trained] if len(trained) > 1 else trained[0].stats,
         "tasks": names if len(names) > 1 else None,
+        "data": data,
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
         "template": template_hash(jinja),

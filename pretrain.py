@@ -8,13 +8,13 @@ python pretrain.py --init_from DIR --data.dir DATA --rope.type yarn --model.max_
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cli.args import parse, run
-from cli.record import file_sha256, record_run, to_plain
+from cli.record import file_sha256, record_training, to_plain
 from model_args import ModelArgs, RopeArgs
 from optim.args import OptimArgs
 from training.args import TrainArgs
@@ -77,6 +77,7 @@ from checkpoint.extend import (
     read_tokens,
     stretch_positions,
 )
+from checkpoint.locate import model_in
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
@@ -86,11 +87,15 @@ from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, load_tokenizer
 from training.log import summary
+from training.state import check_outside
 from training.trainer import Trainer
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; return the final metrics and the directory of the model."""
+    if args.init_from is not None:
+        args = replace(args, init_from=model_in(args.init_from))
+        check_outside(args.out, args.init_from, args.train.resume)
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
@@ -116,14 +121,15 @@ def main(args: Args) -> dict[str, Any]:
             run=args.out,
             save=partial(save_model, model=model, tokenizer=tokenizer),
             load=partial(load_weights, model),
-            identity=identity(args, bins),
+            identity=identity(args, bins, model),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
         )
         with alone_in(args.out) if backend.main else contextlib.nullcontext():
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
-                record_run(args.out, "pretrain", args, inputs=described)
+                over = trainer.nothing_to_do
+                record_training(args.out, "pretrain", resolved(args, model), described, trainer.state.step, over)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
             result = trainer.fit()
@@ -175,18 +181,30 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     return model, [change for change in changes if change]
 
 
-def identity(args: Args, bins: list[TokenBin]) -> dict[str, Any]:
+def resolved(args: Args, model: Transformer | TransformersModel) -> Args:
+    """Return `args` with the shape of `model`, for config.yaml, from which the same run can be started again.
+
+    With --init_from, the vocabulary and the scaling of positions stay what the flags said: they change that model.
+    """
+    if isinstance(model, TransformersModel):
+        return args
+    changed = () if args.init_from is None else ("vocab_size", "rope_scaling")
+    return replace(args, model=model.args.replace(**{name: getattr(args.model, name) for name in changed}))
+
+
+def identity(args: Args, bins: list[TokenBin], model: Transformer | TransformersModel) -> dict[str, Any]:
     """Return the settings that determine the sequence of losses; only the same settings resume a checkpoint."""
     same = {
         "seed": args.train.seed,
         "seq_len": args.data.seq_len,
         "batch_size": args.data.batch_size,
         "tokens": [len(each) for each in bins],
+        "data": {f"{each.path.name} ({number})": each.sha256() for number, each in enumerate(bins, 1)},
         "weights": list(args.data.weights),
         "isolate_documents": args.data.isolate_documents,
         "optimizer": args.optim.optimizer,
         "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
-        "model": to_plain(args.model),
+        "shape": to_plain(model.args),
     }
     changes = {name: getattr(args, name) for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of")}
     return same | {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +13,7 @@ from itertools import chain
 import numpy as np
 
 from bins.screen import ScreenedBatch
+from cli.parent import end_with_parent
 from tokenizer import Tokenizer
 
 
@@ -85,14 +84,8 @@ def split(ids: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
 def start_worker(tokenizer: Tokenizer) -> None:
     """Store the tokenizer, which is sent once per process, and end this process when the main process ends or dies."""
     global _tokenizer
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent(multiprocessing.parent_process().pid)
     _tokenizer = tokenizer
-
-
-def end_with_parent() -> None:
-    """Wait for the main process to end, then end this process."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -125,6 +125,15 @@ def save_model(
         transformers_model.save(directory, model, ids)
 
 
+def save_adapter(
+    directory: Path, tree: torch.nn.Module, base: str, tokenizer: Tokenizer, stop_ids: list[int] | None = None
+) -> None:
+    """Write the adapter of a tree of modules as a PEFT directory that names `base`, with the tokenizer; stop_ids: as in
+    `save_model`."""
+    peft.save(directory, tree, base=base)
+    save_tokenizer(directory, tokenizer, stop_ids)
+
+
 def save_tokenizer(directory: Path, tokenizer: Tokenizer | None, stop_ids: list[int] | None) -> dict[str, Any]:
     """Write the tokenizer's files and `generation_config.json`; returns the ids of special tokens for `config.json`."""
     ids: dict[str, Any] = {}

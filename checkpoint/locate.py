@@ -63,15 +63,19 @@ def read_config(directory: Path) -> dict[str, Any]:
 # ---- where to look
 
 
+def model_in(path: Path) -> Path:
+    """Return the first of `path`, and `best` and `last` in it, that is a model or adapter; `path` where none is."""
+    return next((each for each in (path, path / "best", path / "last") if is_model(each)), path)
+
+
 def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or give --model DIR") -> Path:
     """Return the directory of the model or adapter at `path`: `path` itself, or `best` or `last` in it.
 
     If `path` is the default and missing, return the newest below out/. Raises FileNotFoundError, whose message ends in
     `advice`, where there is none.
     """
-    for directory in (path, path / "best", path / "last"):
-        if is_model(directory):
-            return directory
+    if is_model(directory := model_in(path)):
+        return directory
     last = path.with_name("last")
     if path.name == "best" and is_model(last):
         say(f"there is no {path}, since its run was not evaluated; using {last}")

@@ -20,8 +20,10 @@ import difflib
 import errno
 import inspect
 import io
+import os
 import re
 import sys
+import time
 import traceback
 import typing
 from pathlib import Path
@@ -30,7 +32,9 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from cli.flags import on_command_line
 from cli.memory import full_memory, memory_is_full
+from cli.parent import end_with_parent
 
 T = TypeVar("T")
 NUMBERS = {  # tyro's words for a flag of this type, and for one that may be None as well
@@ -39,6 +43,7 @@ NUMBERS = {  # tyro's words for a flag of this type, and for one that may be Non
     r"no type matching \{None\}\|INT could be instantiated from \['(.*?)'\]": "a whole number or None",
     r"no type matching \{None\}\|FLOAT could be instantiated from \['(.*?)'\]": "a number or None",
 }
+SECONDS_FOR_RANK_0 = 5.0
 SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval")
 
 
@@ -55,6 +60,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     from_file, flags, whole_names = [], [], short_names(cls)
+    named = set()  # flags of the command line, also those that have their default value
     while argv:
         word = argv.pop(0)
         name, _, value = word.partition("=")
@@ -62,6 +68,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
             name, word = f"--{whole}", word.replace(name, f"--{whole}", 1)
         if name != "--config":
             last = value if name.startswith("--") else word  # the value: write YAML's true and false as Python does
+            named.add(name.removeprefix("--").replace("-", "_"))
             flags.append(word.removesuffix(last) + last.capitalize() if last in ("true", "false") else word)
         elif value or argv:
             path = Path(value or argv.pop(0))
@@ -75,7 +82,11 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
         description += f" A name in a group may stand alone if no other flag has it: --{short} for --{whole}."
     errors, answer = Capture(), Capture()
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(answer):  # stdout: only --help prints
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(answer),  # only --help prints there
+            on_command_line(named),
+        ):
             return tyro.cli(
                 cls,
                 args=from_file + flags,
@@ -234,18 +245,24 @@ def sentence(error: Exception) -> str:
 def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a machine with more") -> None:
     """Call `main(args)`; exits with status 1 and one sentence for an error that the user can correct.
 
-    less_memory: what to change where memory is full.
+    less_memory: what to change where memory is full. Under torchrun the process ends when torchrun does, and one rank
+    prints the sentence.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
     for stream in (sys.stdout, sys.stderr):  # None where it is closed
         if getattr(stream, "errors", "") == "strict":  # the name of a file may be bytes that are not UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if memory_is_full(error):
-            fail(full_memory(error, less_memory))
-        if isinstance(error, (RuntimeError, MemoryError)):
+        full = memory_is_full(error)
+        if isinstance(error, (RuntimeError, MemoryError)) and not full:
             raise  # a mistake of ours keeps its traceback
+        if os.environ.get("RANK", "0") != "0":  # rank 0 has most likely failed as well, and torchrun then ends this one
+            time.sleep(SECONDS_FOR_RANK_0)
+        if full:
+            fail(full_memory(error, less_memory))
         fail(" ".join(sentence(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)

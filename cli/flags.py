@@ -10,7 +10,9 @@ weights belong to tasks; remove it".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -25,6 +27,21 @@ class Needs(NamedTuple):
     why: str  # end of the message: the reason, and what to do; {args.out} in it stands for the value of --out
     is_set: Callable[[Any], bool] | None = None
     """whether a value of `flag` counts as set; None: every value but the default"""
+    if_named: tuple[str, ...] = ()
+    """flags among `flag` that count as set wherever the command line has them, also with their default values"""
+
+
+_named: ContextVar[Set[str]] = ContextVar("named", default=frozenset())  # the flags that the command line has
+
+
+@contextmanager
+def on_command_line(names: Set[str]) -> Iterator[None]:
+    """Let `check_flags` know within the block which flags the command line has."""
+    token = _named.set(names)
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
 
 def check_flags(args: Any, rows: Iterable[Needs]) -> None:
@@ -36,7 +53,7 @@ def check_flags(args: Any, rows: Iterable[Needs]) -> None:
         flags = [
             f"--{name}" if isinstance(value, tuple) else f"--{name} {value}"
             for name, value, default in read_flags(args, row.flag)
-            if (row.is_set(value) if row.is_set else value != default)
+            if (row.is_set(value) if row.is_set else value != default) or name in _named.get() & {*row.if_named}
         ]
         if flags:
             verb = "needs" if len(flags) == 1 else "need"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import platform
 import shutil
 import subprocess
 import sys
 import typing
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cli.progress import Progress
+from cli.progress import Progress, say
+from files import read_json, write_json
+
+# settings that change no loss, or whose effect the identity of a run compares: the weights that it starts from, its
+# data, its model
+FREE = ("out", "init_from", "show", "model.*", "data.dir", "data.train", "data.heldout")
+FREE += tuple(f"train.{name}_interval" for name in ("log", "save", "eval"))
+FREE += tuple(f"train.{name}" for name in ("keep", "resume", "metric", "patience", "eval_batches", "backend", "device"))
+FREE += tuple(f"train.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "compile", "attention"))
 
 
 def to_plain(args: Any) -> Any:
@@ -40,8 +49,62 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path] = ()) -> None:
-    """Write `out/config.yaml` and `out/run.json`.
+def record_training(out: Path, section: str, args: Any, inputs: typing.Iterable[Path], step: int, over: bool) -> None:
+    """Record a training run that starts (`step` 0) or goes on after `step`; `over`: nothing is left to train.
+
+    A setting that changes the losses and differs from the record of the steps so far is told, and kept under `changes`
+    in run.json. Raises ValueError for such a setting where the run is over: it would not be used.
+    """
+    changes = changed_settings(out, section, args) if step else {}
+    told = ", ".join(f"--{name} {new} (before: {old})" for name, (old, new) in changes.items())
+    if over and changes:
+        raise ValueError(
+            f"{out} is finished ({step} steps), and these settings would not be used: {told}; choose another --out, or "
+            "use --train.resume never to replace the run"
+        )
+    if over:
+        return
+    earlier = []
+    if step:
+        with contextlib.suppress(ValueError, AttributeError):  # the damaged record of a run does not stop it
+            earlier = read_json(out / "run.json").get("changes", [])
+    if changes:
+        say(f"{out} goes on after step {step} with other settings: {told}")
+        earlier = [*earlier, {"after_step": step, "settings": changes}]
+    record_run(out, section, args, inputs, {"changes": earlier} if earlier else {})
+
+
+def changed_settings(out: Path, section: str, args: Any) -> dict[str, tuple[Any, Any]]:
+    """Return name -> (before, now) of the settings in `args` that change the losses and differ from `out/config.yaml`.
+
+    Settings that the file does not have are left out, as is the whole where it is missing or damaged.
+    """
+    try:
+        recorded = flat(yaml.safe_load((out / "config.yaml").read_text(encoding="utf8"))[section])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return {}
+    compared = {
+        name: value for name, value in flat(to_plain(args)).items() if not any(fnmatchcase(name, free) for free in FREE)
+    }
+    return {
+        name: (recorded[name], value)
+        for name, value in compared.items()
+        if name in recorded and recorded[name] != value
+    }
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under the names of their flags: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    found = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def record_run(
+    out: Path, section: str, args: Any, inputs: typing.Iterable[Path] = (), more: dict[str, Any] | None = None
+) -> None:
+    """Write `out/config.yaml` and `out/run.json`, with the entries of `more` in the latter.
 
     config.yaml has the values of all settings and is a valid --config. run.json has the command line, the git commit,
     the versions of libraries and the SHA-256 of every input file.
@@ -60,4 +123,4 @@ def record_run(out: Path, section: str, args: Any, inputs: typing.Iterable[Path]
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "sentencepiece", "safetensors")},
         "inputs": {str(path): file_sha256(path) for path in inputs},
     }
-    (out / "run.json").write_text(json.dumps(record, indent=2), encoding="utf8")
+    write_json(out / "run.json", record | (more or {}))

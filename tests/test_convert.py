@@ -192,3 +192,15 @@ def test_a_tied_pair_that_came_apart_gets_two_matrices(kind, both, tmp_path):
     tokens = some_tokens()
     torch.testing.assert_close(found(tokens).logits, theirs.eval()(tokens).logits, rtol=0, atol=2e-5)
     torch.testing.assert_close(load_model(tmp_path / "out")(tokens), found(tokens).logits, rtol=0, atol=2e-5)
+
+
+def test_another_base_than_the_adapter_names_is_told(trained, tmp_path, capsys):
+    trained(LoraArgs("lora", r=3))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    for number, (named, told) in enumerate(
+        [(tmp_path / "base", False), (tmp_path / "adapter", True), ("somebody/base", False), ("somebody/other", True)]
+    ):
+        config.write_text(json.dumps(settings | {"base_model_name_or_path": str(named)}))
+        convert.merge(Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / f"out{number}"))
+        assert (f"was trained on {named}, and --model is" in capsys.readouterr().err) == told, named

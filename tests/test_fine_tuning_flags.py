@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fine_tuning
+from cli.args import parse
 from cli.flags import read_flags
 from lora.spec import LoraArgs
 from tuning.args import NEEDS, DataArgs, PreferenceArgs
@@ -75,3 +76,13 @@ def test_settings_of_another_objective(setting):
 )
 def test_flags_that_go_together(settings):
     fine_tuning.Args(**settings)
+
+
+@pytest.mark.parametrize(
+    "words", [["--lora.r", "8"], ["--r", "8"], ["--lora.alpha=16"], ["--lora.targets", "attention,mlp"]]
+)
+def test_a_setting_of_adapters_without_a_method_is_refused_also_at_its_default(words):
+    with pytest.raises(SystemExit, match=r"needs --lora\.method lora, .*, found none: .* all weights are trained"):
+        parse(fine_tuning.Args, "fine_tuning", words)
+    parse(fine_tuning.Args, "fine_tuning", [*words, "--lora.method", "lora"])
+    fine_tuning.Args()  # nothing of an earlier command line is left

@@ -113,3 +113,30 @@ def test_the_last_line_of_a_run_names_the_best_checkpoint():
     assert summary({"steps": 3, "tokens": 5, "model": "run/last"}).endswith(
         "Model: run/last (no held-out data to compare on)."
     )
+
+
+def test_a_damaged_line_costs_only_itself(tmp_path, pictures):
+    log = RunLog(tmp_path, 0, 10)
+    for step in range(1, 8):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[2], lines[3], lines[4], lines[5] = b"\0" * 20, b"\xff\xfe{", b"[5]", b'{"step": "6"}'
+    path.write_bytes(b"\n".join(lines) + b"\n" + b'{"step": 8, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 7]
+    RunLog(tmp_path, 7, 10).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 7]
+
+
+def test_the_row_of_an_evaluation_that_is_done_again_is_removed(tmp_path, pictures):
+    log = RunLog(tmp_path, 0, 4)
+    for step, name in ((2, "loss"), (2, "eval_loss"), (4, "loss"), (4, "eval_loss")):
+        log.write(step, {name: 1.0})
+    log.close()
+    RunLog(tmp_path, 4, 4, evaluated=4).close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+    RunLog(tmp_path, 4, 4, evaluated=2).close()
+    assert [(r["step"], "loss" in r) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        *((2, True), (2, False), (4, True))
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -128,10 +129,92 @@ def test_a_last_that_leads_nowhere_is_refused_not_started_anew(tmp_path):
         toy_trainer(run, data, max_steps=6)
 
 
-def test_a_damaged_last_checkpoint_is_named(tmp_path):
+def flip(path, where=0.5):
+    """Flip one bit of a file, at this share of its length."""
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+def test_sums_are_those_of_sha256sum_and_of_every_file(tmp_path):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=2).fit()
+    last = (tmp_path / "run" / "last").resolve()
+    sums = json.loads((last / "training_state" / "sha256.json").read_text())
+    files = {path.relative_to(last).as_posix(): path for path in last.rglob("*") if path.is_file()}
+    assert files.keys() - sums.keys() <= {"training_state/sha256.json", "training_state/progress.json"}
+    for name, value in sums.items():
+        assert value == subprocess.run(["sha256sum", files[name]], capture_output=True, text=True).stdout.split()[0]
+
+
+def test_a_flip_in_any_file_of_the_last_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "whole", data, max_steps=6, save_interval=2, eval_data=data).fit()
+    before = rows(tmp_path / "whole")
+    last = (tmp_path / "whole" / "last").resolve()
+    names = [path.relative_to(last) for path in last.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "state.pt", "sha256.json", "progress.json", "config.json"} <= {n.name for n in names}
+    for name in names:
+        run = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "whole", run, symlinks=True)
+        flip(run / "step_00000006" / name)
+        capsys.readouterr()
+        toy_trainer(run, data, max_steps=6, save_interval=2, eval_data=data).fit()
+        said = capsys.readouterr().err
+        assert "step_00000006 is damaged: " in said and name.name in said, name
+        assert "going on from step 4" in said and "newest whole checkpoint, step_00000004" in said
+        assert rows(run) == before
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("harm", ["zeroed", "short", "missing"])
+def test_a_damaged_only_checkpoint_is_refused_by_name(tmp_path, harm):
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=2).fit()
     weights = (tmp_path / "run" / "last").resolve() / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
-        toy_trainer(tmp_path / "run", data, max_steps=3).fit()
+    whole = weights.read_bytes()
+    weights.write_bytes({"zeroed": whole[:4096] + bytes(4096) + whole[8192:], "short": whole[:-9]}.get(harm, b""))
+    if harm == "missing":
+        weights.unlink()
+    with pytest.raises(ValueError, match=r"no whole checkpoint \(step_00000002: model\.safetensors is "):
+        toy_trainer(tmp_path / "run", data, max_steps=3)
+
+
+def test_an_old_checkpoint_without_sums_goes_on_with_a_notice(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=2).fit()
+    for name in ("sha256.json", "progress.json"):
+        (tmp_path / "run" / "last" / "training_state" / name).unlink(missing_ok=True)
+    assert toy_trainer(tmp_path / "run", data, max_steps=3).fit()["steps"] == 3
+    assert "has no SHA-256 of its files" in capsys.readouterr().err
+
+
+def test_an_error_in_the_last_evaluation_loses_nothing_and_no_row_stands_twice(tmp_path):
+    data = toy_data(tmp_path)
+    whole = toy_trainer(tmp_path / "whole", data, max_steps=5, eval_data=data).fit()
+    broken = toy_trainer(tmp_path / "run", data, max_steps=5, eval_data=data)
+
+    def fail(*_, **__):
+        raise ValueError("a damaged held-out bin")
+
+    broken.evaluate = fail
+    with pytest.raises(ValueError, match="held-out bin"):
+        broken.fit()
+    assert load_state(tmp_path / "run" / "last")["progress"]["step"] == 5
+    # killed after the row of the evaluation was written, before the checkpoint knew of it
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "eval_loss": 1.0}) + "\n")
+    again = toy_trainer(tmp_path / "run", data, max_steps=5, eval_data=data).fit()
+    assert [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row] == [5]
+    assert {k: v for k, v in again.items() if k != "model"} == {k: v for k, v in whole.items() if k != "model"}
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_other_data_is_refused_by_name_and_an_old_run_without_its_data_goes_on(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1", "b.bin": "2"}}).fit()
+    with pytest.raises(ValueError, match=r"training data had other contents or another order, in b\.bin: it cannot"):
+        toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1", "b.bin": "3"}})
+    toy_trainer(tmp_path / "old", data, max_steps=2, identity={"seed": 0}).fit()
+    toy_trainer(tmp_path / "old", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1"}})
+    assert "does not state the contents of its data" in capsys.readouterr().err

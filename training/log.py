@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable
@@ -18,16 +19,21 @@ class RunLog:
     """The log of one run directory; all ranks but the main one pass `active=False`, which does nothing.
 
     A run that resumes after `first_step` removes the rows of later steps, so that `metrics.jsonl` reads as if there had
-    been no interruption.
+    been no interruption. `evaluated`: the last step whose evaluation the checkpoint knows; None: `first_step`.
     """
 
-    def __init__(self, directory: Path, first_step: int, total_steps: int, active: bool = True) -> None:
+    def __init__(
+        self, directory: Path, first_step: int, total_steps: int, active: bool = True, evaluated: int | None = None
+    ) -> None:
         self.active = active
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= first_step] if first_step else []
+        # killed between the row of the last evaluation and its checkpoint: it is done again
+        if first_step == total_steps and evaluated not in (None, first_step):
+            kept = [row for row in kept if row["step"] < first_step or "eval_loss" not in row]
         aside = self.path.with_suffix(".writing")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.replace(self.path)
@@ -94,15 +100,14 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`, without a last line that a kill has cut off; [] where there is no file."""
+    """Return the rows of a `metrics.jsonl`, without damaged lines; [] where there is no file."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):  # a line that a kill has cut off, or a disk has damaged
+            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

@@ -18,6 +18,7 @@ from cli.progress import say
 from distributed.single import SingleProcess
 from files import point, written_aside
 from optim.optimizers import Optimizers
+from training.checksums import damage, has_sums, read_progress, write_progress, write_sums
 from training.protocols import Adaptive, TrainableModel
 
 MOST_SKIPPED = 20  # steps in a row
@@ -120,19 +121,16 @@ class Checkpoints:
         identity, or when the ranks find different checkpoints.
         """
         state = TrainState(metric=metric)
-        if (last := newest(self.run)) is not None:
+        # one rank reads all files of a checkpoint, and the others take the one that it chose
+        last, damaged = self.backend.gather(newest_whole(self.run) if self.backend.main else None)[0]
+        if last is not None:
             stored = load_state(last)
-            for name, value in self.identity.items():
-                if (theirs := stored["identity"].get(name)) != value:
-                    raise ValueError(
-                        f"{self.run} holds a run with {name} {theirs!r}, and this one has {value!r}: it cannot be "
-                        "continued; choose another --out, or use --train.resume never to replace it"
-                    )
+            check_identity(self.run, stored["identity"], self.identity, self.backend.main)
             state, self._found = TrainState(**stored["progress"]), (last, stored)
             self.saved_step = state.step if last.name == "last" else -1
-            if (
-                not (self.run / "best").exists() or state.metric != metric
-            ):  # the best is lost, or was chosen by another metric
+            best = self.run / "best"
+            # the best is lost, or was chosen by another metric
+            if not best.exists() or best.resolve().name in damaged or state.metric != metric:
                 state.forget_best(metric)
         if len(steps := set(self.backend.gather(state.step))) > 1:
             raise ValueError(
@@ -153,11 +151,16 @@ class Checkpoints:
         if self.adaptive is not None:
             self.adaptive.load_state_dict(stored["adaptive"])
         if backend.main:
-            link = "" if last.name == "last" else f" (there is no link `last`: from its newest checkpoint, {last.name})"
+            if (self.run / "last").is_symlink() and last.name != "last":  # it leads to a damaged checkpoint
+                point(self.run / "last", last)
+            link = "" if last.name == "last" else f" (from its newest whole checkpoint, {last.name})"
             say(f"going on from step {stored['progress']['step']} of {self.run}{link}")
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
-        """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it."""
+        """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
+
+        Where `step_N` is written already, only the progress in it is replaced.
+        """
         backend, directory = self.backend, self.run / f"step_{state.step:08d}"
         if state.step != self.saved_step:  # what `last` leads to is never rewritten: a kill could leave nothing
             resumable = backend.state(self.model, self.optimizer)
@@ -169,6 +172,9 @@ class Checkpoints:
                     if self.adaptive is not None:
                         resumable["adaptive"] = self.adaptive.state_dict()
                     save_state(aside, resumable)
+                    write_sums(aside)
+        elif backend.main:
+            write_progress(directory, vars(state))
         if backend.main:
             for link in ("best", "last") if is_best else ("last",):
                 point(self.run / link, directory)
@@ -178,6 +184,10 @@ class Checkpoints:
     def load_best(self) -> None:
         """Load the weights of the best checkpoint into the model."""
         self.backend.barrier()  # until the main rank has written it
+        if self.backend.main and (wrong := damage(self.run / "best")):
+            raise ValueError(
+                f"{self.run / 'best'} is damaged: {wrong}; remove the link, and the same command chooses the best anew"
+            )
         self.backend.load(self.model, self.read, self.run / "best")
 
     def clear(self, everything: bool) -> None:
@@ -207,7 +217,8 @@ def load_state(directory: Path) -> dict[str, Any]:
             f"{directory} holds no training_state/state.pt: it can start a run, but not resume one (use --init_from)"
         )
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        return state | {"progress": read_progress(directory) or state["progress"]}
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read: it is truncated, damaged, or holds more than tensors and plain values; "
@@ -258,6 +269,63 @@ def newest(run: Path) -> Path | None:
             f"one of them (ln -sfn step_N {last}), or use --train.resume never to start anew"
         )
     return last if last.exists() else next(reversed(checkpoints(run)), None)
+
+
+def newest_whole(run: Path) -> tuple[Path | None, set[str]]:
+    """Return the newest checkpoint of a run whose files are as they were saved (None: it has none), and the names of
+    the damaged ones before it, which are named on stderr.
+
+    Raises ValueError where all are damaged.
+    """
+    first, damaged = newest(run), {}
+    if first is None:
+        return None, set()
+    older = [path for path in reversed(checkpoints(run)) if path.name < first.resolve().name]
+    for path in [first, *older]:
+        wrong = damage(path)
+        if wrong is None:
+            if not has_sums(path):
+                say(f"{path} has no SHA-256 of its files (an older version wrote it): it is used without a check")
+            return path, set(damaged)
+        damaged[path.resolve().name] = wrong
+        say(f"{path.resolve()} is damaged: {wrong}")
+    listed = "; ".join(f"{name}: {wrong}" for name, wrong in damaged.items())
+    raise ValueError(
+        f"{run} has no whole checkpoint ({listed}): restore one from a copy, or use --train.resume never to start anew"
+    )
+
+
+def check_outside(run: Path, source: Path, resume: str) -> None:
+    """Raise ValueError where a run that replaces the checkpoints in `run` would delete the model it starts from."""
+    if resume == "never" and source.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"--init_from {source} lies in --out {run}, and --train.resume never deletes the checkpoints there: choose "
+            "another --out"
+        )
+
+
+def check_identity(run: Path, theirs: dict[str, Any], ours: dict[str, Any], main: bool) -> None:
+    """Raise ValueError that names what differs between a run and the identity of the checkpoint in its directory.
+
+    A checkpoint of an older version has no `data` (SHA-256 by name): it goes on, and `main` says so.
+    """
+    for name, value in ours.items():
+        stored, advice = theirs.get(name), "choose another --out, or use --train.resume never to replace it"
+        if name == "data":
+            if stored is None and main:
+                say(f"{run} does not state the contents of its data (an older version wrote it): they are not compared")
+            if stored is not None and stored != value:
+                changed = [each for each in stored | value if stored.get(each) != value.get(each)]
+                raise ValueError(
+                    f"{run} holds a run whose training data had other contents or another order, in "
+                    f"{', '.join(changed)}: it cannot be continued; give it its data again, or {advice}"
+                )
+        elif stored != value and not (name == "shape" and stored is None):  # older versions compared flags instead
+            if isinstance(stored, dict) and isinstance(value, dict):  # name only what differs
+                keys = [key for key in stored | value if stored.get(key) != value.get(key)]
+                stored, value = ({key: each.get(key) for key in keys} for each in (stored, value))
+            what = f"{run} holds a run with {name} {stored!r}, and this one has {value!r}"
+            raise ValueError(f"{what}: it cannot be continued; {advice}")
 
 
 def prune(run: Path, keep: int) -> None:

@@ -83,13 +83,18 @@ class Trainer:
         """Whether the last step is done, or `patience` evaluations went by without a new best."""
         return self.state.step >= self.total_steps or 0 < self.args.patience <= self.state.evals_since_best
 
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether an earlier call has trained to the end and written the result."""
+        return self.finished and (self.run / "result.json").is_file() and (self.run / "best").exists()
+
     def fit(self) -> dict[str, Any]:
         """Train to the last step; return the final metrics. On SIGTERM or SIGINT save and raise SystemExit."""
-        result, backend = self.run / "result.json", self.backend
-        if self.finished and result.is_file() and (self.run / "best").exists():
+        backend = self.backend
+        if self.nothing_to_do:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
-            return json.loads(result.read_text())
+            return json.loads((self.run / "result.json").read_text())
         dtype = prepare(self.model, self.args, backend.device)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.checkpoints.resume()
@@ -167,6 +172,7 @@ class Trainer:
             checkpoints.save(state, is_best=True)
         else:
             if state.evaluated != state.step:  # else stopped early, or killed just before the end
+                checkpoints.save(state)  # an error in the evaluation loses nothing
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
@@ -228,7 +234,7 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     """Open the log, say how large the run is and what its `mfu` means, and start the clock; dtype: of activations."""
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
-    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main)
+    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, evaluated=trainer.state.evaluated)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(
         f"Training in {str(dtype).removeprefix('torch.')} on {backend.world} {kind} process{'es' * (backend.world > 1)}"
@@ -242,7 +248,7 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
         longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"
         log.say(
             f"The run has {steps} steps, and {optim.warmup_steps} are for warming up: it will learn little. Raise "
-            f"{longer}, or lower --optim.warmup_steps."
+            f"{longer}, or lower --optim.warmup_steps, with a new --out or --train.resume never."
         )
     flops_per_token = train_flops_per_token(trainer.model.args, data.seq_len)
     return log, Clock(trainer.state, steps, flops_per_token, peak * backend.world)

@@ -161,7 +161,13 @@ NEW_TOKENS = (
     "--model {args.init_from} --out DIR, and adapt it with --init_from DIR"
 )
 NEEDS = (  # flag, the other flag that it needs, values of that one, why
-    Needs("lora.*", "lora.method", tuple(METHODS), "only adapters have this setting; choose a method, or remove it"),
+    Needs(
+        "lora.*",
+        "lora.method",
+        tuple(METHODS),
+        "only adapters have this setting, and without a method all weights are trained; choose a method, or remove it",
+        if_named=("lora.r", "lora.alpha", "lora.dropout", "lora.targets"),
+    ),
     Needs(
         "lora.base",
         "lora.method",

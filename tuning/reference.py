@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from checkpoint.transformers_model import TransformersModel
-from cli.progress import track
+from cli.progress import say, track
 from dataset_sft import PairData
 from distributed.single import SingleProcess
 from model import Transformer
@@ -67,11 +67,15 @@ def digest(model: Transformer | TransformersModel, sources: Sequence[PairData]) 
 
 
 def read_cache(path: Path, key: str) -> np.ndarray | None:
-    """Return the array that `write_cache` wrote with the same key; None where there is none."""
+    """Return the array that `write_cache` wrote with the same key; None where there is none, or it is damaged."""
     if not path.is_file():
         return None
-    with np.load(path) as stored:
-        return stored["log_probs"] if str(stored["key"]) == key else None
+    try:
+        with np.load(path) as stored:
+            return stored["log_probs"] if str(stored["key"]) == key else None
+    except Exception:  # numpy, zipfile and zlib each have errors of their own for a damaged file
+        say(f"{path} is damaged: the reference is computed again")
+        return None
 
 
 def write_cache(path: Path, key: str, log_probs: np.ndarray) -> None:

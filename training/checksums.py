@@ -1,0 +1,68 @@
+"""The SHA-256 of every file of a checkpoint: written with it, compared before the checkpoint is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from cli.record import file_sha256
+from files import write_json
+
+SUMS = Path("training_state", "sha256.json")
+PROGRESS = Path("training_state", "progress.json")  # it may be newer than the other files, and holds its own sum
+
+
+def write_sums(directory: Path) -> None:
+    """Write the SHA-256 of every file below a checkpoint directory into its `training_state/sha256.json`."""
+    write_json(directory / SUMS, {name: file_sha256(directory / name) for name in names(directory)})
+
+
+def names(directory: Path) -> list[str]:
+    """Return the files below a checkpoint directory that its sums are of, as paths relative to it."""
+    files = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in files if path not in (SUMS, PROGRESS)]
+
+
+def has_sums(directory: Path) -> bool:
+    """Return whether a checkpoint has sums; those of older versions have none."""
+    return (directory / SUMS).is_file()
+
+
+def damage(directory: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, in words; None where they are whole, or without sums."""
+    if not has_sums(directory):
+        return None
+    try:
+        sums = dict(json.loads((directory / SUMS).read_text(encoding="utf8")))
+    except (ValueError, TypeError):
+        return f"{SUMS} is damaged"
+    if missing := sorted(sums.keys() - names(directory)):
+        return f"{missing[0]} is missing"
+    if changed := [name for name in sums if file_sha256(directory / name) != sums[name]]:
+        return f"{', '.join(changed)} is not what was saved (its SHA-256 differs)"
+    try:
+        read_progress(directory)
+    except (ValueError, KeyError, TypeError):
+        return f"{PROGRESS} is damaged"
+    return None
+
+
+def write_progress(directory: Path, progress: dict) -> None:
+    """Write the progress of a run into a checkpoint that is on the disk already, in one step."""
+    write_json(directory / PROGRESS, {"progress": progress, "sha256": digest(progress)})
+
+
+def read_progress(directory: Path) -> dict | None:
+    """Return what `write_progress` wrote, None where it was not called. Raises ValueError where it is damaged."""
+    if not (directory / PROGRESS).is_file():
+        return None
+    stored = json.loads((directory / PROGRESS).read_text(encoding="utf8"))
+    if stored["sha256"] != digest(stored["progress"]):
+        raise ValueError(f"{directory / PROGRESS} is damaged: remove it, and the last evaluation is done again")
+    return stored["progress"]
+
+
+def digest(progress: dict) -> str:
+    """Return the hex SHA-256 of the progress of a run."""
+    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
