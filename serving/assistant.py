@@ -53,7 +53,7 @@ class Assistant:
     def stop(self) -> Stop:
         """What ends an answer: stop ids of the template (without one: eos) and of the model, and stop strings."""
         ids = {self.tokenizer.eos_id} - {None} if self.template is None else self.template.stop_ids
-        return Stop({*ids, *self.stop_ids}, self.stop_strings.ended)
+        return Stop(sorted({*ids, *self.stop_ids}), self.stop_strings.ended)
 
     @property
     def longest(self) -> int:
