@@ -186,3 +186,27 @@ def test_of_several_tasks_those_without_their_held_out_file_are_named(folder):
         DataArgs(train, heldout=(there, Path("nowhere")))
     DataArgs(train, heldout=(there, there), loss="coba", coba_tau=1.0, temperature=2.0)
     DataArgs(train[:1], heldout=(Path("nowhere"),))
+
+
+def test_a_run_goes_on_only_with_the_records_it_began_with(folder):
+    asked = [[{"role": "user", "content": f"{n}?"}, GOOD["messages"][1]] for n in range(8)]
+
+    def write(messages: list) -> None:
+        (folder / "train.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+
+    write(asked)
+    settings = ["--data.heldout_share", "0"]
+    run(folder, *settings)
+    edited = [{"role": "user", "content": "9?"}, GOOD["messages"][1]]  # of as many tokens
+    for other in ([*asked[1:], asked[0]], [*asked[:7], edited]):
+        write(other)
+        with pytest.raises(ValueError, match=r"training data had other contents or another order, in train: it cannot"):
+            run(folder, *settings, "--train.max_steps", "3")
+    write(asked)
+    assert run(folder, *settings, "--train.max_steps", "3")["steps"] == 3
+    with pytest.raises(
+        ValueError, match=r"is finished \(3 steps\), and these settings would not be used: --optim\.lr 0\.5"
+    ):
+        run(folder, *settings, "--train.max_steps", "3", "--optim.lr", "0.5")
+    with pytest.raises(ValueError, match=r"--init_from .*/best lies in --out .*: choose another --out"):
+        run(folder, "--init_from", str(folder / "run"), "--train.resume", "never")

@@ -151,10 +151,13 @@ class Checkpoints:
         if self.adaptive is not None:
             self.adaptive.load_state_dict(stored["adaptive"])
         if backend.main:
-            if (self.run / "last").is_symlink() and last.name != "last":  # it leads to a damaged checkpoint
+            why = ""
+            if last.name != "last" and (self.run / "last").is_symlink():  # it leads to a damaged checkpoint
                 point(self.run / "last", last)
-            link = "" if last.name == "last" else f" (from its newest whole checkpoint, {last.name})"
-            say(f"going on from step {stored['progress']['step']} of {self.run}{link}")
+                why = f" (from its newest whole checkpoint, {last.name})"
+            elif last.name != "last":
+                why = f" (there is no link `last`: from its newest checkpoint, {last.name})"
+            say(f"going on from step {stored['progress']['step']} of {self.run}{why}")
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
         """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
