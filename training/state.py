@@ -221,13 +221,14 @@ def load_state(directory: Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        return state | {"progress": read_progress(directory) or state["progress"]}
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read: it is truncated, damaged, or holds more than tensors and plain values; "
             "let the link `last` lead to an older checkpoint (ln -sfn step_N last), or use --train.resume never to "
             "start anew"
         ) from error
+    progress = read_progress(directory)
+    return state | {"progress": progress} if progress else state
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
