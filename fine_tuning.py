@@ -204,7 +204,6 @@ def identity(args: Args, split: Split, jinja: str) -> dict[str, Any]:
         "packing": args.data.packing,
         "samples": [samples.stats for samples in trained] if len(trained) > 1 else trained[0].stats,
         "tasks": names if len(names) > 1 else None,
-        "data": data,
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
         "template": template_hash(jinja),
@@ -214,6 +213,7 @@ def identity(args: Args, split: Split, jinja: str) -> dict[str, Any]:
         "neftune_alpha": args.neftune_alpha or None,
         "add_tokens": [*args.add_tokens, *args.add_special_tokens] or None,
         "init_from": [file_sha256(path) for path in weight_files(args.init_from)],  # the weights, wherever they lie
+        "data": data,  # last: what a flag has changed is named by its flag
     }
 
 

@@ -204,10 +204,10 @@ def identity(args: Args, bins: list[TokenBin], model: Transformer | Transformers
         "isolate_documents": args.data.isolate_documents,
         "optimizer": args.optim.optimizer,
         "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
-        "shape": to_plain(model.args),
     }
     changes = {name: getattr(args, name) for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of")}
-    return same | {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
+    changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
+    return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named
 
 
 if __name__ == "__main__":

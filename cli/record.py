@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import platform
 import shutil
 import subprocess
@@ -18,7 +19,6 @@ from typing import Any
 import yaml
 
 from cli.progress import Progress, say
-from files import read_json, write_json
 
 # settings that change no loss, or whose effect the identity of a run compares: the weights that it starts from, its
 # data, its model
@@ -66,8 +66,8 @@ def record_training(out: Path, section: str, args: Any, inputs: typing.Iterable[
         return
     earlier = []
     if step:
-        with contextlib.suppress(ValueError, AttributeError):  # the damaged record of a run does not stop it
-            earlier = read_json(out / "run.json").get("changes", [])
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged record does not stop the run
+            earlier = json.loads((out / "run.json").read_text(encoding="utf8")).get("changes", [])
     if changes:
         say(f"{out} goes on after step {step} with other settings: {told}")
         earlier = [*earlier, {"after_step": step, "settings": changes}]
@@ -123,4 +123,4 @@ def record_run(
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "sentencepiece", "safetensors")},
         "inputs": {str(path): file_sha256(path) for path in inputs},
     }
-    write_json(out / "run.json", record | (more or {}))
+    (out / "run.json").write_text(json.dumps(record | (more or {}), indent=2), encoding="utf8")

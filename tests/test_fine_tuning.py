@@ -197,8 +197,8 @@ def test_a_run_goes_on_only_with_the_records_it_began_with(folder):
     write(asked)
     settings = ["--data.heldout_share", "0"]
     run(folder, *settings)
-    edited = [{"role": "user", "content": "8?"}, GOOD["messages"][1]]
-    for other in ([*asked[1:], asked[0]], [*asked[:7], edited]):  # in another order, edited
+    edited = [{"role": "user", "content": "9?"}, GOOD["messages"][1]]  # of as many tokens
+    for other in ([*asked[1:], asked[0]], [*asked[:7], edited]):
         write(other)
         with pytest.raises(ValueError, match=r"training data had other contents or another order, in train: it cannot"):
             run(folder, *settings, "--train.max_steps", "3")

@@ -217,6 +217,10 @@ def test_other_data_is_refused_by_name_and_an_old_run_without_its_data_goes_on(t
     toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1", "b.bin": "2"}}).fit()
     with pytest.raises(ValueError, match=r"training data had other contents or another order, in b\.bin: it cannot"):
         toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1", "b.bin": "3"}})
+    with pytest.raises(ValueError, match=r"another order, in b\.bin: it cannot"):  # one less
+        toy_trainer(tmp_path / "run", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1"}})
+    renamed = {"seed": 0, "data": {"c.bin": "1", "b.bin": "2"}}
+    assert toy_trainer(tmp_path / "run", data, max_steps=2, identity=renamed).nothing_to_do
     toy_trainer(tmp_path / "old", data, max_steps=2, identity={"seed": 0}).fit()
     toy_trainer(tmp_path / "old", data, max_steps=2, identity={"seed": 0, "data": {"a.bin": "1"}})
     assert "does not state the contents of its data" in capsys.readouterr().err

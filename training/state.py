@@ -151,10 +151,13 @@ class Checkpoints:
         if self.adaptive is not None:
             self.adaptive.load_state_dict(stored["adaptive"])
         if backend.main:
-            if (self.run / "last").is_symlink() and last.name != "last":  # it leads to a damaged checkpoint
+            why = ""
+            if last.name != "last" and (self.run / "last").is_symlink():  # it leads to a damaged checkpoint
                 point(self.run / "last", last)
-            link = "" if last.name == "last" else f" (from its newest whole checkpoint, {last.name})"
-            say(f"going on from step {stored['progress']['step']} of {self.run}{link}")
+                why = f" (from its newest whole checkpoint, {last.name})"
+            elif last.name != "last":
+                why = f" (there is no link `last`: from its newest checkpoint, {last.name})"
+            say(f"going on from step {stored['progress']['step']} of {self.run}{why}")
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
         """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
@@ -218,13 +221,14 @@ def load_state(directory: Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        return state | {"progress": read_progress(directory) or state["progress"]}
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read: it is truncated, damaged, or holds more than tensors and plain values; "
             "let the link `last` lead to an older checkpoint (ln -sfn step_N last), or use --train.resume never to "
             "start anew"
         ) from error
+    progress = read_progress(directory)
+    return state | {"progress": progress} if progress else state
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -307,25 +311,33 @@ def check_outside(run: Path, source: Path, resume: str) -> None:
 def check_identity(run: Path, theirs: dict[str, Any], ours: dict[str, Any], main: bool) -> None:
     """Raise ValueError that names what differs between a run and the identity of the checkpoint in its directory.
 
-    A checkpoint of an older version has no `data` (SHA-256 by name): it goes on, and `main` says so.
+    A checkpoint of an older version has neither `data` (name -> SHA-256) nor `shape`: it goes on, and `main` says so.
     """
+    advice = "choose another --out, or use --train.resume never to replace it"
+    if "data" in ours and "data" not in theirs and main:
+        say(f"{run} does not state the contents of its data (an older version wrote it): they are not compared")
     for name, value in ours.items():
-        stored, advice = theirs.get(name), "choose another --out, or use --train.resume never to replace it"
+        stored = theirs.get(name)
+        if stored == value or (name in ("data", "shape") and stored is None):
+            continue
         if name == "data":
-            if stored is None and main:
-                say(f"{run} does not state the contents of its data (an older version wrote it): they are not compared")
-            if stored is not None and stored != value:
-                changed = [each for each in stored | value if stored.get(each) != value.get(each)]
+            if changed := other_contents(stored, value):
                 raise ValueError(
                     f"{run} holds a run whose training data had other contents or another order, in "
                     f"{', '.join(changed)}: it cannot be continued; give it its data again, or {advice}"
                 )
-        elif stored != value and not (name == "shape" and stored is None):  # older versions compared flags instead
-            if isinstance(stored, dict) and isinstance(value, dict):  # name only what differs
-                keys = [key for key in stored | value if stored.get(key) != value.get(key)]
-                stored, value = ({key: each.get(key) for key in keys} for each in (stored, value))
-            what = f"{run} holds a run with {name} {stored!r}, and this one has {value!r}"
-            raise ValueError(f"{what}: it cannot be continued; {advice}")
+            continue
+        if isinstance(stored, dict) and isinstance(value, dict):  # name only what differs
+            keys = [key for key in stored | value if stored.get(key) != value.get(key)]
+            stored, value = ({key: each.get(key) for key in keys} for each in (stored, value))
+        what = f"{run} holds a run with {name} {stored!r}, and this one has {value!r}"
+        raise ValueError(f"{what}: it cannot be continued; {advice}")
+
+
+def other_contents(theirs: dict[str, str], ours: dict[str, str]) -> list[str]:
+    """Return the names of the data, name -> SHA-256, whose contents differ by position; a name alone may change."""
+    pairs = zip_longest(theirs.items(), ours.items(), fillvalue=("", ""))
+    return [name or old for (old, before), (name, now) in pairs if before != now]
 
 
 def prune(run: Path, keep: int) -> None:
