@@ -1,7 +1,7 @@
 """Published models in small: the keys of their config files, the kind of their tokenizer, the shape of their template.
 
-The sizes are tiny and the vocabulary is trained on a few lines; every key and every window is that of the published file.
-Ids are written as the names of their tokens.
+The sizes are tiny and the vocabulary is trained on a few lines; keys and windows are those of the published files. Ids
+are written as the names of their tokens.
 """
 
 import json
@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 import transformers
-from helpers import published_templates as templates
-from helpers.vocabularies import LINES, sp_model
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from helpers import published_templates as templates
+from helpers.vocabularies import LINES, sp_model
+
 SPACE = "\u2581"
 LINES = [*LINES, "Thought, then an answer: 4. 你好！再见。<<SYS>> [INST] <|user|> " * 3]
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_SPLIT = QWEN_SPLIT.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
 
 
@@ -177,9 +180,10 @@ def after(role: str, content: str, end: str) -> tuple[str, str]:
 
 
 # fmt: off
+TOOL = "\n    {%- elif message.role == 'tool'"  # the branch after that of the assistant
 QWEN3_ANSWERS = [
     ("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n' }}" + ON),
-    ("{{- '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool'", "{{- '<|im_end|>' }}" + OFF + "{{- '\\n' }}\n    {%- elif message.role == 'tool'"),
+    ("{{- '<|im_end|>\\n' }}" + TOOL, "{{- '<|im_end|>' }}" + OFF + "{{- '\\n' }}" + TOOL),
 ]
 QWEN25_LINE = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
 QWEN25_ANSWERS = [(QWEN25_LINE, "{{- '<|im_start|>' + message.role + '\\n' }}" + after(
@@ -194,7 +198,7 @@ MINIMIND_ANSWERS = [
     (MINIMIND_LINES, "{{- '<think>\\n' }}{%- if thought %}" + ON + "{{- thought.strip('\\n') + '\\n</think>\\n\\n' }}"
      + "{{- content + '<|im_end|>' }}" + OFF + "{%- else %}{{- '\\n</think>\\n\\n' }}" + ON
      + "{{- content + '<|im_end|>' }}" + OFF + "{%- endif %}"),
-    ("{{- '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool'", "{{- '\\n' }}\n    {%- elif message.role == 'tool'"),
+    ("{{- '<|im_end|>\\n' }}" + TOOL, "{{- '\\n' }}" + TOOL),
 ]
 
 # --- the layouts

@@ -212,10 +212,13 @@ YI = """{%- for message in messages %}
     {{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-SMOLLM2 = """{%- if messages[0]['role'] != 'system' %}
+SMOLLM2 = (
+    """{%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nYou are small and you help.<|im_end|>\\n' }}
 {%- endif %}
-""" + YI
+"""
+    + YI
+)
 
 # MiniMind: Qwen 3's, but a thought, empty or not, before every answer, and an empty one in the prompt.
 MINIMIND = QWEN3.replace("loop.index0 > last.question and (loop.last or thought)", "true").replace(
