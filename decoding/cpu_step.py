@@ -99,7 +99,7 @@ class _Model(ctypes.Structure):
 
 
 def stepper(model: Transformer, cache: KVCache) -> Step | None:
-    """Return the function `step(runs, past, n, places) -> logits (B, n, V)`, or None when it cannot be used or compiled.
+    """Return the function `step(runs, past, n, places) -> logits (B, n, V)`, or None where it cannot be used.
 
     runs: ids to feed to B rows of the cache (places: which, all different; None: its B rows), run i from position
     past[i] on. The logits are those of `model` after the last n ids of each run, float32 or wider; their bits depend

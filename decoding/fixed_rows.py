@@ -40,7 +40,7 @@ class Grown(NamedTuple):
 
     key: int
     tokens: list[Token]
-    """new tokens; before them, with `echo`, those of the prompt (the first has logprob nan). A stop id is one of them"""
+    """new tokens, also a stop id; before them, with `echo`, those of the prompt (the first has logprob nan)"""
     ended: str | None
     """stop: a stop id or a stop string; length: no more tokens allowed, or the context is full; None: it goes on"""
 

@@ -47,7 +47,7 @@ def test_texts_that_come_and_go_have_their_own_ids(monkeypatch, shape, compiled)
         uncompiled(monkeypatch)
     model, told, expected = small_model(**shape), {}, {}
     rows, waiting = FixedRows(model, 3, most=17), random_prompts([7, 30, 1, 18, 40, 3, 22])
-    waiting.append(waiting[1][:20] + [3, 4])
+    waiting.append([*waiting[1][:20], 3, 4])
     while waiting or rows:
         if waiting and rows.free:
             prompt = waiting.pop(0)
@@ -103,12 +103,12 @@ def test_what_was_read_before_is_not_read_again(monkeypatch, compiled):
         rows.add(prompt, GREEDY)
     collect(rows, told)
     turn = prompt + ids(told[first])[:5]
-    third, kept = rows.add(turn + [9], GREEDY)  # prompt and answer of the turn before
+    third, kept = rows.add([*turn, 9], GREEDY)  # prompt and answer of the turn before
     assert kept == 35
-    fourth, kept = rows.add(turn + [9], GREEDY, echo=True)
+    fourth, kept = rows.add([*turn, 9], GREEDY, echo=True)
     assert kept == 0  # what is told about a prompt has to be computed
     collect(rows, told)
-    expected = [uncached(model, prompt, 11), uncached(model, turn + [9], 5)]
+    expected = [uncached(model, prompt, 11), uncached(model, [*turn, 9], 5)]
     assert [ids(told[key]) for key in (first, second, third)] == [expected[0], expected[0], expected[1]]
     assert ids(told[fourth]) == turn + [9] + expected[1]
 
@@ -127,7 +127,7 @@ def test_echoed_tokens_have_the_log_probabilities_of_a_forward_pass(monkeypatch,
     with torch.no_grad():
         logprobs = model(torch.tensor([prompt])).log_softmax(-1)[0]  # (n, V)
     first, *rest = told[key]
-    assert ids(told[key]) == prompt + [int(logprobs[-1].argmax())]
+    assert ids(told[key]) == [*prompt, int(logprobs[-1].argmax())]
     assert math.isnan(first.logprob) and first.top == ()
     for token, row in zip(rest, logprobs):
         assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-5)  # float32
