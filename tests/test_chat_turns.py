@@ -352,7 +352,7 @@ def test_a_table_in_gbk_is_named_with_the_command_that_converts_it(tmp_path, enc
     expected = [exchange("头痛怎么办？", "多休息。"), exchange("发热吃什么药？", "请去医院。")]
     assert list(file_conversations(path, [])) == expected
     path.write_bytes("问题,回答\n甲,乙\n".encode(encoding))  # keys that nobody knows
-    with pytest.raises(ValueError, match="its keys are .* looks like GBK or GB18030"):
+    with pytest.raises(ValueError, match=r"its keys are .* looks like GBK or GB18030"):
         list(file_conversations(path, []))
 
 
