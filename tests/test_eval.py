@@ -233,7 +233,7 @@ def test_half_a_character_beside_a_question_is_written_back(args, tmp_path):
     assert json.loads((tmp_path / "questions.answers.jsonl").read_text())["id"] == "\ud83d"
 
 
-@pytest.mark.parametrize("content", ["", '{"question": "?"}\n', "nonsense\n"])
+@pytest.mark.parametrize("content", ["", '{"title": "?"}\n', "nonsense\n"])
 def test_a_file_without_prompts_is_refused(args, tmp_path, content):
     path = tmp_path / "questions.jsonl"
     path.write_text(content)
