@@ -36,7 +36,8 @@ NEEDS = (
     Needs("output", "demo", (False,), "these answers are printed and not written to a file; remove it"),
     Needs("output", "task", tuple(name for name in TASKS if name != "loss"), "loss writes no file; remove it"),
     *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
-    Needs("shots", "task", EXAMS, "only examinations have solved examples; remove it"),
+    Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
+    Needs("shots", "task", (*EXAMS, "gsm8k"), "only examinations have solved examples; remove it"),
     Needs("form", "task", EXAMS, "only questions with options have a form; remove it"),
     Needs("split", "task", EXAMS[:-1], "the data of the other tasks have no splits; remove it"),
     Needs("system", "raw", (False,), "a text without a chat template has no system message; remove it"),
@@ -115,6 +116,8 @@ class Args:
     the whole answer"""
     limit: int | None = None
     """number of items of each subject; None: all"""
+    stride: int | None = None
+    """tokens by which the window of --task perplexity moves; None: half the model's context"""
     against: Path | None = None
     """another model: answer the same items, and print the difference with the interval of paired items"""
     max_seq_len: int | None = None
@@ -134,7 +137,7 @@ class Args:
         for name in ("batch_size", "draft_tokens", "seq_len", "n_poems", "num_beams"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name} should be at least 1, found {value}")
-        for name, least in (("limit", 1), ("shots", 0)):
+        for name, least in (("limit", 1), ("shots", 0), ("stride", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name} should be at least {least}, found {value}")
         check_flags(self, NEEDS)

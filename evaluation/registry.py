@@ -22,9 +22,12 @@ BENCHMARKS = {  # value of --task -> module and class
     "choices": ("evaluation.exams", "OwnQuestions"),
     "blimp": ("evaluation.minimal_pairs", "BLiMP"),
     "zhoblimp": ("evaluation.minimal_pairs", "ZhoBLiMP"),
+    "gsm8k": ("evaluation.generated", "GSM8K"),
+    "answers": ("evaluation.generated", "OwnAnswers"),
+    "perplexity": ("evaluation.perplexity", "Perplexity"),
 }
 EXAMS = ("ceval", "cmmlu", "aclue", "mmlu", "choices")  # questions with options, after solved examples
-WITH_DATA = (*EXAMS, "blimp", "zhoblimp")  # benchmarks of items that lie at --data
+WITH_DATA = (*EXAMS, "blimp", "zhoblimp", "gsm8k", "answers", "perplexity")  # benchmarks of items that lie at --data
 
 
 def make_task(name: str, settings: object) -> Task:
