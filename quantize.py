@@ -16,9 +16,21 @@ from typing import Any, Literal
 
 from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer
 from cli.args import parse, run
+from cli.flags import Needs, check_flags
 from cli.progress import Progress, say
 
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+
+NO_TEXT = "rounding looks at the weights alone; remove it"
+NEEDS = (
+    *(Needs(name, "method", ("gptq", "awq"), NO_TEXT) for name in ("calib", "calib_tokens", "seq_len", "seed")),
+    *(
+        Needs(name, "method", ("gptq",), "the other methods propagate no errors; remove it")
+        for name in ("propagation", "damping", "act_order")
+    ),
+    Needs("search", "method", ("gptq", "rtn"), "awq looks for its own ranges; remove it"),
+    Needs("format", "bits", (4,), "its files keep 4 bits", lambda value: value == "awq"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,7 @@ class Args:
         """Raise ValueError for flags that do not go together."""
         if self.method != "rtn" and not self.calib:
             raise ValueError(f"--method {self.method} needs calibration text: name a file with --calib (or use rtn)")
-        if self.method == "rtn" and self.calib:
-            raise ValueError("--calib has no effect with --method rtn, which looks at the weights alone: remove it")
-        if self.format == "awq" and self.bits != 4:
-            raise ValueError(f"--format awq keeps 4 bits, found --bits {self.bits}")
+        check_flags(self, NEEDS)
         for name in ("calib_tokens", "seq_len", "seed"):
             if getattr(self, name) < (name == "calib_tokens"):
                 raise ValueError(

@@ -54,7 +54,7 @@ def run(folder, out, **changes) -> dict:
     settings = {"group_size": 32, "calib": (folder / "text.txt",), "calib_tokens": 1000, "seq_len": 50, "device": "cpu"}
     settings |= {"model": folder / "model", "out": out} | changes
     if settings.get("method") == "rtn":
-        settings["calib"] = ()
+        settings = {name: value for name, value in settings.items() if name not in ("calib", "calib_tokens", "seq_len")}
     return quantize.main(quantize.Args(**settings))
 
 
@@ -136,7 +136,7 @@ def test_a_width_that_gptq_cannot_keep_is_padded_and_the_config_says_so(folder, 
     "changes, message",
     [
         ({"calib": ()}, "--method gptq needs calibration text"),
-        ({"bits": 3, "format": "awq"}, "--format awq keeps 4 bits, found --bits 3"),
+        ({"bits": 3, "format": "awq"}, "--format awq needs --bits 4, found 3"),
         ({"calib_tokens": 0}, "--calib_tokens should be 1 or more"),
         ({"damping": 0.0}, "damping should be above 0"),
         ({"group_size": 0}, "group_size should be"),
