@@ -1,0 +1,57 @@
+"""Tokenizers: convert text to ids and back, with one interface for all files of vocabularies.
+
+- `.model`: SentencePiece BPE (ours, LLaMA's, ChatGLM2's).
+- `tokenizer.json`: byte-level or SentencePiece-style BPE of the `tokenizers` library (Llama 3, Qwen, SmolLM).
+
+All tokenizers guarantee three things:
+
+- Special tokens written in a text are text: `encode("</s>")` never returns the id of `</s>`, so that a user's text
+  cannot end a turn.
+- `id_to_bytes` is exact: the bytes of `encode(text)` join to the text again. A streamer can therefore hold back half a
+  character, and a loss can be measured in bits per byte.
+- `save` writes a directory from which transformers reads a tokenizer with the same ids.
+
+"Text" above means the text that the model sees: after its normalisation (NFC, NFKC, spaces removed), if it has one;
+with a space at the beginning, if it has a `dummy_prefix` (LLaMA, ChatGLM2); without characters that it does not know
+and cannot write as bytes; and with a space for U+2581, which SentencePiece uses as its sign for a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from tokenizer.base import MARKERS, SPACE, Tokenizer
+from tokenizer.config import read_config
+from tokenizer.huggingface import HuggingFaceTokenizer
+from tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+__all__ = [
+    "MARKERS",
+    "SPACE",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer from a directory, a `.model` file or a `tokenizer.json`.
+
+    In a directory with both files, `tokenizer.json` decides, as in transformers: it may contain tokens added later.
+    Raises FileNotFoundError if there is no tokenizer, ValueError if it is damaged or of an unknown kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        model, path = path / "tokenizer.model", path / "tokenizer.json"
+        written_for = read_config(path.parent).get("tokenizer_model_of")
+        if model.is_file() and (not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() == written_for):
+            path = model
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such tokenizer (and no .model there); train one with train_tokenizer.py")
+    is_json = path.suffix == ".json"
+    tokenizer = HuggingFaceTokenizer(path) if is_json else SentencePieceTokenizer(path.read_bytes(), path)
+    config = read_config(path.parent)
+    tokenizer.chat_template, tokenizer.begins = config.get("chat_template"), tokenizer.ids_before_text(config)
+    return tokenizer
