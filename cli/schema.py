@@ -105,6 +105,6 @@ def as_switch(word: str, hint: Any) -> str:
 
 def check_word(flag: Flag, word: str) -> str:
     """Return a value as Python writes it; raises ValueError where it names no file although the flag does."""
-    if mentions(flag.hint, Path) and not word.strip(" ,"):
+    if mentions(flag.hint, Path) and not word.strip(","):
         raise ValueError(f"--{flag.name} should name a file or folder, found {word!r}")
     return as_switch(word, flag.hint)
