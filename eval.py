@@ -5,6 +5,7 @@ python eval.py --prompt '以《江上》为题写一首五言绝句'    one answ
 python eval.py --input questions.jsonl                {"prompt": ...} or {"messages": [...]} a line -> answers
 python eval.py --task loss                            held-out loss in nats a token and in bits a byte
 python eval.py --task poems                           200 poems under held-out titles: how many keep the form
+python eval.py --task ceval --data DIR --model MODEL  a published benchmark; docs/evaluation.md lists them
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from cli.args import parse, run
 from cli.flags import ABOVE_0, SET, Needs, Wanted, check_flags
 from cli.progress import say
 from decoding.params import SamplingParams
-from evaluation.registry import BENCHMARKS, make_task
+from evaluation.registry import BENCHMARKS, EXAMS, WITH_DATA, make_task
 
 TASKS = ("chat", *BENCHMARKS)
+ITEM_FLAGS = ("data", "subjects", "limit", "against")
 
 
 def forgets(cache: str) -> bool:
@@ -40,8 +42,13 @@ NEEDS = (
     Needs("demo", "prompt", (None,), "either that is answered or the demo prompts"),
     Needs("demo", "input", (None,), "either that is answered or the demo prompts"),
     Needs("demo_prompts", "demo", (True,), "they are its prompts; add it"),
-    Needs("output", "task", ("chat", "poems"), "the other tasks write no file; remove it"),
     Needs("output", "input or task", SET, "other answers are printed and not written to a file; remove it"),
+    Needs("output", "task", tuple(name for name in TASKS if name != "loss"), "loss writes no file; remove it"),
+    *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
+    Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
+    Needs("shots", "task", (*EXAMS, "gsm8k"), "only examinations have solved examples; remove it"),
+    Needs("form", "task", EXAMS, "only questions with options have a form; remove it"),
+    Needs("split", "task", EXAMS[:-1], "the data of the other tasks have no splits; remove it"),
     Needs("system", "raw", (False,), "a text without a chat template has no system message; remove it"),
     *(Needs(f"sampling.{name}", "sampling.temperature", ABOVE_0, GREEDY) for name in ("top_k", "top_p", "min_p")),
     Needs("logprobs", "prompt", SET, "it prints the tokens of one answer"),
@@ -76,13 +83,14 @@ class Args:
     """with an adapter: directory of its base model; None: the one that adapter_config.json names"""
     task: Literal[TASKS] = "chat"  # type: ignore[valid-type]
     """chat: answer (interactively, --prompt, --input, --demo); loss: loss on held-out data; poems: share of poems with
-    the right form"""
+    the right form; the others: published benchmarks whose data lie at --data (docs/evaluation.md), and choices: your
+    own questions with options"""
     prompt: str | None = None
     """answer this and exit"""
     input: Path | None = None
     """answer every record of a file (jsonl, json, csv, parquet) with a "prompt" or "messages" """
     output: Path | None = None
-    """file for the answers (default: beside the input) or for the report on poems (default: beside the model)"""
+    """file for the answers (default: beside the input) or for the report of a task (default: beside the model)"""
     system: str = ""
     """system message before every conversation"""
     raw: bool = False
@@ -124,6 +132,23 @@ class Args:
     """number of poems in --task poems"""
     raw_dir: Path = Path("data/raw")
     """directory with the poems and the rhyme book of --task poems; they are fetched if they are missing"""
+    data: Path | None = None
+    """directory or file with the data of a benchmark, in its published layout"""
+    subjects: tuple[str, ...] = ()
+    """subjects of a benchmark; default: all that have a file"""
+    shots: int | None = None
+    """number of solved examples before a question; None: as published (5 for examinations)"""
+    split: str | None = None
+    """part of an examination: dev, val or test; None: val for ceval, test for the others"""
+    form: Literal["letters", "answers"] = "letters"
+    """letters: the options stand in the prompt and the model names a letter; answers: they do not, and the model says
+    the whole answer"""
+    limit: int | None = None
+    """number of items of each subject; None: all"""
+    stride: int | None = None
+    """tokens by which the window of --task perplexity moves; None: half the model's context"""
+    against: Path | None = None
+    """another model: answer the same items, and print the difference with the interval of paired items"""
     max_seq_len: int | None = None
     """longest text of the model in tokens, prompt and answer; None: what its config.json says"""
     device: str = "auto"
@@ -141,6 +166,9 @@ class Args:
         for name in ("batch_size", "draft_tokens", "seq_len", "n_poems", "num_beams"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name} should be at least 1, found {value}")
+        for name, least in (("limit", 1), ("shots", 0), ("stride", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"--{name} should be at least {least}, found {value}")
         check_flags(self, NEEDS)
 
 
@@ -158,6 +186,7 @@ if __name__ == "__main__":
 from attention import backends
 from checkpoint.extend import set_length
 from decoding.beam import Beam
+from evaluation.benchmark import compare_models
 from hardware import DTYPES, choose_device, fastest_dtype
 from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
@@ -167,16 +196,24 @@ from serving.terminal import chat, print_pieces
 
 def main(args: Args) -> dict[str, Any]:
     """Do the one thing that the flags ask for; return its numbers."""
+    task = make_task(args.task, args) if args.task != "chat" else None  # before a large model is loaded
     device = choose_device(args.device)
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
     backends.check(args.attention, dtype, device, training=False)
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
-    assistant = load_assistant(find_model(args.model), device, dtype, **options)
-    if args.max_seq_len is not None:
-        set_length(assistant.model, args.max_seq_len)
+
+    def load(directory: Path, **options: Any) -> Assistant:
+        assistant = load_assistant(find_model(directory), device, dtype, **options)
+        if args.max_seq_len is not None:
+            set_length(assistant.model, args.max_seq_len)
+        return assistant
+
     with backends.use(args.attention):
-        if args.task != "chat":
-            return make_task(args.task, args).run(assistant)
+        if args.against is not None:
+            return compare_models(task, (load(args.model, **options), load(args.against, raw=args.raw)))
+        assistant = load(args.model, **options)
+        if task is not None:
+            return task.run(assistant)
         assistant = with_decoder(assistant, args)
         result = answer(assistant, args)
     if report := assistant.decoder.report():

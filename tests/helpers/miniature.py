@@ -86,6 +86,7 @@ def build(folder: Path) -> Miniature:
     write(folder / "more_chats/english.jsonl", "".join(json.dumps({"q": n, "a": n[:20]}) + "\n" for n in notes[:40]))
     pairs = [{"prompt": q, "chosen": a, "rejected": q} for q, a in EXCHANGES.items()] * 3
     write(folder / "my_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+    write(folder / "my_questions.csv", "question,A,B,answer\n江上有什么？,白鹭,老猫,A\n1984 + 16 = ?,2000,1984,A\n")
     write(folder / "questions.jsonl", "".join(json.dumps({"prompt": question}) + "\n" for question in EXCHANGES))
     miniature = Miniature(folder, verses + notes, {})
     for command in JOURNEY:
