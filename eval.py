@@ -67,8 +67,12 @@ NEEDS = (
     Needs("batch_size", "input or task", SET, "other answers come one by one; remove it"),
     # run.sh gives the flags of one call to every measurement, and its presets have them for all calls
     *(
+        Needs(name, "task", ("loss", "poems"), "only these read it; remove it", only_named=True)
+        for name in ("heldout", "sft_heldout", "n_poems")
+    ),
+    *(
         Needs(name, "task", tuple(BENCHMARKS), "only measurements read it; remove it", only_named=True)
-        for name in ("heldout", "sft_heldout", "seq_len", "n_poems", "raw_dir")
+        for name in ("seq_len", "raw_dir")
     ),
 )
 
