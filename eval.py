@@ -2,7 +2,7 @@
 
 python eval.py                                        a chat with the newest fine-tuned model
 python eval.py --prompt '以《江上》为题写一首五言绝句'    one answer; with --logprobs 3 the probability of each token
-python eval.py --input questions.jsonl                {"prompt": ...} or {"messages": [...]} a line -> answers
+python eval.py --input questions.jsonl                questions in any form that fine-tuning reads -> answers
 python eval.py --task loss                            held-out loss in nats a token and in bits a byte
 python eval.py --task poems                           200 poems under held-out titles: how many keep the form
 python eval.py --task ceval --data DIR --model MODEL  a published benchmark; docs/evaluation.md lists them
@@ -92,7 +92,7 @@ class Args:
     prompt: str | None = None
     """answer this and exit"""
     input: Path | None = None
-    """answer every record of a file (jsonl, json, csv, parquet) with a "prompt" or "messages" """
+    """answer every record of a file (jsonl, json, csv, parquet): questions in any form that fine-tuning reads"""
     output: Path | None = None
     """file for the answers (default: beside the input) or for the report of a task (default: beside the model)"""
     system: str = ""
