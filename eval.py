@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,20 +19,30 @@ from typing import Any, Literal
 from attention import CACHES, Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
 from cli.args import parse, run
-from cli.flags import Needs, check_flags
+from cli.flags import ABOVE_0, SET, Needs, Wanted, check_flags
 from cli.progress import say
 from decoding.params import SamplingParams
 from evaluation.registry import BENCHMARKS, EXAMS, WITH_DATA, make_task
 
 TASKS = ("chat", *BENCHMARKS)
 ITEM_FLAGS = ("data", "subjects", "limit", "against")
+
+
+def forgets(cache: str) -> bool:
+    """Return whether a cache cannot go back, because it forgets tokens."""
+    return cache == "sinks"
+
+
 OWN_PROMPTS = "the other tasks have prompts of their own; remove it"
+ONE_WAY = "each is a way to decode of its own"
+GREEDY = "at temperature 0 the likeliest token is taken; remove it"
 NEEDS = (
-    Needs("prompt", "task", ("chat",), OWN_PROMPTS),
-    Needs("input", "task", ("chat",), OWN_PROMPTS),
-    Needs("demo", "task", ("chat",), OWN_PROMPTS),
-    Needs("output", "prompt", (None,), "one answer is printed and not written to a file; remove it"),
-    Needs("output", "demo", (False,), "these answers are printed and not written to a file; remove it"),
+    *(Needs(name, "task", ("chat",), OWN_PROMPTS) for name in ("prompt", "input", "demo")),
+    Needs("prompt", "input", (None,), "either one prompt is answered or a file of them"),
+    Needs("demo", "prompt", (None,), "either that is answered or the demo prompts"),
+    Needs("demo", "input", (None,), "either that is answered or the demo prompts"),
+    Needs("demo_prompts", "demo", (True,), "they are its prompts; add it"),
+    Needs("output", "input or task", SET, "other answers are printed and not written to a file; remove it"),
     Needs("output", "task", tuple(name for name in TASKS if name != "loss"), "loss writes no file; remove it"),
     *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
     Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
@@ -41,6 +50,30 @@ NEEDS = (
     Needs("form", "task", EXAMS, "only questions with options have a form; remove it"),
     Needs("split", "task", EXAMS[:-1], "the data of the other tasks have no splits; remove it"),
     Needs("system", "raw", (False,), "a text without a chat template has no system message; remove it"),
+    *(Needs(f"sampling.{name}", "sampling.temperature", ABOVE_0, GREEDY) for name in ("top_k", "top_p", "min_p")),
+    Needs("logprobs", "prompt", SET, "it prints the tokens of one answer"),
+    Needs("logprobs", "num_beams", (1,), "it prints the tokens of a sampled or greedy answer"),
+    Needs("logprobs", "draft", (None,), "it needs one pass of the model for each token"),
+    Needs("draft_tokens", "draft", SET, "it is the number of tokens that a draft guesses"),
+    Needs("length_penalty", "num_beams", Wanted(lambda value, _: value > 1, "above 1"), "it compares the beams"),
+    Needs("num_beams", "draft", (None,), ONE_WAY),
+    Needs("num_beams", "prompt or input", SET, "a chat shows its answers token by token"),
+    Needs("num_beams", "sampling.temperature", (0,), "beam search looks for the likeliest answer and draws nothing"),
+    Needs("num_beams", "sampling.repetition_penalty", (1,), "beam search compares the model's own probabilities"),
+    Needs("draft", "task", ("chat",), "measurements are made in batches; remove it"),
+    Needs("draft", "input", (None,), "it speeds up single answers, and a file is answered in batches"),
+    Needs("cache", "draft", (None,), "it forgets tokens to which a wrong guess has to go back", forgets),
+    Needs("cache", "num_beams", (1,), "it forgets tokens to which another beam has to go back", forgets),
+    Needs("batch_size", "input or task", SET, "other answers come one by one; remove it"),
+    # run.sh gives the flags of one call to every measurement, and its presets have them for all calls
+    *(
+        Needs(name, "task", ("loss", "poems"), "only these read it; remove it", only_named=True)
+        for name in ("heldout", "sft_heldout", "n_poems")
+    ),
+    *(
+        Needs(name, "task", tuple(BENCHMARKS), "only measurements read it; remove it", only_named=True)
+        for name in ("seq_len", "raw_dir")
+    ),
 )
 
 
@@ -143,47 +176,6 @@ class Args:
         check_flags(self, NEEDS)
 
 
-IS_SET: dict[str, Callable[[Args], bool]] = {
-    "--prompt": lambda args: args.prompt is not None,
-    "--input": lambda args: args.input is not None,
-    "--demo": lambda args: args.demo,
-    "--logprobs": lambda args: args.logprobs is not None,
-    "--draft_tokens": lambda args: args.draft_tokens != 4,
-    "--length_penalty": lambda args: args.length_penalty != 1,
-    "--num_beams": lambda args: args.num_beams != 1,
-    "--draft": lambda args: args.draft is not None,
-    "--cache sinks": lambda args: not cache_class(args.cache).can_rewind,
-    "--temperature 0": lambda args: args.sampling.temperature == 0,
-    "--repetition_penalty 1": lambda args: args.sampling.repetition_penalty == 1,
-}
-COMBINATIONS = (  # flag, the flags one of which it needs or, after "no", the flag it excludes; why
-    ("--prompt", "no --input", "either one prompt is answered or a file of them"),
-    ("--logprobs", "--prompt", "it prints the tokens of one answer"),
-    ("--logprobs", "no --num_beams", "it prints the tokens of a sampled or greedy answer"),
-    ("--logprobs", "no --draft", "it needs one pass of the model for each token"),
-    ("--draft_tokens", "--draft", "it is the number of tokens that a draft guesses"),
-    ("--length_penalty", "--num_beams", "it compares the beams of a search"),
-    ("--num_beams", "no --draft", "each is a way to decode of its own"),
-    ("--num_beams", "--prompt or --input", "a chat shows its answers token by token"),
-    ("--num_beams", "--temperature 0", "beam search looks for the likeliest answer and draws nothing"),
-    ("--num_beams", "--repetition_penalty 1", "beam search compares the model's own probabilities"),
-    ("--draft", "no --input", "it speeds up single answers, and a file is answered in batches"),
-    ("--cache sinks", "no --draft", "that cache forgets tokens to which a wrong guess has to go back"),
-    ("--cache sinks", "no --num_beams", "that cache forgets tokens to which another beam has to go back"),
-)
-
-
-def check(args: Args) -> None:
-    """Raise ValueError for flags that contradict each other."""
-    for flag, needs, why in COMBINATIONS:
-        if not IS_SET[flag](args):
-            continue
-        if needs.startswith("no ") and IS_SET[needs[3:]](args):
-            raise ValueError(f"{flag} does not go with {needs[3:]}: {why}")
-        if not needs.startswith("no ") and not any(IS_SET[need](args) for need in needs.split(" or ")):
-            raise ValueError(f"{flag} needs {needs}: {why}")
-
-
 def announce(args: Args) -> None:
     """Write at once, to a person who waits at a terminal, that the model is being loaded."""
     waiting = args.prompt is not None or args.demo or sys.stdin.isatty()
@@ -196,7 +188,6 @@ if __name__ == "__main__":
     announce(arguments)
 
 from attention import backends
-from attention.cache import cache_class
 from checkpoint.extend import set_length
 from decoding.beam import Beam
 from evaluation.benchmark import compare_models
@@ -209,7 +200,6 @@ from serving.terminal import chat, print_pieces
 
 def main(args: Args) -> dict[str, Any]:
     """Do the one thing that the flags ask for; return its numbers."""
-    check(args)
     task = make_task(args.task, args) if args.task != "chat" else None  # before a large model is loaded
     device = choose_device(args.device)
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]

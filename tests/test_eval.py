@@ -264,7 +264,7 @@ def test_files_that_cannot_be(args, tmp_path):
     path.write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="would overwrite the questions"):
         main(dataclasses.replace(args, input=path, output=path))
-    with pytest.raises(ValueError, match="--prompt does not go with --input"):
+    with pytest.raises(ValueError, match=r"--prompt x does not go with --input .*q.jsonl: either"):
         main(dataclasses.replace(args, input=path, prompt="x"))
 
 
