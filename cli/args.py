@@ -44,7 +44,7 @@ NUMBERS = {  # tyro's words for a flag of this type, and for one that may be Non
     r"no type matching \{None\}\|FLOAT could be instantiated from \['(.*?)'\]": "a number or None",
 }
 SECONDS_FOR_RANK_0 = 5.0
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve")
 
 
 def fail(message: str) -> NoReturn:

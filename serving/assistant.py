@@ -69,10 +69,14 @@ class Assistant:
         check_messages(messages)
         if len(messages) != 1:
             raise ValueError("a model without a chat template takes a single text, not a conversation")
+        return self.encode_text(messages[0]["content"])
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the prompt of a text to continue: it begins as texts begin in training; never empty."""
         start, eos = self.tokenizer.begins, self.tokenizer.eos_id
         if not start and has_markers(self.tokenizer):  # in bins of our vocabularies, eos stands before every text
             start = [eos]
-        ids = [*start, *self.tokenizer.encode(messages[0]["content"])]
+        ids = [*start, *self.tokenizer.encode(text)]
         return ids or [eos if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
