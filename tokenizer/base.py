@@ -22,6 +22,7 @@ class Tokenizer:
     bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
     begins: ids that stand before every text, usually [bos_id] or none; see `ids_before_text`
     special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
+    added: tokens beside the pieces that are not special: wherever a text has one, it becomes that id
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
     chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
@@ -33,6 +34,7 @@ class Tokenizer:
         self.special = special
         self.begins: list[int] = []
         self.chat_template: Any = None
+        self.added: tuple[str, ...] = ()
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)

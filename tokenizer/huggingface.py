@@ -47,6 +47,7 @@ class HuggingFaceTokenizer(Tokenizer):
         names = [self._config[key] for key in SPECIAL_KEYS[:3]] + [unk]
         self._following = self._backend_after_special()
         super().__init__(table, special, [vocab.get(name) for name in names])
+        self.added = tuple(token.content for token in added.values() if not token.special)
         self.strips = {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special and (t.lstrip or t.rstrip)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,7 +88,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         config = {key: value for key, value in self._config.items() if value is not None}
         files = {"tokenizer.json": self._json.encode()} | ({"tokenizer.model": self._model} if self._model else {})
-        return {"tokenizer_class": "PreTrainedTokenizerFast"} | config, files
+        # Other classes of transformers build their own pre-tokenizer; this one takes tokenizer.json as it is.
+        return config | {"tokenizer_class": "PreTrainedTokenizerFast"}, files
 
 
 def _bytes_of_decoder(decoder: dict[str, Any] | None, path: Path) -> Callable[[str], bytes]:
