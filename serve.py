@@ -128,12 +128,13 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address. Raises ValueError where that cannot be."""
+    """Return a socket that listens at an address. Raises ValueError where that cannot be."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # who comes while the model is loaded waits
     except OSError as error:
         listener.close()
         raise ValueError(

@@ -32,34 +32,39 @@ def start(*flags: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=REPOSITORY)
 
 
-def ask(port: int, body: dict, **headers: str) -> tuple[int, str]:
+def ask(port: int, body: dict | None, path: str = "/v1/completions", **headers: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
     response = connection.getresponse()
     return response.status, response.read().decode()
 
 
-@pytest.mark.parametrize(("streams", "signals"), [(False, 1), (True, 2)])
-def test_sigterm_finishes_what_runs(directory, streams, signals):
+def test_sigterm_finishes_what_runs(directory):
     process = start("--model", str(directory), "--port", "0", "--rows", "2", LITTLE_LLAMA_API_KEY="secret")
     lines = [process.stderr.readline() for _ in range(2)]
     name, port = re.match(r"(.+), 0\.\d\d M parameters, at http://127\.0\.0\.1:(\d+)/v1", lines[0]).groups()
-    assert name == directory.parent.name and re.match(r"2 texts of 3000 tokens together: at most 6\.", lines[1])
-    body = {"prompt": "月", "max_tokens": 2500, "ignore_eos": True, "stream": streams}
+    assert name == directory.parent.name and re.match(r"2 texts of 3000 tokens together: at most 3\.1 MB", lines[1])
+    body = {"prompt": "月", "max_tokens": 1500, "ignore_eos": True}
     assert ask(int(port), body)[0] == 401
-    answers = []
-    asking = threading.Thread(target=lambda: answers.append(ask(int(port), body, Authorization="Bearer secret")))
-    asking.start()
-    time.sleep(0.3)
-    assert not answers  # it is under way
-    for _ in range(signals):
-        process.send_signal(signal.SIGTERM)
-    asking.join(60)
-    assert process.wait(30) == 0
-    status, text = answers[0]
-    assert status == 200 and '"finish_reason":"length"' in text and "secret" not in "".join(lines)
-    assert text.endswith("data: [DONE]\n\n") or not streams
-    assert process.stderr.read() == ""
+    answers = {}
+
+    def one(stream: bool) -> None:
+        answers[stream] = ask(int(port), body | {"stream": stream}, Authorization="Bearer secret")
+
+    asking = [threading.Thread(target=one, args=(stream,)) for stream in (False, True)]
+    for thread in asking:
+        thread.start()
+    while "requests_running 2" not in ask(int(port), None, "/metrics", Authorization="Bearer secret")[1]:
+        time.sleep(0.01)
+    assert not answers  # both are under way
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    for thread in asking:
+        thread.join(60)
+    assert process.wait(30) == 0 and process.stderr.read() == "" and "secret" not in "".join(lines)
+    for stream, (status, text) in answers.items():
+        assert status == 200 and '"finish_reason":"length"' in text
+        assert text.endswith("data: [DONE]\n\n") == stream
 
 
 def test_a_port_in_use_is_told_at_once(tmp_path):
@@ -81,7 +86,7 @@ def test_a_port_in_use_is_told_at_once(tmp_path):
         (["--api_key", " "], "--api_key is empty"),
         (
             ["--rows", "100000000", "--port", "0", "--model", "DIRECTORY"],
-            "the cache of 100000000 rows of 3000 tokens needs",
+            "the cache of 100000000 rows",
         ),
         (["--model", "no/such", "--port", "0"], "no/such does not exist"),
     ],
