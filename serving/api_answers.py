@@ -35,12 +35,14 @@ class Choice:
     """text before the answer (echo)"""
     told: int = 0
     """tokens of the job that are told"""
+    visible: dict[int, bytes] = field(default_factory=dict)
+    """special tokens that are part of the text"""
     drawn: bool = True
     """False: the one token that is drawn is not part of the answer (max_tokens 0)"""
     _names: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._pieces, self._ended = Pieces(self.tokenizer, self.stop_strings), False
+        self._pieces, self._ended = Pieces(self.tokenizer, self.stop_strings, self.visible), False
         self._offsets = codecs.getincrementaldecoder("utf8")(errors="replace")
         self._offset = -1 if self.prefix and self.tokenizer.dummy_prefix else 0
 

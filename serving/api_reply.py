@@ -16,6 +16,7 @@ from serving.api_answers import Choice, Part, timings, usage
 from serving.api_requests import ApiError, Sampling
 from serving.engine import BusyError
 from serving.service import Service
+from serving.tools import certain, split_calls
 
 SECONDS_FOR_READER = 60.0  # a client that takes nothing for so long is gone
 
@@ -187,24 +188,47 @@ class CompletionReply(Reply):
 
 
 class ChatReply(Reply):
-    """Of POST /v1/chat/completions."""
+    """Of POST /v1/chat/completions. With tools, the text of a choice waits as long as it may be a call."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._texts: dict[int, tuple[str, int]] = {}  # with tools: the text of each choice, and how much of it is told
 
     def opening(self) -> list[dict[str, Any]]:
         return [self._delta(choice, {"role": "assistant", "content": ""}) for choice in self.choices]
 
     def whole(self, choice: Choice, part: Part) -> dict[str, Any]:
-        message = {"role": "assistant", "content": part.text}
-        return {"index": choice.index, "message": message, **self._logprobs(choice, part), "finish_reason": part.ended}
+        text, calls = split_calls(part.text) if self.request.calls else (part.text, [])
+        message = {"role": "assistant", "content": text}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        ended = self._reason(part, calls)
+        return {"index": choice.index, "message": message, **self._logprobs(choice, part), "finish_reason": ended}
 
     def chunk(self, choice: Choice, part: Part) -> list[dict[str, Any]]:
         logprobs, out = self._logprobs(choice, part), []
-        if part.text or logprobs["logprobs"]:
-            out.append(self._delta(choice, {"content": part.text}, **logprobs))
+        text, calls = self._certain(choice, part) if self.request.calls else (part.text, [])
+        if text or logprobs["logprobs"]:
+            out.append(self._delta(choice, {"content": text}, **logprobs))
+        if calls:
+            out.append(self._delta(choice, {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}))
         if part.ended:
-            out.append(self._delta(choice, {}, part.ended))
+            out.append(self._delta(choice, {}, self._reason(part, calls)))
         return out
+
+    def _certain(self, choice: Choice, part: Part) -> tuple[str, list[dict]]:
+        """Return what of a choice's text can be told now, and at its end its calls."""
+        text, told = self._texts.get(choice.index, ("", 0))
+        text += part.text
+        whole, calls = split_calls(text) if part.ended else (text[: certain(text)], [])
+        self._texts[choice.index] = text, max(told, len(whole))
+        return whole[told:], calls
+
+    @staticmethod
+    def _reason(part: Part, calls: list[dict]) -> str | None:
+        return "tool_calls" if calls and part.ended == "stop" else part.ended
 
     def _logprobs(self, choice: Choice, part: Part) -> dict[str, Any]:
         return {"logprobs": None if choice.job.top is None else choice.chat_logprobs(part.tokens)}

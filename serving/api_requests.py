@@ -6,6 +6,7 @@ Unknown fields are ignored, as OpenAI does; a field of a wrong type is an error 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from typing import Annotated, Any, TypeVar
@@ -112,6 +113,11 @@ class ChatRequest(Sampling):
     def most_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def calls(self) -> bool:
+        """Whether the answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     def conversation(self) -> list[dict]:
         """Return the messages in the form of chat/messages.py. Raises ApiError for a message that is not text."""
         return [plain_message(i, message) for i, message in enumerate(self.messages)]
@@ -148,6 +154,12 @@ def plain_message(i: int, message: dict[str, Any]) -> dict[str, Any]:
         out["role"] = "system"
     if not out.get("tool_calls"):
         out.pop("tool_calls", None)
+    for call in out.get("tool_calls") or []:  # a text in the API, an object in templates
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                parsed = json.loads(function["arguments"])
+                function["arguments"] = parsed if isinstance(parsed, dict) else function["arguments"]
     if content is not None or "tool_calls" not in out:
         out["content"] = content
     return out

@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from cli.progress import say
 from decoding.fixed_rows import Adjust, FixedRows
-from decoding.params import NEVER, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop
 from decoding.rows import Token
 
 
@@ -47,6 +49,8 @@ class Job:
     error: Exception | None = None
     cached: int = 0
     """ids of the prompt that did not have to be read"""
+    failed: Exception | None = None
+    """what went wrong in `adjust`"""
     gone: bool = False
     """nobody waits for it any more"""
     times: dict[str, float] = field(default_factory=lambda: {"came": time.monotonic()})
@@ -145,7 +149,8 @@ class Engine:
             return bool(self._waiting or self._running) or not self._closing
 
     def _begin(self, job: Job) -> None:
-        options = {"stop": job.stop, "top": job.top, "echo": job.echo, "adjust": job.adjust}
+        adjust = job.adjust and self._guarded(job, job.adjust)
+        options = {"stop": job.stop, "top": job.top, "echo": job.echo, "adjust": adjust}
         job.times["begun"] = time.monotonic()
         try:
             key, job.cached = self.rows.add(job.prompt, job.params, **options)
@@ -153,6 +158,19 @@ class Engine:
             self._notify([self._finish(job, error=error)])
         else:
             self._running[key] = job
+
+    @staticmethod
+    def _guarded(job: Job, adjust: Adjust) -> Adjust:
+        """Return `adjust` so that an error in it ends this job and no other."""
+
+        def guarded(logits: torch.Tensor, answer: Ids) -> torch.Tensor:
+            try:
+                return adjust(logits, answer)
+            except Exception as error:
+                job.failed = error
+                return logits
+
+        return guarded
 
     def _drop(self) -> None:
         """Let jobs go that nobody waits for, and a few times a second those whose time is over."""
@@ -178,9 +196,9 @@ class Engine:
             job.tokens += tokens
             if "first" not in job.times and len(job.tokens) > len(job.prompt) * job.echo:
                 job.times["first"] = now
-            if ended:
-                self._end(key, ended)
-            if ended or (job.streams and tokens):
+            if ended or job.failed:
+                self._end(key, None if job.failed else ended, job.failed)
+            if job.over or (job.streams and tokens):
                 changed.append(job)
         self._notify(changed)
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-
-import torch
+from typing import Any
 
 from decoding.feeder import check_prompts
-from decoding.fixed_rows import Adjust
-from decoding.params import Ids, SamplingParams, Stop
+from decoding.params import SamplingParams, Stop
+from serving.adjust import Grammar, penalties, schema_of
 from serving.api_answers import Choice
 from serving.api_requests import MOST_TEXTS, ApiError, ChatRequest, CompletionRequest, Sampling
 from serving.assistant import Assistant
 from serving.engine import Engine, Job
 from serving.metrics import Metrics
 from serving.streaming import StopStrings
+from serving.tools import marks_in
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Service:
         prompts = [self.encode(text, plain) if isinstance(text, str) else text for text in given]
         echo, choices = bool(request.echo), []
         for text, prompt in zip(given, prompts):
-            shown = text if isinstance(text, str) else self.assistant.tokenizer.decode(prompt)
+            shown = text if isinstance(text, str) or not echo else self.assistant.tokenizer.decode(prompt)
             job = {"echo": echo and request.logprobs is not None, "top": request.logprobs}
             choices += self.choices(request, prompt, shown if echo else "", **job)
         return self.checked(choices)
@@ -67,15 +67,23 @@ class Service:
         """Return the choices of a request for an answer in a conversation. Raises ApiError."""
         self.check_model(request.model)
         messages = request.conversation()
-        if request.tools and request.tool_choice != "none":
-            raise ApiError(400, "tools are not offered: leave them out", "tools")
-        kind = (request.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise ApiError(400, f"response_format {kind!r} is not offered: leave it out", "response_format")
+        if request.calls:
+            messages[0] |= {"tools": self.tools(request)}
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs true", "top_logprobs")
         top = (request.top_logprobs or 0) if request.logprobs else None
-        return self.checked(self.choices(request, self.prompt_of(messages), top=top))
+        schema = schema_of(request.response_format)
+        return self.checked(self.choices(request, self.prompt_of(messages), schema=schema, top=top))
+
+    def tools(self, request: ChatRequest) -> list[dict]:
+        """Return the tools of a request. Raises ApiError where the template has no place for them."""
+        template = self.assistant.template
+        if template is not None and "tools" not in template.rendered:
+            raise ApiError(400, f"the chat template of {self.name} has no tools: leave them out", "tools")
+        if request.tool_choice not in (None, "auto"):
+            message = f"tool_choice should be auto or none, found {request.tool_choice!r:.80}: a call cannot be forced"
+            raise ApiError(400, message, "tool_choice")
+        return request.tools or []
 
     def prompt_of(self, messages: list[dict]) -> list[int]:
         """Return the prompt of a conversation. Raises ApiError."""
@@ -103,25 +111,34 @@ class Service:
             message = f"{param}: {n_characters} characters do not fit into the {self.context} tokens of this model"
             raise ApiError(400, message, param, "context_length_exceeded")
 
-    def choices(self, request: Sampling, prompt: list[int], prefix: str = "", **job: bool | int | None) -> list[Choice]:
-        """Return the n choices for one prompt; choice i is drawn with seed + i."""
+    def choices(
+        self, request: Sampling, prompt: list[int], prefix: str = "", schema: dict | None = None, **job: Any
+    ) -> list[Choice]:
+        """Return the n choices for one prompt; choice i is drawn with seed + i. schema: what they have to keep."""
         params, own = request.sampling(self.defaults), self.assistant
         try:
             texts = (*(string.decode() for string in own.stop_strings.strings), *request.stop_strings())
             strings = StopStrings(own.tokenizer, texts)
         except ValueError as error:
             raise ApiError(400, f"stop: {error}", "stop") from None
-        ids = set() if request.ignore_eos else {*own.stop.ids, own.tokenizer.eos_id} - {None}
-        adjust = adjustment(request, own.model.args.vocab_size)
-        shared = {"stop": Stop(ids, strings.ended), "adjust": adjust}
+        ids = set() if request.ignore_eos and schema is None else self.ends()
+        inner = penalties(request, own.model.args.vocab_size)
+        grammar = None if schema is None else Grammar(own.tokenizer, self.ends(), schema)
+        shared = {"stop": Stop(ids, strings.ended)}
         shared |= {"streams": bool(request.stream), "deadline": time.monotonic() + self.timeout}
         choices = []
         for i in range(request.n or 1):
             seeded = SamplingParams(**vars(params) | {"seed": (params.seed + i) % 2**63})
-            one = Job(prompt, seeded, **shared, **job)
+            adjust = grammar.adjust(inner) if grammar else inner
+            one = Job(prompt, seeded, adjust=adjust, **shared, **job)
             drawn = request.most_tokens() != 0
-            choices.append(Choice(one, i, own.tokenizer, strings, prefix, drawn=drawn))
+            names = marks_in(own.tokenizer) if getattr(request, "calls", False) else {}
+            choices.append(Choice(one, i, own.tokenizer, strings, prefix, drawn=drawn, visible=names))
         return choices
+
+    def ends(self) -> set[int]:
+        """Return the ids that end an answer."""
+        return {*self.assistant.stop.ids, self.assistant.tokenizer.eos_id} - {None}
 
     def checked(self, choices: list[Choice]) -> list[Choice]:
         """Number the choices, and let them share one event. Raises ApiError where there are too many, or a prompt that
@@ -142,30 +159,3 @@ class Service:
         if name not in (None, "", self.name):
             message = f"there is no model {name!r} here: the model is called {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
-
-
-def adjustment(request: Sampling, vocab_size: int) -> Adjust | None:
-    """Return how a request changes logits before the draw; None: not at all. Raises ApiError for an unknown id.
-
-    OpenAI's formula: the bias of an id is added to its logit; an id that the answer has n times loses n times
-    frequency_penalty, and presence_penalty.
-    """
-    frequency, presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
-    bias = request.logit_bias or {}
-    if not (frequency or presence or bias):
-        return None
-    wrong = next((i for i in bias if not (i.isascii() and i.isdigit() and int(i) < vocab_size)), None)
-    if wrong is not None:
-        raise ApiError(400, f"logit_bias: the model has ids 0..{vocab_size - 1}, found {wrong!r}", "logit_bias")
-    biased = torch.tensor([int(i) for i in bias], dtype=torch.long)
-
-    def adjust(logits: torch.Tensor, answer: Ids) -> torch.Tensor:
-        device, out = logits.device, logits.float().clone()
-        here = biased < len(out)  # rows of padding have no logit
-        out[biased[here].to(device)] += torch.tensor(list(bias.values()))[here].to(device)
-        if answer and (frequency or presence):
-            ids, n = torch.tensor(answer, device=device).unique(return_counts=True)
-            out[ids] -= frequency * n + presence
-        return out
-
-    return adjust

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tokenizer import Tokenizer
 
@@ -57,15 +57,18 @@ class Pieces:
     clear whether it is one. `ended` tells whether a stop string was complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: StopStrings | None = None) -> None:
-        self.ended = False
+    def __init__(
+        self, tokenizer: Tokenizer, stop: StopStrings | None = None, visible: Mapping[int, bytes] | None = None
+    ) -> None:
+        """visible: special tokens that are text here."""
+        self.ended, self._visible = False, visible or {}
         self._to_bytes, self._stop = tokenizer.id_to_bytes, stop or StopStrings(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
         self._waiting = b""
 
     def add(self, i: int) -> str:
         """Return the text that is certain with one more id."""
-        self._waiting += self._to_bytes(i)
+        self._waiting += self._visible.get(i) or self._to_bytes(i)
         end = self._stop.find(self._waiting)
         if end is not None:
             self.ended, self._waiting = True, self._waiting[:end]
