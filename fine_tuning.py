@@ -79,7 +79,7 @@ from files import alone_in
 from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.state import check_outside
@@ -107,6 +107,7 @@ def main(args: Args) -> dict[str, Any]:
         )
         template = load_template(tokenizer, args.data.template)
         tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
+        check_saving(tokenizer)
         save, load = adapt(model, args, tokenizer, template, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
         split = read_split(args.data, objective.kind, template)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # special tokens of our chat template
@@ -22,6 +23,7 @@ class Tokenizer:
     bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
     begins: ids that stand before every text, usually [bos_id] or none; see `ids_before_text`
     special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
+    whole: tokens that are not special and one id wherever they stand in a text
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
     chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
@@ -33,6 +35,7 @@ class Tokenizer:
         self.special = special
         self.begins: list[int] = []
         self.chat_template: Any = None
+        self.whole: list[str] = []
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
@@ -115,3 +118,8 @@ class Tokenizer:
 def piece_bytes(piece: str, is_byte: bool) -> bytes:
     """Return the bytes of a SentencePiece piece; is_byte: it is the name of one byte, such as <0x0A>."""
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+def strips(tokens: Iterable[AddedToken]) -> dict[str, tuple[bool, bool]]:
+    """Return those special tokens that remove white space beside them -> (on the left, on the right)."""
+    return {t.content: (t.lstrip, t.rstrip) for t in tokens if t.special and (t.lstrip or t.rstrip)}

@@ -12,8 +12,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from tokenizer.base import SPECIAL_KEYS, Tokenizer, piece_bytes
-from tokenizer.config import read_config
+from tokenizer.base import SPECIAL_KEYS, Tokenizer, piece_bytes, strips
+from tokenizer.config import read_added_tokens, read_config
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -33,6 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_padding()
         if not isinstance(self._backend.model, models.BPE):
             raise ValueError(f"{path}: expected a BPE model, found {type(self._backend.model).__name__}")
+        self._add_missing(path.parent)
         vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
@@ -47,7 +48,23 @@ class HuggingFaceTokenizer(Tokenizer):
         names = [self._config[key] for key in SPECIAL_KEYS[:3]] + [unk]
         self._following = self._backend_after_special()
         super().__init__(table, special, [vocab.get(name) for name in names])
-        self.strips = {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special and (t.lstrip or t.rstrip)}
+        self.strips = strips(added.values())
+        self.whole = [token.content for token in added.values() if token.content not in special]
+        self.chat_template, self.begins = self._config.get("chat_template"), self.ids_before_text(self._config)
+
+    def _add_missing(self, directory: Path) -> None:
+        """Add the tokens that only the other files in the directory name, as transformers does."""
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        missing = {i: t for i, t in read_added_tokens(directory, self._config).items() if t.content not in vocab}
+        for i, token in missing.items():
+            (self._backend.add_special_tokens if token.special else self._backend.add_tokens)([token])
+            if (found := self._backend.token_to_id(token.content)) != i:
+                raise ValueError(
+                    f"{directory}: tokenizer_config.json or added_tokens.json gives {token.content!r} the id {i}, "
+                    f"and the next free id of tokenizer.json is {found}; correct the one or the other"
+                )
+        if missing:
+            self._json = self._backend.to_str()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
