@@ -70,7 +70,7 @@ from chat.template import ChatTemplate, load_template, template_hash
 from checkpoint import peft
 from checkpoint.directory import load_weights, load_whole_model, save_adapter, save_model
 from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
-from checkpoint.locate import model_in
+from checkpoint.locate import model_in, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from cli.progress import say
@@ -86,7 +86,7 @@ from training.state import check_outside
 from training.trainer import Trainer
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
-from tuning.describe import describe, sample_texts
+from tuning.describe import describe, not_used, sample_texts
 from tuning.objectives import make_objective
 
 
@@ -108,7 +108,8 @@ def main(args: Args) -> dict[str, Any]:
         template = load_template(tokenizer, args.data.template)
         tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
         check_saving(tokenizer)
-        save, load = adapt(model, args, tokenizer, template, training_dtype(args.train, backend.device))
+        stops = all_stops(template, args.init_from)
+        save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
         split = read_split(args.data, objective.kind, template)
         unmeasured = check_heldout(args.data, args.train.metric, split.heldout)
@@ -158,12 +159,19 @@ def show(args: Args) -> dict[str, Any]:
         print(*sample_texts(samples, args.show, objective.kind, tokenizer, colour), sep="\n")
         found[task.name] = statistics(samples) | {"broken": len(split.broken[task.path]), "template": template.name}
         print(f"--- {task.path}", *(f"{name}: {value}" for name, value in found[task.name].items()), sep="\n")
+        print("".join(f"{line}\n" for line in not_used(task.path, split.left_out[task.path])), end="")
         print(*(f"broken: {record.where}: {record.reason}\n" for record in split.broken[task.path][:3]), sep="", end="")
     return found
 
 
+def all_stops(template: ChatTemplate, directory: Path) -> list[int]:
+    """Return the ids that end an answer: those of the template, and those of the model in `directory`."""
+    n = template.tokenizer.vocab_size
+    return sorted({*template.stop_ids, *(i for i in read_stop_ids(directory) or () if i < n)})
+
+
 def adapt(
-    model: Transformer | TransformersModel, args: Args, tokenizer: Tokenizer, template: ChatTemplate, dtype: torch.dtype
+    model: Transformer | TransformersModel, args: Args, tokenizer: Tokenizer, stop_ids: list[int], dtype: torch.dtype
 ) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
     """Put noise and adapters into the model as `args` say, with matrix products in `dtype`.
 
@@ -173,14 +181,14 @@ def adapt(
     if args.neftune_alpha:
         adapters.neftune(model.embedding, args.neftune_alpha)
     if args.lora.method == "none":
-        save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=template.stop_ids)
+        save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=stop_ids)
         return save, partial(load_weights, model)
     base = args.init_from
     if base.is_symlink():  # `best` may lead to other weights tomorrow
         base = base.parent / base.readlink()
     tree = model.module_tree
     adapters.apply(tree, args.lora, dtype)
-    save = partial(save_adapter, tree=tree, base=str(base), tokenizer=tokenizer, stop_ids=template.stop_ids)
+    save = partial(save_adapter, tree=tree, base=str(base), tokenizer=tokenizer, stop_ids=stop_ids)
     return save, partial(peft.restore, tree)
 
 

@@ -77,7 +77,7 @@ from checkpoint.extend import (
     read_tokens,
     stretch_positions,
 )
-from checkpoint.locate import model_in
+from checkpoint.locate import model_in, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
@@ -112,6 +112,7 @@ def main(args: Args) -> dict[str, Any]:
     model, changes = make_model(args, tokenizer)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
+        stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(
             model=model,
             optimizer=build_optimizer(model, args.optim),
@@ -120,7 +121,7 @@ def main(args: Args) -> dict[str, Any]:
             args=args.train,
             optim=args.optim,
             run=args.out,
-            save=partial(save_model, model=model, tokenizer=tokenizer),
+            save=partial(save_model, model=model, tokenizer=tokenizer, stop_ids=stops),
             load=partial(load_weights, model),
             identity=identity(args, bins, model),
             eval_data=eval_data,

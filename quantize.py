@@ -4,12 +4,14 @@ python quantize.py --model DIR --calib corpus.txt --out DIR_4bit                
 python quantize.py --model DIR --calib data/tiny/sft_train.jsonl --bits 3 --format compressed-tensors --out DIR_3bit
 python quantize.py --model DIR --method awq --calib corpus.txt --format awq --out DIR_awq
 python quantize.py --model DIR --method rtn --out DIR_rtn                             rounding, without any text
+python quantize.py --model DIR --method nf4 --out DIR_nf4                             bitsandbytes' NF4
 
 eval.py, fine_tuning.py --lora.method and convert.py merge open the result like any other model.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,7 @@ from typing import Any, Literal
 from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer
 from cli.args import parse, run
 from cli.progress import Progress, say
-
-FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+from quant.kinds import FORMATS, METHODS, OPTIONS
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,19 @@ class Args:
     """directory to write; it must not exist yet"""
     model: Path = DEFAULT_MODEL
     """directory of the model, or of a run (then its best checkpoint)"""
-    method: Literal["gptq", "awq", "rtn"] = "gptq"
+    method: Literal[tuple(METHODS)] = "gptq"  # type: ignore[valid-type]
     """gptq: Frantar et al. 2022, with error propagation (QEP); awq: Lin et al. 2023; rtn: round to nearest, without
-    any text"""
-    bits: Literal[2, 3, 4, 8] = 4
-    """bits of a weight; awq's format has 4 only"""
+    any text; int8: likewise, a scale a row; llm_int8: inputs in 8 bits, too, but for outliers (Dettmers et al. 2022);
+    nf4, fp4: 16 uneven levels (Dettmers et al. 2023; needs bitsandbytes)"""
+    bits: Literal[2, 3, 4, 8] | None = None
+    """bits of a weight. None: 4, or as many as the method has; awq's format has 4 only"""
     group_size: int = 128
     """weights of a row that share a scale; -1: the whole row"""
     symmetric: bool = False
     """put zero in the middle of the codes; False: where the weights of a group ask for it, which loses less"""
-    format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq"
+    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
     """layout of the files. gptq: AutoGPTQ's; gptq_v2: the same with true zero points; awq: AutoAWQ's, 4 bits only;
-    compressed-tensors: pack-quantized, any shape"""
+    compressed-tensors: pack-quantized, any shape; bnb: bitsandbytes'. None: gptq, or bnb for llm_int8, nf4 and fp4"""
     calib: tuple[Path, ...] = ()
     """calibration text for gptq and awq: token bins, text files or folders, or conversations in any form"""
     calib_tokens: int = 25_000
@@ -55,6 +57,10 @@ class Args:
     """gptq rounds the inputs with the largest second moment first"""
     search: bool = True
     """narrow the range of a group where that lowers the error (gptq and rtn)"""
+    threshold: float = 6.0
+    """llm_int8: inputs this large are outliers, multiplied in full precision; 0: none are"""
+    double_quant: bool = True
+    """nf4 and fp4: quantize the scales as well, which then take 0.127 instead of 0.5 bits for each weight"""
     seed: int = 0
     """seed of the choice of calibration rows"""
     device: str = "auto"
@@ -62,12 +68,30 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raise ValueError for flags that do not go together."""
-        if self.method != "rtn" and not self.calib:
+        method = METHODS[self.method]
+        object.__setattr__(self, "bits", self.bits or method.bits[0])
+        object.__setattr__(self, "format", self.format or method.formats[0])
+        for name in ("bits", "format"):
+            if getattr(self, name) not in (can := getattr(method, name.removesuffix("s") + "s")):
+                raise ValueError(
+                    f"--method {self.method} has --{name} {', '.join(map(str, can))}, found {getattr(self, name)}"
+                )
+        if method.text and not self.calib:
             raise ValueError(f"--method {self.method} needs calibration text: name a file with --calib (or use rtn)")
-        if self.method == "rtn" and self.calib:
-            raise ValueError("--calib has no effect with --method rtn, which looks at the weights alone: remove it")
+        if self.calib and not method.text:
+            raise ValueError(
+                f"--calib has no effect with --method {self.method}, which looks at the weights alone: remove it"
+            )
+        for name in OPTIONS - method.flags:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                takers = [other for other in METHODS if name in METHODS[other].flags]
+                raise ValueError(
+                    f"--{name} has no effect with --method {self.method}: remove it, or choose {', '.join(takers)}"
+                )
         if self.format == "awq" and self.bits != 4:
             raise ValueError(f"--format awq keeps 4 bits, found --bits {self.bits}")
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"--threshold should be a number from 0 on, found {self.threshold}")
         for name in ("calib_tokens", "seq_len", "seed"):
             if getattr(self, name) < (name == "calib_tokens"):
                 raise ValueError(
@@ -79,6 +103,7 @@ if __name__ == "__main__":
     arguments = parse(Args, "quantize")  # before torch is loaded: --help and mistakes are answered at once
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -92,9 +117,16 @@ from files import written_aside
 from hardware import choose_device
 from quant import awq
 from quant.calibrate import Solve, Stream, inputs_of, quantize_block
+from quant.formats import Scheme
+from quant.four_bit import BLOCK, FourBitLinear
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
-from quant.grid import GridOptions, Quantized
-from quant.replace import base_layers, refuse_quantized
+from quant.grid import GridOptions
+from quant.grouped import GroupedLinear
+from quant.int8 import solve_rows
+from quant.kinds import KINDS
+from quant.linear import QuantizedLinear
+from quant.llm_int8 import LLMInt8Linear
+from quant.replace import base_layers, need_package, refuse_quantized
 from quant.statistics import InputStatistics
 from tokenizer import Tokenizer
 
@@ -125,10 +157,20 @@ def main(args: Args) -> dict[str, Any]:
 
 def write(model: nn.Module, tokenizer: Tokenizer, stop_ids: list[int], args: Args) -> None:
     """Write the directory --out of a quantized model."""
-    scheme = quantized.Scheme(args.format, args.bits, args.group_size)
     with written_aside(args.out) as aside:
         ids = save_tokenizer(aside, tokenizer, stop_ids)
-        quantized.save(aside, model, scheme, ids, args.symmetric, act_order=args.act_order, damping=args.damping)
+        quantized.save(aside, model, scheme_of(args), ids)
+
+
+def scheme_of(args: Args) -> Scheme:
+    """Return what the files say of how they were made."""
+    if args.format == "bnb":
+        layout = "bnb_8bit" if args.method == "llm_int8" else "bnb_4bit"
+        kind = args.method if layout == "bnb_4bit" else "nf4"
+        return Scheme(layout, args.bits, threshold=args.threshold, kind=kind, double=args.double_quant)
+    if args.method == "int8":
+        return Scheme(args.format, args.bits, -1, symmetric=True)
+    return Scheme(args.format, args.bits, args.group_size, args.symmetric, args.act_order, args.damping)
 
 
 # ---- the layers
@@ -138,11 +180,13 @@ def quantize_in_place(model: nn.Module, tokenizer: Tokenizer, args: Args) -> dic
     """Quantize every linear layer of `model` but the head; returns the report of each layer by name."""
     least_zero = 1 if args.format == "gptq" else 0
     grid = GridOptions(args.bits, args.group_size, args.symmetric, args.search and args.method != "awq", least_zero)
-    if args.format.startswith("gptq"):
-        pad_feed_forward(model, 32)
+    if args.method in KINDS:
+        need_package(args.method, f"--method {args.method}")
+    if multiple := BLOCK if args.method in ("nf4", "fp4") else 32 if args.format.startswith("gptq") else 0:
+        pad_feed_forward(model, multiple)
     check_shapes(model, args)
     rows = torch.empty(0, 1, dtype=torch.long)
-    if args.method != "rtn":
+    if METHODS[args.method].text:
         length = min(args.seq_len or 512, model.args.max_seq_len)
         rows = draw_rows(args.calib, tokenizer, length, args.calib_tokens, args.seed).to(model.device)
         say(f"calibration: {rows.numel():,} tokens in {len(rows)} rows of {rows.shape[1]}")
@@ -168,21 +212,28 @@ def make_solver(args: Args, grid: GridOptions) -> Solve:
     """Return the function that quantizes one layer as --method says."""
     options = GPTQOptions(grid, args.damping, args.act_order, propagation=args.propagation)
 
-    def by_gptq(name: str, weight: torch.Tensor, statistics: InputStatistics) -> tuple[Quantized, int, dict[str, Any]]:
-        solution, report = solve(weight, statistics, options)
-        return solution, args.bits, report
+    def by_gptq(name: str, layer: nn.Linear, statistics: InputStatistics) -> tuple[QuantizedLinear, dict[str, Any]]:
+        solution, report = solve(layer.weight.detach(), statistics, options)
+        return GroupedLinear(layer, solution, args.bits), report
 
-    def by_awq(name: str, weight: torch.Tensor, statistics: InputStatistics) -> tuple[Quantized, int, dict[str, Any]]:
+    def by_awq(name: str, layer: nn.Linear, statistics: InputStatistics) -> tuple[QuantizedLinear, dict[str, Any]]:
+        weight = layer.weight.detach()
         if name.endswith(("q_proj", "k_proj")):  # their errors are multiplied in the scores: clipping them costs more
             solution = solve_nearest(weight, grid)
         else:
             solution = awq.solve_clipped(weight, statistics.sample, grid)
-        return solution, args.bits, {"error_after": relative_error(weight, solution.dequantize(), statistics.gram)}
+        error = relative_error(weight, solution.dequantize(), statistics.gram)
+        return GroupedLinear(layer, solution, args.bits), {"error_after": error}
 
-    def by_rounding(name: str, weight: torch.Tensor, _: InputStatistics) -> tuple[Quantized, int, dict[str, Any]]:
-        return solve_nearest(weight, grid), args.bits, {}
-
-    return {"gptq": by_gptq, "awq": by_awq, "rtn": by_rounding}[args.method]
+    without_text: dict[str, Callable[[nn.Linear], QuantizedLinear]] = {
+        "rtn": lambda layer: GroupedLinear(layer, solve_nearest(layer.weight.detach(), grid), args.bits),
+        "int8": lambda layer: GroupedLinear(layer, solve_rows(layer.weight.detach().float()), 8),
+        "llm_int8": partial(LLMInt8Linear, threshold=args.threshold),
+        "nf4": partial(FourBitLinear, kind="nf4", double=args.double_quant),
+        "fp4": partial(FourBitLinear, kind="fp4", double=args.double_quant),
+    }
+    by_text = {"gptq": by_gptq, "awq": by_awq}
+    return by_text.get(args.method) or (lambda _, layer, __: (without_text[args.method](layer), {}))
 
 
 @torch.no_grad()
@@ -222,7 +273,8 @@ def scale_block(model: nn.Module, block: nn.Module, stream: Stream, grid: GridOp
 def pad_feed_forward(model: nn.Module, multiple: int) -> None:
     """Widen the feed-forward layers to a multiple of `multiple` with rows and columns of zeros: nothing changes.
 
-    Readers of GPTQ files cut layers whose sides are no multiple of 32.
+    Readers of GPTQ files cut layers whose sides are no multiple of 32, and bitsandbytes' CPU kernel misreads rows that
+    are no multiple of 64.
     """
     missing = -model.args.hidden_dim % multiple
     if not missing:
@@ -235,16 +287,24 @@ def pad_feed_forward(model: nn.Module, multiple: int) -> None:
         block.mlp.gate_proj.out_features = block.mlp.up_proj.out_features = down.in_features = down.weight.shape[1]
     before = model.args.hidden_dim
     model.args = model.args.replace(hidden_dim=before + missing)
-    say(f"the feed-forward width {before} is padded with zeros to {before + missing}, which GPTQ's readers need")
+    say(f"the feed-forward width {before} is padded with zeros to {before + missing}, which the format's readers need")
 
 
 def check_shapes(model: nn.Module, args: Args) -> None:
     """Raise ValueError for layers that the format cannot keep, before anything is computed."""
+    grouped = "group_size" in METHODS[args.method].flags
+    if args.method in ("nf4", "fp4") and model.args.dim % BLOCK:
+        say(
+            f"rows of {model.args.dim} inputs are no multiple of {BLOCK}: this program reads them right, bitsandbytes' "
+            "CPU kernel does not"
+        )
     for name, layer in base_layers(model):
         if not layer.weight.isfinite().all():
             raise ValueError(f"--model: the weights of {name} are not finite: its training has diverged")
         size, multiple = args.group_size, 8 if args.format == "awq" else 32
-        if args.format in ("awq", "compressed-tensors") and size != -1 and layer.in_features % size:
+        if args.format == "bnb":
+            continue
+        if args.format in ("awq", "compressed-tensors") and grouped and size != -1 and layer.in_features % size:
             raise ValueError(
                 f"--group_size {size} does not divide the {layer.in_features} inputs of {name}, which --format "
                 f"{args.format} needs: choose a divisor, or -1 for whole rows"

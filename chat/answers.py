@@ -24,8 +24,8 @@ def find_answers(
 ) -> list[tuple[int, int]]:
     """Return where each answer begins and ends in `text`, which is the template's text of `messages`.
 
-    tokens: finds special tokens and marks; ends: special tokens that end an answer. Raises ValueError when a place
-    cannot be found.
+    tokens: finds marks, special and added tokens; ends: special tokens that end an answer. Raises ValueError when a
+    place cannot be found.
     """
     spans, last = [], 0
     for n, message in enumerate(messages):

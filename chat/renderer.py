@@ -26,6 +26,7 @@ class Renderer:
 
     names: matches the empty text before a special token
     tokens: matches marks, and special tokens but those after BREAK, which are text
+    places: the same, and the tokens of the vocabulary that are not special
     has_blocks: the template has {% generation %} blocks
 
     Raises ValueError when the Jinja cannot be read.
@@ -38,6 +39,7 @@ class Renderer:
         # Templates look for these two in an answer, so there they stay what they are.
         self._names_in_answers = re.compile(f"(?={any_of(set(tokenizer.special) - {OPEN, CLOSE})})")
         self.tokens = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
+        self.places = re.compile(f"{self.tokens.pattern}|{any_of(tokenizer.added)}")
         try:
             self._template = ENVIRONMENT.from_string(jinja)
         except (jinja2.TemplateError, RecursionError) as error:

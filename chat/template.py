@@ -192,7 +192,7 @@ class ChatTemplate:
 
     def _spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """Return where each answer begins and ends in `text`, which has no marks."""
-        return find_answers(self._renderer.fill_plain, messages, text, self._renderer.tokens, self._ends)
+        return find_answers(self._renderer.fill_plain, messages, text, self._renderer.places, self._ends)
 
     def _only_trained(self, messages: list[Message], text: str, trained: list[bool]) -> str:
         """Return `text`, of a template with {% generation %} blocks, without the marks of answers that are not trained.

@@ -1,15 +1,16 @@
-"""Model directories whose linear layers are quantized: GPTQ, AWQ and compressed-tensors, ours and other programs'.
+"""Model directories whose linear layers are quantized: ours and other programs'.
 
 `config.json` says how in `quantization_config`; each quantized layer has several tensors in the place of its weight
-(quant/layouts.py). Embeddings, norms and the head are kept as they are.
+(quant/formats.py). Embeddings, norms and the head are kept as they are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,21 +18,11 @@ from torch import nn
 from checkpoint import config_json, safetensors_files
 from checkpoint.locate import read_config
 from model import Transformer
-from quant.grouped import GroupedLinear
-from quant.layouts import LAYOUTS, config_of
-from quant.replace import base_layers, replace
+from quant.formats import FORMATS, Scheme
+from quant.linear import QuantizedLinear
+from quant.replace import base_layers, need_package, replace
 
 KEY = "quantization_config"
-
-
-class Scheme(NamedTuple):
-    """How the layers of a directory are quantized."""
-
-    layout: str
-    """name in quant.layouts.LAYOUTS"""
-    bits: int
-    group_size: int
-    """inputs that share a scale; -1: the whole row"""
 
 
 def read_scheme(config: dict[str, Any]) -> Scheme | None:
@@ -57,8 +48,11 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
         return checked(Scheme("awq", settings.get("bits", 4), settings.get("group_size", 128)))
     if method == "compressed-tensors":
         return checked(scheme_of_compressed(settings))
+    if method == "bitsandbytes":
+        return scheme_of_bnb(settings)
     raise ValueError(
-        f"config.json: weights quantized by {method!r} are not read here; gptq, awq and compressed-tensors are"
+        f"config.json: weights quantized by {method!r} are not read here; gptq, awq, compressed-tensors and "
+        "bitsandbytes are"
     )
 
 
@@ -73,6 +67,22 @@ def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
         raise ValueError("config.json: of compressed-tensors, only integer weights by group or channel are read here")
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
     return Scheme("compressed-tensors", weights.get("num_bits"), size)
+
+
+def scheme_of_bnb(settings: dict[str, Any]) -> Scheme:
+    """Return the scheme of bitsandbytes' settings."""
+    four, eight = bool(settings.get("load_in_4bit")), bool(settings.get("load_in_8bit"))
+    if four == eight:
+        raise ValueError(f"config.json: {KEY} should have one of load_in_4bit and load_in_8bit true")
+    if four:
+        if (storage := settings.get("bnb_4bit_quant_storage", "uint8")) != "uint8":
+            raise ValueError(f"config.json: bnb_4bit_quant_storage {storage!r} is not read here; uint8 is")
+        need_package("nf4", "config.json: weights in NF4 or FP4 (bitsandbytes)")
+        return Scheme("bnb_4bit", 4)
+    threshold = settings.get("llm_int8_threshold", 6.0)
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        raise ValueError(f"config.json: llm_int8_threshold should be a number from 0 on, found {threshold!r}")
+    return Scheme("bnb_8bit", 8, threshold=float(threshold))
 
 
 def checked(scheme: Scheme) -> Scheme:
@@ -90,7 +100,7 @@ def checked(scheme: Scheme) -> Scheme:
 
 
 def load(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Transformer:
-    """Load a quantized model: its linear layers as GroupedLinear, everything else in `dtype`.
+    """Load a quantized model: its linear layers as QuantizedLinear, everything else in `dtype`.
 
     Raises ValueError that names the tensors that are missing or of another shape.
     """
@@ -106,14 +116,14 @@ def load(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Tra
         model = Transformer(args, initialize=False).to(dtype)
     files = tensor_files(directory)
     for path, layer in base_layers(model):
-        names = {name.rpartition(".")[2]: file for name, file in files.items() if name.rpartition(".")[0] == path}
-        if "weight" not in names:
+        names = {name[len(path) + 1 :]: file for name, file in files.items() if name.startswith(f"{path}.")}
+        if "weight" not in names or names.keys() - {"weight", "bias"}:
             replace(model, path, load_layer(directory, path, layer, names, scheme))
-    quantized = {path for path, module in model.named_modules() if isinstance(module, GroupedLinear)}
+    quantized = {path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not quantized:
         raise ValueError(f"{directory}: config.json has a {KEY}, and no layer in the files is quantized")
     own = {name: t for name, t in safetensors_files.state_of(model).items() if name.rpartition(".")[0] not in quantized}
-    elsewhere = {name for name in files if name.rpartition(".")[0] in quantized}
+    elsewhere = {name for name in files if any(name.startswith(f"{path}.") for path in quantized)}
     shapes = {name: tensor.shape for name, tensor in own.items()}
     tied = safetensors_files.second_names(model)
     read = safetensors_files.read_tensors(directory, shapes, tied, elsewhere)
@@ -134,57 +144,47 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return files
 
 
-def load_layer(directory: Path, path: str, layer: nn.Linear, names: dict[str, Path], scheme: Scheme) -> GroupedLinear:
+def load_layer(directory: Path, path: str, layer: nn.Linear, names: dict[str, Path], scheme: Scheme) -> QuantizedLinear:
     """Return the quantized layer `path`, in the place of `layer` (on the meta device). names: last name -> file."""
-    layout = LAYOUTS[scheme.layout]
-    if missing := sorted(layout.names - names.keys()):
+    form = FORMATS[scheme.layout]
+    if missing := sorted(form.names - names.keys()):
         raise ValueError(f"{directory} lacks {path}.{missing[0]}, which a layer quantized by {scheme.layout} has")
     tensors = {name: safetensors_files.read_one(file, f"{path}.{name}") for name, file in names.items()}
     try:
-        quantized = layout.read(tensors, scheme.bits, scheme.group_size)
+        quantized = form.read(tensors, layer, scheme)
     except (RuntimeError, IndexError, ValueError) as error:
         raise ValueError(f"{directory}: the tensors of {path} do not fit together: {error}") from None
-    expected = (layer.out_features, layer.in_features)
-    groups = int(quantized.groups.max()) + 1
-    if tuple(quantized.codes.shape) != expected or tuple(quantized.scales.shape) != (expected[0], groups):
-        raise ValueError(
-            f"{directory}: {path} holds codes of shape {tuple(quantized.codes.shape)} and scales of shape "
-            f"{tuple(quantized.scales.shape)}; config.json makes them {expected} and {(expected[0], groups)}"
-        )
     bias = tensors.get("bias")
     if bias is not None and layer.bias is None and bias.any():
         raise ValueError(f"{directory}: {path} has a bias, and config.json gives it none")
-    grouped = GroupedLinear(layer, quantized, scheme.bits)
+    quantized.in_files = True
     if layer.bias is not None:
         if bias is None:
             raise ValueError(f"{directory} lacks {path}.bias")
-        grouped.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
-    return grouped
+        quantized.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
+    return quantized
 
 
 # ---- writing
 
 
-def save(
-    directory: Path, model: Transformer, scheme: Scheme, ids: dict[str, Any], symmetric: bool, **settings: Any
-) -> None:
-    """Write `config.json` and the tensors of a model whose linear layers are GroupedLinear.
+def save(directory: Path, model: Transformer, scheme: Scheme, ids: dict[str, Any]) -> None:
+    """Write `config.json` and the tensors of a model whose linear layers are quantized as `scheme` says.
 
-    ids: special tokens' ids for config.json. settings: act_order and damping, which formats record. Tensors that are
-    not quantized keep their dtype.
+    ids: special tokens' ids for config.json. Tensors that are not quantized keep their dtype.
     """
-    state = dict(tensors_of(model, scheme, symmetric))
+    state = dict(tensors_of(model, scheme))
     config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids
-    config[KEY] = config_of(scheme.layout, scheme.bits, scheme.group_size, symmetric, **settings)
+    config[KEY] = FORMATS[scheme.layout].config(scheme, model.dtype)
     safetensors_files.write_model(directory, config, state)
     if scheme.layout in ("gptq", "gptq_v2", "awq"):  # where auto-gptq and AutoAWQ look first
         name = "quant_config.json" if scheme.layout == "awq" else "quantize_config.json"
         (directory / name).write_text(json.dumps(config[KEY], indent=2))
 
 
-def tensors_of(model: Transformer, scheme: Scheme, symmetric: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a model directory by name: packed ones for GroupedLinear layers, all others as they are."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, GroupedLinear)}
+def tensors_of(model: Transformer, scheme: Scheme) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a model directory by name: those of quantized layers, all others as they are."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     for name, tensor in safetensors_files.state_of(model).items():
         if name.rpartition(".")[0] not in layers or name.endswith(".bias"):
             yield name, tensor
@@ -193,10 +193,10 @@ def tensors_of(model: Transformer, scheme: Scheme, symmetric: bool) -> Iterator[
         yield from ((second, state[second].clone()) for second in safetensors_files.second_names(model))
     for path, layer in layers.items():
         try:
-            tensors = LAYOUTS[scheme.layout].write(layer.quantized(), scheme.bits)
+            tensors = FORMATS[scheme.layout].write(layer, model.dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if symmetric:
+        if scheme.symmetric:
             tensors.pop("weight_zero_point", None)  # compressed-tensors keeps none of a symmetric grid
         for name, tensor in tensors.items():
-            yield f"{path}.{name}", tensor.to(model.dtype) if name == "weight_scale" else tensor
+            yield f"{path}.{name}", tensor

@@ -274,6 +274,8 @@ struct Input {
     int64_t batch;
     const int64_t *starts, *past, *tokens;
     int64_t last;  // number of tokens at the end of each row whose logits are returned
+    const int64_t *places;  // row b is in row places[b] of the cache's `rows`
+    int64_t rows;
 };
 
 // A meeting point of n threads. Waits are some microseconds, about forty a token: to sleep and be woken takes longer, so a
@@ -373,7 +375,8 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
             for (int64_t item = me; item < B * K; item += n) {  // a key head and the query heads that read it
                 const int64_t b = item / K, kv = item % K;
                 // the slots of this layer, row and head: (slots, D)
-                W *row = keys + (i * B * K + item) * L * D, *value_row = values + (i * B * K + item) * L * D;
+                const int64_t at = ((i * in.rows + in.places[b]) * K + kv) * L * D;
+                W *row = keys + at, *value_row = values + at;
                 for (int64_t t = in.starts[b]; t < in.starts[b + 1]; t++) {
                     const int64_t position = in.past[b] + t - in.starts[b];
                     // a window hides the slots before `first`
@@ -415,12 +418,13 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
     }
 }
 
-// starts (batch + 1) begins with 0, past (batch), tokens (starts[batch]); keys, values (n_layers, batch, n_kv_heads,
-// slots, head_dim), whose slots at the tokens' positions are written; logits (batch, last, vocab_size), float, or
-// double for a model in double; last is at most the number of tokens of any row.
+// starts (batch + 1) begins with 0, past (batch), tokens (starts[batch]), places (batch) all different; keys, values
+// (n_layers, rows, n_kv_heads, slots, head_dim), whose slots at the tokens' positions are written; logits (batch, last,
+// vocab_size), float, or double for a model in double; last is at most the number of tokens of any row.
 extern "C" void decode_step(const Model *m, int64_t batch, const int64_t *starts, const int64_t *past,
-                            const int64_t *tokens, int64_t last, void *keys, void *values, void *logits, int threads) {
-    const Input in = {batch, starts, past, tokens, last};
+                            const int64_t *tokens, const int64_t *places, int64_t rows, int64_t last, void *keys,
+                            void *values, void *logits, int threads) {
+    const Input in = {batch, starts, past, tokens, last, places, rows};
     if (m->dtype == 0)
         step(*m, in, (float *)keys, (float *)values, (float *)logits, threads);
     else if (m->dtype == 1)

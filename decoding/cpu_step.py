@@ -68,7 +68,7 @@ INTEGERS = (
 POINTERS = ("layers", "embedding", "norm")
 TABLES = ("cos", "sin")
 
-Step = Callable[[Sequence[Sequence[int]], Sequence[int], int], torch.Tensor]
+Step = Callable[..., torch.Tensor]
 
 
 class _Weight(ctypes.Structure):
@@ -99,10 +99,11 @@ class _Model(ctypes.Structure):
 
 
 def stepper(model: Transformer, cache: KVCache) -> Step | None:
-    """Return the function `step(runs, past, n) -> logits (B, n, V)`, or None when it cannot be used or compiled.
+    """Return the function `step(runs, past, n, places) -> logits (B, n, V)`, or None where it cannot be used.
 
-    runs: ids to feed to each of the cache's B rows, from position past[i] on in row i. The logits are those of `model`
-    after the last n ids of each row, float32 or wider. In-place changes of the parameters are seen, replaced
+    runs: ids to feed to B rows of the cache (places: which, all different; None: its B rows), run i from position
+    past[i] on. The logits are those of `model` after the last n ids of each run, float32 or wider; their bits depend
+    neither on the other runs nor on how a text is cut into runs. In-place changes of the parameters are seen, replaced
     parameters are not; the tensors of the cache may be replaced. See `supports`.
     """
     if not supports(model, cache):
@@ -134,12 +135,17 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         cos, sin = rope.cos_sin(torch.arange(cache.room), *model.rope.frequencies(0))  # (slots, D/2)
         struct.slots, struct.cos, struct.sin, alive[3] = cache.room, cos.data_ptr(), sin.data_ptr(), (cos, sin)
 
-    def step(runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1) -> torch.Tensor:
+    def step(
+        runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, places: Sequence[int] | None = None
+    ) -> torch.Tensor:
         # the compiled code checks nothing: an id or position out of range would read or write foreign memory
         batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
-        if min(past) < 0 or max(lengths) > cache.max_len or cache.keys.shape[1] != batch:
+        rows = cache.keys.shape[1]
+        places = range(rows) if places is None else places
+        fit = min(past) >= 0 and max(lengths) <= cache.max_len
+        if not fit or len(places) != batch or len({*places} & {*range(rows)}) != batch:
             raise ValueError(
-                f"the cache has {cache.keys.shape[1]} rows of {cache.max_len} tokens, found {batch} rows "
+                f"the cache has {rows} rows of {cache.max_len} tokens, found {batch} runs for the rows {[*places]} "
                 f"at positions {min(past)}..{max(lengths) - 1}"
             )
         ids = [id for run in runs for id in run]
@@ -153,9 +159,9 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         # the runs concatenated, and where each begins
         logits = torch.empty(batch, n, a.vocab_size, dtype=out_dtype)
         starts = list(itertools.accumulate(map(len, runs), initial=0))
-        arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (starts, past, ids)]
+        arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (starts, past, ids, places)]
         pointers = (cache.keys.data_ptr(), cache.values.data_ptr(), logits.data_ptr())
-        function(ctypes.byref(struct), batch, *arrays, n, *pointers, torch.get_num_threads())
+        function(ctypes.byref(struct), batch, *arrays, rows, n, *pointers, torch.get_num_threads())
         # the compiled code has written keys and values into the cache's tensors
         cache.length = max(cache.length, *lengths)
         return logits
@@ -220,9 +226,9 @@ def compiled_step() -> Callable[..., None] | None:
         why = getattr(error, "stderr", None) or error
         say(f"decoding goes without its compiled step: {str(why).strip()[:500]}")
         return None
-    # struct, batch, starts, past, tokens, last; keys, values, logits; threads
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [*(pointer, number, pointer, pointer, pointer, number), *[pointer] * 3, ctypes.c_int]
+    # struct, batch; starts, past, tokens, places; rows, last; keys, values, logits; threads
+    function.argtypes = [pointer, number, *[pointer] * 4, number, number, *[pointer] * 3, ctypes.c_int]
     function.restype = None
     return function
 

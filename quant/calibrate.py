@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.grid import Quantized
-from quant.grouped import GroupedLinear
+from quant.linear import QuantizedLinear
 from quant.replace import replace
 from quant.statistics import InputStatistics
 
@@ -29,7 +28,7 @@ STAGES = (
     ("mlp.down_proj",),
 )
 
-Solve = Callable[[str, torch.Tensor, InputStatistics], tuple[Quantized, int, dict[str, Any]]]
+Solve = Callable[[str, nn.Linear, InputStatistics], tuple[QuantizedLinear, dict[str, Any]]]
 
 
 @dataclass
@@ -56,18 +55,18 @@ class Stream:
 def quantize_block(
     block: nn.Module, stream: Stream, solve: Solve, prefix: str = "", stages: Sequence[Sequence[str]] = STAGES
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Put a GroupedLinear in the place of every layer of `stages`, and move the stream past the block.
+    """Put a quantized layer in the place of every layer of `stages`, and move the stream past the block.
 
-    solve(name, weight (out, in), statistics) returns codes, their width in bits, and a report; names begin with
-    `prefix`. Yields the name and the report of each layer when it is done.
+    solve(name, layer, statistics of its inputs) returns the quantized layer and a report; names begin with `prefix`.
+    Yields the name and the report of each layer when it is done.
     """
     original = copy.deepcopy(block) if stream.full is not None else None
     for names in stages:
         statistics = measure(block, original, stream, names[0])
         for name in names:
             layer = block.get_submodule(name)
-            quantized, bits, report = solve(prefix + name, layer.weight.detach(), statistics)
-            replace(block, name, GroupedLinear(layer, quantized, bits))
+            quantized, report = solve(prefix + name, layer, statistics)
+            replace(block, name, quantized)
             yield prefix + name, report
     stream.through(block, original)
 

@@ -134,10 +134,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def config_of(
-    name: str, bits: int, group_size: int, symmetric: bool, act_order: bool, damping: float
-) -> dict[str, Any]:
-    """Return the `quantization_config` that a config.json of this format has, as its readers expect it."""
+def config_of(name: str, scheme: Any) -> dict[str, Any]:
+    """Return the `quantization_config` that a config.json of this format has, as its readers expect it; scheme: a
+    formats.Scheme."""
+    bits, group_size, symmetric = scheme.bits, scheme.group_size, scheme.symmetric
     if name in ("gptq", "gptq_v2"):
         return {
             "quant_method": "gptq",
@@ -145,8 +145,8 @@ def config_of(
             "group_size": group_size,
             "sym": symmetric,
             "desc_act": False,  # codes lie in the order of the inputs, whatever order they were rounded in
-            "static_groups": act_order,
-            "damp_percent": damping,
+            "static_groups": scheme.act_order,
+            "damp_percent": scheme.damping,
             "true_sequential": True,
             "lm_head": False,
             "checkpoint_format": name,

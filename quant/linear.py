@@ -23,6 +23,8 @@ class QuantizedLinear(nn.Module):
     """name of the quantizer"""
     double = False
     """whether the scales are quantized, too"""
+    in_files = False
+    """whether the model's own files hold it quantized"""
 
     def __init__(self, base: nn.Linear) -> None:
         """Take over shape, bias and class of `base`."""
@@ -33,6 +35,10 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight (out, in) in `dtype`."""
         raise NotImplementedError
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Wᵀ (..., out) for x (..., in), in the dtype of x; its gradient is taken as that of the weight."""
+        return F.linear(x, self.dequantize(x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Wᵀ + bias (..., out) for x (..., in), in the dtype of x."""
@@ -56,7 +62,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         ctx.layer = layer  # not its dense weight, which autograd would keep
-        return F.linear(x, layer.dequantize(x.dtype))
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -38,9 +38,7 @@ def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> Non
         return
     if kind not in KINDS:
         raise ValueError(f"--lora.base should be one of full, {', '.join(KINDS)}, found {kind!r}")
-    package = KINDS[kind].package
-    if package and importlib.util.find_spec(package.partition(">=")[0]) is None:
-        raise ValueError(f"--lora.base {kind} needs a package: pip install '{package}', or choose int8")
+    need_package(kind, f"--lora.base {kind}")
     if any(hasattr(module, "lora") for module in model.modules()):
         raise ValueError("the model has adapters already: quantize its base before they are added")
     options = {"double": double_quant} if KINDS[kind].double_quant else {}
@@ -49,12 +47,19 @@ def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> Non
         replace(model, path, QUANTIZERS[kind](module, **options))
 
 
+def need_package(kind: str, what: str) -> None:
+    """Raise ValueError, whose subject is `what`, where the package of a kind is not installed."""
+    package = KINDS[kind].package
+    if package and importlib.util.find_spec(package.partition(">=")[0]) is None:
+        raise ValueError(f"{what} needs a package: pip install '{package}', or choose int8")
+
+
 def kind_of_base(model: nn.Module) -> tuple[str, bool]:
     """Return the kind and double_quant of the `quantize_base` that a model went through; ("full", False) for none.
 
     Layers that were quantized in the model's own directory do not count: they come back whenever it is loaded.
     """
-    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.kind in KINDS)
+    layers = (m for m in model.modules() if isinstance(m, QuantizedLinear) and m.kind in KINDS and not m.in_files)
     return next(((layer.kind, layer.double) for layer in layers), ("full", False))
 
 

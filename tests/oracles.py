@@ -20,6 +20,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # as pytest has it
 
 import oracle_rows_model  # noqa: E402, F401  (they fill ROWS)
 import oracle_rows_use  # noqa: E402, F401
+import oracle_rows_weights  # noqa: E402, F401
 from helpers.oracle_row import ROWS, Row  # noqa: E402
 
 DOCUMENT = TESTS.parent / "docs" / "oracles.md"

@@ -122,6 +122,28 @@ def test_the_number_of_threads_changes_nothing():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_runs_may_go_to_some_rows_of_the_cache_and_be_cut_anywhere():
+    """Bit for bit as alone: in any rows, beside any others, a text in any pieces."""
+    model = make(torch.float32, n_kv_heads=1, hidden_dim=33)
+    cache, draw = model.make_cache(5), random.Random(0)
+    step = stepper(model, cache)
+    texts = {place: draw.choices(range(101), k=30) for place in (3, 0, 4)}
+    fed, found = dict.fromkeys(texts, 0), {}
+    while fed.keys() - found.keys():
+        places = draw.sample(sorted(fed.keys() - found.keys()), k=draw.randint(1, len(fed) - len(found)))
+        runs = [texts[place][fed[place] : fed[place] + draw.randint(1, 9)] for place in places]
+        logits = step(runs, [fed[place] for place in places], 1, places)
+        for place, run, row in zip(places, runs, logits):
+            fed[place] += len(run)
+            if fed[place] == 30:
+                found[place] = row
+    for place, text in texts.items():
+        alone = stepper(model, one := model.make_cache(1))([text], [0])[0]
+        assert torch.equal(found[place], alone)
+        assert torch.equal(cache.keys[:, place, :, :30], one.keys[:, 0, :, :30])
+    assert not cache.keys[:, [1, 2]].any()
+
+
 def test_rows_may_leave_and_weights_may_change_on_the_way():
     model = make()
     caches = [model.make_cache(3) for _ in range(2)]
@@ -147,16 +169,18 @@ def test_what_does_not_fit_the_cache_is_refused():
     model = make()
     step = stepper(model, model.make_cache(2, 10))
     ten = r"2 rows of 10 tokens"
-    for runs, past, n, match in [
+    for runs, past, n, match, *places in [
         ([[1], [2]], [10, 0], 1, ten),
         ([[1], [2, 3]], [0, 9], 1, ten),
         ([[1], [2]], [0, -1], 1, ten),
         ([[1]], [0], 1, ten),
+        ([[1], [2]], [0, 0], 1, ten, [0, 2]),
+        ([[1], [2]], [0, 0], 1, ten, [1, 1]),
         ([[1], [2, 101]], [0, 0], 1, r"ids 0\.\.100"),
         ([[1], [2, 3]], [0, 0], 2, "n should be at most 1, the length of the shortest run, found 2"),
     ]:
         with pytest.raises(ValueError, match=match):
-            step(runs, past, n)
+            step(runs, past, n, *places)
 
 
 def test_only_what_it_computes_right_is_taken():

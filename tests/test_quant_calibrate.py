@@ -31,10 +31,10 @@ def test_each_layer_sees_what_the_quantized_ones_below_it_put_out(propagation):
     options = GPTQOptions(GRID, propagation=propagation)
     seen = {}
 
-    def solve_and_note(name, weight, statistics):
+    def solve_and_note(name, layer, statistics):
         seen[name] = statistics
-        quantized, report = solve(weight, statistics, options)
-        return quantized, 4, report
+        quantized, report = solve(layer.weight.detach(), statistics, options)
+        return GroupedLinear(layer, quantized, 4), report
 
     names = []
     for n, block in enumerate(model.model.layers):
@@ -77,8 +77,12 @@ def test_a_quantized_model_computes_what_its_codes_say():
     stream = Stream(
         run_blocks(model, torch.zeros(1, 7, dtype=torch.long)), [model.model.embed_tokens(torch.randint(61, (2, 7)))]
     )
+
+    def nearest(name, layer, _):
+        return GroupedLinear(layer, solve_nearest(layer.weight.detach(), GRID), 4), {}
+
     for block in model.model.layers:
-        list(quantize_block(block, stream, lambda name, weight, _: (solve_nearest(weight, GRID), 4, {})))
+        list(quantize_block(block, stream, nearest))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, GroupedLinear)}
     assert len(layers) == 14
     for name, layer in layers.items():

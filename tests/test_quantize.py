@@ -19,11 +19,12 @@ from lora import adapters
 from lora.spec import LoraArgs
 from model import Transformer
 from quant.grouped import GroupedLinear
+from quant.kinds import PACKED
 from quant.linear import QuantizedLinear
 from tokenizer import load_tokenizer
 from tuning.args import DataArgs
 
-FORMATS = quantize.FORMATS
+FORMATS = PACKED
 SHAPE = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96}
 
 
@@ -137,6 +138,12 @@ def test_a_width_that_gptq_cannot_keep_is_padded_and_the_config_says_so(folder, 
     [
         ({"calib": ()}, "--method gptq needs calibration text"),
         ({"bits": 3, "format": "awq"}, "--format awq keeps 4 bits, found --bits 3"),
+        ({"bits": 4, "method": "int8", "calib": (), "group_size": 128}, "--method int8 has --bits 8, found 4"),
+        ({"method": "nf4", "format": "gptq", "calib": (), "group_size": 128}, "nf4 has --format bnb, found gptq"),
+        ({"method": "rtn", "threshold": 5.0}, "--threshold has no effect with --method rtn: .*choose llm_int8"),
+        ({"method": "int8", "calib": (), "group_size": 32}, "--group_size has no effect with --method int8"),
+        ({"method": "nf4", "group_size": 128}, "--calib has no effect with --method nf4"),
+        ({"method": "llm_int8", "calib": (), "group_size": 128, "threshold": -1.0}, "--threshold should be"),
         ({"calib_tokens": 0}, "--calib_tokens should be 1 or more"),
         ({"damping": 0.0}, "damping should be above 0"),
         ({"group_size": 0}, "group_size should be"),

@@ -62,7 +62,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     added = read_added_tokens(path.parent, config)
     special = {i: token for i, token in added.items() if token.special}
     tokenizer = SentencePieceTokenizer(path.read_bytes(), path, config, special)
-    known = {*tokenizer.special, *tokenizer.whole}
+    known = {*tokenizer.special, *tokenizer.added}
     plain = {i: token for i, token in added.items() if not token.special and token.content not in known}
     return with_plain_tokens(tokenizer, plain, path.parent) if plain else tokenizer
 
@@ -79,7 +79,7 @@ def check_saving(tokenizer: Tokenizer) -> None:
     def facts(of: Tokenizer) -> tuple[Any, ...]:
         return of.sha256(), of.special, of.begins, of.special_names(), of.strips, of.chat_template
 
-    texts = [*TEXTS, *(f"a {name} b{name}c" for name in [*tokenizer.whole, *tokenizer.special][:100])]
+    texts = [*TEXTS, *(f"a {name} b{name}c" for name in [*tokenizer.added, *tokenizer.special][:100])]
     pairs = [(text, after) for text in texts for after in (False, True)]
     wrong = [text for text, after in pairs if tokenizer.encode(text, after) != theirs.encode(text, after)]
     if wrong or facts(tokenizer) != facts(ours):

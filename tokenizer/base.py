@@ -23,7 +23,7 @@ class Tokenizer:
     bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
     begins: ids that stand before every text, usually [bos_id] or none; see `ids_before_text`
     special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
-    whole: tokens that are not special and one id wherever they stand in a text
+    added: tokens that are not special, but one id wherever a text has them: added ones, user-defined pieces
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
     chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
@@ -35,7 +35,7 @@ class Tokenizer:
         self.special = special
         self.begins: list[int] = []
         self.chat_template: Any = None
-        self.whole: list[str] = []
+        self.added: tuple[str, ...] = ()
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)

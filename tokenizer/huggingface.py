@@ -49,7 +49,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._following = self._backend_after_special()
         super().__init__(table, special, [vocab.get(name) for name in names])
         self.strips = strips(added.values())
-        self.whole = [token.content for token in added.values() if token.content not in special]
+        self.added = tuple(token.content for token in added.values() if token.content not in special)
         self.chat_template, self.begins = self._config.get("chat_template"), self.ids_before_text(self._config)
 
     def _add_missing(self, directory: Path) -> None:
@@ -104,7 +104,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         config = {key: value for key, value in self._config.items() if value is not None}
         files = {"tokenizer.json": self._json.encode()} | ({"tokenizer.model": self._model} if self._model else {})
-        return {"tokenizer_class": "PreTrainedTokenizerFast"} | config, files
+        # Other classes of transformers build their own pre-tokenizer; this one takes tokenizer.json as it is.
+        return config | {"tokenizer_class": "PreTrainedTokenizerFast"}, files
 
 
 def _bytes_of_decoder(decoder: dict[str, Any] | None, path: Path) -> Callable[[str], bytes]:

@@ -41,9 +41,9 @@ class SentencePieceTokenizer(Tokenizer):
         config: dict[str, Any] | None = None,
         added: Mapping[int, AddedToken] | None = None,
     ) -> None:
-        proto, settings, self._added = read_model(model, name), config or {}, dict(added or {})
+        proto, settings, self._beside = read_model(model, name), config or {}, dict(added or {})
         ids_of = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-        for i, token in self._added.items():
+        for i, token in self._beside.items():
             if (at := ids_of.get(token.content, i)) != i:
                 raise ValueError(f"{name} has the piece {token.content!r} at {at}, and the files beside it say {i}")
             if i < len(proto.pieces):
@@ -57,14 +57,14 @@ class SentencePieceTokenizer(Tokenizer):
         if len(table) == CHATGLM2_PIECES:
             special |= {piece: i for i, piece in enumerate(CHATGLM2_SPECIAL, start=len(table))}
             ids[2] = sp.unk_id()  # ChatGLM2 pads with <unk>
-        special |= {token.content: i for i, token in self._added.items()}
+        special |= {token.content: i for i, token in self._beside.items()}
         table += [b""] * (1 + max(special.values(), default=-1) - len(table))
         self.legacy = bool(settings.get("legacy", True)) or not proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix &= self.legacy
         self._following = sp if self.legacy else SentencePieceProcessor(model_proto=proto.SerializeToString())
         super().__init__(table, special, [special.get(settings.get(key), i) for key, i in zip(SPECIAL_KEYS, ids)])
-        self.strips = strips(self._added.values())
-        self.whole = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]
+        self.strips = strips(self._beside.values())
+        self.added = tuple(p.piece for p in proto.pieces if p.type == p.USER_DEFINED)
         if config is not None:
             self.chat_template, self.begins = config.get("chat_template"), self.ids_before_text(config)
 
@@ -96,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         model = self._processor.serialized_model_proto()
-        fast = to_tokenizers(ModelProto.FromString(model), self.special, self._added, self.legacy)
+        fast = to_tokenizers(ModelProto.FromString(model), self.special, self._beside, self.legacy)
         config: dict[str, Any] = self.special_names() | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -105,8 +105,8 @@ class SentencePieceTokenizer(Tokenizer):
             bos = config["bos_token"]
             fast.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, self.bos_id)])
             config["add_bos_token"] = True
-        if self._added:
-            config["added_tokens_decoder"] = to_plain(self._added.items())
+        if self._beside:
+            config["added_tokens_decoder"] = to_plain(self._beside.items())
         if not self.legacy:
             config["legacy"] = False
         same = fast.to_str().encode()

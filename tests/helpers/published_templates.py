@@ -172,6 +172,60 @@ MISTRAL3 = """{%- set loop_messages = messages[1:] if messages[0]['role'] == 'sy
 {%- endfor %}"""
 
 
+# LLaMA 2: the system message inside the first question; every exchange is a text of its own, with bos and eos.
+LLAMA2 = """{%- if messages[0]['role'] == 'system' %}
+    {%- set turns = messages[1:] %}
+    {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}
+{%- else %}
+    {%- set turns, system = messages, '' %}
+{%- endif %}
+{%- for message in turns %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles alternate') }}{%- endif %}
+    {%- set content = (system if loop.first else '') + message['content'] %}
+    {%- if message['role'] == 'user' %}
+        {{- bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + content.strip() + ' ' + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
+# TinyLlama (Zephyr): names of the roles that are ordinary text, eos after every message.
+TINYLLAMA = """{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|assistant|>\\n' }}
+        {{- message['content'] + eos_token }}
+        {{- '\\n' }}
+    {%- else %}
+        {{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}
+    {%- endif %}
+    {%- if loop.last and add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}
+{%- endfor %}"""
+
+# Yi and SmolLM2: ChatML; SmolLM2 puts a system message before a conversation without one.
+YI = """{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+SMOLLM2 = (
+    """{%- if messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\nYou are small and you help.<|im_end|>\\n' }}
+{%- endif %}
+"""
+    + YI
+)
+
+# MiniMind: Qwen 3's, but a thought, empty or not, before every answer, and an empty one in the prompt.
+MINIMIND = QWEN3.replace("loop.index0 > last.question and (loop.last or thought)", "true").replace(
+    "enable_thinking is defined and not enable_thinking", "true"
+)
+
+
 class Published(NamedTuple):
     jinja: str
     special: tuple[str, ...]

@@ -1,0 +1,148 @@
+"""The formats of quantized files: how a layer of any class is written, what config.json says, how it is read again.
+
+gptq, gptq_v2, awq, compressed-tensors (pack-quantized): codes with scales for groups of inputs (layouts.py)
+bnb_8bit  LLM.int8(): weight (out, in) int8; SCB (out,) float32: largest magnitudes; weight_format () uint8: 0, by rows
+bnb_4bit  NF4 and FP4: weight (out * in / 2, 1) uint8; weight.absmax, weight.quant_map, weight.nested_absmax,
+          weight.nested_quant_map; weight.quant_state.bitsandbytes__nf4: the rest as the bytes of a JSON object
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from quant.four_bit import FourBitLinear, functional
+from quant.grouped import GroupedLinear
+from quant.layouts import LAYOUTS, Tensors, config_of
+from quant.linear import QuantizedLinear
+from quant.llm_int8 import THRESHOLD, LLMInt8Linear
+
+
+class Scheme(NamedTuple):
+    """How the layers of a directory are quantized."""
+
+    layout: str
+    """name in FORMATS"""
+    bits: int = 8
+    group_size: int = -1
+    """inputs that share a scale; -1: the whole row"""
+    symmetric: bool = False
+    act_order: bool = True
+    damping: float = 0.01
+    threshold: float = THRESHOLD
+    """of bnb_8bit"""
+    kind: str = "nf4"
+    """of bnb_4bit"""
+    double: bool = True
+    """likewise"""
+
+
+class Format(NamedTuple):
+    """How one format keeps a layer."""
+
+    write: Callable[[Any, torch.dtype], Tensors]
+    """(layer, dtype of the model) -> the layer's tensors, by their names behind the layer's"""
+    read: Callable[[Mapping[str, torch.Tensor], nn.Linear, Scheme], QuantizedLinear]
+    """(tensors, layer to replace, scheme) -> quantized layer; ValueError for tensors that do not fit"""
+    names: frozenset[str]
+    """tensors that a layer has; more than these may be there"""
+    config: Callable[[Scheme, torch.dtype], dict[str, Any]]
+    """(scheme, dtype of the model) -> the `quantization_config` that readers expect in config.json"""
+
+
+def grouped(name: str) -> Format:
+    """Return the format of a layout of codes, scales and zero points."""
+    layout = LAYOUTS[name]
+
+    def write(layer: GroupedLinear, dtype: torch.dtype) -> Tensors:
+        tensors = layout.write(layer.quantized(), layer.bits)
+        return {key: t.to(dtype) if key == "weight_scale" else t for key, t in tensors.items()}
+
+    def read(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> GroupedLinear:
+        quantized = layout.read(tensors, scheme.bits, scheme.group_size)
+        expected, groups = (layer.out_features, layer.in_features), int(quantized.groups.max()) + 1
+        found = tuple(quantized.codes.shape), tuple(quantized.scales.shape)
+        if found != (expected, (expected[0], groups)):
+            raise ValueError(
+                f"codes of shape {found[0]} and scales of shape {found[1]}, where config.json makes them {expected} "
+                f"and {(expected[0], groups)}"
+            )
+        return GroupedLinear(layer, quantized, scheme.bits)
+
+    return Format(write, read, layout.names, lambda scheme, _: config_of(name, scheme))
+
+
+# ---- bitsandbytes
+
+
+def write_8bit(layer: LLMInt8Linear, _: torch.dtype) -> Tensors:
+    """Return the tensors of a layer as bitsandbytes' Linear8bitLt has them in its state dict."""
+    absmax = layer.absmax.view(torch.float32).flatten()
+    return {"weight": layer.codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def read_8bit(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> LLMInt8Linear:
+    """Return the layer that the tensors of a Linear8bitLt stand for."""
+    weight, absmax = tensors["weight"], tensors["SCB"]
+    check_shape("weight", weight, (layer.out_features, layer.in_features), torch.int8)
+    check_shape("SCB", absmax, (layer.out_features,), torch.float32)
+    if "weight_format" in tensors and int(tensors["weight_format"]):
+        raise ValueError("the weight lies in a GPU's order of tiles, not by rows: save it with a newer bitsandbytes")
+    return LLMInt8Linear(layer, scheme.threshold, weight, absmax)
+
+
+def write_4bit(layer: FourBitLinear, dtype: torch.dtype) -> Tensors:
+    """Return the tensors of a layer as bitsandbytes' Linear4bit has them in its state dict."""
+    state = layer.state(torch.Size((layer.out_features, layer.in_features)), dtype)
+    return {"weight": layer.packed} | {f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}
+
+
+def read_4bit(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> FourBitLinear:
+    """Return the layer that the tensors of a Linear4bit stand for."""
+    n = layer.out_features * layer.in_features
+    check_shape("weight", tensors["weight"], ((n + 1) // 2, 1), torch.uint8)
+    parts = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+    try:
+        state = functional().QuantState.from_dict(parts, tensors["weight"].device)
+    except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:  # what damaged JSON leads to
+        raise ValueError(f"weight.quant_state is damaged: {error!r}") from None
+    if state.quant_type not in ("nf4", "fp4") or (state.nested and state.state2.blocksize != 256):
+        raise ValueError(f"weight.quant_state is of a kind that is not read here: {state.quant_type!r}")
+    expected = (layer.out_features, layer.in_features)
+    if tuple(state.shape or ()) != expected:
+        raise ValueError(f"weight is coded for shape {tuple(state.shape or ())}, where {expected} is expected")
+    dtype = torch.uint8 if state.nested else torch.float32
+    check_shape("weight.absmax", state.absmax, (-(-n // state.blocksize),), dtype)
+    return FourBitLinear(layer, state.quant_type, state.nested, (tensors["weight"], state))
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError for a tensor of another shape or dtype."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected {dtype} of {shape}")
+
+
+def bnb_config(scheme: Scheme, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the `quantization_config` of bitsandbytes, with transformers' names."""
+    four = scheme.layout == "bnb_4bit"
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": not four,
+        "load_in_4bit": four,
+        "llm_int8_threshold": scheme.threshold,
+        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_quant_type": scheme.kind,
+        "bnb_4bit_use_double_quant": scheme.double,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+FORMATS = {name: grouped(name) for name in LAYOUTS} | {
+    "bnb_8bit": Format(write_8bit, read_8bit, frozenset({"weight", "SCB"}), bnb_config),
+    "bnb_4bit": Format(write_4bit, read_4bit, frozenset({"weight", "weight.absmax"}), bnb_config),
+}

@@ -1,0 +1,293 @@
+"""Kills and full disks: what goes on afterwards ends with the very same losses and bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from helpers.damage_runs import TRAININGS, Kind, Result, World, computed, difference, tree
+from helpers.forked import Child, Ended
+
+REPOSITORY = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# what is killed besides training: the command, with OUT for the place of the result
+OTHERS = {
+    "data_process, one process": "data_process --input texts.jsonl --tokenizer data/tokenizer --out OUT --held_out 0.1"
+    " --processes 1 --tokens_per_file 1000 --save_all_text True",
+    "data_process, two processes": "data_process --input texts.jsonl --tokenizer data/tokenizer --out OUT"
+    " --processes 2 --tokens_per_file 1000",
+    "train_tokenizer": "train_tokenizer --input texts.jsonl --out OUT --vocab_size 700",
+    "quantize": "quantize --model model/best --out OUT --method rtn --device cpu",
+    "convert merge": "convert merge --model model/best --adapter adapter --out OUT",
+    "eval --input": "eval --model model/best --raw True --input questions.jsonl --output OUT --device cpu --dtype fp32"
+    " --batch_size 2 --sampling.max_new_tokens 8",
+}
+
+
+def small_batches() -> None:
+    """Let data_process save its progress after every few documents."""
+    import bins.screen
+    import data_process
+
+    bins.screen.BATCH_ITEMS, data_process.CHECKPOINT_SECONDS = 4, 0.0
+
+
+def kill_once(
+    start: Callable[[], Child], seconds: float, number: int, rng: random.Random
+) -> tuple[Ended, float] | None:
+    """Send a signal at a random moment of a run that takes about `seconds`; None where it ended before, five times."""
+    share = rng.random()
+    for _ in range(5):
+        child = start()
+        time.sleep(share * seconds)
+        if child.send(number):
+            return child.finish(), share
+        child.finish()
+        share *= 0.7
+    return None
+
+
+def kill_training(name: str) -> Callable[[World, random.Random], Result]:
+    """Return a trial that kills a run of TRAININGS and lets it go on."""
+
+    def trial(world: World, rng: random.Random) -> Result:
+        expected, seconds = world.training(name)
+        out = world.fresh() / "run"
+        command = f"{TRAININGS[name]} --out {out}"
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        if (killed := kill_once(lambda: world.start(command), seconds, number, rng)) is None:
+            return Result("held", "ended before the signal")
+        ended, share = killed
+        return after_kill(ended, world.run(command), lambda: difference(expected, computed(out)), number, share)
+
+    return trial
+
+
+def after_kill(ended: Ended, again: Ended, differs: Callable[[], str], number: int, share: float) -> Result:
+    """Return the result of a trial from the process that was killed and the same command once more."""
+    what = f"{signal.Signals(number).name} at {share:.0%}"
+    for each in (ended, again):
+        if each.traceback:
+            return Result("traceback", f"{what}: {each.said[-1500:]}")
+    if again.status:
+        return Result("lost", f"{what}: the same command ends with {again.status}: {again.said[-300:]}")
+    wrong = differs()
+    return Result("silent", f"{what}: {wrong}") if wrong else Result("held", what)
+
+
+def undisturbed(world: World, name: str) -> tuple[dict[str, bytes], float]:
+    """Return the files that one of OTHERS writes, and its seconds."""
+
+    def make() -> tuple[dict[str, bytes], float]:
+        if name == "convert merge":
+            world.need(f"{TRAININGS['LoRA']} --out adapter_run")
+            (world.folder / "adapter").symlink_to("adapter_run/best")
+        folder = world.fresh("undisturbed")
+        ended = world.run(OTHERS[name].replace("OUT", f"{folder}/out"), before=small_batches)
+        if ended.status:
+            raise SystemExit(f"{name}: {ended.said}")
+        return tree(folder), ended.seconds
+
+    return world.once(name, make)
+
+
+def kill_other(name: str) -> Callable[[World, random.Random], Result]:
+    """Return a trial that kills one of OTHERS and repeats it: its files are those of an undisturbed run."""
+
+    def trial(world: World, rng: random.Random) -> Result:
+        expected, seconds = undisturbed(world, name)
+        folder = world.fresh()
+        command = OTHERS[name].replace("OUT", f"{folder}/out")
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        killed = kill_once(lambda: world.start(command, before=small_batches), seconds, number, rng)
+        if killed is None:
+            return Result("held", "ended before the signal")
+        again = repeat(world, command)
+        return after_kill(killed[0], again, lambda: contents_differ(expected, tree(folder)), number, killed[1])
+
+    return trial
+
+
+def repeat(world: World, command: str) -> Ended:
+    """Run a command once more; quantize.py and convert.py may say that their result is there already."""
+    again = world.run(command, before=small_batches)
+    if "exists already" in again.said:
+        again.status = 0
+    return again
+
+
+def contents_differ(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
+    """Return which files differ, in words; "" where all are equal."""
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    return f"{', '.join(wrong[:3])} differ" if wrong else ""
+
+
+# ---- two processes
+
+
+def torchrun(world: World, command: str) -> subprocess.Popen:
+    """Start a script on two processes."""
+    script, *words = command.split()
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with (world.folder / "said.txt").open("wb") as said:
+        return subprocess.Popen(
+            [*TORCHRUN, str(REPOSITORY / f"{script}.py"), *words, "--train.backend", "ddp"],
+            cwd=world.folder, env=environment, stdout=said, stderr=said,
+        )  # fmt: skip
+
+
+def kill_two(name: str) -> Callable[[World, random.Random], Result]:
+    """Return a trial that kills both processes of a run, or torchrun alone, and lets it go on."""
+
+    def trial(world: World, rng: random.Random) -> Result:
+        out = world.fresh() / "run"
+        command = f"{TRAININGS[name]} --out {out}"
+
+        def undisturbed() -> tuple[dict[str, Any], float]:
+            began, whole = time.monotonic(), world.folder / f"two_{list(TRAININGS).index(name)}"
+            status = torchrun(world, f"{TRAININGS[name]} --out {whole}").wait(600)
+            if status:
+                raise SystemExit((world.folder / "said.txt").read_text())
+            return computed(whole), time.monotonic() - began
+
+        expected, _ = world.once(f"two: {name}", undisturbed)
+        number, step = rng.choice([signal.SIGKILL, signal.SIGTERM]), rng.randint(0, 18)
+        first = torchrun(world, command)
+        while first.poll() is None and logged(out) < step:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        processes = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
+        whom = processes if number == signal.SIGKILL and rng.random() < 0.5 else processes[:1]
+        for process in whom:
+            process.send_signal(number)
+        status = first.wait(120)
+        said = (world.folder / "said.txt").read_text(errors="replace")
+        left = psutil.wait_procs(processes[1:], timeout=15)[1]
+        for process in left:
+            process.kill()
+        if left:
+            return Result("lost", f"{len(left)} ranks live 15 s after {signal.Signals(number).name} to torchrun")
+        again = torchrun(world, command).wait(300)
+        more = (world.folder / "said.txt").read_text(errors="replace")
+        ours = [Ended(status, said, 0, 0), Ended(again, more, 0, 0)]
+        ours[0].said = (
+            said.partition("Traceback")[0] if number == signal.SIGTERM else said
+        )  # torchrun's own, of a signal
+        return after_kill(*ours, lambda: difference(expected, computed(out)), number, step / 20)
+
+    return trial
+
+
+def logged(out: Path) -> int:
+    """Return the last step in the log of a run."""
+    from training.log import read_metrics
+
+    return max((row["step"] for row in read_metrics(out / "metrics.jsonl")), default=0)
+
+
+# ---- a full disk
+
+
+def limit_files(most: int) -> Callable[[], None]:
+    """Return a function after which no file of this process may grow beyond `most` bytes."""
+
+    def limit() -> None:
+        small_batches()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    return limit
+
+
+def full_disk(name: str) -> Callable[[World, random.Random], Result]:
+    """Return a trial on a disk of a random size; then there is room, and the command is repeated.
+
+    It is a disk in memory, for the processes of the trial alone. Without the right to have one, and in every other
+    trial, no file may grow beyond a random size, which has the same errors of writing.
+    """
+
+    def trial(world: World, rng: random.Random) -> Result:
+        expected, _ = world.training(name) if name in TRAININGS else undisturbed(world, name)
+        folder, answer = world.fresh(), world.folder / "answer.json"
+        command = (f"{TRAININGS[name]} --out {folder}/out") if name in TRAININGS else OTHERS[name]
+        command, own_disk, size = command.replace("OUT", f"{folder}/out"), rng.random() < 0.5, rng.random()
+        answer.unlink(missing_ok=True)
+
+        def work() -> None:
+            most = int(10 ** (2 + 3.3 * size))  # bytes: up to 200 kB of one file
+            whole = 1 << 20 if name in TRAININGS else 1 << 18
+            if mounted := own_disk and mount(folder, int(size * whole) + 4096):
+                most = 1 << 30
+            full = world.run(command, before=limit_files(most))
+            if mounted:
+                mount(folder, 1 << 30, again=True)
+            again = repeat(world, command)
+            wrong = ""
+            if not again.status:
+                found = computed(folder / "out") if name in TRAININGS else tree(folder)
+                wrong = (difference if name in TRAININGS else contents_differ)(expected, found)
+            where = f"a disk of {size:.0%} of 1 MB" if mounted else f"no file above {most} bytes"
+            result = after_full(full, again, wrong)
+            answer.write_text(json.dumps([result.verdict, f"{where}: {result.note}"]))
+
+        ended = Child(work, world.folder / "said_outside.txt").finish()
+        if not answer.is_file():
+            return Result("traceback", ended.said[-1500:])
+        return Result(*json.loads(answer.read_text()))
+
+    return trial
+
+
+def after_full(full: Ended, again: Ended, wrong: str) -> Result:
+    """Return the result of a trial from the process without room, the one with room, and what differs at the end."""
+    for each in (full, again):
+        if each.traceback:
+            return Result("traceback", each.said[-1500:])
+    if again.status:
+        return Result("lost", f"with room again, the command ends with {again.status}: {again.said[-300:]}")
+    if full.status and "error: " not in full.said:
+        return Result("lost", f"status {full.status} without a sentence: {full.said[-300:]}")
+    return Result("silent", wrong) if wrong else Result("held", "one sentence" if full.status else "there was room")
+
+
+def mount(folder: Path, size: int, again: bool = False) -> bool:
+    """Put an empty disk of `size` bytes at `folder`, for this process and its children alone, or resize it (`again`);
+    return whether that worked."""
+    libc = ctypes.CDLL(None)
+    own_mounts, private, remount = 0x20000, 0x44000, 0x20  # CLONE_NEWNS, MS_PRIVATE | MS_REC, MS_REMOUNT
+    if not again and (libc.unshare(own_mounts) or libc.mount(None, b"/", None, private, None)):
+        return False
+    flags = remount if again else 0
+    return not libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, f"size={size}".encode())
+
+
+def kills() -> dict[str, Kind]:
+    """Return the kinds of trials of this file by name."""
+    promise = (
+        "After SIGKILL or SIGTERM at any moment the same command ends with every loss and byte of an undisturbed run"
+    )
+    found = {f"kill: {name}": Kind(promise + " (training, one process)", 5, kill_training(name)) for name in TRAININGS}
+    counts = {"data_process, one process": 30, "data_process, two processes": 6, "train_tokenizer": 24}
+    for name in OTHERS:
+        found[f"kill: {name}"] = Kind(
+            promise + " (data, tokenizer, models, answers)", counts.get(name, 10), kill_other(name)
+        )
+    for name in ("pretrain, Muon", "LoRA", "DPO"):
+        found[f"kill two: {name}"] = Kind(
+            promise + " (training, two processes), and no rank lives on", 6, kill_two(name)
+        )
+    promise = "A full disk is one sentence; with room again, the same command ends with the bytes of an undisturbed run"
+    for name in ("pretrain, Muon", "LoRA", "DPO", *OTHERS):
+        found[f"full disk: {name}"] = Kind(promise, 10, full_disk(name))
+    return found
