@@ -106,7 +106,7 @@ def main(args: Args) -> dict[str, Any]:
             model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
         )
         template = load_template(tokenizer, args.data.template)
-        tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
+        tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
         check_saving(tokenizer)
         stops = all_stops(template, args.init_from)
         save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
@@ -126,7 +126,7 @@ def main(args: Args) -> dict[str, Any]:
             args.out,
             save=save,
             load=load,
-            identity=identity(args, split, template.jinja),
+            identity=identity(args, split, template.jinja + (template.tool_use.jinja if template.tool_use else "")),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes() if objective.of_tokens else None,
             group_names=names if len(names) > 1 else (),

@@ -26,7 +26,7 @@ class Tokenizer:
     added: tokens that are not special, but one id wherever a text has them: added ones, user-defined pieces
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
-    chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
+    chat_template: Jinja text from the tokenizer's directory, written again by `save`; or texts by name, or None
     """
 
     def __init__(self, pieces: list[bytes], special: dict[str, int], ids: Iterable[int | None]) -> None:
@@ -34,7 +34,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
         self.special = special
         self.begins: list[int] = []
-        self.chat_template: Any = None
+        self.chat_template: str | dict[str, str] | None = None
         self.added: tuple[str, ...] = ()
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
@@ -62,12 +62,20 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write a directory for `load_tokenizer` and transformers; raises ValueError as `to_tokenizers` does."""
         config, files = self._files()
-        if self.chat_template:
+        config.pop("chat_template", None)
+        if isinstance(self.chat_template, dict):
+            named = [{"name": name, "template": text} for name, text in self.chat_template.items()]
+            config["chat_template"] = named
+        elif self.chat_template:
             config["chat_template"] = self.chat_template
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(directory, name).write_bytes(content)
+
+    def guarding(self, names: Iterable[str]) -> Tokenizer:
+        """Return a copy in which these of `added` are special: no text encodes to them. It serves to encode only."""
+        raise NotImplementedError
 
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         raise NotImplementedError

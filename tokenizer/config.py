@@ -18,7 +18,8 @@ FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")  # of an Ad
 def read_config(directory: Path) -> dict[str, Any]:
     """Read `tokenizer_config.json` and the files that older and newer versions of transformers write beside it.
 
-    Special tokens come as their names, or None. Raises ValueError where a file is damaged.
+    Special tokens come as their names, or None; `chat_template` as a text, texts by name, or None. Raises ValueError
+    where a file is damaged.
     """
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -27,9 +28,33 @@ def read_config(directory: Path) -> dict[str, Any]:
     where = directory / "tokenizer_config.json"
     for key in SPECIAL_KEYS:
         config[key] = None if config.get(key) is None else token_name(config[key], f"{where}: {key}")
-    if (directory / "chat_template.jinja").is_file():
-        config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf8")
+    config["chat_template"] = read_templates(directory) or named_templates(config.get("chat_template"), where)
     return config
+
+
+def read_templates(directory: Path) -> str | dict[str, str] | None:
+    """Return the chat templates that are files in a directory, which count more than those in its config."""
+    files = {"default": directory / "chat_template.jinja"}
+    files = {name: path for name, path in files.items() if path.is_file()}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    try:
+        texts = {name: path.read_text(encoding="utf8") for name, path in files.items()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{directory}: a chat template should be UTF-8 text: {error}") from None
+    return texts["default"] if texts.keys() == {"default"} else texts or None
+
+
+def named_templates(value: Any, where: Path) -> str | dict[str, str] | None:
+    """Return the `chat_template` of a config: a text, or texts by name; ValueError where it is neither."""
+    try:
+        texts = {each["name"]: each["template"] for each in value} if isinstance(value, list) else value
+    except (KeyError, TypeError):
+        texts = value
+    every = texts.items() if isinstance(texts, dict) else [("", texts or "")]
+    if not all(isinstance(each, str) for pair in every for each in pair):
+        what = "a text, or a list of objects with name and template"
+        raise ValueError(f"{where}: chat_template should be {what}, found {value!r:.100}")
+    return texts or None
 
 
 def token_name(token: Any, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
         added: Mapping[int, AddedToken] | None = None,
     ) -> None:
         proto, settings, self._beside = read_model(model, name), config or {}, dict(added or {})
+        self._config = config
         ids_of = {piece.piece: i for i, piece in enumerate(proto.pieces)}
         for i, token in self._beside.items():
             if (at := ids_of.get(token.content, i)) != i:
@@ -70,6 +71,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         return (self._following if follows_special else self._processor).encode(text)
+
+    def guarding(self, names: Iterable[str]) -> SentencePieceTokenizer:
+        more = {self._processor.piece_to_id(name): AddedToken(name, special=True) for name in names}
+        model = self._processor.serialized_model_proto()
+        return SentencePieceTokenizer(model, config=self._config, added=self._beside | more)
 
     def pieces(self) -> dict[str, int]:
         """Return the ids of all pieces of the model, and of the special tokens beside it, by name."""
