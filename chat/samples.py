@@ -210,7 +210,11 @@ def read_samples(
     if len(samples):
         return samples
     if samples.stats[kind.useless] < samples.stats[kind.records]:
-        raise ValueError(f"{path}: {kind.none_fits} within {seq_len} tokens; raise --data.seq_len")
+        raise ValueError(
+            f"{path}: {kind.none_fits} within {seq_len} tokens; --data.seq_len {samples.enough} would keep 90 % of "
+            "them whole (a model of a shorter context is extended by pretrain.py --init_from DIR --model.max_seq_len "
+            f"{samples.enough})"
+        )
     if samples.stats[kind.records]:
         raise ValueError(f"{path}: {kind.all_useless}")
     raise ValueError(

@@ -78,7 +78,7 @@ def test_another_model_to_go_on_from_is_another_run(folder):
     [
         (
             ["--data.seq_len", "300", "--model.max_seq_len", "96"],
-            r"seq_len 300 is longer than the model's context of 96 tokens.*--model\.max_seq_len 300 --data",
+            r"seq_len 300 is longer than the model's max_seq_len 96: .*--model\.max_seq_len 300",
         ),
         (["--data.dir", "nowhere"], r"nowhere.*: no such tokenizer"),
         (["--data.train", "nowhere.bin"], r"nowhere\.bin: no such token bin"),
@@ -134,7 +134,7 @@ def test_a_longer_context_alone_picks_type_and_factor(folder, trained, capsys):
 
 
 def test_longer_rows_do_not_stretch_a_checkpoint_by_themselves(folder, trained):
-    with pytest.raises(ValueError, match=r"seq_len 100 is longer than .* 32 tokens: .*--model\.max_seq_len 100"):
+    with pytest.raises(ValueError, match=r"seq_len 100 is longer than .* 32: .*--model\.max_seq_len 100"):
         go_on(folder, trained, "--data.seq_len", "100")
     result = go_on(folder, trained, "--model.max_seq_len", "256", "--data.seq_len", "100")
     assert load_model(result["model"]).args.max_seq_len == 256

@@ -16,9 +16,9 @@ def check_length(seq_len: int, model: TrainableModel) -> None:
     """Raise ValueError for rows of more tokens than the model has positions for."""
     if seq_len > model.args.max_seq_len:
         raise ValueError(
-            f"--data.seq_len {seq_len} is longer than the model's context of {model.args.max_seq_len} tokens: shorten "
-            f"the rows, or train a model for longer ones: pretrain.py --model.max_seq_len {seq_len} --data.seq_len "
-            f"{seq_len} (with --init_from DIR, which stretches the context of DIR)"
+            f"--data.seq_len {seq_len} is longer than the model's max_seq_len {model.args.max_seq_len}: shorten the "
+            f"rows, or train from scratch with --model.max_seq_len {seq_len}; a trained model is extended by "
+            f"pretrain.py --init_from DIR --model.max_seq_len {seq_len}"
         )
 
 
