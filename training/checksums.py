@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from cli.record import file_sha256
-from files import write_json
+from files import read_sealed, write_json, write_sealed
 
 SUMS = Path("training_state", "sha256.json")
 PROGRESS = Path("training_state", "progress.json")  # it may be newer than the other files, and holds its own sum
@@ -43,26 +42,19 @@ def damage(directory: Path) -> str | None:
         return f"{', '.join(changed)} is not what was saved (its SHA-256 differs)"
     try:
         read_progress(directory)
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return f"{PROGRESS} is damaged"
     return None
 
 
 def write_progress(directory: Path, progress: dict) -> None:
     """Write the progress of a run into a checkpoint that is on the disk already, in one step."""
-    write_json(directory / PROGRESS, {"progress": progress, "sha256": digest(progress)})
+    write_sealed(directory / PROGRESS, progress)
 
 
 def read_progress(directory: Path) -> dict | None:
     """Return what `write_progress` wrote, None where it was not called. Raises ValueError where it is damaged."""
-    if not (directory / PROGRESS).is_file():
-        return None
-    stored = json.loads((directory / PROGRESS).read_text(encoding="utf8"))
-    if stored["sha256"] != digest(stored["progress"]):
-        raise ValueError(f"{directory / PROGRESS} is damaged: remove it, and the last evaluation is done again")
-    return stored["progress"]
-
-
-def digest(progress: dict) -> str:
-    """Return the hex SHA-256 of the progress of a run."""
-    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
+    try:
+        return read_sealed(directory / PROGRESS)
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it, and the last evaluation is done again") from None
