@@ -14,6 +14,7 @@ from corpora.files import bad, records
 from corpora.registry import BadRecord
 from decoding.feeder import check_prompts
 from decoding.params import SamplingParams
+from files import json_line
 from serving.assistant import Assistant
 
 
@@ -47,8 +48,7 @@ def answer_file(
     print(f"{len(questions)} answers in {output}")
     if broken:
         aside = output.with_suffix(".bad.jsonl")
-        lines = (json.dumps(vars(record), ensure_ascii=False) + "\n" for record in broken)
-        aside.write_text("".join(lines), encoding="utf8")
+        aside.write_bytes(b"".join(json_line(vars(record)) for record in broken))
         places = ", ".join(record.where for record in broken[:3]) + ", ..." * (len(broken) > 3)
         say(f"{len(broken)} records could not be read ({places}); they are kept in {aside}")
     return {"answers": len(questions), "bad": len(broken), "output": str(output)}
