@@ -86,7 +86,7 @@ from training.state import check_outside
 from training.trainer import Trainer
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
-from tuning.describe import describe, sample_texts
+from tuning.describe import describe, not_used, sample_texts
 from tuning.objectives import make_objective
 
 
@@ -158,6 +158,7 @@ def show(args: Args) -> dict[str, Any]:
         print(*sample_texts(samples, args.show, objective.kind, tokenizer, colour), sep="\n")
         found[task.name] = statistics(samples) | {"broken": len(split.broken[task.path]), "template": template.name}
         print(f"--- {task.path}", *(f"{name}: {value}" for name, value in found[task.name].items()), sep="\n")
+        print("".join(f"{line}\n" for line in not_used(task.path, split.left_out[task.path])), end="")
         print(*(f"broken: {record.where}: {record.reason}\n" for record in split.broken[task.path][:3]), sep="", end="")
     return found
 

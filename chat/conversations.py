@@ -1,7 +1,9 @@
 """Read conversations and preference pairs from files whose records have any of the usual forms.
 
-A conversation is `[{"role": "system" | "user" | "assistant", "content": str}, ...]`; user and assistant alternate.
+A conversation is `[{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...]`, see `chat/messages.py`.
 An answer with `"loss": False` is not trained. A text without roles is `[{"role": "text", "content": str}]`.
+
+Nothing of a record is lost in silence: each key is used, or named (`Fields.left_out`), or the record is refused.
 """
 
 from __future__ import annotations
@@ -12,138 +14,184 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chat.messages import check_messages
+from chat.messages import check_messages, texts
+from chat.turns import Fields, as_text, read_tools, read_turns, with_tools
 from corpora.files import Record, bad, find_files, format_of, loader_records, records
 from corpora.registry import BadRecord
 
 Messages = list[dict[str, Any]]
 T = TypeVar("T")
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-ROLES |= {"model": "assistant", "ai": "assistant"}  # other names -> our names
 SURROGATE = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8, or half a character: no tokenizer encodes them
-QUESTIONS = ("prompt", "question", "query", "q", "input")
+QUESTIONS = ("prompt", "question", "query", "q", "ask", "input")
 ANSWERS = ("answer", "response", "completion", "a", "output")
-PAIRS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
+PAIRS = (("chosen", "rejected"), ("response_chosen", "response_rejected"), ("chosen_messages", "rejected_messages"))
 LISTS = ("messages", "conversations", "conversation", "chat_rounds")
+SYSTEM = ("system", "system_prompt")
+MEDIA = ("images", "videos", "audios", "image", "video", "audio")
+RATINGS = ("label", "kto_tag")  # of KTO: whether the answer is a good one
+LABELS = ("task",)  # that data_process.py writes beside a conversation
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # separates the turns in a text of HH-RLHF
 KINDS = "json, jsonl, csv, tsv or parquet"
+ACCEPTED = (
+    f"a list of turns under {', '.join(LISTS)}; instruction with output or response; one of {', '.join(QUESTIONS)} "
+    f"with one of {', '.join(ANSWERS)}; or text (docs/finetuning.md has a table)"
+)
+UNANSWERED = "a last question or result without an answer, which is left out"
 
 
 # --- forms of a record ------------------------------------------------------------------------------------------
 
 
-def chat(record: dict) -> Messages | None:
+def chat(record: Fields) -> Messages | None:
     """Read a list of turns: OpenAI's `messages`, ShareGPT's `conversations`, MFTCoder's `chat_rounds`; else None."""
-    turns = next((record[key] for key in LISTS if isinstance(record.get(key), list)), None)
-    return None if turns is None else _system(record) + _turns(turns)
+    key = next((key for key in LISTS if key in record and isinstance(record[key], list)), None)
+    return None if key is None else _system(record) + read_turns(record[key], record.left_out)
 
 
-def alpaca(record: dict) -> Messages | None:
+def alpaca(record: Fields) -> Messages | None:
     """Read `instruction` and `output` or `response`, with optional `input`, `context`, `history`; else None."""
-    answer = next((key for key in ("output", "response") if key in record), None)
-    if "instruction" not in record or answer is None:
+    if "instruction" not in record or not any(key in record for key in ("output", "response")):
         return None
-    return [*_before(record), _message("user", _instruction(record)), _message("assistant", record[answer])]
+    answer = record.first(("output", "response"))
+    return [*_before(record), _message("user", _instruction(record)), _message("assistant", answer)]
 
 
-def question_answer(record: dict) -> Messages | None:
+def question_answer(record: Fields) -> Messages | None:
     """Read one of the keys QUESTIONS and one of ANSWERS; else None. Raises ValueError for several of either."""
     present = [[key for key in keys if key in record] for keys in (QUESTIONS, ANSWERS)]
-    # Ignore columns of a table that are empty in this row, unless there is no other.
-    question, answer = ([key for key in keys if record[key] is not None] or keys for keys in present)
-    if not question or not answer:
+    if not all(present):
         return None
-    for kind, keys in (("question", question), ("answer", answer)):
-        if len(keys) > 1:
-            raise ValueError(f"the record has {len(keys)} keys for its {kind} ({', '.join(keys)}): remove all but one")
-    return [*_before(record), _message("user", record[question[0]]), _message("assistant", record[answer[0]])]
+    for kind, keys in zip(("question", "answer"), present):
+        if len(several := list(filter(record.has, keys))) > 1:  # not columns of a table that are empty in this row
+            names = ", ".join(several)
+            raise ValueError(f"the record has {len(several)} keys for its {kind} ({names}): remove all but one")
+    question, answer = map(record.first, present)
+    if isinstance(question, list) and isinstance(answer, list):
+        return _system(record) + read_turns(question + answer, record.left_out)
+    return [*_before(record), _message("user", question), _message("assistant", answer)]
 
 
-def plain_text(record: dict) -> Messages | None:
+def plain_text(record: Fields) -> Messages | None:
     """Read `text`, a text without roles that is trained as a whole; else None."""
     return [_message("text", record["text"])] if "text" in record else None
 
 
-FORMS: tuple[Callable[[dict], Messages | None], ...] = (chat, alpaca, question_answer, plain_text)
+FORMS: tuple[Callable[[Fields], Messages | None], ...] = (chat, alpaca, question_answer, plain_text)
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _system(record: dict) -> Messages:
-    return _turns([_message("system", record.get("system"))])
+def _system(record: Fields) -> Messages:
+    return read_turns([_message("system", record.first(SYSTEM))], record.left_out)
 
 
-def _before(record: dict) -> Messages:
+def _before(record: Fields) -> Messages:
     """Return the messages before the question of a record without a list of turns: its `system` and `history`."""
     messages = _system(record)
-    for pair in record.get("history") or []:
+    history = record["history"] if record.has("history") else []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"history should be a list of pairs of question and answer, found {pair!r:.100}")
         messages += [_message("user", pair[0]), _message("assistant", pair[1])]
     return messages
 
 
-def _instruction(record: dict) -> str:
-    parts = (record["instruction"], record.get("input"), record.get("context"))
-    return "\n".join(part for part in parts if isinstance(part, str) and part.strip())
+def _instruction(record: Fields) -> str:
+    parts = [as_text(record.get(key)) for key in ("instruction", "input", "context")]
+    return "\n".join(part for part in parts if part.strip())
 
 
-def _turns(turns: list) -> Messages:
-    """Return the messages of a list of turns, without an empty system message at the beginning."""
-    messages = [_turn(turn) for turn in turns]
-    is_empty = messages and messages[0]["role"] == "system" and not str(messages[0]["content"] or "").strip()
-    return messages[1:] if is_empty else messages
+# --- one record --------------------------------------------------------------------------------------------
 
 
-def _turn(turn: Any) -> dict[str, Any]:
-    """Return the message of a turn: its `role` or `from`; `content`, `value` or `text`; and `loss` or `weight`."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"a turn should be an object with 'role' and 'content', found {type(turn).__name__}")
-    role = str(turn.get("role", turn.get("from")))
-    content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(part["text"] for part in content)  # OpenAI's list of parts, if all of them are texts
-    message = _message(ROLES.get(role.lower(), role.lower()), content)
-    loss = next((turn[key] for key in ("loss", "weight") if turn.get(key) is not None), None)
-    if loss not in (None, 0, 1):
-        raise ValueError(f"the loss (or weight) of a turn should be true, false, 1 or 0, found {loss!r}")
-    return message if loss in (None, 1) else message | {"loss": False}
-
-
-# --- one record -------------------------------------------------------------------------------------------------
-
-
-def to_messages(record: Any) -> Messages:
+def to_messages(record: Any, left_out: set[str] | None = None) -> Messages:
     """Return the conversation in a record of any of FORMS: a system message or none, then questions and answers.
 
-    A last question without an answer is left out. Raises ValueError with the reason when the record is broken.
+    A last question without an answer is left out. Phrases on what of the record is not used are added to `left_out`.
+    Raises ValueError with the reason when the record is broken.
     """
-    messages = _read_turns(record)
+    fields = _fields(record, left_out)
+    messages = _read_turns(fields)
     if messages[0]["role"] != "text":
         check_messages(messages)
     _check_texts(messages)
-    if messages[-1]["role"] == "user":
+    _note_unread(fields, messages)
+    while messages and messages[-1]["role"] in ("user", "tool"):
         messages.pop()
+        fields.left_out.add(UNANSWERED)
     if not messages or messages[-1]["role"] not in ("assistant", "text"):
         raise ValueError("the conversation has no answer")
     return messages
 
 
-def _read_turns(record: Any) -> Messages:
+def to_prompt(record: Any) -> Messages:
+    """Return what a model is asked by a record of any form, with or without an answer: the messages before the answer.
+
+    Raises ValueError with the reason when the record is broken.
+    """
+    fields = _fields(record, None)
+    if any(chosen in fields and rejected in fields for chosen, rejected in PAIRS):
+        return to_pair(record).prompt
+    messages = _first_form(fields) or _prompt(fields)
+    if not messages or messages[0]["role"] == "text":
+        raise ValueError(f"the record has no question under names known here; its keys are {_keys(fields)}")
+    messages = with_tools(messages[:-1] if messages[-1]["role"] == "assistant" else messages, read_tools(fields))
+    check_messages(messages, add_generation_prompt=True)
+    _check_texts(messages)
+    return messages
+
+
+def _fields(record: Any, left_out: set[str] | None) -> Fields:
+    """Return the fields of a record. Raises ValueError for what cannot be trained here: no object, or images."""
     if not isinstance(record, dict):
         raise ValueError(f"the record should be an object with named fields, found {type(record).__name__}")
-    messages = next((turns for read in FORMS if (turns := read(record)) is not None), None)
-    is_pair = any(chosen in record and rejected in record for chosen, rejected in PAIRS)
+    fields = Fields(record, left_out)
+    if media := next(filter(fields.has, MEDIA), None):
+        raise ValueError(f"the record has {media}: only text is trained; leave such records out")
+    return fields
+
+
+def _first_form(fields: Fields) -> Messages | None:
+    for form in FORMS:
+        fields.read.clear()  # of a form that it does not have
+        if (messages := form(fields)) is not None:
+            return messages
+    return None
+
+
+def _read_turns(fields: Fields) -> Messages:
+    messages = _first_form(fields)
+    is_pair = any(chosen in fields and rejected in fields for chosen, rejected in PAIRS)
     if is_pair and not (messages and messages[-1]["role"] == "assistant"):
         raise ValueError("the record is a pair of answers: use a preference objective, such as --objective dpo")
+    if rating := next((key for key in RATINGS if str(dict.get(fields, key)).lower() in ("true", "false")), None):
+        raise ValueError(
+            f"the record is one of KTO, because its {rating} says whether the answer is a good one: keep the records "
+            f"where it is true, without {rating}, or make pairs of a chosen and a rejected answer for --objective dpo"
+        )
     if messages is None:
-        keys = ", ".join(map(str, record)) or "(none)"
-        raise ValueError(f"the record has no question and answer under names known here; its keys are {keys}")
+        raise ValueError(
+            f"the record has no question and answer under names known here; its keys are {_keys(fields)}. "
+            f"Expected {ACCEPTED}"
+        )
     if not messages:
         raise ValueError("a conversation needs at least one message")
-    return messages
+    return with_tools(messages, read_tools(fields))
+
+
+def _keys(record: dict) -> str:
+    return ", ".join(map(str, record)) or "(none)"
+
+
+def _note_unread(fields: Fields, messages: Messages) -> None:
+    """Add the keys that were not read to `fields.left_out`, but those whose text stands in the messages."""
+    known = {message["content"] for message in messages}
+    keys = (key for key in fields.unread() if key not in LABELS)
+    fields.left_out |= {
+        f"`{key}`, which is not used" for key in keys if not isinstance(fields[key], str) or fields[key] not in known
+    }
 
 
 def _check_texts(messages: Messages) -> None:
@@ -151,9 +199,9 @@ def _check_texts(messages: Messages) -> None:
         content = message["content"]
         if not isinstance(content, str):
             raise ValueError(f"message {n} ({message['role']}) should be a string, found {content!r:.100}")
-        if not content.strip():
+        if not content.strip() and message["role"] != "tool" and "tool_calls" not in message:
             raise ValueError(f"message {n} ({message['role']}) should not be empty, found {content!r}")
-        if SURROGATE.search(content):
+        if any(map(SURROGATE.search, texts(message))):
             raise ValueError(f"message {n} ({message['role']}) is not UTF-8")
 
 
@@ -161,73 +209,82 @@ def _check_texts(messages: Messages) -> None:
 class PreferencePair:
     """Two answers to one prompt, for preference tuning."""
 
-    prompt: Messages  # Messages before the answers; the last one is the user's.
-    chosen: str  # Text of the better answer.
-    rejected: str  # Text of the worse answer.
+    prompt: Messages  # Messages before the answers; the last one is the user's, or the result of a call.
+    chosen: str | dict[str, Any]  # Text of the better answer; its message where it has a thought or calls.
+    rejected: str | dict[str, Any]  # The worse answer in the same form.
 
     def conversations(self) -> tuple[Messages, Messages]:
         """Return the whole conversation with the chosen answer, and with the rejected one."""
-        chosen, rejected = (_message("assistant", answer) for answer in (self.chosen, self.rejected))
+        answers = (self.chosen, self.rejected)
+        chosen, rejected = (_message("assistant", each) if isinstance(each, str) else each for each in answers)
         return [*self.prompt, chosen], [*self.prompt, rejected]
 
 
-def to_pair(record: Any) -> PreferencePair:
-    """Return the pair in a record with `chosen` and `rejected` (or `response_chosen`, `response_rejected`).
+def to_pair(record: Any, left_out: set[str] | None = None) -> PreferencePair:
+    """Return the pair in a record with `chosen` and `rejected`, or one of the other names in PAIRS.
 
     Each of the two is a text, a turn, a whole list of turns, or a transcript in the form of HH-RLHF. The prompt has any
     form of a conversation; the last answer of a list of turns is left out. If the answers are whole lists, the prompt
-    is the turns that they share. Raises ValueError with the reason.
+    is the turns that they share. Phrases on what of the record is not used are added to `left_out`. Raises ValueError
+    with the reason.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"the record should be an object with named fields, found {type(record).__name__}")
+    record = _fields(record, left_out)
     names = next((names for names in PAIRS if names[0] in record and names[1] in record), None)
-    keys = ", ".join(map(str, record)) or "(none)"
     if names is None:
         raise ValueError(
-            f"expected the keys chosen and rejected, found {keys}; conversations are trained with --objective sft"
+            f"expected the keys chosen and rejected, found {_keys(record)}; "
+            "conversations are trained with --objective sft"
         )
-    chosen, rejected = (_answer(record[name]) for name in names)
+    chosen, rejected = (_answer(record[name], record.left_out) for name in names)
     prompt = _prompt(record)
     if shared := chosen[:-1] or rejected[:-1]:
         if rejected[:-1] not in ([], shared):
             raise ValueError("the chosen and the rejected conversation differ before their last answer")
         if prompt[-len(shared) :] != shared:  # a prompt that ends with the shared turns may have more before them
             system = [turn for turn in prompt[:1] if turn["role"] == "system" and shared[0]["role"] != "system"]
+            if any(turn not in system + shared for turn in prompt):
+                record.left_out.add("a prompt beside answers that are whole conversations, which is not used")
             prompt = system + shared
+    prompt = with_tools(prompt, read_tools(record))
     if not prompt:
-        raise ValueError(f"no prompt under the keys {keys}, nor before the last answer of chosen and rejected")
+        raise ValueError(f"no prompt under the keys {_keys(record)}, nor before the last answer of chosen and rejected")
     check_messages(prompt, add_generation_prompt=True)
+    ends = [{key: value for key, value in each[-1].items() if key != "loss"} for each in (chosen, rejected)]
     if any(_split_transcript(value) is not value for value in record.values()):  # answers there begin with a space
-        chosen, rejected = ([_message("assistant", str(end["content"]).strip())] for end in (chosen[-1], rejected[-1]))
-    _check_texts([*prompt, chosen[-1], rejected[-1]])
-    if chosen[-1]["content"] == rejected[-1]["content"]:
+        ends = [_message("assistant", str(end["content"]).strip()) for end in ends]
+    _check_texts([*prompt, *ends])
+    if ends[0] == ends[1]:
         raise ValueError("the chosen and the rejected answer are the same")
-    return PreferencePair(prompt, chosen[-1]["content"], rejected[-1]["content"])
+    _note_unread(record, [*prompt, *ends])
+    return PreferencePair(prompt, *(end["content"] if len(end) == 2 else end for end in ends))
 
 
-def _answer(value: Any) -> Messages:
+def _answer(value: Any, left_out: set[str]) -> Messages:
     """Return the messages of `chosen` or `rejected`; the last one is the answer, those before it are optional."""
     value = _split_transcript(value)
     if isinstance(value, str):
         return [_message("assistant", value)]
-    turns = _turns(value if isinstance(value, list) else [value])
+    turns = read_turns(value if isinstance(value, list) else [value], left_out)
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError(f"an answer should be a text or turns that end with the assistant's, found {value!r:.100}")
     return turns
 
 
-def _prompt(record: dict) -> Messages:
+def _prompt(record: Fields) -> Messages:
     """Return the messages before the answers, from the keys of a record other than those of the answers."""
     if turns := chat(record):
-        return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if turns[-1]["role"] != "assistant":
+            return turns
+        record.left_out.add("an answer beside the two of the pair, which is not used")
+        return turns[:-1]
     if "instruction" in record:
         return [*_before(record), _message("user", _instruction(record))]
-    value = next((record[key] for key in QUESTIONS if record.get(key)), None)
+    value = record.first(filter(record.has, QUESTIONS))
     question = _split_transcript(value)
     if isinstance(question, list):
         # a transcript may end with "Assistant:", after which the answer would follow
         is_open = question is not value and not question[-1]["content"]
-        return _system(record) + _turns(question[:-1] if is_open else question)
+        return _system(record) + read_turns(question[:-1] if is_open else question, record.left_out)
     return _before(record) + ([] if question is None else [_message("user", question)])
 
 

@@ -10,6 +10,7 @@ from chat.messages import OPTIONAL, Message
 WORD = "Zq7Kx3Wv9"  # nine letters and digits, because Mistral's template wants ids of calls in this form
 ROLES = {"system": "role system", "tool": "role tool"}
 BESIDE = "content beside tool_calls"
+WORDS = {"role system": "a system message", "role tool": "results of tools", BESIDE: "text beside `tool_calls`"}
 PARTS = (*OPTIONAL, *ROLES.values(), BESIDE)
 
 

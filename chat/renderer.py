@@ -44,15 +44,29 @@ class Renderer:
             self._template = ENVIRONMENT.from_string(jinja)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"{name} is not a valid Jinja template: {error}") from None
+        self._added = [name for name in tokenizer.added if len(name) > 1]
+        self.find_markers(jinja, "")
         self.has_blocks = re.search(r"\{%[-+]?\s*generation\b", jinja) is not None
 
+    def find_markers(self, jinja: str, rendered: str) -> None:
+        """Find the tokens that the template writes although they are not special; rendered: text without messages."""
+        self._markers = re.compile(any_of(name for name in self._added if name in jinja or name in rendered))
+
     def as_text(self, message: Message) -> Message:
-        """Return a message with BREAK before special tokens in all its texts."""
+        """Return a message with BREAK before special tokens in all its texts; in those of users and tools also inside
+        tokens that are not special, where the template writes them.
+
+        (The words of a model, and of a system message, may call tools or explain how.)
+        """
+        of_others = message["role"] not in ("assistant", "system", "text")
         names = self._names_in_answers if message["role"] == "assistant" else self.names
 
         def mark(value: Any) -> Any:
             if isinstance(value, str):
-                return names.sub(BREAK, value)
+                value = names.sub(BREAK, value)
+                return (
+                    self._markers.sub(lambda match: match[0][0] + BREAK + match[0][1:], value) if of_others else value
+                )
             if isinstance(value, dict):
                 return {mark(key): mark(each) for key, each in value.items()}
             return [mark(each) for each in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chat.conversations import Messages, PreferencePair, read_files, to_messages, to_pair
+from chat.features import WORDS
 from chat.template import ChatTemplate
 from cli.progress import track
 from corpora.registry import BadRecord, stable_share
@@ -77,7 +79,7 @@ class Kind(NamedTuple):
 
     records: str  # plural; the key of their number in `Samples.stats`
     texts: tuple[str, ...]  # names of the samples of a record
-    read: Callable[[Any], Any]  # from a record of a file
+    read: Callable[[Any, set[str]], Any]  # from a record of a file; what of it is left out is added to the set
     encode: Callable[[Any, ChatTemplate, str], Record]
     kept: str  # key of the number of records that become samples
     useless: str  # key of the number of records that teach nothing
@@ -180,15 +182,26 @@ def read_samples(
     broken: list[BadRecord] | None = None,
     share: float = 0.0,
     aside: list[Record] | None = None,
+    left_out: Counter[str] | None = None,
 ) -> Samples:
     """Read and encode the records at `path`, see `encode_samples`; append those that cannot be read to `broken`.
+
+    left_out: counts the other records of which something is not used, by what that is: "`id`, which is not used"
 
     The `share` of the records that `set_aside` holds out is appended to `aside`. Raises ValueError when no sample is
     left to train.
     """
 
     def read(record: Any) -> Record:
-        return kind.encode(kind.read(record), template, train_on)
+        parts: set[str] = set()
+        value = kind.read(record, parts)
+        encoded = kind.encode(value, template, train_on)
+        if left_out is not None:
+            conversations = value.conversations() if isinstance(value, PreferencePair) else (value,)
+            unrendered = {part for messages in conversations for part in template.leaves_out(messages)}
+            words = (WORDS.get(part, f"`{part}`") for part in unrendered)
+            left_out.update(parts.union(f"{each}, which the template does not render" for each in words))
+        return encoded
 
     records = read_files(path, [] if broken is None else broken, read, kind.usable)
     kept = set_aside(records, share, [] if aside is None else aside)
@@ -197,7 +210,11 @@ def read_samples(
     if len(samples):
         return samples
     if samples.stats[kind.useless] < samples.stats[kind.records]:
-        raise ValueError(f"{path}: {kind.none_fits} within {seq_len} tokens; raise --data.seq_len")
+        raise ValueError(
+            f"{path}: {kind.none_fits} within {seq_len} tokens; --data.seq_len {samples.enough} would keep 90 % of "
+            "them whole (a model of a shorter context is extended by pretrain.py --init_from DIR --model.max_seq_len "
+            f"{samples.enough})"
+        )
     if samples.stats[kind.records]:
         raise ValueError(f"{path}: {kind.all_useless}")
     raise ValueError(

@@ -5,7 +5,8 @@ those of `apply_chat_template`; the mask, too, if the template has {% generation
 trained tokens are those between the prompt of an answer and the special token that ends the answer, inclusive
 (chat/answers.py). If such a template cuts the thought out of the last answer, the thought is put back.
 
-Special tokens written in a message are text here, so that a message cannot end its turn and begin another one. (In
+Special tokens written in a message are text here, so that a message cannot end its turn and begin another one; so are,
+in messages of users and tools, other added tokens that the template writes. (In
 transformers it can, unless the caller sanitizes it.) Some templates separate messages by plain text, such as LLaMA 2's
 [/INST]. No tokenizer can protect that, so a message that contains such text is refused.
 """
@@ -139,7 +140,8 @@ class ChatTemplate:
         mask: list[bool] = []
         run: list[tuple[str, bool]] = []
         trained = False
-        for n, part in enumerate(self._renderer.tokens.split(rendered)):  # text, mark or special token, text, ...
+        parts = self._renderer.tokens.split(rendered)  # text, mark or special token, text, ...
+        for n, part in enumerate(parts):
             if part in (BEGIN, FINISH):
                 trained = part == BEGIN
             elif n % 2 and part != BREAK:  # a special token: encode the text before it
@@ -147,6 +149,9 @@ class ChatTemplate:
                 run = []
                 ids.append(self.tokenizer.special[part])
                 mask.append(trained)
+            elif part == BREAK and not self._renderer.names.match(parts[n + 1]):  # inside a token: it is cut in two
+                encode_texts(self.tokenizer, run, ids, mask)
+                run = []
             elif part and part != BREAK:
                 run.append((part, trained))
         encode_texts(self.tokenizer, run, ids, mask)
@@ -267,7 +272,9 @@ class ChatTemplate:
         text = self._renderer.fill_plain(conversation, False)
         with contextlib.suppress(ValueError):  # not every template has a system message
             text = self._renderer.fill_plain([{"role": "system", "content": "\ufdd5"}, *conversation], False)
-        between = re.split("[\ufdd3-\ufdd5]", text)[1:-1]
+        pieces = re.split("[\ufdd3-\ufdd5]", text)
+        self._renderer.find_markers(self.jinja, "\n".join(pieces))
+        between = pieces[1:-1]
         self.separators = [text.strip() for text in between if text.strip() and not self._renderer.names.search(text)]
 
 

@@ -1,6 +1,6 @@
 """Read the user's own texts: files and folders in the usual formats, and a Python file with a generator.
 
-Formats: txt, json (an array, or one value per line), jsonl, csv, tsv, parquet; all but parquet also compressed: .gz, .zst, .bz2, .xz.
+Formats: txt, json (an array, or one value a line), jsonl, csv, tsv, parquet; all but parquet also .gz, .zst, .bz2, .xz.
 Everything streams in bounded memory. A record that cannot be read becomes a BadRecord that names its file and line.
 
 - txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document. --format

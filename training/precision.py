@@ -17,8 +17,8 @@ def check_length(seq_len: int, model: TrainableModel) -> None:
     if seq_len > model.args.max_seq_len:
         raise ValueError(
             f"--data.seq_len {seq_len} is longer than the model's max_seq_len {model.args.max_seq_len}: shorten the "
-            f"rows, or make a model for longer ones with pretrain.py --model.max_seq_len {seq_len} (and --init_from "
-            "to extend this one)"
+            f"rows, or train from scratch with --model.max_seq_len {seq_len}; a trained model is extended by "
+            f"pretrain.py --init_from DIR --model.max_seq_len {seq_len}"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chat.samples import Kind, Record, Samples, collect, read_samples
 from chat.template import ChatTemplate
@@ -17,11 +19,12 @@ ANY_LENGTH = 2**31  # tokens: longer than any sample
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of a run, in the order of its tasks, and the records that could not be read."""
+    """Samples of a run, in the order of its tasks, records that could not be read, and what is not used of others."""
 
     trained: list[Samples]
     heldout: list[Samples] | None  # None: no task has any
     broken: dict[Path, list[BadRecord]]  # by the file or folder that they come from
+    left_out: dict[Path, Counter[str]]  # number of records of which something is not used, by what that is
 
 
 def read_split(data: DataArgs, kind: Kind, template: ChatTemplate) -> Split:
@@ -32,18 +35,22 @@ def read_split(data: DataArgs, kind: Kind, template: ChatTemplate) -> Split:
     """
     options = {"template": template, "too_long": data.too_long, "train_on": data.train_on, "kind": kind}
     seq_len = ANY_LENGTH if data.packing == "concat" else data.seq_len
-    trained, heldout, broken = [], [], {}
+    trained, heldout, broken, left_out = [], [], {}, {}
     for task in data.tasks:
         aside: list[Record] = []
         share = data.heldout_share if task.heldout is None else 0.0
-        bad = broken.setdefault(task.path, [])
-        trained.append(read_samples(task.path, seq_len=seq_len, broken=bad, share=share, aside=aside, **options))
+
+        def notes(path: Path) -> dict[str, Any]:
+            return {"broken": broken.setdefault(path, []), "left_out": left_out.setdefault(path, Counter())}
+
+        trained.append(
+            read_samples(task.path, seq_len=seq_len, share=share, aside=aside, **notes(task.path), **options)
+        )
         if task.heldout is not None and task.heldout.exists():
-            bad = broken.setdefault(task.heldout, [])
-            heldout.append(read_samples(task.heldout, seq_len=data.seq_len, broken=bad, **options))
+            heldout.append(read_samples(task.heldout, seq_len=data.seq_len, **notes(task.heldout), **options))
         else:
             heldout.append(collect(aside, kind, data.seq_len, data.too_long))
-    return Split(trained, heldout if any(map(len, heldout)) else None, broken)
+    return Split(trained, heldout if any(map(len, heldout)) else None, broken, left_out)
 
 
 def check_heldout(data: DataArgs, metric: str, heldout: list[Samples] | None) -> str:

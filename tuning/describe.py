@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,15 @@ def describe(data: DataArgs, split: Split, kind: Kind, batches: BatchSource, lon
     lines = [f"{lines[0]} {waste}"] if len(lines) == 1 else [*lines, waste]
     for task, samples in zip(data.tasks, split.trained):
         lines.append(too_long(task.path, samples, kind.records, data.seq_len, longest))
+    lines += [line for path, phrases in split.left_out.items() for line in not_used(path, phrases)]
     return "\n".join([*filter(None, lines), evaluated(data, split, kind)])
+
+
+def not_used(path: Path, phrases: Counter[str]) -> list[str]:
+    """Return a sentence for each thing that records of a file have and that is not used, the most frequent first."""
+    return [
+        f"{path}: {number(n, 'records')} {'has' if n == 1 else 'have'} {phrase}." for phrase, n in phrases.most_common()
+    ]
 
 
 def counts(samples: Samples, unit: str) -> str:

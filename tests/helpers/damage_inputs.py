@@ -1,4 +1,4 @@
-"""Damaged and odd texts and records of the user: the damage costs itself, is named and counted; memory stays bounded."""
+"""Damaged and odd texts and records of the user: the damage costs itself, is named and counted."""
 
 from __future__ import annotations
 

@@ -50,11 +50,12 @@ def forge(name: str) -> Callable[[World, random.Random], Result]:
 
     def trial(world: World, rng: random.Random) -> Result:
         template, names, spelled = world.once(f"template {name}", lambda: make(world))
-        thoughts = ("<think>", "</think>")  # in an answer they are a thought: a feature
+        # In an answer thoughts and calls may be written as text, and a system message may explain how.
+        theirs = [name for name in names if name not in template.tokenizer.special] + ["<think>", "</think>"]
         harmless, forged = [], []
         roles = [*(["system"] if rng.random() < 0.5 else []), *["user", "assistant"] * rng.randint(1, 3)]
         for role in roles:
-            words = [word for word in spelled if role != "assistant" or not any(each in word for each in thoughts)]
+            words = [word for word in spelled if role == "user" or not any(each in word for each in theirs)]
             text = "a" + "".join(rng.choice(words if rng.random() < 0.6 else PIECES) for _ in range(rng.randint(1, 6)))
             harmless.append({"role": role, "content": "a"})
             forged.append({"role": role, "content": text + "z"})
@@ -75,7 +76,8 @@ def forgeries() -> dict[str, Kind]:
     """Return the kinds of trials of this file by name."""
     from helpers.published_templates import PUBLISHED
 
-    promise = "Texts that spell the markers of a template: no marker comes from a text, in any role ({})"
+    promise = "Texts that spell the markers of a template: no special token comes from a text in any role, and no other"
+    promise += " added token that the template writes from a user's ({})"
     ours = {f"marker: {name}": Kind(promise.format("our templates"), 150, forge(name)) for name in ("ours", *CARRIERS)}
     return ours | {
         f"marker: {name}": Kind(promise.format("published templates"), 150, forge(name)) for name in PUBLISHED
