@@ -1,7 +1,7 @@
 """corpora/files.py: the same documents from every format, and a place for every record that cannot be read."""
 
-import csv
 import bz2
+import csv
 import gzip
 import json
 import lzma
