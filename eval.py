@@ -176,6 +176,7 @@ from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
 from serving.single import answer_scored, demonstrate
 from serving.terminal import chat, print_pieces
+from training.checksums import MOST_BYTES, check_model
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -185,7 +186,9 @@ def main(args: Args) -> dict[str, Any]:
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
     backends.check(args.attention, dtype, device, training=False)
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
-    assistant = load_assistant(find_model(args.model), device, dtype, **options)
+    directory = find_model(args.model)
+    check_model(directory, MOST_BYTES)
+    assistant = load_assistant(directory, device, dtype, **options)
     if args.max_seq_len is not None:
         set_length(assistant.model, args.max_seq_len)
     with backends.use(args.attention):

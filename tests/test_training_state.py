@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tiny_training_run import quick, rows, toy_data, toy_trainer  # noqa: F401
 
+from training.checksums import check_model
 from training.state import Diverged, TrainState, load_state, rng_state, set_rng_state
 
 NO_GROUPS = [[], []]
@@ -93,3 +94,20 @@ def test_random_generators_go_on_where_they_were():
     expected = torch.rand(3).tolist(), random.random(), random.gauss(0, 1)
     set_rng_state(state, torch.device("cpu"))
     assert (torch.rand(3).tolist(), random.random(), random.gauss(0, 1)) == expected
+
+
+def test_a_model_is_compared_with_its_sums(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=1).fit()
+    model = tmp_path / "run" / "last"
+    check_model(model)
+    config, weights = model / "generation_config.json", model / "model.safetensors"
+    config.write_text("{}\n")
+    check_model(model)
+    assert "generation_config.json is missing or not what was saved" in capsys.readouterr().err
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    check_model(model, most_bytes=8)
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or not what was saved .* copy it again"):
+        check_model(model)
+    (model / "training_state" / "sha256.json").unlink()
+    check_model(model)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+from cli.progress import say
 from cli.record import file_sha256
 from files import read_sealed, write_json, write_sealed
 
 SUMS = Path("training_state", "sha256.json")
+MOST_BYTES = 1 << 30  # of a file that is compared each time a model is asked: SHA-256 takes about 2 s a GB
 PROGRESS = Path("training_state", "progress.json")  # it may be newer than the other files, and holds its own sum
 
 
@@ -45,6 +48,34 @@ def damage(directory: Path) -> str | None:
     except ValueError:
         return f"{PROGRESS} is damaged"
     return None
+
+
+def check_model(directory: Path, most_bytes: float = math.inf) -> None:
+    """Compare the files of a model with the sums that were saved with it, where it has some.
+
+    Raises ValueError for weights that differ; says so for other files, which may have been changed by hand. Files of
+    more than `most_bytes` are not read.
+    """
+    if not has_sums(directory):
+        return
+    try:
+        sums = dict(json.loads((directory / SUMS).read_text(encoding="utf8")))
+    except (ValueError, TypeError):
+        say(f"{directory / SUMS} is damaged: the files of the model are not compared with it")
+        return
+    changed = []
+    for name, expected in sums.items():
+        path = directory / name
+        if Path(name).parts[0] != SUMS.parts[0] and not (path.is_file() and path.stat().st_size > most_bytes):
+            changed += [] if path.is_file() and file_sha256(path) == expected else [name]
+    what = "missing or not what was saved (its SHA-256 differs)"
+    if weights := [name for name in changed if Path(name).suffix in (".safetensors", ".bin")]:
+        raise ValueError(
+            f"{directory / weights[0]} is {what}, so it is damaged: copy it again; if you changed it yourself, remove "
+            f"{directory / SUMS}"
+        )
+    if changed:
+        say(f"{directory}: {', '.join(changed)} is {what}: damaged, or changed by hand")
 
 
 def write_progress(directory: Path, progress: dict) -> None:
