@@ -27,46 +27,33 @@ class Renderer:
     names: matches the empty text before a special token
     tokens: matches marks, and special tokens but those after BREAK, which are text
     places: the same, and the tokens of the vocabulary that are not special
+    in_answers: special tokens that an answer may contain, beside <think> and </think>
     has_blocks: the template has {% generation %} blocks
 
     Raises ValueError when the Jinja cannot be read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, jinja: str, name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, jinja: str, name: str, in_answers: Iterable[str] = ()) -> None:
         self.name, self.variables = name, tokenizer.special_names()
         names = any_of(tokenizer.special)
         self.names = re.compile(f"(?={names})")
         # Templates look for these two in an answer, so there they stay what they are.
-        self._names_in_answers = re.compile(f"(?={any_of(set(tokenizer.special) - {OPEN, CLOSE})})")
+        self._names_in_answers = re.compile(f"(?={any_of(set(tokenizer.special) - {OPEN, CLOSE, *in_answers})})")
         self.tokens = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
         self.places = re.compile(f"{self.tokens.pattern}|{any_of(tokenizer.added)}")
         try:
             self._template = ENVIRONMENT.from_string(jinja)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"{name} is not a valid Jinja template: {error}") from None
-        self._added = [name for name in tokenizer.added if len(name) > 1]
-        self.find_markers(jinja, "")
         self.has_blocks = re.search(r"\{%[-+]?\s*generation\b", jinja) is not None
 
-    def find_markers(self, jinja: str, rendered: str) -> None:
-        """Find the tokens that the template writes although they are not special; rendered: text without messages."""
-        self._markers = re.compile(any_of(name for name in self._added if name in jinja or name in rendered))
-
     def as_text(self, message: Message) -> Message:
-        """Return a message with BREAK before special tokens in all its texts; in those of users and tools also inside
-        tokens that are not special, where the template writes them.
-
-        (The words of a model, and of a system message, may call tools or explain how.)
-        """
-        of_others = message["role"] not in ("assistant", "system", "text")
+        """Return a message with BREAK before special tokens in all its texts."""
         names = self._names_in_answers if message["role"] == "assistant" else self.names
 
         def mark(value: Any) -> Any:
             if isinstance(value, str):
-                value = names.sub(BREAK, value)
-                return (
-                    self._markers.sub(lambda match: match[0][0] + BREAK + match[0][1:], value) if of_others else value
-                )
+                return names.sub(BREAK, value)
             if isinstance(value, dict):
                 return {mark(key): mark(each) for key, each in value.items()}
             return [mark(each) for each in value] if isinstance(value, list) else value
