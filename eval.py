@@ -192,6 +192,7 @@ from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
 from serving.single import answer_scored, demonstrate
 from serving.terminal import chat, print_pieces, read_examples
+from training.checksums import MOST_BYTES, check_model
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -203,7 +204,9 @@ def main(args: Args) -> dict[str, Any]:
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
 
     def load(directory: Path, **options: Any) -> Assistant:
-        assistant = load_assistant(find_model(directory), device, dtype, **options)
+        directory = find_model(directory)
+        check_model(directory, MOST_BYTES)
+        assistant = load_assistant(directory, device, dtype, **options)
         if args.max_seq_len is not None:
             set_length(assistant.model, args.max_seq_len)
         return assistant

@@ -80,6 +80,7 @@ from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.checksums import check_model
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.state import check_outside
@@ -96,6 +97,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.show:
         return show(args)
     check_outside(args.out, args.init_from, args.train.resume)
+    check_model(args.init_from)
     objective = make_objective(args.objective, args.preference)
     names = [task.name for task in args.data.tasks]
     torch.manual_seed(args.train.seed)

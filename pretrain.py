@@ -106,6 +106,7 @@ from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.checksums import check_model
 from training.log import summary
 from training.state import check_outside
 from training.trainer import Trainer
@@ -116,6 +117,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.init_from is not None:
         args = replace(args, init_from=model_in(args.init_from))
         check_outside(args.out, args.init_from, args.train.resume)
+        check_model(args.init_from)
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
