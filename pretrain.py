@@ -11,10 +11,11 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
+from cli.memory import check_memory
 from cli.record import file_sha256, record_training, to_plain
 from model_args import ModelArgs, RopeArgs
 from optim.args import OptimArgs
@@ -47,9 +48,9 @@ class DataArgs:
     """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
     verify: bool = False
     """compare the SHA-256 of bins above 512 MB, too, with their .json: 2 s a GB; smaller ones always are"""
-    seq_len: int = 128
+    seq_len: Annotated[int, (1, 2147483647)] = 128
     """tokens per row of a batch"""
-    batch_size: int = 64
+    batch_size: Annotated[int, (1, 10000000)] = 64
     """rows per optimizer step, in total over all processes and micro-batches"""
     isolate_documents: bool = False
     """attend only to tokens of the same document, where a row contains several"""
@@ -72,7 +73,7 @@ class Args:
     """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
     add_special_tokens: tuple[str, ...] = ()
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them."""
-    vocab_multiple_of: int = 1
+    vocab_multiple_of: Annotated[int, (1, 1048576)] = 1
     """when the vocabulary grows, round its size up to a multiple of this number"""
 
     def __post_init__(self) -> None:
@@ -178,7 +179,9 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
-        return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
+        shape = args.model.replace(vocab_size=tokenizer.vocab_size)
+        check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
+        return Transformer(shape), []
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
