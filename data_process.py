@@ -175,6 +175,8 @@ def process(
     bar.close()
     outputs.close()
     conversations = write_conversations(track(read_conversations(args), "writing", "conversations"), work)
+    if examples := examples_of(args):
+        (work / "examples.txt").write_text("".join(f"{example}\n" for example in examples), encoding="utf8")
     written = sums_of(path for path in outputs_in(work) if path.name not in outputs.finished)
     progress["outputs"] = {"finished": outputs.finished | written}
     summary = summarize(counts, conversations, progress["made_from"], work) | {"damaged_files": damaged}
@@ -217,6 +219,11 @@ def input_files(source: SourceArgs) -> list[Path]:
     return [file for path in input_paths(source) for file in ([path] if path == source.loader else find_files(path))]
 
 
+def examples_of(source: SourceArgs) -> list[str]:
+    """Return what the named corpora suggest to ask a model that is trained on their conversations."""
+    return [example for corpus in source.corpora() for example in corpus.examples]
+
+
 def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[str, Any]:
     """Return all that determines the bytes of the bins, as values that JSON can hold.
 
@@ -230,7 +237,8 @@ def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[s
     stats = {str(path): path.stat() for path in inputs}
     plain["inputs"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     begins = {"bos": tokenizer.begins} if tokenizer.begins else {}
-    return plain | {"tokenizer_sha256": tokenizer.sha256()} | begins
+    examples = {"examples": examples_of(args)} if examples_of(args) else {}  # conversations of before had none
+    return plain | {"tokenizer_sha256": tokenizer.sha256()} | begins | examples
 
 
 def summarize(

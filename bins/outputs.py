@@ -5,6 +5,7 @@ They are written in a working folder, survive a kill of the process, and move to
 out/train_00000.bin ...    training bins, each with .idx and .json
 out/heldout.bin            the held-out bin, with .idx and .json
 out/sft_train.jsonl, out/sft_heldout.jsonl, out/bad_records.jsonl, out/all_text.txt
+out/examples.txt           what to ask a model that is trained on the conversations
 out/summary.json           counts, file sizes, and the inputs and arguments of the run; written last
 """
 
@@ -27,7 +28,7 @@ from tokenizer import Tokenizer
 
 OUTPUTS = (  # in the order they are moved: a bin's .json last, because it marks the bin as complete
     *(f"{name}.{suffix}" for name in ("train_[0-9]*", "heldout") for suffix in ("idx", "bin", "json")),
-    *("sft_train.jsonl", "sft_heldout.jsonl", "bad_records.jsonl", "all_text.txt"),
+    *("sft_train.jsonl", "sft_heldout.jsonl", "bad_records.jsonl", "all_text.txt", "examples.txt"),
 )
 
 
