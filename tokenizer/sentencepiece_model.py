@@ -152,6 +152,7 @@ def to_tokenizers(
     spec, norm = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != TrainerSpec.BPE or spec.treat_whitespace_as_suffix or not norm.escape_whitespaces:
         raise ValueError(
+            "the tokenizer cannot be saved with a model: "
             "only SentencePiece models of type BPE, with spaces before words, can be written as a tokenizer.json; "
             "train a tokenizer with train_tokenizer.py, or with model_type=bpe"
         )
