@@ -17,7 +17,7 @@ from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
 from cli.memory import check_memory
 from cli.record import file_sha256, record_training, to_plain
-from model_args import ModelArgs, RopeArgs
+from model_args import NewModelArgs, RopeArgs
 from optim.args import OptimArgs
 from training.args import NEEDS as TRAINING_NEEDS
 from training.args import TrainArgs
@@ -60,7 +60,7 @@ class DataArgs:
 class Args:
     """Pretrain a LLaMA2 model on token bins."""
 
-    model: ModelArgs = field(default_factory=ModelArgs)
+    model: NewModelArgs = field(default_factory=NewModelArgs)
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
@@ -87,6 +87,7 @@ if __name__ == "__main__":
 import torch
 
 from bins.token_bin import TokenBin
+from checkpoint import config_json
 from checkpoint.directory import load_weights, load_whole_model, save_model
 from checkpoint.extend import (
     add_tokens,
@@ -97,7 +98,7 @@ from checkpoint.extend import (
     read_tokens,
     stretch_positions,
 )
-from checkpoint.locate import model_in, read_stop_ids
+from checkpoint.locate import is_model, model_in, read_config, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
@@ -105,7 +106,8 @@ from distributed.backend import make_backend
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.checksums import check_model
 from training.log import summary
 from training.state import check_outside
 from training.trainer import Trainer
@@ -116,6 +118,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.init_from is not None:
         args = replace(args, init_from=model_in(args.init_from))
         check_outside(args.out, args.init_from, args.train.resume)
+        check_model(args.init_from)
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
@@ -123,6 +126,7 @@ def main(args: Args) -> dict[str, Any]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins, args.data.verify)
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
+    check_saving(tokenizer)
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
     if tokenizer.eos_id is not None:
         rows["headerless_eos_id"] = tokenizer.eos_id
@@ -179,7 +183,8 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
-        shape = args.model.replace(vocab_size=tokenizer.vocab_size)
+        length = length_so_far(args) or args.data.seq_len
+        shape = args.model.made(tokenizer.vocab_size, length)
         check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
         return Transformer(shape), []
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
@@ -195,11 +200,15 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
         changes = []
     else:
         check_shape(model.args, asked, args.init_from)
-        if args.data.seq_len > model.args.max_seq_len:  # then the length is asked for, be it ModelArgs' default
-            asked["max_seq_len"] = args.model.max_seq_len
         changes = [stretch_positions(model, args.rope, asked.get("max_seq_len"))]
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
     return model, [change for change in changes if change]
+
+
+def length_so_far(args: Args) -> int | None:
+    """Return the context of the run that goes on, which earlier versions set to 256 tokens; None where none goes on."""
+    last = args.out / "last"
+    return config_json.read(read_config(last)).max_seq_len if args.train.resume == "auto" and is_model(last) else None
 
 
 def resolved(args: Args, model: Transformer | TransformersModel) -> Args:

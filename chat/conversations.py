@@ -84,7 +84,8 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 
 def _system(record: Fields) -> Messages:
-    return read_turns([_message("system", record.first(SYSTEM))], record.left_out)
+    system = record.first(SYSTEM)
+    return [] if system is None else read_turns([_message("system", system)], record.left_out)
 
 
 def _before(record: Fields) -> Messages:
@@ -307,7 +308,7 @@ def file_conversations(path: Path, broken: list[BadRecord]) -> Iterator[Messages
 def read_files(path: Path, broken: list[BadRecord], read: Callable[[Any], T], kind: str) -> Iterator[T]:
     """Yield `read(value)` of every record at `path`.
 
-    path: a json, jsonl, csv, tsv or parquet file (plain, .gz or .zst), a folder of them, or a Python file whose
+    path: a json, jsonl, csv, tsv or parquet file (plain or compressed), a folder of them, or a Python file whose
         `data_loader()` yields records
     broken: list to which records that `read` refuses by ValueError are appended, with their place and the reason
     kind: what a usable record has, for the error
