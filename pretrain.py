@@ -11,12 +11,13 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cli.args import parse, run
 from cli.record import file_sha256, record_training, to_plain
 from model_args import ModelArgs, RopeArgs
 from optim.args import OptimArgs
+from quant.kinds import BITNETS
 from training.args import TrainArgs
 
 
@@ -52,6 +53,9 @@ class Args:
     """directory of the run: checkpoints, logs, the resolved config"""
     init_from: Path | None = None
     """checkpoint to continue training from; --model.* flags must match it, except for a larger --model.max_seq_len"""
+    bitnet: Literal[("none", *BITNETS)] = "none"  # type: ignore[valid-type]
+    """train linear layers but the head with weights of few bits and inputs of 8. b158 (Ma et al. 2024): -1, 0, 1; b1
+    (Wang et al. 2023): -1, 1. quantize.py --method bitnet packs the result"""
     rope: RopeArgs = field(default_factory=RopeArgs)
     add_tokens: tuple[str, ...] = ()
     """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
@@ -85,6 +89,7 @@ from distributed.backend import make_backend
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
+from quant.bitnet import kind_of_bits, train_in_bits
 from tokenizer import Tokenizer, load_tokenizer
 from training.log import summary
 from training.state import check_outside
@@ -161,7 +166,8 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     if args.init_from is None:
         if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
             raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
-        return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
+        model = Transformer(args.model.replace(vocab_size=tokenizer.vocab_size))
+        return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
@@ -179,7 +185,22 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
             asked["max_seq_len"] = args.model.max_seq_len
         changes = [stretch_positions(model, args.rope, asked.get("max_seq_len"))]
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
+    changes += in_bits(model, args)
     return model, [change for change in changes if change]
+
+
+def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
+    """Make the linear layers of a model those of --bitnet; returns the change in words."""
+    if args.bitnet == "none":
+        return []
+    if isinstance(model, TransformersModel):
+        raise ValueError(f"--bitnet is for models of the LLaMA family, and {args.init_from} is none: remove it")
+    if (kind := kind_of_bits(model)) not in (None, args.bitnet):
+        raise ValueError(f"--bitnet {args.bitnet} does not fit {args.init_from}, which was trained with {kind}")
+    train_in_bits(model, args.bitnet)
+    return [
+        f"linear layers but the head are trained with weights of {'-1, 0, 1' if args.bitnet == 'b158' else '-1, 1'}"
+    ]
 
 
 def resolved(args: Args, model: Transformer | TransformersModel) -> Args:
@@ -206,7 +227,10 @@ def identity(args: Args, bins: list[TokenBin], model: Transformer | Transformers
         "optimizer": args.optim.optimizer,
         "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
     }
-    changes = {name: getattr(args, name) for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of")}
+    changes = {
+        name: getattr(args, name)
+        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet")
+    }
     changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
     return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named
 
