@@ -14,11 +14,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.args import parse, run
+from cli.flags import SET, Needs, check_flags
 from cli.record import file_sha256, record_training, to_plain
 from model_args import ModelArgs, RopeArgs
 from optim.args import OptimArgs
 from quant.kinds import BITNETS
+from training.args import NEEDS as TRAINING_NEEDS
 from training.args import TrainArgs
+
+OF_CHECKPOINT = "it changes a model that there is; name that one, or remove it"
+WIDTH = "a checkpoint has its width; remove it"
+NEEDS = (
+    *TRAINING_NEEDS,
+    Needs("rope.*", "init_from", SET, OF_CHECKPOINT),
+    Needs("add_tokens", "init_from", SET, OF_CHECKPOINT),
+    Needs("add_special_tokens", "init_from", SET, OF_CHECKPOINT),
+    Needs("vocab_multiple_of", "init_from", SET, OF_CHECKPOINT),
+    Needs("model.vocab_size", "init_from", SET, "a new model has the ids of the tokenizer; remove it", only_named=True),
+    Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
+    Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,10 @@ class Args:
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them."""
     vocab_multiple_of: int = 1
     """when the vocabulary grows, round its size up to a multiple of this number"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, NEEDS)
 
 
 if __name__ == "__main__":
@@ -164,8 +183,6 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
-        if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
-            raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
         model = Transformer(args.model.replace(vocab_size=tokenizer.vocab_size))
         return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)

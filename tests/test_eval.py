@@ -140,7 +140,7 @@ def test_a_file_of_questions(args, directory, tmp_path, capsys):
         {"prompt": 5},
         {"messages": [user("江上"), {"role": "assistant", "content": "the reference"}], "task": "title"},
         {"messages": [{"role": "assistant", "content": "明月"}]},
-        {"question": "?"},
+        {"query": ""},
         {"prompt": "江" * 250},
         [],
     ]
@@ -233,11 +233,11 @@ def test_half_a_character_beside_a_question_is_written_back(args, tmp_path):
     assert json.loads((tmp_path / "questions.answers.jsonl").read_text())["id"] == "\ud83d"
 
 
-@pytest.mark.parametrize("content", ["", '{"question": "?"}\n', "nonsense\n"])
+@pytest.mark.parametrize("content", ["", '{"title": "?"}\n', "nonsense\n"])
 def test_a_file_without_prompts_is_refused(args, tmp_path, content):
     path = tmp_path / "questions.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"questions.jsonl holds no prompts: expected records with \"prompt\""):
+    with pytest.raises(ValueError, match=r"questions.jsonl holds no questions: expected records as for"):
         main(dataclasses.replace(args, input=path))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -249,7 +249,7 @@ def test_files_that_cannot_be(args, tmp_path):
     path.write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="would overwrite the questions"):
         main(dataclasses.replace(args, input=path, output=path))
-    with pytest.raises(ValueError, match="--prompt does not go with --input"):
+    with pytest.raises(ValueError, match=r"--prompt x does not go with --input .*q.jsonl: either"):
         main(dataclasses.replace(args, input=path, prompt="x"))
 
 
