@@ -79,7 +79,7 @@ from files import alone_in
 from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.state import check_outside
@@ -106,7 +106,8 @@ def main(args: Args) -> dict[str, Any]:
             model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
         )
         template = load_template(tokenizer, args.data.template)
-        tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
+        tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
+        check_saving(tokenizer)
         stops = all_stops(template, args.init_from)
         save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
@@ -125,7 +126,7 @@ def main(args: Args) -> dict[str, Any]:
             args.out,
             save=save,
             load=load,
-            identity=identity(args, split, template.jinja),
+            identity=identity(args, split, template.jinja + (template.tool_use.jinja if template.tool_use else "")),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes() if objective.of_tokens else None,
             group_names=names if len(names) > 1 else (),

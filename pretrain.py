@@ -109,7 +109,7 @@ from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
 from quant.bitnet import kind_of_bits, train_in_bits
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.log import summary
 from training.state import check_outside
 from training.trainer import Trainer
@@ -127,6 +127,7 @@ def main(args: Args) -> dict[str, Any]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins, args.data.verify)
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
+    check_saving(tokenizer)
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
     if tokenizer.eos_id is not None:
         rows["headerless_eos_id"] = tokenizer.eos_id

@@ -84,7 +84,8 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 
 def _system(record: Fields) -> Messages:
-    return read_turns([_message("system", record.first(SYSTEM))], record.left_out)
+    system = record.first(SYSTEM)
+    return [] if system is None else read_turns([_message("system", system)], record.left_out)
 
 
 def _before(record: Fields) -> Messages:

@@ -69,8 +69,12 @@ class Assistant:
         check_messages(messages)
         if len(messages) != 1:
             raise ValueError("a model without a chat template takes a single text, not a conversation")
+        return self.encode_text(messages[0]["content"])
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the prompt of a text to continue: it begins as texts begin in training; never empty."""
         start = self.tokenizer.begins or ([self.tokenizer.eos_id] if has_markers(self.tokenizer) else [])
-        return [*start, *self.tokenizer.encode(messages[0]["content"])] or [first_id(self.tokenizer)]
+        return [*start, *self.tokenizer.encode(text)] or [first_id(self.tokenizer)]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
         """Return an iterator over the ids of the answer to one prompt. cache: see `Decoder.stream`."""
