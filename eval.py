@@ -101,12 +101,8 @@ class Args:
     """continue the text itself, without a chat template; always so for a model that has none"""
     demo: bool = False
     """answer the demo prompts, print where the files of the run lie, and exit"""
-    demo_prompts: tuple[str, ...] = (
-        "以《江上》为题写一首五言绝句",
-        "写一首李白风格的七言律诗",
-        "接下一句：床前明月光",
-    )
-    """prompts of --demo"""
+    demo_prompts: tuple[str, ...] = ()
+    """prompts of --demo; without them those of examples.txt beside the model, which its data suggest"""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     """texts that end an answer; they are not part of it"""
@@ -195,7 +191,8 @@ from hardware import DTYPES, choose_device, fastest_dtype
 from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
 from serving.single import answer_scored, demonstrate
-from serving.terminal import chat, print_pieces
+from serving.terminal import chat, print_pieces, read_examples
+from training.checksums import MOST_BYTES, check_model
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -207,7 +204,9 @@ def main(args: Args) -> dict[str, Any]:
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
 
     def load(directory: Path, **options: Any) -> Assistant:
-        assistant = load_assistant(find_model(directory), device, dtype, **options)
+        directory = find_model(directory)
+        check_model(directory, MOST_BYTES)
+        assistant = load_assistant(directory, device, dtype, **options)
         if args.max_seq_len is not None:
             set_length(assistant.model, args.max_seq_len)
         return assistant
@@ -244,7 +243,8 @@ def answer(assistant: Assistant, args: Args) -> dict[str, Any]:
     if args.prompt is not None:
         return {"answer": print_pieces(assistant.reply(args.prompt, args.sampling))}
     if args.demo:
-        return {"answers": demonstrate(assistant, args.demo_prompts, args.sampling)}
+        prompts = args.demo_prompts or read_examples(assistant)
+        return {"answers": demonstrate(assistant, prompts, args.sampling)}
     return {"answered": chat(assistant, args.sampling)}
 
 

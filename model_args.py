@@ -42,7 +42,7 @@ class ModelArgs:
     norm_eps: float = 1e-5
     """epsilon of RMSNorm"""
     max_seq_len: int = 256
-    """longest sequence the model is made for, stretched positions included"""
+    """longest text of the model in tokens, stretched positions included"""
     rope_theta: float = 10000.0
     """base of the rotary encoding"""
     rope_scaling: dict[str, bool | int | float | str | list[float]] | None = None
@@ -99,6 +99,20 @@ class ModelArgs:
     def replace(self, **changes: Any) -> ModelArgs:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class NewModelArgs(ModelArgs):
+    """Model size; names as in Meta's LLaMA code."""
+
+    max_seq_len: int | None = None  # type: ignore[assignment]
+    """longest text of the model in tokens. None: of a new model the length of its rows, --data.seq_len, because
+    positions beyond are never trained; with --init_from that of the checkpoint"""
+
+    def made(self, vocab_size: int, max_seq_len: int) -> ModelArgs:
+        """Return the shape of a new model; `max_seq_len` counts where no flag has set it."""
+        known = {"vocab_size": vocab_size, "max_seq_len": self.max_seq_len or max_seq_len}
+        return ModelArgs(**vars(self) | known)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
 from cli.record import file_sha256, record_training, to_plain
-from model_args import ModelArgs, RopeArgs
+from model_args import NewModelArgs, RopeArgs
 from optim.args import OptimArgs
 from quant.kinds import BITNETS
 from training.args import NEEDS as TRAINING_NEEDS
@@ -60,7 +60,7 @@ class DataArgs:
 class Args:
     """Pretrain a LLaMA2 model on token bins."""
 
-    model: ModelArgs = field(default_factory=ModelArgs)
+    model: NewModelArgs = field(default_factory=NewModelArgs)
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
@@ -90,6 +90,7 @@ if __name__ == "__main__":
 import torch
 
 from bins.token_bin import TokenBin
+from checkpoint import config_json
 from checkpoint.directory import load_weights, load_whole_model, save_model
 from checkpoint.extend import (
     add_tokens,
@@ -100,7 +101,7 @@ from checkpoint.extend import (
     read_tokens,
     stretch_positions,
 )
-from checkpoint.locate import model_in, read_stop_ids
+from checkpoint.locate import is_model, model_in, read_config, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
@@ -110,6 +111,7 @@ from model import Transformer
 from optim.optimizers import build_optimizer
 from quant.bitnet import kind_of_bits, train_in_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.checksums import check_model
 from training.log import summary
 from training.state import check_outside
 from training.trainer import Trainer
@@ -120,6 +122,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.init_from is not None:
         args = replace(args, init_from=model_in(args.init_from))
         check_outside(args.out, args.init_from, args.train.resume)
+        check_model(args.init_from)
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
@@ -184,7 +187,8 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
-        model = Transformer(args.model.replace(vocab_size=tokenizer.vocab_size))
+        length = length_so_far(args) or args.data.seq_len
+        model = Transformer(args.model.made(tokenizer.vocab_size, length))
         return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
@@ -199,8 +203,6 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
         changes = []
     else:
         check_shape(model.args, asked, args.init_from)
-        if args.data.seq_len > model.args.max_seq_len:  # then the length is asked for, be it ModelArgs' default
-            asked["max_seq_len"] = args.model.max_seq_len
         changes = [stretch_positions(model, args.rope, asked.get("max_seq_len"))]
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
     changes += in_bits(model, args)
@@ -219,6 +221,12 @@ def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
     return [
         f"linear layers but the head are trained with weights of {'-1, 0, 1' if args.bitnet == 'b158' else '-1, 1'}"
     ]
+
+
+def length_so_far(args: Args) -> int | None:
+    """Return the context of the run that goes on, which earlier versions set to 256 tokens; None where none goes on."""
+    last = args.out / "last"
+    return config_json.read(read_config(last)).max_seq_len if args.train.resume == "auto" and is_model(last) else None
 
 
 def resolved(args: Args, model: Transformer | TransformersModel) -> Args:

@@ -136,11 +136,13 @@ from quant.llm_int8 import LLMInt8Linear
 from quant.replace import base_layers, need_package, refuse_quantized
 from quant.statistics import InputStatistics
 from tokenizer import Tokenizer
+from training.checksums import MOST_BYTES, check_model
 
 
 def main(args: Args) -> dict[str, Any]:
     """Quantize every linear layer but the head, and write the directory; returns a report per layer."""
     directory = find_model(args.model, "give --model a model directory")
+    check_model(directory, MOST_BYTES)
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)

@@ -66,7 +66,7 @@ def load_whole_model(
         return model
 
     def make(config: dict[str, Any]) -> Transformer:
-        args = config_json.read({key: value for key, value in config.items() if not bits or key != quantized.KEY})
+        args = config_json.read(config)
         safetensors_files.check_size(args, directory)
         if torch.device(device).type == "cpu" and dtype != kept_dtype(directory):  # not only mapped, but converted
             what = f"the model in {directory}, in {str(dtype).removeprefix('torch.')},"

@@ -26,8 +26,8 @@ from tokenizer.added import with_tokens
 
 
 def changed_fields(model: ModelArgs) -> dict[str, Any]:
-    """Return the fields of `model` that differ from the defaults of ModelArgs, those it computes included."""
-    defaults = vars(ModelArgs())
+    """Return the fields of `model` that differ from its defaults, those it computes included."""
+    defaults = vars(type(model)())
     derived = {"n_kv_heads": model.n_heads, "head_dim": model.dim // model.n_heads}
     derived["hidden_dim"] = model.replace(hidden_dim=None).hidden_dim
     return {name: value for name, value in vars(model).items() if value != derived.get(name, defaults[name])}

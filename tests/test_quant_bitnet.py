@@ -18,7 +18,7 @@ from bins.token_bin import BinWriter
 from checkpoint.directory import load_model, save_model
 from lora import adapters
 from lora.spec import LoraArgs
-from model_args import ModelArgs
+from model_args import NewModelArgs
 from optim.args import OptimArgs
 from quant import bitnet
 from quant.bitnet import BitLinear, PackedBitLinear
@@ -102,7 +102,7 @@ def trained(request, tmp_path_factory):
             for _ in range(20):
                 writer.add([*tokenizer.encode(TEXT), tokenizer.eos_id])
     args = pretrain.Args(
-        model=ModelArgs(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=64),
+        model=NewModelArgs(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=64),
         data=pretrain.DataArgs(dir=folder / "data", seq_len=32, batch_size=4),
         optim=OptimArgs(lr=1e-2, warmup_steps=1),
         train=TrainArgs(max_steps=6, device="cpu", dtype="fp32", eval_interval=6, log_interval=1),
@@ -151,6 +151,7 @@ def test_transformers_runs_the_trained_and_the_packed_model(trained, theirs, tmp
 def test_a_run_goes_on_and_a_model_is_trained_further(trained, tmp_path):
     args, result, kind = trained
     before = load_model(result["model"])
+    assert pretrain.main(args)["steps"] == result["steps"]  # the same command: there is nothing left to do
     more = pretrain.Args(
         data=args.data, optim=args.optim, train=args.train, out=tmp_path / "run", init_from=result["model"]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -35,8 +36,11 @@ class RunLog:
         if first_step == total_steps and evaluated not in (None, first_step):
             kept = [row for row in kept if row["step"] < first_step or "eval_loss" not in row]
         aside = self.path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.first_step, self.rows, self.sha256 = first_step, 0, hashlib.sha256()
+        self.kept = [json.dumps(row) + "\n" for row in kept]
+        aside.write_text("".join(self.kept))
         aside.replace(self.path)
+        self._count("".join(self.kept), len(kept))
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(directory / "tensorboard", purge_step=first_step + 1)
         self.progress_bar = Progress("training", "step", total_steps, first_step)
@@ -44,9 +48,30 @@ class RunLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row of `metrics.jsonl`, and the same numbers to TensorBoard."""
         if self.active:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            line = json.dumps({"step": step, **values}) + "\n"
+            self.file.write(line)
+            self._count(line)
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def _count(self, text: str, rows: int = 1) -> None:
+        self.rows += rows
+        self.sha256.update(text.encode())
+
+    def contents(self) -> list | None:
+        """Return the number of rows and their SHA-256, for the checkpoint of this moment."""
+        return [self.rows, self.sha256.hexdigest()] if self.active else None
+
+    def compare(self, contents: list | None) -> None:
+        """Say so when the rows up to the checkpoint of a resumed run are not its `contents`, as after damage."""
+        if not self.active or contents is None or not self.first_step:
+            return
+        rows, sha256 = contents
+        if hashlib.sha256("".join(self.kept[:rows]).encode()).hexdigest() != sha256:
+            say(
+                f"{self.path} is damaged: {len(self.kept)} of its {rows} rows up to step {self.first_step} can be "
+                "read, and not all are what was written. Training does not depend on them, and goes on"
+            )
 
     def say(self, text: str) -> None:
         if self.active:

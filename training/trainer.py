@@ -125,7 +125,11 @@ class Trainer:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
             elif is_due(args.save_interval, state.step, epoch):
-                self.checkpoints.save(state)
+                self._save()
+
+    def _save(self, is_best: bool = False) -> None:
+        self.state.log = self.log.contents()
+        self.checkpoints.save(self.state, is_best)
 
     def _step(self) -> float:
         """Do one optimizer step; return the gradient norm before clipping."""
@@ -157,11 +161,11 @@ class Trainer:
         is_best = state.judge(metrics[self.args.metric])
         note = f" (first {n_batches} batches)" * (n_batches > 0) + ", best so far" * is_best
         self.log.say(f"step {state.step}: held-out {format_metrics(metrics)}{note}")
-        self.checkpoints.save(state, is_best)
+        self._save(is_best)
 
     def _stop(self) -> None:
         """Save, and end the process as the signal asks."""
-        self.checkpoints.save(self.state)
+        self._save()
         number = signal.Signals((self.signals or [signal.SIGTERM])[-1])  # perhaps only another rank received it
         self.log.say(f"stopped by {number.name} after step {self.state.step}: saved; the same command goes on")
         raise SystemExit(128 + number)
@@ -171,10 +175,10 @@ class Trainer:
         state, checkpoints = self.state, self.checkpoints
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "model": str(self.run / "last")}
         if self.eval_data is None:
-            checkpoints.save(state, is_best=True)
+            self._save(is_best=True)
         else:
             if state.evaluated != state.step:  # else stopped early, or killed just before the end
-                checkpoints.save(state)  # an error in the evaluation loses nothing
+                self._save()  # an error in the evaluation loses nothing
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
@@ -237,6 +241,7 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
     log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, evaluated=trainer.state.evaluated)
+    log.compare(trainer.state.log)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(
         f"Training in {str(dtype).removeprefix('torch.')} on {backend.world} {kind} process{'es' * (backend.world > 1)}"
