@@ -67,9 +67,9 @@ def main(args: Args) -> dict[str, Any]:
     check_arguments(args)
     tokenizer = load_tokenizer(args.tokenizer)
     check_copy(args, tokenizer)
-    check_saving(tokenizer)
     if tokenizer.eos_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no end-of-text token, which ends every document in a bin")
+    check_saving(tokenizer)
     items = read(args)
     with alone_in(args.out):
         summary = write_outputs(args, items, tokenizer)
