@@ -244,7 +244,7 @@ def inputs() -> dict[str, Kind]:
         for packing in ("", "gz", "zst", "bz2", "xz") if kind != "parquet" else ("",):
             name = ".".join(filter(None, [kind, packing]))
             checked = " (it has checksums: any damage is named)" if packing or kind == "parquet" else ""
-            promise = f"A damaged {kind} file{', compressed' if packing else ''}, costs itself only{checked}"
+            promise = f"A damaged {kind} file{', compressed,' if packing else ''} costs itself only{checked}"
             found[f"input: {name}"] = Kind(promise, 40 if packing else 80, damaged(kind, packing))
     promise = "Odd records among conversations: each good one is used, each odd one named"
     found["records"] = Kind(promise, 600, records)
