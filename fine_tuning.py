@@ -22,7 +22,7 @@ from typing import Any
 
 from cli.args import parse, run
 from cli.flags import check_flags
-from cli.record import file_sha256, record_training, to_plain
+from cli.record import beginning, file_sha256, record_training, to_plain
 from lora.spec import LoraArgs
 from optim.args import OptimArgs
 from training.args import TrainArgs
@@ -107,6 +107,8 @@ def main(args: Args) -> dict[str, Any]:
         )
         template = load_template(tokenizer, args.data.template)
         tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
+        began = beginning(args.out, fresh=args.train.resume == "never")
+        template.set_date(began)  # a run that goes on another day has the same ids
         stops = all_stops(template, args.init_from)
         save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
@@ -134,7 +136,7 @@ def main(args: Args) -> dict[str, Any]:
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]
-                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do)
+                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do, began)
                 about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)

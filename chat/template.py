@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import re
 import shlex
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -151,6 +152,10 @@ class ChatTemplate:
                 run.append((part, trained))
         encode_texts(self.tokenizer, run, ids, mask)
         return ids, mask
+
+    def set_date(self, date: datetime) -> None:
+        """Let the template write this date in place of the present one (Llama 3 names the date in every prompt)."""
+        self._renderer.variables["strftime_now"] = date.strftime
 
     def _without_spaces(self, rendered: str) -> str:
         """Return the text without the white space that some special tokens remove beside them."""
