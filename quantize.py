@@ -32,8 +32,9 @@ class Args:
     """directory of the model, or of a run (then its best checkpoint)"""
     method: Literal[tuple(METHODS)] = "gptq"  # type: ignore[valid-type]
     """gptq: Frantar et al. 2022, with error propagation (QEP); awq: Lin et al. 2023; rtn: round to nearest, without
-    any text; int8: likewise, a scale a row; llm_int8: inputs in 8 bits, too, but for outliers (Dettmers et al. 2022);
-    nf4, fp4: 16 uneven levels (Dettmers et al. 2023; needs bitsandbytes)"""
+    any text; int8: likewise, a scale a row; smoothquant (Xiao et al. 2022): inputs in 8 bits, too; llm_int8
+    (Dettmers et al. 2022): the same but for outliers; nf4, fp4 (Dettmers et al. 2023; needs bitsandbytes): 16 uneven
+    levels"""
     bits: Literal[2, 3, 4, 8] | None = None
     """bits of a weight. None: 4, or as many as the method has; awq's format has 4 only"""
     group_size: int = 128
@@ -57,6 +58,8 @@ class Args:
     """gptq rounds the inputs with the largest second moment first"""
     search: bool = True
     """narrow the range of a group where that lowers the error (gptq and rtn)"""
+    alpha: float | None = None
+    """smoothquant: share of the difficulty that is moved from inputs into weights, 0 to 1; None: searched"""
     threshold: float = 6.0
     """llm_int8: inputs this large are outliers, multiplied in full precision; 0: none are"""
     double_quant: bool = True
@@ -92,6 +95,8 @@ class Args:
             raise ValueError(f"--format awq keeps 4 bits, found --bits {self.bits}")
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"--threshold should be a number from 0 on, found {self.threshold}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"--alpha should be from 0 to 1, found {self.alpha}")
         for name in ("calib_tokens", "seq_len", "seed"):
             if getattr(self, name) < (name == "calib_tokens"):
                 raise ValueError(
@@ -115,14 +120,14 @@ from checkpoint.transformers_model import TransformersModel
 from evaluation.text_rows import draw_rows
 from files import written_aside
 from hardware import choose_device
-from quant import awq
+from quant import awq, smooth
 from quant.calibrate import Solve, Stream, inputs_of, quantize_block
 from quant.formats import Scheme
 from quant.four_bit import BLOCK, FourBitLinear
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
 from quant.grid import GridOptions
 from quant.grouped import GroupedLinear
-from quant.int8 import solve_rows
+from quant.int8 import W8A8Linear, solve_rows
 from quant.kinds import KINDS
 from quant.linear import QuantizedLinear
 from quant.llm_int8 import LLMInt8Linear
@@ -168,6 +173,8 @@ def scheme_of(args: Args) -> Scheme:
         layout = "bnb_8bit" if args.method == "llm_int8" else "bnb_4bit"
         kind = args.method if layout == "bnb_4bit" else "nf4"
         return Scheme(layout, args.bits, threshold=args.threshold, kind=kind, double=args.double_quant)
+    if args.method == "smoothquant":
+        return Scheme("int-quantized", 8)
     if args.method == "int8":
         return Scheme(args.format, args.bits, -1, symmetric=True)
     return Scheme(args.format, args.bits, args.group_size, args.symmetric, args.act_order, args.damping)
@@ -201,7 +208,9 @@ def quantize_model(model: nn.Module, rows: torch.Tensor, args: Args, grid: GridO
     with Progress("quantizing", "layers", 7 * len(model.model.layers)) as progress:
         for number, block in enumerate(model.model.layers):
             if args.method == "awq":
-                scale_block(model, block, stream, grid)
+                scale_block(model, block, stream, partial(awq.search_scale, options=grid))
+            elif args.method == "smoothquant":
+                scale_block(model, block, stream, partial(smooth.search_scale, alpha=args.alpha))
             for name, layer_report in quantize_block(block, stream, solver, f"model.layers.{number}."):
                 report[name] = layer_report
                 progress.add()
@@ -225,6 +234,12 @@ def make_solver(args: Args, grid: GridOptions) -> Solve:
         error = relative_error(weight, solution.dequantize(), statistics.gram)
         return GroupedLinear(layer, solution, args.bits), {"error_after": error}
 
+    def by_smoothing(_: str, layer: nn.Linear, statistics: InputStatistics) -> tuple[QuantizedLinear, dict[str, Any]]:
+        quantized, x = W8A8Linear(layer), statistics.sample
+        wanted = nn.functional.linear(x, layer.weight)  # (n, out)
+        error = (quantized.product(x) - wanted).square().sum() / wanted.square().sum()
+        return quantized, {"error_after": float(error)}
+
     without_text: dict[str, Callable[[nn.Linear], QuantizedLinear]] = {
         "rtn": lambda layer: GroupedLinear(layer, solve_nearest(layer.weight.detach(), grid), args.bits),
         "int8": lambda layer: GroupedLinear(layer, solve_rows(layer.weight.detach().float()), 8),
@@ -232,7 +247,7 @@ def make_solver(args: Args, grid: GridOptions) -> Solve:
         "nf4": partial(FourBitLinear, kind="nf4", double=args.double_quant),
         "fp4": partial(FourBitLinear, kind="fp4", double=args.double_quant),
     }
-    by_text = {"gptq": by_gptq, "awq": by_awq}
+    by_text = {"gptq": by_gptq, "awq": by_awq, "smoothquant": by_smoothing}
     return by_text.get(args.method) or (lambda _, layer, __: (without_text[args.method](layer), {}))
 
 
@@ -248,8 +263,10 @@ def make_stream(model: nn.Module, rows: torch.Tensor, keep_full: bool, batch_tok
     return Stream(call, hidden, [x.clone() for x in hidden] if keep_full else None)
 
 
-def scale_block(model: nn.Module, block: nn.Module, stream: Stream, grid: GridOptions) -> None:
-    """Enlarge the columns of a block's weights that AWQ finds to carry the largest activations.
+def scale_block(
+    model: nn.Module, block: nn.Module, stream: Stream, search: Callable[..., tuple[torch.Tensor, float | None]]
+) -> None:
+    """Enlarge the columns of a block's weights that carry the largest activations; search(fold, inputs, run): a scale.
 
     The scales of all folds are found on the weights as they are, and applied together.
     """
@@ -265,7 +282,7 @@ def scale_block(model: nn.Module, block: nn.Module, stream: Stream, grid: GridOp
     scales = {}
     for name, fold in folds.items():
         x = inputs_of(block, name, lambda _: first())
-        scales[name], _ = awq.search_scale(fold, x, first, grid)
+        scales[name], _ = search(fold, x, first)
     for name, fold in folds.items():
         awq.apply_scale(fold, scales[name])
 

@@ -57,14 +57,29 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
 
 
 def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
-    """Return the scheme of compressed-tensors settings: one group of layers, weights only, packed integers."""
+    """Return the scheme of compressed-tensors settings: one group of layers, packed integers, or int8 with or without
+    inputs of 8 bits."""
     groups = settings.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
     weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict) or settings.get("format") != "pack-quantized" or group.get("input_activations"):
-        raise ValueError("config.json: of compressed-tensors, only one group of pack-quantized weights is read here")
+    inputs = group.get("input_activations") if isinstance(group, dict) else None
+    form = (isinstance(group, dict) and group.get("format")) or settings.get("format")
+    if not isinstance(weights, dict) or form not in ("pack-quantized", "int-quantized"):
+        raise ValueError(
+            "config.json: of compressed-tensors, only one group of pack-quantized or int-quantized weights is read here"
+        )
     if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise ValueError("config.json: of compressed-tensors, only integer weights by group or channel are read here")
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if inputs and (form != "int-quantized" or any(inputs.get(key, wanted[key]) != wanted[key] for key in wanted)):
+        raise ValueError(
+            "config.json: of compressed-tensors, inputs are read here in 8 bits, symmetric, dynamic, by token, beside "
+            "int-quantized weights, or not quantized"
+        )
+    if form == "int-quantized":
+        if (weights.get("strategy"), weights.get("num_bits")) != ("channel", 8):
+            raise ValueError("config.json: int-quantized weights are read here in 8 bits by channel")
+        return Scheme("int-quantized", 8, kind="w8a8" if inputs else "int8")
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
     return Scheme("compressed-tensors", weights.get("num_bits"), size)
 

@@ -1,6 +1,8 @@
 """The formats of quantized files: how a layer of any class is written, what config.json says, how it is read again.
 
 gptq, gptq_v2, awq, compressed-tensors (pack-quantized): codes with scales for groups of inputs (layouts.py)
+int-quantized (compressed-tensors)
+          weight (out, in) int8; weight_scale (out, 1); inputs are rounded to 8 bits, too, or not
 bnb_8bit  LLM.int8(): weight (out, in) int8; SCB (out,) float32: largest magnitudes; weight_format () uint8: 0, by rows
 bnb_4bit  NF4 and FP4: weight (out * in / 2, 1) uint8; weight.absmax, weight.quant_map, weight.nested_absmax,
           weight.nested_quant_map; weight.quant_state.bitsandbytes__nf4: the rest as the bytes of a JSON object
@@ -16,6 +18,7 @@ from torch import nn
 
 from quant.four_bit import FourBitLinear, functional
 from quant.grouped import GroupedLinear
+from quant.int8 import Int8Linear, W8A8Linear, around_128
 from quant.layouts import LAYOUTS, Tensors, config_of
 from quant.linear import QuantizedLinear
 from quant.llm_int8 import THRESHOLD, LLMInt8Linear
@@ -35,7 +38,7 @@ class Scheme(NamedTuple):
     threshold: float = THRESHOLD
     """of bnb_8bit"""
     kind: str = "nf4"
-    """of bnb_4bit"""
+    """of bnb_4bit: nf4 or fp4; of int-quantized: w8a8 or int8"""
     double: bool = True
     """likewise"""
 
@@ -73,6 +76,34 @@ def grouped(name: str) -> Format:
         return GroupedLinear(layer, quantized, scheme.bits)
 
     return Format(write, read, layout.names, lambda scheme, _: config_of(name, scheme))
+
+
+# ---- compressed-tensors: int-quantized
+
+
+def write_int(layer: Int8Linear, dtype: torch.dtype) -> Tensors:
+    """Return the tensors of a layer with int8 weights."""
+    return {"weight": layer.codes, "weight_scale": layer.scale.view(torch.float32).to(dtype)}
+
+
+def read_int(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+    """Return the layer that the tensors of an int-quantized file stand for."""
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    check_shape("weight", weight, (layer.out_features, layer.in_features), torch.int8)
+    check_shape("weight_scale", scale, (layer.out_features, 1), scale.dtype)
+    if "weight_zero_point" in tensors and tensors["weight_zero_point"].any():
+        raise ValueError("weight_zero_point is not 0: only symmetric weights are read here")
+    if scheme.kind == "w8a8":
+        return W8A8Linear(layer, (weight, scale))
+    return GroupedLinear(layer, around_128(weight, scale.float()), 8)
+
+
+def int_config(scheme: Scheme, _: torch.dtype) -> dict[str, Any]:
+    """Return the `quantization_config` of int-quantized weights whose inputs are rounded token by token."""
+    config = config_of("compressed-tensors", scheme._replace(symmetric=True, group_size=-1))
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    return config | {"format": "int-quantized"}
 
 
 # ---- bitsandbytes
@@ -143,6 +174,7 @@ def bnb_config(scheme: Scheme, dtype: torch.dtype) -> dict[str, Any]:
 
 
 FORMATS = {name: grouped(name) for name in LAYOUTS} | {
+    "int-quantized": Format(write_int, read_int, frozenset({"weight", "weight_scale"}), int_config),
     "bnb_8bit": Format(write_8bit, read_8bit, frozenset({"weight", "SCB"}), bnb_config),
     "bnb_4bit": Format(write_4bit, read_4bit, frozenset({"weight", "weight.absmax"}), bnb_config),
 }

@@ -36,12 +36,13 @@ class Method(NamedTuple):
 
 WIDTHS, PACKED = (4, 2, 3, 8), ("gptq", "gptq_v2", "awq", "compressed-tensors")
 GRID = frozenset({"group_size", "symmetric", "search"})
-OPTIONS = GRID | {"propagation", "damping", "act_order", "double_quant", "threshold"}  # flags of some methods only
+OPTIONS = GRID | {"propagation", "damping", "act_order", "double_quant", "threshold", "alpha"}  # of some methods only
 METHODS = {
     "gptq": Method(WIDTHS, PACKED, GRID | {"propagation", "damping", "act_order"}, text=True),
     "awq": Method(WIDTHS, PACKED, GRID - {"search"}, text=True),
     "rtn": Method(WIDTHS, PACKED, GRID),
     "int8": Method((8,), ("gptq", "gptq_v2", "compressed-tensors")),
+    "smoothquant": Method((8,), ("compressed-tensors",), frozenset({"alpha"}), text=True),
     "llm_int8": Method((8,), ("bnb",), frozenset({"threshold"})),
     "nf4": Method((4,), ("bnb",), frozenset({"double_quant"})),
     "fp4": Method((4,), ("bnb",), frozenset({"double_quant"})),

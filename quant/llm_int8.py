@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from quant.int8 import whole_product
 from quant.linear import QuantizedLinear
 
 THRESHOLD = 6.0
-EXACT = 1024  # inputs whose products of two bytes still have an exact sum in float32: 1024 * 128 * 127 < 2^24
 
 
 class LLMInt8Linear(QuantizedLinear):
@@ -68,17 +68,3 @@ def round_tokens(rows: torch.Tensor, threshold: float) -> tuple[torch.Tensor, to
     codes = torch.round(half * (127.0 / absmax.where(absmax > 0, 1.0))[:, None])
     codes[:, columns] = 0
     return codes.to(torch.int8), absmax, columns
-
-
-def whole_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return codes (n, in) times weight (out, in), both int8, as (n, out) int32, exactly.
-
-    Processors with AVX-512 multiply bytes; others are faster in float32, whose sums are exact for EXACT inputs.
-    """
-    if codes.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return torch._int_mm(codes, weight.T)
-    total = torch.zeros(len(codes), len(weight), dtype=torch.int32, device=codes.device)
-    for start in range(0, codes.shape[1], EXACT):
-        part = slice(start, start + EXACT)
-        total += (codes[:, part].float() @ weight[:, part].float().T).to(torch.int32)
-    return total

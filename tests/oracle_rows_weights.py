@@ -93,3 +93,28 @@ def llm_int8() -> float:
             with torch.no_grad():
                 worst = max(worst, apart(rooms.LLMInt8Linear(layer, threshold)(x), theirs.to("cpu").eval()(x)))
     return worst
+
+
+@row("SmoothQuant: folded scales, logits", "the model before, fp64", "4 folds, alpha 0.5", 1e-11)
+def smoothquant_folds() -> float:
+    rooms, smooth, worst = room("test_quant_awq"), room("quant.smooth"), 0.0
+    for name in ("attention", "values", "mlp", "down"):
+        model, tokens = rooms.small_model(), torch.randint(61, (2, 11))
+        before, fold = model(tokens), rooms.folds(model)[name]
+        scale, _ = smooth.search_scale(fold, rooms.outliers(30, fold.after[0].in_features), lambda: None, alpha=0.5)
+        rooms.apply_scale(fold, scale)
+        worst = max(worst, apart(model(tokens), before))
+    return worst
+
+
+@row("inputs in 8 bits: codes that differ", "compressed-tensors, fp32", "36 tokens of 40", 0)
+def inputs_in_8_bits() -> float:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = torch.randn(36, 1, 40) * 5
+    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    theirs = quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
+    codes, _ = room("quant.int8").round_inputs(x.flatten(0, 1))
+    return differing(zip(codes.flatten().tolist(), theirs.flatten().tolist()))

@@ -5,15 +5,16 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_chat_model import save_chat_model
+from helpers.tiny_chat_model import TEXT, save_chat_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quantize
 from checkpoint.directory import load_model
 from quant.four_bit import FourBitLinear
+from quant.int8 import whole_product
 from quant.linear import QuantizedLinear
-from quant.llm_int8 import LLMInt8Linear, whole_product
+from quant.llm_int8 import LLMInt8Linear
 
 transformers = pytest.importorskip("transformers")
 
@@ -202,6 +203,43 @@ def test_a_base_that_is_in_four_bits_on_disk_is_not_quantized_again(model, tmp_p
 
 
 # ---- int8
+
+
+def test_compressed_tensors_computes_smoothquant_as_we_do(model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40, encoding="utf8")
+    ours = quantized(model, tmp_path / "ours", "smoothquant", calib=(text,), calib_tokens=500, seq_len=50)
+    found, peer = load_model(ours), theirs(ours)
+    assert {layer.kind for layer in layers(found).values()} == {"w8a8"}
+    # An input that lies between two codes falls to either side by the order of a sum: one step in a few tokens.
+    torch.testing.assert_close(logits(found), logits(peer), atol=0.05, rtol=0)
+    dense = logits(load_model(model))
+    without = quantized(model, tmp_path / "without", "smoothquant", calib=(text,), calib_tokens=500, alpha=0.0)
+    assert (logits(found) - dense).square().mean() < (logits(load_model(without)) - dense).square().mean()
+
+
+def test_int8_weights_alone_are_read_as_groups(model, tmp_path):
+    ours = quantized(model, tmp_path / "ours", "int8", format="compressed-tensors")
+    path, name = ours / "config.json", "model.layers.0.mlp.up_proj"
+    tensors, config = load_file(ours / "model.safetensors"), json.loads(path.read_text())
+    layer = load_model(ours).get_submodule(name)
+    whole = {key: t for key, t in tensors.items() if ".layers." not in key or "norm" in key}
+    for path_, each in layers(load_model(ours)).items():
+        codes = each.quantized().codes.to(torch.int16) - 128
+        whole |= {f"{path_}.weight": codes.to(torch.int8), f"{path_}.weight_scale": each.quantized().scales}
+    save_file(whole, ours / "model.safetensors", {"format": "pt"})
+    config["quantization_config"]["format"] = "int-quantized"
+    config["quantization_config"]["config_groups"]["group_0"]["format"] = "int-quantized"
+    path.write_text(json.dumps(config))
+    again = load_model(ours).get_submodule(name)
+    assert torch.equal(again.dequantize(), layer.dequantize()) and again.kind == "grouped"
+    torch.testing.assert_close(logits(load_model(ours)), logits(theirs(ours)), atol=1e-4, rtol=0)
+    inputs = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="inputs are read here in 8 bits"):
+        load_model(ours)
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
