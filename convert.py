@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.args import parse_command, run
+from cli.flags import Needs, check_flags
 from quant.kinds import KINDS
+
+NEEDS = (
+    Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ class Merge:
     """give a head that is tied to the embedding a matrix of its own: for an adapter that trained the two apart"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """dtype of the weights that are written (the sum is computed in fp32); auto: that of --model"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, NEEDS)
 
 
 @dataclass(frozen=True)

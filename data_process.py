@@ -27,7 +27,7 @@ from cli.record import record_run, to_plain
 from corpora import BadRecord, DamagedFile, Document, SourceArgs, read, read_conversations, text_size
 from corpora.files import find_files
 from files import alone_in, write_json, written_aside
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
 
 CHECKPOINT_SECONDS = 10.0
 TABLE_ROWS = 20
@@ -67,6 +67,7 @@ def main(args: Args) -> dict[str, Any]:
     check_arguments(args)
     tokenizer = load_tokenizer(args.tokenizer)
     check_copy(args, tokenizer)
+    check_saving(tokenizer)
     if tokenizer.eos_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no end-of-text token, which ends every document in a bin")
     items = read(args)

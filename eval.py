@@ -2,16 +2,16 @@
 
 python eval.py                                        a chat with the newest fine-tuned model
 python eval.py --prompt '以《江上》为题写一首五言绝句'    one answer; with --logprobs 3 the probability of each token
-python eval.py --input questions.jsonl                {"prompt": ...} or {"messages": [...]} a line -> answers
+python eval.py --input questions.jsonl                questions in any form that fine-tuning reads -> answers
 python eval.py --task loss                            held-out loss in nats a token and in bits a byte
 python eval.py --task poems                           200 poems under held-out titles: how many keep the form
+python eval.py --task ceval --data DIR --model MODEL  a published benchmark; docs/evaluation.md lists them
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +19,61 @@ from typing import Any, Literal
 from attention import CACHES, Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
 from cli.args import parse, run
-from cli.flags import Needs, check_flags
+from cli.flags import ABOVE_0, SET, Needs, Wanted, check_flags
 from cli.progress import say
 from decoding.params import SamplingParams
-from evaluation.registry import BENCHMARKS, make_task
+from evaluation.registry import BENCHMARKS, EXAMS, WITH_DATA, make_task
 
 TASKS = ("chat", *BENCHMARKS)
+ITEM_FLAGS = ("data", "subjects", "limit", "against")
+
+
+def forgets(cache: str) -> bool:
+    """Return whether a cache cannot go back, because it forgets tokens."""
+    return cache == "sinks"
+
+
 OWN_PROMPTS = "the other tasks have prompts of their own; remove it"
+ONE_WAY = "each is a way to decode of its own"
+GREEDY = "at temperature 0 the likeliest token is taken; remove it"
 NEEDS = (
-    Needs("prompt", "task", ("chat",), OWN_PROMPTS),
-    Needs("input", "task", ("chat",), OWN_PROMPTS),
-    Needs("demo", "task", ("chat",), OWN_PROMPTS),
-    Needs("output", "prompt", (None,), "one answer is printed and not written to a file; remove it"),
-    Needs("output", "demo", (False,), "these answers are printed and not written to a file; remove it"),
-    Needs("output", "task", ("chat", "poems"), "the other tasks write no file; remove it"),
+    *(Needs(name, "task", ("chat",), OWN_PROMPTS) for name in ("prompt", "input", "demo")),
+    Needs("prompt", "input", (None,), "either one prompt is answered or a file of them"),
+    Needs("demo", "prompt", (None,), "either that is answered or the demo prompts"),
+    Needs("demo", "input", (None,), "either that is answered or the demo prompts"),
+    Needs("demo_prompts", "demo", (True,), "they are its prompts; add it"),
+    Needs("output", "input or task", SET, "other answers are printed and not written to a file; remove it"),
+    Needs("output", "task", tuple(name for name in TASKS if name != "loss"), "loss writes no file; remove it"),
+    *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
+    Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
+    Needs("shots", "task", (*EXAMS, "gsm8k"), "only examinations have solved examples; remove it"),
+    Needs("form", "task", EXAMS, "only questions with options have a form; remove it"),
+    Needs("split", "task", EXAMS[:-1], "the data of the other tasks have no splits; remove it"),
     Needs("system", "raw", (False,), "a text without a chat template has no system message; remove it"),
+    *(Needs(f"sampling.{name}", "sampling.temperature", ABOVE_0, GREEDY) for name in ("top_k", "top_p", "min_p")),
+    Needs("logprobs", "prompt", SET, "it prints the tokens of one answer"),
+    Needs("logprobs", "num_beams", (1,), "it prints the tokens of a sampled or greedy answer"),
+    Needs("logprobs", "draft", (None,), "it needs one pass of the model for each token"),
+    Needs("draft_tokens", "draft", SET, "it is the number of tokens that a draft guesses"),
+    Needs("length_penalty", "num_beams", Wanted(lambda value, _: value > 1, "above 1"), "it compares the beams"),
+    Needs("num_beams", "draft", (None,), ONE_WAY),
+    Needs("num_beams", "prompt or input", SET, "a chat shows its answers token by token"),
+    Needs("num_beams", "sampling.temperature", (0,), "beam search looks for the likeliest answer and draws nothing"),
+    Needs("num_beams", "sampling.repetition_penalty", (1,), "beam search compares the model's own probabilities"),
+    Needs("draft", "task", ("chat",), "measurements are made in batches; remove it"),
+    Needs("draft", "input", (None,), "it speeds up single answers, and a file is answered in batches"),
+    Needs("cache", "draft", (None,), "it forgets tokens to which a wrong guess has to go back", forgets),
+    Needs("cache", "num_beams", (1,), "it forgets tokens to which another beam has to go back", forgets),
+    Needs("batch_size", "input or task", SET, "other answers come one by one; remove it"),
+    # run.sh gives the flags of one call to every measurement, and its presets have them for all calls
+    *(
+        Needs(name, "task", ("loss", "poems"), "only these read it; remove it", only_named=True)
+        for name in ("heldout", "sft_heldout", "n_poems")
+    ),
+    *(
+        Needs(name, "task", tuple(BENCHMARKS), "only measurements read it; remove it", only_named=True)
+        for name in ("seq_len", "raw_dir")
+    ),
 )
 
 
@@ -47,13 +87,14 @@ class Args:
     """with an adapter: directory of its base model; None: the one that adapter_config.json names"""
     task: Literal[TASKS] = "chat"  # type: ignore[valid-type]
     """chat: answer (interactively, --prompt, --input, --demo); loss: loss on held-out data; poems: share of poems with
-    the right form"""
+    the right form; the others: published benchmarks whose data lie at --data (docs/evaluation.md), and choices: your
+    own questions with options"""
     prompt: str | None = None
     """answer this and exit"""
     input: Path | None = None
-    """answer every record of a file (jsonl, json, csv, parquet) with a "prompt" or "messages" """
+    """answer every record of a file (jsonl, json, csv, parquet): questions in any form that fine-tuning reads"""
     output: Path | None = None
-    """file for the answers (default: beside the input) or for the report on poems (default: beside the model)"""
+    """file for the answers (default: beside the input) or for the report of a task (default: beside the model)"""
     system: str = ""
     """system message before every conversation"""
     raw: bool = False
@@ -95,6 +136,23 @@ class Args:
     """number of poems in --task poems"""
     raw_dir: Path = Path("data/raw")
     """directory with the poems and the rhyme book of --task poems; they are fetched if they are missing"""
+    data: Path | None = None
+    """directory or file with the data of a benchmark, in its published layout"""
+    subjects: tuple[str, ...] = ()
+    """subjects of a benchmark; default: all that have a file"""
+    shots: int | None = None
+    """number of solved examples before a question; None: as published (5 for examinations)"""
+    split: str | None = None
+    """part of an examination: dev, val or test; None: val for ceval, test for the others"""
+    form: Literal["letters", "answers"] = "letters"
+    """letters: the options stand in the prompt and the model names a letter; answers: they do not, and the model says
+    the whole answer"""
+    limit: int | None = None
+    """number of items of each subject; None: all"""
+    stride: int | None = None
+    """tokens by which the window of --task perplexity moves; None: half the model's context"""
+    against: Path | None = None
+    """another model: answer the same items, and print the difference with the interval of paired items"""
     max_seq_len: int | None = None
     """longest text of the model in tokens, prompt and answer; None: what its config.json says"""
     device: str = "auto"
@@ -112,48 +170,10 @@ class Args:
         for name in ("batch_size", "draft_tokens", "seq_len", "n_poems", "num_beams"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name} should be at least 1, found {value}")
+        for name, least in (("limit", 1), ("shots", 0), ("stride", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"--{name} should be at least {least}, found {value}")
         check_flags(self, NEEDS)
-
-
-IS_SET: dict[str, Callable[[Args], bool]] = {
-    "--prompt": lambda args: args.prompt is not None,
-    "--input": lambda args: args.input is not None,
-    "--demo": lambda args: args.demo,
-    "--logprobs": lambda args: args.logprobs is not None,
-    "--draft_tokens": lambda args: args.draft_tokens != 4,
-    "--length_penalty": lambda args: args.length_penalty != 1,
-    "--num_beams": lambda args: args.num_beams != 1,
-    "--draft": lambda args: args.draft is not None,
-    "--cache sinks": lambda args: not cache_class(args.cache).can_rewind,
-    "--temperature 0": lambda args: args.sampling.temperature == 0,
-    "--repetition_penalty 1": lambda args: args.sampling.repetition_penalty == 1,
-}
-COMBINATIONS = (  # flag, the flags one of which it needs or, after "no", the flag it excludes; why
-    ("--prompt", "no --input", "either one prompt is answered or a file of them"),
-    ("--logprobs", "--prompt", "it prints the tokens of one answer"),
-    ("--logprobs", "no --num_beams", "it prints the tokens of a sampled or greedy answer"),
-    ("--logprobs", "no --draft", "it needs one pass of the model for each token"),
-    ("--draft_tokens", "--draft", "it is the number of tokens that a draft guesses"),
-    ("--length_penalty", "--num_beams", "it compares the beams of a search"),
-    ("--num_beams", "no --draft", "each is a way to decode of its own"),
-    ("--num_beams", "--prompt or --input", "a chat shows its answers token by token"),
-    ("--num_beams", "--temperature 0", "beam search looks for the likeliest answer and draws nothing"),
-    ("--num_beams", "--repetition_penalty 1", "beam search compares the model's own probabilities"),
-    ("--draft", "no --input", "it speeds up single answers, and a file is answered in batches"),
-    ("--cache sinks", "no --draft", "that cache forgets tokens to which a wrong guess has to go back"),
-    ("--cache sinks", "no --num_beams", "that cache forgets tokens to which another beam has to go back"),
-)
-
-
-def check(args: Args) -> None:
-    """Raise ValueError for flags that contradict each other."""
-    for flag, needs, why in COMBINATIONS:
-        if not IS_SET[flag](args):
-            continue
-        if needs.startswith("no ") and IS_SET[needs[3:]](args):
-            raise ValueError(f"{flag} does not go with {needs[3:]}: {why}")
-        if not needs.startswith("no ") and not any(IS_SET[need](args) for need in needs.split(" or ")):
-            raise ValueError(f"{flag} needs {needs}: {why}")
 
 
 def announce(args: Args) -> None:
@@ -168,9 +188,9 @@ if __name__ == "__main__":
     announce(arguments)
 
 from attention import backends
-from attention.cache import cache_class
 from checkpoint.extend import set_length
 from decoding.beam import Beam
+from evaluation.benchmark import compare_models
 from hardware import DTYPES, choose_device, fastest_dtype
 from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
@@ -180,17 +200,24 @@ from serving.terminal import chat, print_pieces
 
 def main(args: Args) -> dict[str, Any]:
     """Do the one thing that the flags ask for; return its numbers."""
-    check(args)
+    task = make_task(args.task, args) if args.task != "chat" else None  # before a large model is loaded
     device = choose_device(args.device)
     dtype = fastest_dtype(device, decodes=args.task != "loss") if args.dtype == "auto" else DTYPES[args.dtype]
     backends.check(args.attention, dtype, device, training=False)
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
-    assistant = load_assistant(find_model(args.model), device, dtype, **options)
-    if args.max_seq_len is not None:
-        set_length(assistant.model, args.max_seq_len)
+
+    def load(directory: Path, **options: Any) -> Assistant:
+        assistant = load_assistant(find_model(directory), device, dtype, **options)
+        if args.max_seq_len is not None:
+            set_length(assistant.model, args.max_seq_len)
+        return assistant
+
     with backends.use(args.attention):
-        if args.task != "chat":
-            return make_task(args.task, args).run(assistant)
+        if args.against is not None:
+            return compare_models(task, (load(args.model, **options), load(args.against, raw=args.raw)))
+        assistant = load(args.model, **options)
+        if task is not None:
+            return task.run(assistant)
         assistant = with_decoder(assistant, args)
         result = answer(assistant, args)
     if report := assistant.decoder.report():

@@ -10,10 +10,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -118,15 +118,35 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file, or replace it in one step."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
+    with _replacing(path) as file:
         # backslashreplace: half of a surrogate pair, which UTF-8 cannot hold, is written as its escape
         file.write(json.dumps(value, ensure_ascii=False, indent=2).encode("utf8", "backslashreplace"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write bytes into, which becomes `path` when the block ends without an error."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
 
 
 def json_line(value: dict[str, Any]) -> bytes:
-    """Return one line of a JSON Lines file, half surrogate pairs as in `write_json`."""
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf8", "backslashreplace")
+    """Return one line of a JSON Lines file, whatever the value holds.
+
+    Half surrogate pairs are written as in `write_json`, dates and other objects as their text, NaN as NaN.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys that are no texts, lists in themselves, too deep
+        text = json.dumps({str(key): each if isinstance(each, str) else repr(each) for key, each in value.items()})
+    return (text + "\n").encode("utf8", "backslashreplace")
+
+
+def write_json_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON Lines file of any values, or replace it in one step."""
+    with _replacing(path) as file:
+        file.writelines(map(json_line, values))

@@ -79,14 +79,14 @@ from files import alone_in
 from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.state import check_outside
 from training.trainer import Trainer
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
-from tuning.describe import describe, not_used, sample_texts
+from tuning.describe import counts, describe, lengths, not_used, number, sample_texts, too_long
 from tuning.objectives import make_objective
 
 
@@ -106,7 +106,8 @@ def main(args: Args) -> dict[str, Any]:
             model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
         )
         template = load_template(tokenizer, args.data.template)
-        tokenizer.chat_template = template.jinja  # checkpoints carry the template that the model is trained with
+        tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
+        check_saving(tokenizer)
         began = beginning(args.out, fresh=args.train.resume == "never")
         template.set_date(began)  # a run that goes on another day has the same ids
         stops = all_stops(template, args.init_from)
@@ -127,7 +128,7 @@ def main(args: Args) -> dict[str, Any]:
             args.out,
             save=save,
             load=load,
-            identity=identity(args, split, template.jinja),
+            identity=identity(args, split, template.jinja + (template.tool_use.jinja if template.tool_use else "")),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes() if objective.of_tokens else None,
             group_names=names if len(names) > 1 else (),
@@ -147,7 +148,8 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def show(args: Args) -> dict[str, Any]:
-    """Print the first samples of each task, their targets marked, and statistics; return the statistics by task."""
+    """Print the first samples of each task, their targets marked, and what a run would tell of them; return the
+    statistics by task."""
     objective = make_objective(args.objective, args.preference)
     tokenizer = load_tokenizer(args.init_from)
     if args.add_tokens or args.add_special_tokens:
@@ -159,9 +161,12 @@ def show(args: Args) -> dict[str, Any]:
     for task, samples in zip(args.data.tasks, split.trained):
         print(*sample_texts(samples, args.show, objective.kind, tokenizer, colour), sep="\n")
         found[task.name] = statistics(samples) | {"broken": len(split.broken[task.path]), "template": template.name}
-        print(f"--- {task.path}", *(f"{name}: {value}" for name, value in found[task.name].items()), sep="\n")
-        print("".join(f"{line}\n" for line in not_used(task.path, split.left_out[task.path])), end="")
-        print(*(f"broken: {record.where}: {record.reason}\n" for record in split.broken[task.path][:3]), sep="", end="")
+        broken, unit = split.broken[task.path], objective.kind.records
+        about = [f"--- {task.path}", counts(samples, unit), lengths(samples)]
+        about += filter(None, [too_long(task.path, samples, unit, args.data.seq_len)])
+        about += [f"Chat template: {template.name}.", *not_used(task.path, split.left_out[task.path])]
+        about += [f"{number(len(broken), 'records')} cannot be read; the first:"] * bool(broken)
+        print(*about, *(f"broken: {record.where}: {record.reason}" for record in broken[:3]), sep="\n")
     return found
 
 

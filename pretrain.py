@@ -14,10 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from cli.args import parse, run
+from cli.flags import SET, Needs, check_flags
 from cli.record import file_sha256, record_training, to_plain
 from model_args import ModelArgs, RopeArgs
 from optim.args import OptimArgs
+from training.args import NEEDS as TRAINING_NEEDS
 from training.args import TrainArgs
+
+OF_CHECKPOINT = "it changes a model that there is; name that one, or remove it"
+WIDTH = "a checkpoint has its width; remove it"
+NEEDS = (
+    *TRAINING_NEEDS,
+    Needs("rope.*", "init_from", SET, OF_CHECKPOINT),
+    Needs("add_tokens", "init_from", SET, OF_CHECKPOINT),
+    Needs("add_special_tokens", "init_from", SET, OF_CHECKPOINT),
+    Needs("vocab_multiple_of", "init_from", SET, OF_CHECKPOINT),
+    Needs("model.vocab_size", "init_from", SET, "a new model has the ids of the tokenizer; remove it", only_named=True),
+    Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
+    Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,10 @@ class Args:
     vocab_multiple_of: int = 1
     """when the vocabulary grows, round its size up to a multiple of this number"""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, NEEDS)
+
 
 if __name__ == "__main__":
     arguments = parse(Args, "pretrain")  # before torch is loaded: --help and mistakes are answered at once
@@ -85,7 +104,7 @@ from distributed.backend import make_backend
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.log import summary
 from training.state import check_outside
 from training.trainer import Trainer
@@ -103,6 +122,7 @@ def main(args: Args) -> dict[str, Any]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins, args.data.verify)
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
+    check_saving(tokenizer)
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
     if tokenizer.eos_id is not None:
         rows["headerless_eos_id"] = tokenizer.eos_id
@@ -159,8 +179,6 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
-        if args.rope != RopeArgs() or args.add_tokens or args.add_special_tokens:
-            raise ValueError("--rope, --add_tokens and --add_special_tokens change a model: say --init_from DIR")
         return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None

@@ -18,8 +18,20 @@ from typing import Any, Literal
 
 from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer
 from cli.args import parse, run
+from cli.flags import Needs, check_flags
 from cli.progress import Progress, say
 from quant.kinds import FORMATS, METHODS, OPTIONS
+
+NO_TEXT = "the others look at the weights alone; remove it"
+TEXT = tuple(name for name, method in METHODS.items() if method.text)
+NEEDS = (
+    *(Needs(name, "method", TEXT, NO_TEXT) for name in ("calib", "calib_tokens", "seq_len", "seed")),
+    *(
+        Needs(flag, "method", tuple(name for name, each in METHODS.items() if flag in each.flags), "remove it")
+        for flag in sorted(OPTIONS)
+    ),
+    Needs("format", "bits", (4,), "its files keep 4 bits", lambda value: value == "awq"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,7 @@ class Args:
                 )
         if method.text and not self.calib:
             raise ValueError(f"--method {self.method} needs calibration text: name a file with --calib (or use rtn)")
-        if self.calib and not method.text:
-            raise ValueError(
-                f"--calib has no effect with --method {self.method}, which looks at the weights alone: remove it"
-            )
-        for name in OPTIONS - method.flags:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                takers = [other for other in METHODS if name in METHODS[other].flags]
-                raise ValueError(
-                    f"--{name} has no effect with --method {self.method}: remove it, or choose {', '.join(takers)}"
-                )
-        if self.format == "awq" and self.bits != 4:
-            raise ValueError(f"--format awq keeps 4 bits, found --bits {self.bits}")
+        check_flags(self, NEEDS)
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"--threshold should be a number from 0 on, found {self.threshold}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:

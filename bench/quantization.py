@@ -132,9 +132,10 @@ class Bench:
         tokenizer, stop_ids = find_tokenizer(self.directory)
         with tempfile.TemporaryDirectory() as folder:
             for seed in range(draws):
-                calib = () if settings["method"] == "rtn" else self.args.calib
-                options = {"bits": bits, "group_size": self.args.group_size, "format": FORMAT, "calib": calib}
-                options |= {"calib_tokens": self.args.calib_tokens, "seq_len": self.args.seq_len, "seed": seed}
+                options = {"bits": bits, "group_size": self.args.group_size, "format": FORMAT}
+                if settings["method"] != "rtn":
+                    options |= {"calib": self.args.calib, "calib_tokens": self.args.calib_tokens}
+                    options |= {"seq_len": self.args.seq_len, "seed": seed}
                 one = quantize.Args(Path(folder) / str(seed), self.directory, **options | settings)
                 model = load_model(self.directory, "cpu").float().eval()
                 quantize.quantize_in_place(model, tokenizer, one)

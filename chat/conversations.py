@@ -18,10 +18,10 @@ from chat.messages import check_messages, texts
 from chat.turns import Fields, as_text, read_tools, read_turns, with_tools
 from corpora.files import Record, bad, find_files, format_of, loader_records, records
 from corpora.registry import BadRecord
+from corpora.streams import not_utf8, printable
 
 Messages = list[dict[str, Any]]
 T = TypeVar("T")
-SURROGATE = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8, or half a character: no tokenizer encodes them
 QUESTIONS = ("prompt", "question", "query", "q", "ask", "input")
 ANSWERS = ("answer", "response", "completion", "a", "output")
 PAIRS = (("chosen", "rejected"), ("response_chosen", "response_rejected"), ("chosen_messages", "rejected_messages"))
@@ -84,7 +84,8 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 
 def _system(record: Fields) -> Messages:
-    return read_turns([_message("system", record.first(SYSTEM))], record.left_out)
+    system = record.first(SYSTEM)
+    return [] if system is None else read_turns([_message("system", system)], record.left_out)
 
 
 def _before(record: Fields) -> Messages:
@@ -182,16 +183,16 @@ def _read_turns(fields: Fields) -> Messages:
 
 
 def _keys(record: dict) -> str:
-    return ", ".join(map(str, record)) or "(none)"
+    keys = ", ".join(map(str, record)) or "(none)"
+    return " - ".join(map(printable, filter(None, [keys, not_utf8(keys)])))
 
 
 def _note_unread(fields: Fields, messages: Messages) -> None:
     """Add the keys that were not read to `fields.left_out`, but those whose text stands in the messages."""
     known = {message["content"] for message in messages}
     keys = (key for key in fields.unread() if key not in LABELS)
-    fields.left_out |= {
-        f"`{key}`, which is not used" for key in keys if not isinstance(fields[key], str) or fields[key] not in known
-    }
+    lost = (key for key in keys if not isinstance(fields[key], str) or fields[key] not in known)
+    fields.left_out |= {printable(f"`{key}`, which is not used") for key in lost}
 
 
 def _check_texts(messages: Messages) -> None:
@@ -201,8 +202,8 @@ def _check_texts(messages: Messages) -> None:
             raise ValueError(f"message {n} ({message['role']}) should be a string, found {content!r:.100}")
         if not content.strip() and message["role"] != "tool" and "tool_calls" not in message:
             raise ValueError(f"message {n} ({message['role']}) should not be empty, found {content!r}")
-        if any(map(SURROGATE.search, texts(message))):
-            raise ValueError(f"message {n} ({message['role']}) is not UTF-8")
+        if reason := next(filter(None, map(not_utf8, texts(message))), ""):  # no tokenizer encodes it
+            raise ValueError(f"message {n} ({message['role']}) is {reason}")
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,18 @@ class Renderer:
     names: matches the empty text before a special token
     tokens: matches marks, and special tokens but those after BREAK, which are text
     places: the same, and the tokens of the vocabulary that are not special
+    in_answers: special tokens that an answer may contain, beside <think> and </think>
     has_blocks: the template has {% generation %} blocks
 
     Raises ValueError when the Jinja cannot be read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, jinja: str, name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, jinja: str, name: str, in_answers: Iterable[str] = ()) -> None:
         self.name, self.variables = name, tokenizer.special_names()
         names = any_of(tokenizer.special)
         self.names = re.compile(f"(?={names})")
         # Templates look for these two in an answer, so there they stay what they are.
-        self._names_in_answers = re.compile(f"(?={any_of(set(tokenizer.special) - {OPEN, CLOSE})})")
+        self._names_in_answers = re.compile(f"(?={any_of(set(tokenizer.special) - {OPEN, CLOSE, *in_answers})})")
         self.tokens = re.compile(f"([{BREAK}{BEGIN}{FINISH}]|(?<!{BREAK}){names})")
         self.places = re.compile(f"{self.tokens.pattern}|{any_of(tokenizer.added)}")
         try:

@@ -5,9 +5,10 @@ those of `apply_chat_template`; the mask, too, if the template has {% generation
 trained tokens are those between the prompt of an answer and the special token that ends the answer, inclusive
 (chat/answers.py). If such a template cuts the thought out of the last answer, the thought is put back.
 
-Special tokens written in a message are text here, so that a message cannot end its turn and begin another one. (In
-transformers it can, unless the caller sanitizes it.) Some templates separate messages by plain text, such as LLaMA 2's
-[/INST]. No tokenizer can protect that, so a message that contains such text is refused.
+Special tokens written in a message are text here, and so is every token that the template writes (chat/markers.py), so
+that a message cannot end its turn and begin another one. (In transformers it can, unless the caller sanitizes it.) Some
+templates separate messages by plain text, such as LLaMA 2's [/INST]. No tokenizer can protect that, so a message that
+contains such text is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from chat.answers import end_of_answer, find_answers, with_last_thought
 from chat.features import calling, parts_of, rendered_parts
 from chat.jinja import BEGIN, BREAK, FINISH, MARKS
+from chat.markers import find_markers
 from chat.messages import Message, check_messages, texts
 from chat.renderer import BLOCK, Renderer, any_of
 from cli.args import nearest
@@ -59,7 +61,12 @@ def load_template(tokenizer: Tokenizer, name: str = "auto") -> ChatTemplate:
     if name == "own":
         if not own:
             raise ValueError(f"the model has no chat template of its own; choose one of {', '.join(known)}")
-        return ChatTemplate(tokenizer, own, "the model's own")
+        template = ChatTemplate(tokenizer, own, "the model's own")
+        if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
+            tools = tokenizer.chat_template["tool_use"]
+            template.tool_use = ChatTemplate(tokenizer, tools, "the model's own template for tools")
+            template.stop_ids = sorted({*template.stop_ids, *template.tool_use.stop_ids})
+        return template
     path = known.get(name, Path(name))
     if name not in known and not (path.suffix == ".jinja" and path.is_file()):
         names = ("auto", "own", *known)
@@ -103,9 +110,12 @@ def template_hash(jinja: str) -> str:
 def own_jinja(tokenizer: Tokenizer) -> str | None:
     """Return the Jinja text that came with the tokenizer; the one named "default" if there are several."""
     own = tokenizer.chat_template
-    if isinstance(own, list):  # the form of several templates in tokenizer_config.json
-        own = {each["name"]: each["template"] for each in own}
-    return own.get("default") if isinstance(own, dict) else own
+    if isinstance(own, dict) and "default" not in own:
+        raise ValueError(
+            f"the model has the chat templates {', '.join(sorted(own))}, and none with the name default: "
+            "choose one of ours, or give the path of a .jinja file"
+        )
+    return own["default"] if isinstance(own, dict) else own
 
 
 class ChatTemplate:
@@ -114,15 +124,19 @@ class ChatTemplate:
     jinja: text that is saved and that transformers renders
     stop_ids: ids that end an answer; generation stops at each of them
     separators: texts between two messages that contain no special token
+    tool_use: the template of the same model for conversations that have tools, where it has another one for them
 
     Raises ValueError when the Jinja cannot be read or writes no special token at the end of an answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, jinja: str, name: str = "the chat template") -> None:
         self.tokenizer, self.jinja, self.name = tokenizer, jinja, name
-        self._renderer = Renderer(tokenizer, jinja, name)
+        self.tool_use: ChatTemplate | None = None
+        markers, in_answers = find_markers(tokenizer, jinja, name)
+        self._guarded = tokenizer.guarding(markers) if markers else tokenizer
+        self._renderer = Renderer(self._guarded, jinja, name, in_answers)
         # Some special tokens remove the white space to their left or right, also when a mark stands in between.
-        before, after = (any_of(s for s, sides in tokenizer.strips.items() if sides[n]) for n in (0, 1))
+        before, after = (any_of(s for s, sides in self._guarded.strips.items() if sides[n]) for n in (0, 1))
         space = rf"[\s{BREAK}{BEGIN}{FINISH}]*"
         self._spaces = [re.compile(f"{space}(?<!{BREAK}){before}"), re.compile(f"(?<!{BREAK}){after}{space}")]
         self.separators: list[str] = []
@@ -135,6 +149,8 @@ class ChatTemplate:
         An assistant message with `"loss": False` is not trained. Raises ValueError when roles are out of order (see
         `check_messages`), a message contains a separator, or the template refuses or changes a message.
         """
+        if (template := self._for(messages)) is not self:
+            return template.encode(messages, add_generation_prompt)
         rendered = self._without_spaces(self.check(messages, add_generation_prompt))
         ids: list[int] = []
         mask: list[bool] = []
@@ -144,30 +160,35 @@ class ChatTemplate:
             if part in (BEGIN, FINISH):
                 trained = part == BEGIN
             elif n % 2 and part != BREAK:  # a special token: encode the text before it
-                encode_texts(self.tokenizer, run, ids, mask)
+                encode_texts(self._guarded, run, ids, mask)
                 run = []
-                ids.append(self.tokenizer.special[part])
+                ids.append(self._guarded.special[part])
                 mask.append(trained)
             elif part and part != BREAK:
                 run.append((part, trained))
-        encode_texts(self.tokenizer, run, ids, mask)
+        encode_texts(self._guarded, run, ids, mask)
         return ids, mask
 
     def set_date(self, date: datetime) -> None:
         """Let the template write this date in place of the present one (Llama 3 names the date in every prompt)."""
-        self._renderer.variables["strftime_now"] = date.strftime
+        for template in filter(None, (self, self.tool_use)):
+            template._renderer.variables["strftime_now"] = date.strftime
+
+    def _for(self, messages: list[Message]) -> ChatTemplate:
+        """Return the template of a conversation, as transformers chooses it."""
+        return self.tool_use if self.tool_use and any(message.get("tools") for message in messages) else self
 
     def _without_spaces(self, rendered: str) -> str:
         """Return the text without the white space that some special tokens remove beside them."""
-        for spaces in self._spaces if self.tokenizer.strips else ():
+        for spaces in self._spaces if self._guarded.strips else ():
             rendered = spaces.sub(lambda match: re.sub(r"\s", "", match[0]), rendered)
         return rendered
 
     def check(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Return the rendered text of a conversation (see `render`); raises the errors of `encode`."""
         check_messages(messages, add_generation_prompt)
-        self._check_texts(messages)
-        return self.render(messages, add_generation_prompt)
+        self._for(messages)._check_texts(messages)
+        return self._for(messages).render(messages, add_generation_prompt)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation with marks in it.
@@ -215,12 +236,17 @@ class ChatTemplate:
                 pieces[2 * n + 1] = f"{BEGIN}{pieces[2 * n + 1]}{FINISH}"
         return "".join(pieces)
 
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """Text of the template for a tokenizer's directory; with `tool_use`, both by name."""
+        return {"default": self.jinja, "tool_use": self.tool_use.jinja} if self.tool_use else self.jinja
+
     def leaves_out(self, messages: list[Message]) -> list[str]:
         """Return the parts of a conversation (`features.PARTS`) that the template does not render.
 
         A thought that the template leaves out of earlier answers on purpose is no such part.
         """
-        return [part for part in parts_of(messages) if part not in self.rendered]
+        return [part for part in parts_of(messages) if part not in self._for(messages).rendered]
 
     @cached_property
     def rendered(self) -> set[str]:
@@ -245,7 +271,7 @@ class ChatTemplate:
     def _probe(self) -> None:
         """Render short conversations to find the ids that end an answer and the texts that separate messages."""
         question, answer = {"role": "user", "content": "\ufdd3"}, {"role": "assistant", "content": "\ufdd4"}
-        unk = {name for name, i in self.tokenizer.special.items() if i == self.tokenizer.unk_id}
+        unk = {name for name, i in self._guarded.special.items() if i == self.tokenizer.unk_id}
         text = self._renderer.fill([question, answer], False)
         if self._renderer.has_blocks:
             ends = [self._renderer.tokens_in(block)[-1:] for block in BLOCK.findall(text)]
@@ -266,7 +292,7 @@ class ChatTemplate:
                 text = self._renderer.fill_plain([question, call], False)
                 self._ends |= set(self._renderer.tokens_in(text, "\ufdd5")[-1:]) - unk
         self.stop_ids: list[int] = sorted(
-            {*(self.tokenizer.special[name] for name in self._ends), self.tokenizer.eos_id} - {None}
+            {*(self._guarded.special[name] for name in self._ends), self.tokenizer.eos_id} - {None}
         )
         conversation = [question, answer]
         text = self._renderer.fill_plain(conversation, False)

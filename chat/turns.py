@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from chat.messages import Message
+from corpora.streams import printable
 
 ROLES = {"human": "user", "prompter": "user", "developer": "system"}  # other names -> our names
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call"), "assistant")
@@ -74,7 +75,7 @@ def read_turns(turns: list, left_out: set[str]) -> list[Message]:
             messages += [{"role": role, "content": fields[key]} for role, key in zip(("user", "assistant"), PAIR)]
         else:
             messages.append(_message(fields, ("user", "assistant")[n % 2]))
-        left_out |= fields.left_out | {f"turns with `{key}`, which is not used" for key in fields.unread()}
+        left_out |= fields.left_out | {printable(f"turns with `{key}`, which is not used") for key in fields.unread()}
     tools = [message.pop("tools") for message in messages if "tools" in message]
     if messages and messages[0]["role"] == "system" and not str(messages[0]["content"] or "").strip():
         messages = messages[1:]
@@ -160,7 +161,7 @@ def _read_parts(parts: list[dict], left_out: set[str]) -> Message:
             raise ValueError(f"a part of type {kind!r} should have a text, found {value!r:.100}")
         else:
             texts[kind].append(value)
-        left_out |= {f"parts with `{key}`, which is not used" for key in part.unread()}
+        left_out |= {printable(f"parts with `{key}`, which is not used") for key in part.unread()}
     message["content"] = "".join(texts["text"])
     return message | ({"reasoning_content": "".join(texts["reasoning"])} if texts["reasoning"] else {})
 

@@ -6,13 +6,10 @@ A property of the checkpoint changes only when a flag asks for it; a flag that c
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import tokenizers
 import torch
 from tokenizers import AddedToken
 from torch import nn
@@ -22,7 +19,8 @@ from checkpoint.transformers_model import TransformersModel
 from model import Transformer
 from model_args import ModelArgs, RopeArgs
 from rope.keys import WINDOW
-from tokenizer import SPACE, Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
+from tokenizer.added import with_tokens
 
 # ---- the shape
 
@@ -142,38 +140,8 @@ def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[str
             f"--add_tokens, --add_special_tokens: the tokenizer has {refused[0]!r} already; "
             "tokens to add should be new, and no two alike"
         )
-    with TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        path, config_path = Path(folder, "tokenizer.json"), Path(folder, "tokenizer_config.json")
-        settings = json.loads(path.read_text(encoding="utf8"))
-        if texts:
-            prefix_once(settings)
-        backend = tokenizers.Tokenizer.from_str(json.dumps(settings))
-        backend.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in special])
-        backend.add_tokens([AddedToken(each, special=False, normalized=False) for each in texts])
-        path.write_text(backend.to_str(), encoding="utf8")
-        config = json.loads(config_path.read_text(encoding="utf8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config.pop("tokenizer_model_of", None)  # tokenizer.json no longer says the same as the .model beside it
-        config_path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf8")
-        return load_tokenizer(path)
-
-
-def prefix_once(settings: dict[str, Any]) -> None:
-    """Change a tokenizer.json such that it strips no spaces, and puts one before the first part of a text only.
-
-    Added tokens cut a text into parts, and the spaces beside such a token have to stay as they are.
-    """
-    steps = (settings["normalizer"] or {}).get("normalizers", [])
-    prefix = any(step["type"] == "Prepend" for step in steps)
-    kept = [
-        step for step in steps if step["type"] != "Replace" or not step["pattern"].get("Regex", "").startswith("\\A")
-    ]
-    if prefix:
-        kept = [step for step in kept if step["type"] != "Prepend" and step.get("content") != SPACE]
-        first = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-        settings["pre_tokenizer"] = first
-    if steps:
-        settings["normalizer"]["normalizers"] = kept
+    more = [AddedToken(each, special=True, normalized=False) for each in special]
+    return with_tokens(tokenizer, [*more, *(AddedToken(each, special=False, normalized=False) for each in texts)])
 
 
 def spellings(old: Tokenizer, new: Tokenizer) -> list[list[int]]:

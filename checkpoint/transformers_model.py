@@ -342,11 +342,17 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
                 dtype=dtype,
                 output_loading_info=True,
                 local_files_only=True,
+                trust_remote_code=False,  # without a word, transformers asks on the terminal
                 use_safetensors=safe,
             )
     except Exception as error:  # whatever the code of so many models meets in a config.json
         if memory_is_full(error) and "overflow" not in str(error):  # a size that overflows is the config's fault
             raise
+        if "auto_map" in config and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{directory} needs code of its own (auto_map in config.json), which is never run here; "
+                f"use a model whose type transformers knows, found model_type {config.get('model_type')!r}"
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"transformers cannot load {directory} as a causal language model: {reason}") from None
     faults = [f"{what.replace('_', ' ')} {listed(sorted(map(str, names)))}" for what, names in info.items() if names]

@@ -16,35 +16,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import inspect
 import io
+import itertools
 import os
-import re
 import sys
 import time
 import traceback
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 import yaml
 
-from cli.flags import on_command_line
+from cli.flags import where_set
+from cli.kinds import explain, readable
 from cli.memory import full_memory, memory_is_full
 from cli.parent import end_with_parent
+from cli.schema import check_bounds, check_word, flags_of, nearest, nearest_flag, short_names
 
 T = TypeVar("T")
-NUMBERS = {  # tyro's words for a flag of this type, and for one that may be None as well
-    r"invalid literal for int\(\) with base 10: '(.*?)'": "a whole number",
-    r"could not convert string to float: '(.*?)'": "a number",
-    r"no type matching \{None\}\|INT could be instantiated from \['(.*?)'\]": "a whole number or None",
-    r"no type matching \{None\}\|FLOAT could be instantiated from \['(.*?)'\]": "a number or None",
-}
 SECONDS_FOR_RANK_0 = 5.0
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval")
+MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve")
 
 
 def fail(message: str) -> NoReturn:
@@ -55,92 +52,84 @@ def fail(message: str) -> NoReturn:
 def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     """Return an instance of the dataclass `cls` with the values of `--config FILE` (its `section`) and of the flags.
 
-    Exits with an error message for an unknown key, a wrong type, a value that the `__post_init__` of a dataclass
-    refuses, or a file that cannot be read.
+    Exits with an error message for an unknown key, a wrong type, a value outside its bounds or that the `__post_init__`
+    of a dataclass refuses, or a file that cannot be read.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    from_file, flags, whole_names = [], [], short_names(cls)
-    named = set()  # flags of the command line, also those that have their default value
-    while argv:
-        word = argv.pop(0)
-        name, _, value = word.partition("=")
-        if name.startswith("--") and (whole := whole_names.get(name[2:].replace("-", "_"))):
-            name, word = f"--{whole}", word.replace(name, f"--{whole}", 1)
-        if name != "--config":
-            last = value if name.startswith("--") else word  # the value: write YAML's true and false as Python does
-            named.add(name.removeprefix("--").replace("-", "_"))
-            flags.append(word.removesuffix(last) + last.capitalize() if last in ("true", "false") else word)
-        elif value or argv:
-            path = Path(value or argv.pop(0))
-            from_file += as_flags(cls, read_section(path, section), where=f"{path}: {section}")
-        else:
-            fail("--config expects a YAML file, such as configs/tiny.yaml")
+    try:
+        words, named, preset = read_words(cls, section, list(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
     description = (
         f"{inspect.getdoc(cls)}\n\n--config FILE reads values from a YAML preset (configs/); flags override them."
     )
-    for short, whole in list(whole_names.items())[:1]:
+    for short, whole in list(short_names(cls).items())[:1]:
         description += f" A name in a group may stand alone if no other flag has it: --{short} for --{whole}."
     errors, answer = Capture(), Capture()
     try:
         with (
             contextlib.redirect_stderr(errors),
             contextlib.redirect_stdout(answer),  # only --help prints there
-            on_command_line(named),
+            where_set(named, preset),
         ):
-            return tyro.cli(
+            args = tyro.cli(
                 cls,
-                args=from_file + flags,
+                args=words,
                 prog=f"{section}.py",
                 description=description,
                 use_underscores=True,
+                registry=readable(),
                 config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
+            check_bounds(args, "--")
+            return args
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
     except SystemExit as stop:
         if error := dataclass_error(stop):
             fail(" ".join(str(error).split()))
-        if error := type_error(errors.getvalue()):
-            fail(f"{error}; {section}.py --help explains each flag")
-        sys.stdout.write(plain_types(answer.getvalue()))
-        sys.stderr.write(plain_types(errors.getvalue()))
+        if errors.getvalue():
+            fail(f"{explain(errors.getvalue(), flags_of(cls), words)}; {section}.py --help explains each flag")
+        sys.stdout.write(answer.getvalue())
         raise
 
 
-def short_names(cls: type) -> dict[str, str]:
-    """Return the path of each nested field of a dataclass whose name no other field has: temperature ->
-    sampling.temperature."""
-    paths: dict[str, list[str]] = {}
+def read_words(cls: type, section: str, argv: list[str]) -> tuple[list[str], set[str], set[str]]:
+    """Return the words of presets and of the command line for tyro, and which flags the command line and presets have.
 
-    def visit(part: type, prefix: str) -> None:
-        hints = typing.get_type_hints(part)
-        for field in dataclasses.fields(part):
-            if dataclasses.is_dataclass(hints[field.name]):
-                visit(hints[field.name], f"{prefix}{field.name}.")
-            else:
-                paths.setdefault(field.name, []).append(f"{prefix}{field.name}")
-
-    visit(cls, "")
-    return {name: places[0] for name, places in paths.items() if len(places) == 1 and "." in places[0]}
+    Raises ValueError for a flag that is unknown, or that should name a file and does not.
+    """
+    known = {flag.name: flag for flag in flags_of(cls)}
+    names = short_names(cls) | {alias: flag.name for flag in known.values() for alias in flag.aliases}
+    names |= {name: name for name in known}
+    from_file: list[str] = []
+    words: list[str] = []
+    named: set[str] = set()  # also those that have their default value
+    flag = None  # to which the next word belongs
+    while argv:
+        word = argv.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            if not value and not argv:
+                raise ValueError("--config expects a YAML file, such as configs/tiny.yaml")
+            path = Path(value or argv.pop(0))
+            from_file += as_flags(cls, read_section(path, section), where=f"{path}: {section}")
+        elif name.startswith("--") and name != "--help":
+            if (whole := names.get(name[2:].replace("-", "_"))) is None:
+                advice = nearest_flag(name[2:], known)
+                raise ValueError(f"{name} is no flag of {section}.py (--help lists them){advice}")
+            flag = known[whole]
+            named.add(whole)
+            words.append(f"--{whole}" + (f"={check_word(flag, value)}" if equals else ""))
+        else:
+            words.append(word if flag is None else check_word(flag, word))
+    preset = {word[2:] for word in from_file if word.startswith("--")}
+    return from_file + words, named, preset
 
 
 class Capture(io.StringIO):
     """Text that is printed; it has the encoding of stdout, by which tyro decides whether it may draw lines."""
 
-    encoding = property(lambda self: sys.__stdout__.encoding)
-
-
-def type_error(text: str) -> str | None:
-    """Return tyro's error about a value that is not a number as one sentence; None for another error."""
-    text = " ".join(re.sub("[╭╮╰╯│─]", " ", text).split())
-    for pattern, kind in NUMBERS.items():
-        if match := re.search(rf"Error parsing (\S+): {pattern}", text):
-            return f"{match[1]} expects {kind}, found {match[2]!r}"
-    return None
-
-
-def plain_types(text: str) -> str:
-    """Rewrite the types in tyro's help: `{None}|INT` as `INT`, `[PATH [PATH ...]]` as `PATH ...`; widths stay equal."""
-    text = re.sub(r"\{None\}\|(\w+)", r"\1       ", text)
-    return re.sub(r"\[(\w+) \[\1 \.\.\.\]\]", lambda match: f"{match[1]} ...".ljust(len(match[0])), text)
+    encoding = property(lambda self: sys.__stdout__ and sys.__stdout__.encoding)
 
 
 def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str, Any]:
@@ -177,12 +166,14 @@ def dataclass_error(stop: SystemExit) -> ValueError | None:
 def read_section(path: Path, section: str) -> dict[str, Any]:
     """Return the mapping under `section` in a YAML preset; {} if the preset has no such section."""
     try:
-        whole = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+        whole = yaml.load(path.read_text(encoding="utf8"), Loader=Plain) or {}
     except OSError as error:
         fail(f"--config: cannot read {path}: {error.strerror}; presets are in configs/")
     except UnicodeDecodeError:
         fail(f"{path} is not UTF-8 text")
-    except yaml.YAMLError as error:
+    except RecursionError:
+        fail(f"{path} is no preset: its values are nested too deep")
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none, such as 2024-99-99
         fail(f"{path} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(whole, dict):
         fail(f"{path} should have sections named as scripts ({', '.join(SECTIONS)}), found {type(whole).__name__}")
@@ -191,42 +182,54 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
             fail(f"{path}: unknown section {name!r}{nearest(str(name), SECTIONS)}; sections are {', '.join(SECTIONS)}")
     values = whole.get(section) or {}
     if not isinstance(values, dict):
-        fail(f"{path}: {section} should be a mapping, found {values!r}")
+        fail(f"{path}: {section} should be a mapping, found {values!r:.200}")
     return values
+
+
+class Plain(yaml.SafeLoader):
+    """YAML in which true, yes, on and off are words: the type of a flag decides whether they are truth values."""
+
+
+Plain.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def as_flags(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
     """Return YAML values as words of a command line; exits with an error for a key that is no field of `cls`.
 
-    where: file and section, for errors; prefix: names of the enclosing fields, such as "model."
+    where: file and section, for errors; prefix: names of the enclosing fields, such as "model." Raises ValueError for
+    a value that cannot be one of its flag.
     """
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    flags = {flag.name.partition(".")[0]: flag for flag in flags_of(cls)}
+    groups = typing.get_type_hints(cls)
     words = []
     for key, value in values.items():
-        if key not in names:
-            fail(f"{where}: unknown key {prefix + str(key)!r}{nearest(str(key), names)}")
-        if dataclasses.is_dataclass(hints[key]):
+        if key not in flags:
+            fail(f"{where}: unknown key {prefix + str(key)!r}{nearest(str(key), flags)}")
+        if dataclasses.is_dataclass(groups[key]):
             if not isinstance(value, dict):
-                fail(f"{where}: {prefix + key} should be a mapping, found {value!r}")
-            words += as_flags(hints[key], value, where, f"{prefix}{key}.")
+                fail(f"{where}: {prefix + key} should be a mapping, found {value!r:.200}")
+            words += as_flags(groups[key], value, where, f"{prefix}{key}.")
         else:
-            words += [f"--{prefix}{key}", *_words(value)]
+            own = list(itertools.islice(_words(value), MOST_WORDS + 1))
+            if len(own) > MOST_WORDS:
+                fail(f"{where}: {prefix + key} has more than {MOST_WORDS:,} values")
+            words += [f"--{prefix}{key}", *(check_word(flags[key], word) for word in own)]
     return words
 
 
-def _words(value: Any) -> list[str]:
+def _words(value: Any, depth: int = 0) -> Iterator[str]:
+    if depth > MOST_DEPTH:
+        raise ValueError(f"a preset has lists in lists at most {MOST_DEPTH} deep")
     if isinstance(value, dict):
-        return [word for pair in value.items() for item in pair for word in _words(item)]
+        value = [item for pair in value.items() for item in pair]
     if isinstance(value, list):
-        return [word for item in value for word in _words(item)]
-    return [str(value)]
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Return text such as `"; did you mean 'max_steps'?"`, or "" if no known name is similar."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+        for item in value:
+            yield from _words(item, depth + 1)
+    else:
+        yield str(value)
 
 
 def sentence(error: Exception) -> str:

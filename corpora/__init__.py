@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.args import nearest
+from cli.flags import SET, Needs, check_flags
 from corpora import bilingual, files, named, poems  # noqa: F401 - importing them fills CORPORA
 from corpora.files import FORMS, read_files, read_loader
 from corpora.parts import in_parts
@@ -25,6 +26,14 @@ __all__ = [
     "read_conversations",
     "text_size",
 ]
+
+
+OWN = "named corpora have forms of their own; remove it"
+NEEDS = (
+    Needs("text_key", "input or loader", SET, OWN),
+    Needs("format", "input", SET, OWN),
+    Needs("part_chars", "input or loader", SET, "only documents of your own files are cut; remove it"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,10 @@ class SourceArgs:
     """Your own Python file with a generator data_loader() that yields strings, or dicts with the key --text_key."""
     raw_dir: Path = Path("data/raw")
     """Folder for downloaded packages, and for the files of named corpora that you download yourself."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one."""
+        check_flags(self, NEEDS)
 
     def corpora(self) -> list[Corpus]:
         """Return the named corpora to read; raises ValueError for an unknown name."""

@@ -6,6 +6,7 @@ Everything streams in bounded memory. A record that cannot be read becomes a Bad
 - txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document. --format
   says it otherwise. A byte that is not UTF-8 costs its line.
 - csv: commas, quotes as in RFC 4180; tsv: tabs, no quotes. Both begin with a header row.
+- json and jsonl: an object may go over several lines, if the first one does.
 - A file without suffix is read as JSON lines if it begins with `{`.
 """
 
@@ -23,9 +24,9 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-from corpora.json_array import MAX_CHARS, Malformed, elements
+from corpora.json_array import MAX_CHARS, Malformed, elements, spreads, values
 from corpora.registry import BadRecord, DamagedFile, Document
-from corpora.streams import Damaged, Record, bad, beginning, has_bytes, open_text
+from corpora.streams import Damaged, Record, bad, beginning, has_bytes, not_utf8, open_text
 from corpora.tables import read_csv, read_parquet
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
@@ -149,8 +150,18 @@ def _blocks(path: Path, numbered: Iterable[tuple[int, str]], whole: bool) -> Ite
 
 
 def _read_jsonl(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
+    yield from _json(path, is_array=False)
+
+
+def _json(path: Path, is_array: bool) -> Iterator[Record | BadRecord]:
+    """Yield the elements of an array; else the values, each on a line or, if the first one is so, over several."""
     with open_text(path) as file:
-        yield from _json_lines(path, file)
+        if not is_array and not spreads(beginning(path)):
+            yield from _json_lines(path, file)
+            return
+        for line, value in elements(file) if is_array else values(file):
+            where = f"{path}:{line}"
+            yield bad(where, value.reason, value.raw) if isinstance(value, Malformed) else Record(where, value)
 
 
 def _json_lines(path: Path, file: TextIO) -> Iterator[Record | BadRecord]:
@@ -168,18 +179,11 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[Record | BadRecord]:
             try:
                 yield Record(where, json.loads(line))
             except (ValueError, RecursionError) as error:
-                yield bad(where, f"not JSON: {error}", line)
+                yield bad(where, "; ".join(filter(None, [f"not JSON: {error}", not_utf8(line)])), line)
 
 
 def _read_json(path: Path, columns: list[str] | None) -> Iterator[Record | BadRecord]:
-    is_array = beginning(path).lstrip().startswith("[")
-    with open_text(path) as file:
-        if not is_array:
-            yield from _json_lines(path, file)
-            return
-        for line, value in elements(file):
-            where = f"{path}:{line}"
-            yield bad(where, value.reason, value.raw) if isinstance(value, Malformed) else Record(where, value)
+    yield from _json(path, is_array=beginning(path).lstrip().startswith("["))
 
 
 _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Record | BadRecord]]] = {
@@ -208,21 +212,13 @@ def to_documents(
             text = text_of(record.value)
             if not isinstance(text, str):
                 raise TypeError(f"the text should be a string, found {type(text).__name__}")
-            text.encode("utf8")
-        except UnicodeEncodeError as error:
-            yield bad(record.where, _not_utf8(error), str(record.value))
+            if reason := not_utf8(text):
+                raise ValueError(reason)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             yield bad(record.where, reason, str(record.value))
         else:
             yield Document(text, source, held_out)
-
-
-def _not_utf8(error: UnicodeEncodeError) -> str:
-    # U+DC80 to U+DCFF: a byte that is not UTF-8. Other surrogates: half a pair, written as an escape in JSON.
-    is_byte = "\udc80" <= error.object[error.start] <= "\udcff"
-    hint = "; convert the file, for instance with iconv -f gb18030 -t utf-8" if is_byte else ""
-    return f"not UTF-8 at character {error.start + 1}{hint}"
 
 
 def text_under(key: str) -> Callable[[Any], str]:

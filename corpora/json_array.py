@@ -1,4 +1,4 @@
-"""Read the elements of a JSON array of any size one at a time, without holding the array in memory.
+"""Read the elements of a JSON array of any size, or JSON values one after the other, one at a time in bounded memory.
 
 A window slides over the text and Python's JSON decoder reads one element from it; the window grows only when an element
 does not end inside it. A malformed element is reported, and reading continues where the next one seems to begin.
@@ -24,6 +24,7 @@ _BOUNDARY = {
     '"': re.compile(r'"\s*,\s*(?=")'),
 }
 _COMMA = re.compile(",")
+_AT_LINE = re.compile(r"\n(?=\{)")  # where the next value begins that follows without a comma
 _NOT_SPACE = re.compile(r"\S")
 
 
@@ -41,8 +42,9 @@ class _Window:
     `text[at:]` is read from the file but not consumed yet; `line` is the line number at `at`, counted from 1.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.text, self.at, self.line = file, "", 0, 1
+    def __init__(self, file: TextIO, boundary: re.Pattern[str] | None = None) -> None:
+        """boundary: where the next value begins after a malformed one; None: by the malformed one, see _BOUNDARY."""
+        self.file, self.text, self.at, self.line, self.boundary = file, "", 0, 1, boundary
 
     def grow(self) -> bool:
         """Drop the consumed text and read more; returns False at the end of the file.
@@ -96,7 +98,7 @@ class _Window:
         Returns a Malformed with `reason` and the beginning of the skipped text.
         """
         malformed = Malformed(reason, self.text[self.at : self.at + CHUNK])
-        boundary = _BOUNDARY.get(self.text[self.at], _COMMA)
+        boundary = self.boundary or _BOUNDARY.get(self.text[self.at], _COMMA)
         pos = max(pos, self.at)
         while not (match := boundary.search(self.text, pos)):
             # Keep 64 characters: the boundary itself may lie across the end of the window.
@@ -107,6 +109,24 @@ class _Window:
             pos = self.at
         self.consume(match.end())
         return malformed
+
+
+def spreads(text: str) -> bool:
+    """Return whether a text begins with a JSON object that goes over several lines."""
+    text = text.lstrip()
+    try:
+        end = _DECODER.raw_decode(text)[1] if text.startswith("{") else 0
+    except (ValueError, RecursionError):  # broken, or longer than the text
+        end = 0
+    return text.partition("\n")[0].strip() == "{" or "\n" in text[:end]
+
+
+def values(file: TextIO) -> Iterator[tuple[int, Any]]:
+    """Yield `(line, value)` for each JSON value of `file`, one after the other, with a Malformed for invalid text."""
+    window = _Window(file, _AT_LINE)
+    while window.peek():
+        line = window.line
+        yield line, window.decode()
 
 
 def elements(file: TextIO) -> Iterator[tuple[int, Any]]:

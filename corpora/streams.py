@@ -30,8 +30,13 @@ class Damaged(Exception):
 
 
 def bad(where: str, reason: str, raw: str) -> BadRecord:
-    """Return a BadRecord; its raw text is cut, and escaped where it is not UTF-8, so that it can be written."""
-    return BadRecord(where, reason, raw[:RAW_CHARS].encode("utf8", "backslashreplace").decode())
+    """Return a BadRecord; its raw text is cut, and all is escaped where it is not UTF-8, so that it can be shown."""
+    return BadRecord(*map(printable, (where, reason, raw[:RAW_CHARS])))
+
+
+def printable(text: str) -> str:
+    """Return a text with lone surrogates as their escapes, which any file or terminal takes."""
+    return text.encode("utf8", "backslashreplace").decode()
 
 
 class Unpacked(io.RawIOBase):
@@ -112,8 +117,40 @@ def beginning(path: Path) -> str:
 
 def has_bytes(text: str) -> bool:
     """Return whether a text of `open_text` has a byte that is not UTF-8."""
+    return _surrogate(text) is not None
+
+
+def _surrogate(text: str) -> int | None:
+    """Return the place of the first lone surrogate in a text."""
     try:
         text.encode("utf8")
-    except UnicodeEncodeError:
-        return True
-    return False
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def not_utf8(text: str) -> str:
+    """Return in words that a text with lone surrogates is not UTF-8, where, and what helps; "" for other texts."""
+    place = _surrogate(text)
+    if place is None:
+        return ""
+    words = f"not UTF-8 at character {place + 1}"
+    if not "\udc80" <= text[place] <= "\udcff":  # no byte, but half a character, written as an escape in JSON
+        return words
+    if is_gb18030(text):
+        return f"{words}; it looks like GBK or GB18030: convert the file with iconv -f gb18030 -t utf-8 FILE > NEW_FILE"
+    return f"{words}; if it is of another encoding, convert the file with iconv"
+
+
+def is_gb18030(text: str) -> bool:
+    """Return whether the bytes of a text of `open_text` seem to be Chinese in GBK or GB18030.
+
+    Nearly any bytes are characters there; so four in five of them have to be frequent ones, those of GB 2312.
+    """
+    try:
+        decoded = text.encode("utf8", "surrogateescape").decode("gb18030")
+    except UnicodeError:
+        return False
+    foreign = [character for character in decoded if not character.isascii()]
+    frequent = [character for character in foreign if len(character.encode("gb2312", "ignore"))]
+    return len(frequent) >= 0.8 * len(foreign)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bins.token_bin import TokenBin
-from chat.conversations import file_conversations
-from chat.samples import encode_samples
+from chat.samples import read_samples
 from cli.progress import say
+from corpora.registry import BadRecord
 from dataset import BatchSource, PretrainData
 from dataset_sft import SFTData
 from evaluation.task import Task
@@ -50,6 +50,10 @@ class HeldoutLoss(Task):
             tokens.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins)
             sources[self.heldout] = PretrainData([tokens], seq_len, self.batch_size, seed=0, shuffle=False)
         if assistant.template is not None and self.sft_heldout.is_file():
-            samples = encode_samples(file_conversations(self.sft_heldout, []), assistant.template, seq_len)
+            broken: list[BadRecord] = []
+            samples = read_samples(self.sft_heldout, assistant.template, seq_len, broken=broken)
+            if broken:
+                first = f"the first, {broken[0].where}: {broken[0].reason}"
+                say(f"{self.sft_heldout}: records that cannot be read are left out: {len(broken)}; {first}")
             sources[self.sft_heldout] = SFTData(samples, seq_len, self.batch_size, seed=0, shuffle=False)
         return sources

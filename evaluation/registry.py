@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 BENCHMARKS = {  # value of --task -> module and class
     "loss": ("evaluation.heldout_loss", "HeldoutLoss"),
     "poems": ("evaluation.poems", "PoemForms"),
+    "ceval": ("evaluation.exams", "CEval"),
+    "cmmlu": ("evaluation.exams", "CMMLUExam"),
+    "aclue": ("evaluation.exams", "ACLUEExam"),
+    "mmlu": ("evaluation.exams", "MMLUExam"),
+    "choices": ("evaluation.exams", "OwnQuestions"),
+    "blimp": ("evaluation.minimal_pairs", "BLiMP"),
+    "zhoblimp": ("evaluation.minimal_pairs", "ZhoBLiMP"),
+    "gsm8k": ("evaluation.generated", "GSM8K"),
+    "answers": ("evaluation.generated", "OwnAnswers"),
+    "perplexity": ("evaluation.perplexity", "Perplexity"),
 }
+EXAMS = ("ceval", "cmmlu", "aclue", "mmlu", "choices")  # questions with options, after solved examples
+WITH_DATA = (*EXAMS, "blimp", "zhoblimp", "gsm8k", "answers", "perplexity")  # benchmarks of items that lie at --data
 
 
 def make_task(name: str, settings: object) -> Task:

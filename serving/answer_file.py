@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chat.messages import check_messages
+from chat.conversations import to_prompt
 from cli.progress import say
 from corpora.files import bad, records
 from corpora.registry import BadRecord
 from decoding.feeder import check_prompts
 from decoding.params import SamplingParams
+from files import json_line, write_json_lines
 from serving.assistant import Assistant
 
 
@@ -21,6 +22,8 @@ def answer_file(
     assistant: Assistant, path: Path, output: Path | None, params: SamplingParams, batch_size: int
 ) -> dict[str, Any]:
     """Write every record of --input with an "answer" beside its own fields; return the counts.
+
+    A record has any form that fine-tuning reads, with or without an answer; an "answer" of its own becomes "expected".
 
     Each answer is written as soon as it is there. After an interruption, a call with the same questions, model and
     settings goes on behind the last whole answer, with the same answers as without it. Records that cannot be answered
@@ -37,18 +40,16 @@ def answer_file(
     done = begin(output, begun, describe(assistant, prompts, params))
     if done:
         say(f"{output} has {done} of {len(questions)} answers already: going on behind them")
-    # half a surrogate pair stays its escape
-    with output.open("a", encoding="utf8", errors="backslashreplace") as file:
+    with output.open("ab") as file:
         answers = assistant.answers(prompts[done:], replace(params, seed=params.seed + done), batch_size)
         for question, answer in zip(questions[done:], answers):
-            file.write(json.dumps({**question, "answer": answer}, ensure_ascii=False, default=str) + "\n")
+            file.write(json_line({**question, "answer": answer}))
             file.flush()
     begun.unlink()
     print(f"{len(questions)} answers in {output}")
     if broken:
         aside = output.with_suffix(".bad.jsonl")
-        lines = (json.dumps(vars(record), ensure_ascii=False) + "\n" for record in broken)
-        aside.write_text("".join(lines), encoding="utf8")
+        write_json_lines(aside, map(vars, broken))
         places = ", ".join(record.where for record in broken[:3]) + ", ..." * (len(broken) > 3)
         say(f"{len(broken)} records could not be read ({places}); they are kept in {aside}")
     return {"answers": len(questions), "bad": len(broken), "output": str(output)}
@@ -86,25 +87,15 @@ def read_questions(assistant: Assistant, path: Path) -> tuple[list[dict], list[l
             broken.append(record)
             continue
         try:
-            prompt = assistant.encode(messages_of(record.value))
+            prompt = assistant.encode(to_prompt(record.value))
             check_prompts(assistant.model, [prompt], assistant.longest)
         except ValueError as error:
             broken.append(bad(record.where, str(error), json.dumps(record.value, ensure_ascii=False, default=str)))
             continue
-        questions.append(record.value)
+        expected = {"expected": record.value["answer"]} if "answer" in record.value else {}
+        questions.append(record.value | expected)
         prompts.append(prompt)
     if not questions:
         first = f"; the first record, {broken[0].where}: {broken[0].reason}" if broken else ", the file is empty"
-        raise ValueError(f'{path} holds no prompts: expected records with "prompt" or "messages"{first}')
+        raise ValueError(f"{path} holds no questions: expected records as for fine-tuning, or with a prompt{first}")
     return questions, prompts, broken
-
-
-def messages_of(record: Any) -> list[dict]:
-    """Return the conversation in a record, without the answer that it may end with."""
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return [{"role": "user", "content": record["prompt"]}]
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('expected an object with a text as "prompt" or a list as "messages"')
-    check_messages(messages)
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages

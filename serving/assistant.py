@@ -69,11 +69,12 @@ class Assistant:
         check_messages(messages)
         if len(messages) != 1:
             raise ValueError("a model without a chat template takes a single text, not a conversation")
-        start, eos = self.tokenizer.begins, self.tokenizer.eos_id
-        if not start and has_markers(self.tokenizer):  # in bins of our vocabularies, eos stands before every text
-            start = [eos]
-        ids = [*start, *self.tokenizer.encode(messages[0]["content"])]
-        return ids or [eos if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
+        return self.encode_text(messages[0]["content"])
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the prompt of a text to continue: it begins as texts begin in training; never empty."""
+        start = self.tokenizer.begins or ([self.tokenizer.eos_id] if has_markers(self.tokenizer) else [])
+        return [*start, *self.tokenizer.encode(text)] or [first_id(self.tokenizer)]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, cache: KVCache | None = None) -> Iterator[int]:
         """Return an iterator over the ids of the answer to one prompt. cache: see `Decoder.stream`."""
@@ -154,6 +155,12 @@ def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
     draft_model = load_model(directory, model.device, model.dtype).eval()
     draft_model.n_ids = assistant.tokenizer.vocab_size
     return Speculative(model, DraftModel(draft_model), n_draft)
+
+
+def first_id(tokenizer: Tokenizer) -> int:
+    """Return the id that stands before a text: bos; eos where there is none, and in our vocabularies, in whose bins eos
+    stands before every text."""
+    return tokenizer.eos_id if tokenizer.bos_id is None or has_markers(tokenizer) else tokenizer.bos_id
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:

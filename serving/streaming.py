@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tokenizer import Tokenizer
 
@@ -50,24 +50,45 @@ class StopStrings:
         return next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in self.strings)), 0)
 
 
-def text_pieces(tokenizer: Tokenizer, ids: Iterable[int], stop: StopStrings | None = None) -> Iterator[str]:
-    """Yield the text of a stream of ids in pieces, up to a stop string.
+class Pieces:
+    """The text of a stream of ids, in pieces, up to a stop string.
 
     The bytes of a character wait until it is complete, and the beginning of a possible stop string waits until it is
-    clear whether it is one.
+    clear whether it is one. `ended` tells whether a stop string was complete.
     """
-    stop = stop or StopStrings(tokenizer)
-    decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
-    waiting = b""
-    for i in ids:
-        waiting += tokenizer.id_to_bytes(i)
-        end = stop.find(waiting)
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: StopStrings | None = None, visible: Mapping[int, bytes] | None = None
+    ) -> None:
+        """visible: special tokens that are text here."""
+        self.ended, self._visible = False, visible or {}
+        self._to_bytes, self._stop = tokenizer.id_to_bytes, stop or StopStrings(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf8")(errors="replace")
+        self._waiting = b""
+
+    def add(self, i: int) -> str:
+        """Return the text that is certain with one more id."""
+        self._waiting += self._visible.get(i) or self._to_bytes(i)
+        end = self._stop.find(self._waiting)
         if end is not None:
-            waiting = waiting[:end]
-            break
-        ready = len(waiting) - stop.held_back(waiting)
-        if piece := decoder.decode(waiting[:ready]):
+            self.ended, self._waiting = True, self._waiting[:end]
+            return ""
+        ready = len(self._waiting) - self._stop.held_back(self._waiting)
+        piece, self._waiting = self._decoder.decode(self._waiting[:ready]), self._waiting[ready:]
+        return piece
+
+    def rest(self) -> str:
+        """Return the text that has waited, when no more ids come."""
+        return self._decoder.decode(self._waiting, final=True)
+
+
+def text_pieces(tokenizer: Tokenizer, ids: Iterable[int], stop: StopStrings | None = None) -> Iterator[str]:
+    """Yield the text of a stream of ids in pieces, up to a stop string; see `Pieces`."""
+    pieces = Pieces(tokenizer, stop)
+    for i in ids:
+        if piece := pieces.add(i):
             yield piece
-        waiting = waiting[ready:]
-    if piece := decoder.decode(waiting, final=True):
+        if pieces.ended:
+            break
+    if piece := pieces.rest():
         yield piece

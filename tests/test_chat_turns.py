@@ -19,6 +19,7 @@ from chat.conversations import (
     RATINGS,
     SYSTEM,
     PreferencePair,
+    file_conversations,
     to_messages,
     to_pair,
     to_prompt,
@@ -28,6 +29,7 @@ from chat.samples import PAIRS, read_samples
 from chat.show import marked
 from chat.template import load_template
 from chat.turns import CONTENT, LOSS, ROLES, THOUGHT, TOOLS, WHO, Fields
+from files import write_json_lines
 
 SCHEMA = {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}}
 TOOL = {"type": "function", "function": SCHEMA}
@@ -334,3 +336,39 @@ def test_calls_are_trained_results_are_not_and_what_is_not_rendered_is_counted(t
     path.write_text(json.dumps(pair) + "\n")
     read_samples(path, load_template(tokenizer, "plain"), 99, kind=PAIRS, left_out=(left_out := Counter()))
     assert left_out == {"`reasoning_content`, which the template does not render": 1}
+
+
+# --- odd keys and files
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030"])
+def test_a_table_in_gbk_is_named_with_the_command_that_converts_it(tmp_path, encoding):
+    path = tmp_path / "内科.csv"
+    rows = "department,title,ask,answer\n内科,头痛,头痛怎么办？,多休息。\n内科,,发热吃什么药？,请去医院。\n"
+    path.write_bytes(rows.encode(encoding))
+    with pytest.raises(ValueError, match=r"no usable answer in 2 records.*looks like GBK or GB18030.*iconv -f gb18030"):
+        list(file_conversations(path, []))
+    path.write_bytes(rows.encode(encoding).decode(encoding).encode())
+    expected = [exchange("头痛怎么办？", "多休息。"), exchange("发热吃什么药？", "请去医院。")]
+    assert list(file_conversations(path, [])) == expected
+    path.write_bytes("问题,回答\n甲,乙\n".encode(encoding))  # keys that nobody knows
+    with pytest.raises(ValueError, match=r"its keys are .* looks like GBK or GB18030"):
+        list(file_conversations(path, []))
+
+
+def test_odd_keys_and_values_are_used_named_or_kept_aside(tmp_path):
+    path, broken, left_out = tmp_path / "a.jsonl", [], Counter()
+    lines = [
+        '{"\\ud800": 1}',
+        '{"q": "q", "a": "a", "\\ud800": NaN}',
+        '{"q": "q\\udc00", "a": "a"}',
+        '{"q": Infinity, "a": 1}',
+    ]
+    path.write_text("\n".join(lines))
+    samples = read_samples(path, load_template(chat_tokenizer(tmp_path)), 99, broken=broken, left_out=left_out)
+    assert len(samples) == 1 and left_out == {"`\\ud800`, which is not used": 1}
+    write_json_lines(tmp_path / "aside.jsonl", map(vars, broken))
+    aside = [json.loads(line) for line in (tmp_path / "aside.jsonl").read_text().splitlines()]
+    assert [record["where"] for record in aside] == [f"{path}:{n}" for n in (1, 3, 4)]
+    assert r"its keys are \ud800 - not UTF-8" in aside[0]["reason"] and "found" in aside[2]["reason"]
+    assert aside[1]["reason"] == "message 0 (user) is not UTF-8 at character 2"

@@ -184,8 +184,51 @@ def test_bytes_of_another_encoding_say_how_to_convert_them(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a\xff"}\n{"text": "a\\ud800"}\n')
     _, bad = split(read_files(path, "text"))
-    assert "not UTF-8 at character 2; convert the file, for instance with iconv" in bad[0].reason
+    assert bad[0].reason == "not UTF-8 at character 2; if it is of another encoding, convert the file with iconv"
     assert bad[1].reason == "not UTF-8 at character 2"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "big5", "latin-1"])
+def test_gbk_is_named_with_the_command_that_converts_it(tmp_path, name, encoding):
+    path, chinese = tmp_path / name, encoding != "latin-1"
+    text = (
+        "窗前明月光，山上的花都開了。"
+        if encoding == "big5"
+        else "床前明月光，疑是地上霜。"
+        if chinese
+        else "Müller à Zürich"
+    )
+    rows = {"a.jsonl": f'{{"text": "{text}"}}\n', "a.csv": f"text\n{text}\n", "a.txt": f"{text}\n"}
+    path.write_bytes(rows[name].encode(encoding))
+    _, (bad,) = split(read_files(path, "text"))
+    named = "it looks like GBK or GB18030: convert the file with iconv -f gb18030 -t utf-8 FILE > NEW_FILE"
+    assert "not UTF-8" in bad.reason and (named in bad.reason) == encoding.startswith("gb")
+
+
+def test_gbk_that_breaks_json_is_named_too(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "他說乗法，许多人来了"}\n'.encode("gb18030"))  # 乗 ends with the byte of a backslash
+    _, (bad,) = split(read_files(path, "text"))
+    assert bad.reason.startswith("not JSON: ") and "it looks like GBK or GB18030" in bad.reason
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("indent", [0, 1, 4])
+def test_objects_over_many_lines(tmp_path, name, indent):
+    path, objects = tmp_path / name, [{"text": text, "more": [{"a": 1}, {"b": 2}]} for text in (*TEXTS, "}\n{")]
+    raw = ("\n".join(json.dumps(each, indent=indent, ensure_ascii=False) for each in objects) + "\n").encode()
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert [record.value for record in records(path)] == objects
+    if indent:  # a broken object costs itself
+        first = raw.replace(b'"text"', b"text", 1)
+        path.write_bytes(gzip.compress(first) if name.endswith("gz") else first)
+        bad, *rest = records(path)
+        assert bad.reason.startswith("not JSON") and [record.value for record in rest] == objects[1:]
+    cut = raw[: raw.rindex(b"}")]
+    path.write_bytes(gzip.compress(cut) if name.endswith("gz") else cut)
+    *rest, bad = records(path)
+    assert bad.reason.startswith("not JSON") and [record.value for record in rest] == objects[:-1]
 
 
 def test_another_encoding_is_bad_records_only(tmp_path):

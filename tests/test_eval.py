@@ -140,7 +140,7 @@ def test_a_file_of_questions(args, directory, tmp_path, capsys):
         {"prompt": 5},
         {"messages": [user("江上"), {"role": "assistant", "content": "the reference"}], "task": "title"},
         {"messages": [{"role": "assistant", "content": "明月"}]},
-        {"question": "?"},
+        {"query": ""},
         {"prompt": "江" * 250},
         [],
     ]
@@ -233,11 +233,26 @@ def test_half_a_character_beside_a_question_is_written_back(args, tmp_path):
     assert json.loads((tmp_path / "questions.answers.jsonl").read_text())["id"] == "\ud83d"
 
 
-@pytest.mark.parametrize("content", ["", '{"question": "?"}\n', "nonsense\n"])
+def test_records_of_other_forms_are_answered_and_keep_their_fields(args, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    records = [
+        {"question": "江上", "answer": "明月"},
+        {"instruction": "江上", "input": 3, "output": "x"},
+        {"conversations": [{"from": "human", "value": "江上"}, {"from": "gpt", "value": "x"}]},
+        {"prompt": "江上", "chosen": "a", "rejected": "b"},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(dataclasses.replace(args, input=path))["answers"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "questions.answers.jsonl").read_text().splitlines()]
+    assert rows[0].pop("expected") == "明月" and rows[0] == {"question": "江上", "answer": rows[0]["answer"]}
+    assert [row | {"answer": 0} for row in rows[1:]] == [record | {"answer": 0} for record in records[1:]]
+
+
+@pytest.mark.parametrize("content", ["", '{"title": "?"}\n', "nonsense\n"])
 def test_a_file_without_prompts_is_refused(args, tmp_path, content):
     path = tmp_path / "questions.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"questions.jsonl holds no prompts: expected records with \"prompt\""):
+    with pytest.raises(ValueError, match=r"questions.jsonl holds no questions: expected records as for"):
         main(dataclasses.replace(args, input=path))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -249,7 +264,7 @@ def test_files_that_cannot_be(args, tmp_path):
     path.write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="would overwrite the questions"):
         main(dataclasses.replace(args, input=path, output=path))
-    with pytest.raises(ValueError, match="--prompt does not go with --input"):
+    with pytest.raises(ValueError, match=r"--prompt x does not go with --input .*q.jsonl: either"):
         main(dataclasses.replace(args, input=path, prompt="x"))
 
 
@@ -294,7 +309,12 @@ def test_loss_equals_a_brute_force_in_float64(args, directory, tmp_path, capsys)
     windows = [stream[i : i + 25] for i in range(0, len(stream) - 1, 24)]
     assert measured["heldout"] == pytest.approx(brute([(w, [True] * 25) for w in windows]), rel=1e-5)  # float32 sums
     assert measured["sft_heldout"] == pytest.approx(brute(map(template.encode, conversations)), rel=1e-5)
-    assert f"bits per byte {measured['heldout']['bits_per_byte']:.4f}" in capsys.readouterr().out
+    with sft.open("a") as file:
+        file.write('{"title": "江上"}\n')
+    assert main(dataclasses.replace(args, task="loss", **flags))["sft_heldout"] == measured["sft_heldout"]
+    said = capsys.readouterr()
+    assert f"are left out: 1; the first, {sft}:" in said.err and "its keys are title" in said.err
+    assert f"bits per byte {measured['heldout']['bits_per_byte']:.4f}" in said.out
 
 
 def test_loss_of_what_is_there(args, directory, tmp_path):

@@ -9,11 +9,14 @@ import math
 import sys
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.tiny_chat_model import save_chat_model
 
 import evaluation
+from attention import CACHES
+from attention.cache import cache_class
 from chat.template import load_template
 from checkpoint.directory import load_model, save_model
 from cli.args import parse
@@ -21,7 +24,7 @@ from decoding.beam import BeamParams, beam_search
 from decoding.generate import generate
 from decoding.params import SamplingParams, Stop
 from decoding.rows import Token
-from eval import BENCHMARKS, COMBINATIONS, IS_SET, Args, main
+from eval import BENCHMARKS, Args, forgets, main
 from evaluation.registry import make_task
 from evaluation.task import Task
 from serving.single import token_table
@@ -206,24 +209,24 @@ def test_a_chat_with_sinks_forgets_no_turn(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_beams": 2, "draft": "lookup"}, "--num_beams does not go with --draft"),
-        ({"draft": "lookup", "logprobs": 1}, "--logprobs does not go with --draft"),
-        ({"prompt": None, "logprobs": 1}, "--logprobs needs --prompt: it prints the tokens of one answer"),
+        ({"num_beams": 2, "draft": "lookup"}, "--num_beams 2 does not go with --draft lookup: each is a way"),
+        ({"draft": "lookup", "logprobs": 1}, "--logprobs 1 does not go with --draft lookup: it needs one pass"),
+        ({"prompt": None, "logprobs": 1}, "--logprobs 1 needs --prompt: it prints the tokens of one answer"),
         (
             {"prompt": None, "input": Path("q.jsonl"), "draft": "lookup"},
-            "--draft does not go with --input: it speeds up single answers",
+            "--draft lookup does not go with --input q.jsonl: it speeds up single answers",
         ),
-        ({"prompt": None, "num_beams": 2}, "--num_beams needs --prompt or --input: a chat shows"),
+        ({"prompt": None, "num_beams": 2}, "--num_beams 2 needs --prompt or --input: a chat shows"),
         ({"num_beams": 0}, "num_beams should be at least 1, found 0"),
         (
             {"num_beams": 2, "sampling": SamplingParams()},
-            "--num_beams needs --temperature 0: beam search looks for the likeliest answer and draws nothing",
+            "--num_beams 2 needs --sampling.temperature 0, found 0.7: beam search looks for the likeliest answer",
         ),
         (
             {"num_beams": 2, "sampling": dataclasses.replace(GREEDY, repetition_penalty=1.1)},
-            "--num_beams needs --repetition_penalty 1",
+            "--num_beams 2 needs --sampling.repetition_penalty 1, found 1.1",
         ),
-        ({"cache": "sinks", "draft": "lookup"}, "--cache sinks does not go with --draft"),
+        ({"cache": "sinks", "draft": "lookup"}, "--cache sinks does not go with --draft lookup: it forgets"),
         ({"draft": "lookup", "draft_tokens": 0}, "--draft_tokens should be at least 1, found 0"),
         ({"draft": "/nowhere"}, "/nowhere does not exist"),
         ({"stop": ("",)}, "a stop string is empty"),
@@ -231,8 +234,8 @@ def test_a_chat_with_sinks_forgets_no_turn(tmp_path, monkeypatch, capsys):
         ({"logprobs": -1}, "--logprobs should be 0 or more, found -1"),
         ({"task": "loss"}, "needs --task chat, found loss"),
         ({"batch_size": 0}, "--batch_size should be at least 1, found 0"),
-        ({"length_penalty": 2.0}, "--length_penalty needs --num_beams"),
-        ({"raw": True, "system": "x"}, "needs --raw False, found True"),
+        ({"length_penalty": 2.0}, "--length_penalty 2.0 needs --num_beams above 1, found 1"),
+        ({"raw": True, "system": "x"}, "--system x does not go with --raw True"),
     ],
     ids=str,
 )
@@ -243,20 +246,15 @@ def test_flags_that_make_no_sense_are_one_sentence(args, changes, sentence):
 
 
 def test_settings_of_sampling_need_no_prefix():
-    flags = ["--temperature", "0", "--top_k", "3", "--max_new_tokens", "7", "--stop", "江", "--cache", "int8"]
+    flags = ["--temperature", "0.5", "--top_k", "3", "--max_new_tokens", "7", "--stop", "江", "--cache", "int8"]
     args = parse(Args, "eval", flags)
-    assert args.sampling == SamplingParams(temperature=0, top_k=3, max_new_tokens=7)
+    assert args.sampling == SamplingParams(temperature=0.5, top_k=3, max_new_tokens=7)
     assert args.stop == ("江",) and args.cache == "int8"
     assert parse(Args, "eval", ["--sampling.temperature", "0"]).sampling.temperature == 0
 
 
-def test_the_table_of_combinations_names_flags_that_exist():
-    names = {flag.name for flag in dataclasses.fields(Args)} | {
-        name.name for name in dataclasses.fields(SamplingParams)
-    }
-    assert {flag.split()[0].removeprefix("--") for flag in IS_SET} <= names
-    for flag, needs, _ in COMBINATIONS:
-        assert {flag, *needs.removeprefix("no ").split(" or ")} <= IS_SET.keys()
+def test_the_caches_that_forget_are_those_that_cannot_go_back():
+    assert [forgets(name) for name in CACHES] == [not cache_class(name).can_rewind for name in CACHES]
 
 
 def test_the_light_table_of_benchmarks_agrees_with_the_benchmarks():
@@ -269,7 +267,7 @@ def test_the_light_table_of_benchmarks_agrees_with_the_benchmarks():
         found |= {(cls.__module__, cls.__name__) for cls in tasks if not inspect.isabstract(cls)}
     assert found == set(BENCHMARKS.values())
     for name in BENCHMARKS:
-        task = make_task(name, Args())
+        task = make_task(name, SimpleNamespace(**vars(Args()) | {"data": Path()}))
         assert {each.name for each in dataclasses.fields(task)} <= flags
 
 

@@ -7,20 +7,10 @@ import pytest
 
 import fine_tuning
 from cli.args import parse
-from cli.flags import read_flags
 from lora.spec import LoraArgs
-from tuning.args import NEEDS, DataArgs, PreferenceArgs
+from tuning.args import DataArgs, PreferenceArgs
 
 TWO = (Path("a"), Path("b"))
-
-
-@pytest.mark.parametrize("row", NEEDS, ids=lambda row: f"{row.flag} {row.other}")
-def test_rows_name_flags_that_exist_and_values_that_they_take(row):
-    args = fine_tuning.Args()
-    assert list(read_flags(args, row.flag))
-    ((_, value, _),) = read_flags(args, row.other)
-    assert {type(value)} == {type(each) for each in row.values}
-    assert row.why.format(args=args)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ COMMANDS = commands(TEXTS["README.md"])
 RUN_SH = [command for command in COMMANDS if command.startswith("bash run.sh")]
 PYTHON = [command for command in COMMANDS if command.startswith(("python ", "torchrun "))]
 TAKEN = [shlex.join(shlex.split(command)) for command in JOURNEY]
-RUN_HERE = tuple(f"python {script}" for script in (*SCRIPTS, "convert.py"))
+RUN_HERE = tuple(f"python {script}" for script in (*SCRIPTS, "convert.py") if script != "serve.py")  # which never ends
 OTHERS = [each for each in PYTHON if each.startswith(RUN_HERE) and each not in TAKEN]
 
 

@@ -272,9 +272,8 @@ def test_a_model_that_finds_special_tokens_in_plain_text_is_refused(tmp_path):
 
 
 def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path):
-    for changes in ({"model_type": "unigram", "vocab_size": 90}, {"user_defined_symbols": ["<mine>"]}):
-        with pytest.raises(ValueError, match="only SentencePiece BPE models"):
-            SentencePieceTokenizer(sp_model(**changes)).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="only SentencePiece models of type BPE"):
+        SentencePieceTokenizer(sp_model(model_type="unigram", vocab_size=90)).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

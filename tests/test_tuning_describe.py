@@ -1,6 +1,7 @@
 """What a fine-tuning run tells about its data, and what --show prints instead of training."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from helpers.tiny_chat_model import chat_tokenizer, save_chat_model
 
 import fine_tuning
-from chat.samples import Samples
+from chat.samples import CONVERSATIONS, Samples
 from cli.args import parse
-from tuning.describe import counts, too_long
+from tuning.args import DataArgs
+from tuning.data import Split
+from tuning.describe import counts, evaluated, not_used, too_long
 
 PATH = Path("chats.jsonl")
 STATS = {"conversations": 585, "samples": 584, "tokens": 63013, "targets": 48381, "cut": 0, "dropped": 0, "beyond": 0}
@@ -91,7 +94,16 @@ def test_targets_are_marked(folder, init_from, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "<s><|user|>moon 0?<|end|><|assistant|>⟦the </s><|end|>⟧" in said and "\x1b" not in said
     assert "moon 1?" in said and "moon 2?" not in said and "--- conversation 2: " in said
-    assert found["chats"]["samples"] == 3 and f"--- {folder / 'chats.jsonl'}\nconversations: 3\n" in said
+    assert found["chats"]["samples"] == 3
+    tokens, targets = found["chats"]["tokens"], found["chats"]["targets"]
+    each = tokens // 3
+    assert said[said.index(f"--- {folder}") :] == (
+        f"--- {folder / 'chats.jsonl'}\n"
+        f"3 conversations, {tokens} tokens, of which {targets} are answers and are trained on.\n"
+        f"The shortest sample has {each} tokens, half have at most {each}, nine in ten at most {each}, "
+        f"the longest has {each}.\n"
+        "Chat template: ours.\n"
+    )
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     show(folder, "chats", "--show", "1", init_from=init_from)
@@ -102,7 +114,8 @@ def test_each_task_is_shown_with_its_broken_records(folder, capsys):
     found = show(folder, "chats more", "--show", "1")
     said = capsys.readouterr().out
     assert list(found) == ["chats", "more"] and (found["chats"]["broken"], found["more"]["broken"]) == (0, 1)
-    assert "⟦river<|end|>⟧" in said and f"broken: {folder / 'more.jsonl'}:2: " in said
+    assert "⟦river<|end|>⟧" in said
+    assert f"1 record cannot be read; the first:\nbroken: {folder / 'more.jsonl'}:2: the record has no question" in said
 
 
 def test_both_answers_of_a_pair_are_shown(folder, capsys):
@@ -111,6 +124,37 @@ def test_both_answers_of_a_pair_are_shown(folder, capsys):
     chosen, rejected = said.index("--- pair 1 chosen: "), said.index("--- pair 1 rejected: ")
     assert chosen < said.index("⟦the moon<|end|>⟧") < rejected < said.index("⟦river<|end|>⟧")
     assert "pair 2" not in said and found["pairs"]["pairs"] == 2
+    assert f"--- {folder / 'pairs.jsonl'}\n2 pairs, " in said
+    with pytest.raises(ValueError, match=r"use a preference objective, such as --objective dpo"):
+        show(folder, "pairs", "--show", "1")
+
+
+def test_what_is_not_used_is_shown_with_its_count(folder, capsys):
+    records = [{"ask": f"{n}?", "answer": "a", "title": "t" * (n < 2), "id": n} for n in range(3)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    show(folder, "chats", "--show", "1")
+    path = folder / "chats.jsonl"
+    assert capsys.readouterr().out.endswith(
+        f"{path}: 3 records have `id`, which is not used.\n{path}: 2 records have `title`, which is not used.\n"
+    )
+    assert not_used(path, Counter({"`x`, which is not used": 1})) == [f"{path}: 1 record has `x`, which is not used."]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "warning"),
+    [
+        ([30], ""),
+        ([0, 30], ""),
+        ([29], "29 conversations held out are too few to tell a small gain from chance, 30 or more would do: raise"),
+        ([400, 1], "1 conversation held out is too few"),
+    ],
+)
+def test_few_held_out_conversations_are_warned_of(sizes, warning):
+    heldout = [Samples(np.empty(0), np.empty(0), np.zeros(n + 1), {}) for n in sizes]
+    data = DataArgs(train=tuple(Path(f"{n}.jsonl") for n in range(len(sizes))), heldout=())
+    text = evaluated(data, Split([], heldout, {}, {}), CONVERSATIONS)
+    assert text.startswith(f"held out to evaluate on: {' + '.join(map(str, sizes))} conversations (")
+    assert text.partition("\n")[2].startswith(warning) and bool(warning) == ("\n" in text)
 
 
 def test_new_tokens_are_shown_as_they_would_be_trained(folder, capsys):

@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from tokenizer.added import with_plain_tokens
 from tokenizer.base import MARKERS, SPACE, Tokenizer
-from tokenizer.config import read_config
+from tokenizer.config import read_added_tokens, read_config
 from tokenizer.huggingface import HuggingFaceTokenizer
 from tokenizer.sentencepiece_model import SentencePieceTokenizer
 
@@ -32,8 +35,11 @@ __all__ = [
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "check_saving",
     "load_tokenizer",
 ]
+
+TEXTS = ("the rain", "  two spaces  within  it ", "雨停了，2024 年。\n\tif x == 1:", "é😀 ﬁ", "")  # for check_saving
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -50,8 +56,35 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             path = model
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer (and no .model there); train one with train_tokenizer.py")
-    is_json = path.suffix == ".json"
-    tokenizer = HuggingFaceTokenizer(path) if is_json else SentencePieceTokenizer(path.read_bytes(), path)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
     config = read_config(path.parent)
-    tokenizer.chat_template, tokenizer.begins = config.get("chat_template"), tokenizer.ids_before_text(config)
-    return tokenizer
+    added = read_added_tokens(path.parent, config)
+    special = {i: token for i, token in added.items() if token.special}
+    tokenizer = SentencePieceTokenizer(path.read_bytes(), path, config, special)
+    known = {*tokenizer.special, *tokenizer.added}
+    plain = {i: token for i, token in added.items() if not token.special and token.content not in known}
+    return with_plain_tokens(tokenizer, plain, path.parent) if plain else tokenizer
+
+
+def check_saving(tokenizer: Tokenizer) -> None:
+    """Save a tokenizer into a temporary directory; raise ValueError unless transformers would read the same ids there.
+
+    Call it before long work whose result is saved with the tokenizer.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        ours, theirs = load_tokenizer(folder), HuggingFaceTokenizer(Path(folder, "tokenizer.json"))
+
+    def facts(of: Tokenizer) -> tuple[Any, ...]:
+        return of.sha256(), of.special, of.begins, of.special_names(), of.strips, of.chat_template
+
+    texts = [*TEXTS, *(f"a {name} b{name}c" for name in [*tokenizer.added, *tokenizer.special][:100])]
+    pairs = [(text, after) for text in texts for after in (False, True)]
+    wrong = [text for text, after in pairs if tokenizer.encode(text, after) != theirs.encode(text, after)]
+    if wrong or facts(tokenizer) != facts(ours):
+        what = f"other ids of {wrong[0]!r}" if wrong else "other tokens"
+        raise ValueError(
+            f"this tokenizer cannot be saved, because transformers would read {what}; "
+            "use a tokenizer.json, or train a tokenizer with train_tokenizer.py"
+        )

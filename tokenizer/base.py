@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # special tokens of our chat template
@@ -22,10 +23,10 @@ class Tokenizer:
     bos_id, eos_id, pad_id, unk_id: ids of these special tokens, None where the model has none
     begins: ids that stand before every text, usually [bos_id] or none; see `ids_before_text`
     special: piece -> id of all special tokens; no text encodes to them, except to `unk_id`
-    added: tokens beside the pieces that are not special: wherever a text has one, it becomes that id
+    added: tokens that are not special, but one id wherever a text has them: added ones, user-defined pieces
     strips: special tokens that remove white space beside them -> (on the left, on the right)
     dummy_prefix: whether the model puts a space before every text, which `decode` removes
-    chat_template: Jinja text from the tokenizer's directory, written again by `save`; or several by name, or None
+    chat_template: Jinja text from the tokenizer's directory, written again by `save`; or texts by name, or None
     """
 
     def __init__(self, pieces: list[bytes], special: dict[str, int], ids: Iterable[int | None]) -> None:
@@ -33,7 +34,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = ids
         self.special = special
         self.begins: list[int] = []
-        self.chat_template: Any = None
+        self.chat_template: str | dict[str, str] | None = None
         self.added: tuple[str, ...] = ()
         self.strips: dict[str, tuple[bool, bool]] = {}
         self._pieces = pieces  # id -> its bytes
@@ -61,12 +62,20 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write a directory for `load_tokenizer` and transformers; raises ValueError as `to_tokenizers` does."""
         config, files = self._files()
-        if self.chat_template:
+        config.pop("chat_template", None)
+        if isinstance(self.chat_template, dict):
+            named = [{"name": name, "template": text} for name, text in self.chat_template.items()]
+            config["chat_template"] = named
+        elif self.chat_template:
             config["chat_template"] = self.chat_template
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(directory, name).write_bytes(content)
+
+    def guarding(self, names: Iterable[str]) -> Tokenizer:
+        """Return a copy in which these of `added` are special: no text encodes to them. It serves to encode only."""
+        raise NotImplementedError
 
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         raise NotImplementedError
@@ -117,3 +126,8 @@ class Tokenizer:
 def piece_bytes(piece: str, is_byte: bool) -> bytes:
     """Return the bytes of a SentencePiece piece; is_byte: it is the name of one byte, such as <0x0A>."""
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+def strips(tokens: Iterable[AddedToken]) -> dict[str, tuple[bool, bool]]:
+    """Return those special tokens that remove white space beside them -> (on the left, on the right)."""
+    return {t.content: (t.lstrip, t.rstrip) for t in tokens if t.special and (t.lstrip or t.rstrip)}

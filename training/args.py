@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attention import Choice
+from cli.flags import ABOVE_0, Needs
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,15 @@ class TrainArgs:
                 "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "
                 f"found {self.s2_group}"
             )
+
+
+NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others
+    Needs("optim.muon_lr", "optim.optimizer", ("muon",), "AdamW has one rate, --optim.lr; remove it"),
+    Needs("optim.momentum", "optim.optimizer", ("muon",), "AdamW's are --optim.betas; remove it"),
+    Needs("optim.decay_share", "optim.schedule", ("wsd",), "the other schedules have no such part; remove it"),
+    Needs("optim.min_lr_ratio", "optim.schedule", ("wsd", "cosine", "linear"), "the rate never falls; remove it"),
+    Needs("train.epochs", "train.max_steps", (0,), "that many steps are trained, whatever the epochs; keep one"),
+    Needs("train.s2_min_len", "train.s2_group", ABOVE_0, "without groups, attention is full for all rows; remove it"),
+    Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
+    Needs("train.eval_batches", "train.eval_interval", ABOVE_0, "the evaluation at the end takes all; remove it"),
+)

@@ -68,6 +68,8 @@ class Trainer:
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
         self.args, self.optim, self.run, self.adaptive = args, optim, run, adaptive
         self.eval_data, self.group_names = eval_data, group_names
+        if eval_data is None and args.patience:
+            raise ValueError(f"--train.patience {args.patience} needs held-out data, and there are none: remove it")
         if eval_data is not None:
             self.eval_batches = batches_on_the_way(args, eval_data, token_bytes is not None, group_names)
             how = {"backend": backend, "micro_batch_size": args.micro_batch_size, "group_names": group_names}

@@ -11,8 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
-from cli.flags import Needs
+from cli.flags import ABOVE_0, Needs
 from lora.spec import METHODS
+from training.args import NEEDS as TRAINING_NEEDS
 
 Packing = Literal["best_fit", "concat", "bucket", "none"]
 Loss = Literal["token", "sample", "task_token", "task_sample", "coba"]
@@ -160,7 +161,9 @@ NEW_TOKENS = (
     "new tokens change the model that an adapter belongs to. Make that model first, with python convert.py tokens "
     "--model {args.init_from} --out DIR, and adapt it with --init_from DIR"
 )
-NEEDS = (  # flag, the other flag that it needs, values of that one, why
+NOT_EVALUATED = "without held-out data nothing is evaluated; remove it, or hold some out"
+NEEDS = (
+    *TRAINING_NEEDS,
     Needs(
         "lora.*",
         "lora.method",
@@ -189,6 +192,15 @@ NEEDS = (  # flag, the other flag that it needs, values of that one, why
             "no other objective has this setting; remove it",
         )
         for setting in fields(PreferenceArgs)
+    ),
+    Needs("optim.muon_lr", "lora.method", ("none",), "AdamW trains adapters, at --optim.lr; remove it"),
+    Needs("optim.momentum", "lora.method", ("none",), "AdamW trains adapters, with --optim.betas; remove it"),
+    Needs("optim.lora_lr_ratio", "lora.method", tuple(METHODS), "only adapters have a lora_B; remove it"),
+    Needs("data.heldout_share", "data.heldout", ((),), "all of --data is trained where other files are evaluated on"),
+    Needs("data.too_long", "data.packing", ("best_fit", "bucket", "none"), "concat keeps all of it; remove it"),
+    *(
+        Needs(f"train.{name}", "data.heldout_share", ABOVE_0, NOT_EVALUATED)
+        for name in ("patience", "eval_interval", "eval_batches")
     ),
     Needs("data.train", "objective", ("sft",), "preference objectives train one task; name one path", several),
     Needs("data.loss", "objective", ("sft",), "preference objectives have losses of their own; remove it"),

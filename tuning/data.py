@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from chat.samples import Kind, Record, Samples, collect, read_samples
 from chat.template import ChatTemplate
 from cli.progress import say
 from corpora import BadRecord
+from files import write_json_lines
 from tuning.args import DataArgs, task_names
 
 ANY_LENGTH = 2**31  # tokens: longer than any sample
@@ -83,7 +83,6 @@ def keep_aside(broken: dict[Path, list[BadRecord]], run: Path) -> None:
     for (path, records), name in zip(broken.items(), task_names(list(broken))):
         if records:
             aside = run / f"broken_{name.replace('/', '_')}.jsonl"
-            lines = (json.dumps(vars(record), ensure_ascii=False) + "\n" for record in records)
-            aside.write_text("".join(lines), "utf8")
+            write_json_lines(aside, map(vars, records))
             count = "1 broken record is" if len(records) == 1 else f"{len(records):,} broken records are"
             say(f"{path}: {count} kept aside in {aside}; the first: {records[0].reason}")

@@ -15,6 +15,10 @@ from tokenizer import Tokenizer
 from tuning.args import DataArgs
 from tuning.data import Split
 
+# The mean loss of n conversations is known to 1.96 / sqrt(n) of the standard deviation between them (95 %): to 0.36 of
+# it for 30. That deviation was 1.4 nats a token for 250 answers of alpaca_en_demo and a model of 260 K parameters.
+ENOUGH_HELD_OUT = 30
+
 
 def describe(data: DataArgs, split: Split, kind: Kind, batches: BatchSource, longest: int) -> str:
     """Return lines that say what is trained, what the rows leave out, and on what the model is evaluated.
@@ -51,9 +55,19 @@ def counts(samples: Samples, unit: str) -> str:
     return text
 
 
-def too_long(path: Path, samples: Samples, unit: str, seq_len: int, longest: int) -> str:
+def lengths(samples: Samples) -> str:
+    """Return a sentence on how long the samples are, in tokens."""
+    sizes = np.diff(samples.offsets.astype(np.int64))
+    shortest, half, most, longest = (int(n) for n in np.percentile(sizes, (0, 50, 90, 100), method="inverted_cdf"))
+    return (
+        f"The shortest sample has {number(shortest, 'tokens')}, half have at most {half:,}, "
+        f"nine in ten at most {most:,}, the longest has {longest:,}."
+    )
+
+
+def too_long(path: Path, samples: Samples, unit: str, seq_len: int, longest: int | None = None) -> str:
     """Return a sentence on the records that are longer than a row of `seq_len` tokens, with the flag that would help;
-    "" where there are none."""
+    "" where there are none. longest: number of positions that the model has, if it is known."""
     stats = samples.stats
     fates = {
         "cut": "cut at the end",
@@ -68,7 +82,7 @@ def too_long(path: Path, samples: Samples, unit: str, seq_len: int, longest: int
     share = sum(stats[name] for name in fates) / stats[unit]
     text = f"{path}: {share:.0%} of the {unit} are longer than a row of {seq_len} tokens: {' and '.join(parts)}. "
     text += f"--data.seq_len {samples.enough} would keep 90% of them whole"
-    if samples.enough > longest:
+    if longest is not None and samples.enough > longest:
         text += (
             f", for which the model needs more than its {longest} positions: continue its pretraining with "
             f"pretrain.py --init_from and --model.max_seq_len {samples.enough}"
@@ -85,7 +99,15 @@ def evaluated(data: DataArgs, split: Split, kind: Kind) -> str:
     sizes = " + ".join(f"{len(samples) // len(kind.texts):,}" for samples in split.heldout)
     share = f"{data.heldout_share:.0%} of ".replace("%", " %") + ", ".join(str(task.path) for task in data.tasks)
     files = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)
-    return f"held out to evaluate on: {sizes} {kind.records} ({files or f'{share}, by the hash of their questions'})"
+    text = f"held out to evaluate on: {sizes} {kind.records} ({files or f'{share}, by the hash of their questions'})"
+    fewest = min(filter(None, (len(samples) // len(kind.texts) for samples in split.heldout)))
+    if fewest >= ENOUGH_HELD_OUT:
+        return text
+    few = f"{number(fewest, kind.records)} held out {'is' if fewest == 1 else 'are'} too few"
+    return (
+        f"{text}\n{few} to tell a small gain from chance, {ENOUGH_HELD_OUT} or more would do: "
+        "raise --data.heldout_share, or name a file with --data.heldout"
+    )
 
 
 def number(n: int, unit: str) -> str:

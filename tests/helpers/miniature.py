@@ -59,7 +59,19 @@ class Miniature:
         main, cls = module.COMMANDS[words.pop(0)] if name == "convert" else (module.main, module.Args)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
-            return main(parse(cls, name, words + shlex.split(f"{SMALL.get(name, '')} {more}")))
+            return main(parse(cls, name, smaller(name, words) + shlex.split(more)))
+
+
+def smaller(script: str, words: list[str]) -> list[str]:
+    """The words of a command with those of SMALL for its script, without what would do nothing beside these."""
+    small = shlex.split(SMALL.get(script, ""))
+    if "--train.max_steps" in small and "--train.epochs" in words:
+        at = words.index("--train.epochs")
+        words = words[:at] + words[at + 2 :]
+    if any(word.startswith("configs/fine_tuning/") for word in words):  # they train with AdamW
+        at = small.index("--optim.muon_lr")
+        small = small[:at] + small[at + 2 :]
+    return words + small
 
 
 def build(folder: Path) -> Miniature:
@@ -74,6 +86,7 @@ def build(folder: Path) -> Miniature:
     write(folder / "more_chats/english.jsonl", "".join(json.dumps({"q": n, "a": n[:20]}) + "\n" for n in notes[:40]))
     pairs = [{"prompt": q, "chosen": a, "rejected": q} for q, a in EXCHANGES.items()] * 3
     write(folder / "my_pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+    write(folder / "my_questions.csv", "question,A,B,answer\n江上有什么？,白鹭,老猫,A\n1984 + 16 = ?,2000,1984,A\n")
     write(folder / "questions.jsonl", "".join(json.dumps({"prompt": question}) + "\n" for question in EXCHANGES))
     miniature = Miniature(folder, verses + notes, {})
     for command in JOURNEY:

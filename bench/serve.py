@@ -1,0 +1,215 @@
+"""Measure the server under load: requests and tokens a second, time to the first token, memory; against transformers.
+
+    python bench/serve.py                               # 2 and 15 million parameters; 1, 8 and 32 clients
+    python bench/serve.py --sizes 15M --clients 8 --requests 8
+
+Every client sends one request after the other and reads its answer as a stream. Models have random weights, prompts
+random ids, answers a fixed length. "transformers" is the same server with transformers' `generate` in the place of our
+loop: all requests that wait are answered as one batch, and the next ones after that. Each server is a process of its
+own, and the servers take turns, so that a change of the machine's speed affects both; memory is the most of a process.
+
+"slowest" is the mean time of the slowest client's requests, as a multiple of the mean of all.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+import uvicorn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.train_speed import SHAPES, peer
+from decoding.fixed_rows import FixedRows, Grown
+from decoding.params import SamplingParams
+from decoding.rows import Token
+from model import Transformer
+from serving.api import make_app
+from serving.assistant import Assistant
+from serving.engine import Engine
+from serving.service import Service
+
+SERVERS = ("ours", "transformers")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure the server under load."""
+
+    sizes: tuple[Literal["2M", "15M", "60M"], ...] = ("2M", "15M")
+    """models to measure"""
+    clients: tuple[int, ...] = (1, 8, 32)
+    """numbers of clients at the same time"""
+    servers: tuple[Literal[SERVERS], ...] = SERVERS  # type: ignore[valid-type]
+    """what decodes"""
+    requests: int = 4
+    """requests of each client, one after the other"""
+    prompt: int = 64
+    """tokens of a prompt"""
+    tokens: int = 64
+    """tokens of an answer"""
+    rows: int = 32
+    """texts that a server decodes together"""
+    threads: int = 2
+    """processor cores of a server"""
+    out: Path | None = None
+    """also write the rows as JSON"""
+
+
+class Letters:
+    """A tokenizer of random ids: each is a letter."""
+
+    begins, special, bos_id, eos_id, chat_template, dummy_prefix = (), {}, None, None, None, False
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def id_to_bytes(self, i: int) -> bytes:
+        return bytes([97 + i % 26])
+
+    def token_bytes(self) -> np.ndarray:
+        return np.ones(self.vocab_size, dtype=np.int64)
+
+
+class StaticBatches(FixedRows):
+    """The same interface over transformers' `generate`: one batch after the other."""
+
+    def __init__(self, model: Transformer, n: int) -> None:
+        super().__init__(model, n)
+        self.peer = peer(model).eval()
+
+    @torch.inference_mode()
+    def step(self) -> list[Grown]:
+        texts = list(self._texts.values())
+        width, n_new = max(text.start for text in texts), max(text.max_len - text.start for text in texts)
+        ids = torch.tensor([[0] * (width - text.start) + text.ids for text in texts])
+        mask = torch.tensor([[0] * (width - text.start) + [1] * text.start for text in texts])
+        options = {"do_sample": False, "max_new_tokens": n_new, "eos_token_id": None}
+        out = self.peer.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+        for text in texts:
+            self.remove(text.key)
+        return [Grown(text.key, [Token(i, 0.0) for i in row], "length") for text, row in zip(texts, out)]
+
+
+def serve(kind: str, size: str, args: Args, parent: Connection) -> None:
+    """Run a server, and send its port to `parent`."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    shape = SHAPES[size][0].replace(max_seq_len=1024)
+    model = Transformer(shape).eval()
+    rows = FixedRows(model, args.rows) if kind == "ours" else StaticBatches(model, args.rows)
+    assistant = Assistant(model, Letters(shape.vocab_size), None)  # type: ignore[arg-type]
+    service = Service(size, assistant, Engine(rows, 1000), SamplingParams(), 3600)
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_config=None, access_log=False))
+
+    def tell() -> None:
+        while not server.started:
+            time.sleep(0.01)
+        parent.send(server.servers[0].sockets[0].getsockname()[1])
+
+    threading.Thread(target=tell, daemon=True).start()
+    server.run()
+
+
+def ask(port: int, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Send one request; return the seconds to its first token and to its end."""
+    start, first = time.perf_counter(), None
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response, text = connection.getresponse(), b""
+    while part := response.read1(65536):
+        first = first or time.perf_counter()
+        text += part
+    connection.close()
+    if response.status != 200 or not text.endswith(b"[DONE]\n\n"):
+        raise RuntimeError(f"the server answered {response.status}: {text[:300]!r}")
+    return first - start, time.perf_counter() - start
+
+
+def load(port: int, n_clients: int, args: Args, vocab_size: int) -> dict[str, float]:
+    """Let clients send their requests; return what was measured."""
+    times: list[list[tuple[float, float]]] = [[] for _ in range(n_clients)]
+
+    def client(i: int) -> None:
+        draw = random.Random(i)
+        for _ in range(args.requests):
+            times[i].append(ask(port, draw.choices(range(vocab_size), k=args.prompt), args.tokens))
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(n_clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds, n = time.perf_counter() - start, n_clients * args.requests
+    first = sorted(f for mine in times for f, _ in mine)
+    means = [statistics.mean(total for _, total in mine) for mine in times]
+    row = {"requests_per_second": n / seconds, "tokens_per_second": n * args.tokens / seconds}
+    row |= {"first_p50_ms": 1e3 * statistics.median(first), "first_p99_ms": 1e3 * first[int(0.99 * len(first))]}
+    return row | {"slowest": max(means) / statistics.mean(means)}
+
+
+def peak_memory(pid: int) -> float:
+    """Return the most memory that a process has had, in MB; nan where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), float("nan"))
+
+
+def measure(size: str, args: Args) -> list[dict[str, Any]]:
+    """Return the rows of the table for one model."""
+    spawn, table, running = multiprocessing.get_context("spawn"), [], {}
+    for kind in args.servers:
+        mine, theirs = spawn.Pipe()
+        process = spawn.Process(target=serve, args=(kind, size, args, theirs), daemon=True)
+        process.start()
+        running[kind] = process, mine.recv()
+        ask(running[kind][1], [1] * args.prompt, args.tokens)  # compiles, warms up
+    for n_clients in args.clients:
+        for kind, (process, port) in running.items():
+            row = {"model": size, "clients": n_clients, "server": kind}
+            row |= load(port, n_clients, args, SHAPES[size][0].vocab_size) | {"memory_mb": peak_memory(process.pid)}
+            print(
+                f"{size:6}{n_clients:8} {kind:14}{row['requests_per_second']:12.2f}{row['tokens_per_second']:10.0f}"
+                f"{row['first_p50_ms']:14.1f}{row['first_p99_ms']:14.1f}{row['slowest']:9.2f}{row['memory_mb']:11.0f}",
+                flush=True,
+            )
+            table.append(row)
+    for process, _ in running.values():
+        process.terminate()
+        process.join()
+    return table
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Measure, print a table, and return its rows."""
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.requests} requests of each client: "
+        f"{args.prompt} tokens of prompt, {args.tokens} of answer"
+    )
+    print(
+        f"{'model':6}{'clients':>8} {'server':14}{'requests/s':>12}{'tokens/s':>10}{'first p50 ms':>14}"
+        f"{'first p99 ms':>14}{'slowest':>9}{'memory MB':>11}"
+    )
+    table = [row for size in args.sizes for row in measure(size, args)]
+    if args.out:
+        args.out.write_text(json.dumps(table, indent=2))
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))

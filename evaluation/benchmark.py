@@ -1,0 +1,248 @@
+"""What published benchmarks have in common: items by subject, solved examples before them, results item by item.
+
+A subclass says where its items come from (`blocks`) and how an item is answered and scored (`ask`). Results are written
+as they come, a line of JSON for each item, and a second call goes on behind the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cli.progress import Progress, say
+from corpora.registry import BadRecord
+from evaluation.estimate import Estimate, difference, estimates
+from evaluation.task import Task
+from serving.answer_file import begin
+from serving.assistant import Assistant
+
+BATCHES = 8  # batches of items between two writes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark."""
+
+    key: str  # unique, such as "logic/3"
+    subject: str
+    question: str  # the text that the answer follows
+    description: str = ""  # first lines of the prompt
+    shots: tuple[str, ...] = ()  # solved examples, each with the blank line behind it
+    choices: tuple[str, ...] = ()  # possible answers as they continue the question
+    answer: Any = None  # number of the right choice, or the right texts; None: it is not published
+    category: str = ""
+
+    def prompt(self, shots: int) -> str:
+        """Return the description, the first solved examples and the question."""
+        return self.description + "".join(self.shots[:shots]) + self.question
+
+
+@dataclass
+class Benchmark(Task):
+    """A benchmark of items. `name` is its value of --task, `source` where its data are published."""
+
+    data: Path | None
+    shots: int | None
+    subjects: tuple[str, ...]
+    limit: int | None
+    batch_size: int
+    output: Path | None
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    usual_shots: ClassVar[int] = 0
+    new_tokens: ClassVar[int] = 1  # tokens of the context that an answer needs
+
+    def __post_init__(self) -> None:
+        """Raise FileNotFoundError where there are no data."""
+        self.broken: list[BadRecord] = []  # rows that could not be read
+        self.n_shots = self.usual_shots if self.shots is None else self.shots
+        if self.data is None or not self.data.exists():
+            found = "none was given" if self.data is None else f"{self.data} does not exist"
+            raise FileNotFoundError(f"--task {self.name} needs --data, and {found}; expected {self.source}")
+
+    @abstractmethod
+    def blocks(self) -> Iterator[list[Item]]:
+        """Yield the items in the same order every time, in lists of those that begin alike."""
+
+    @abstractmethod
+    def ask(self, assistant: Assistant, items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Return a record of each item: its "scores" (see evaluation/estimate.py), and what the model answered."""
+
+    def check(self, assistant: Assistant) -> Assistant:
+        """Return the assistant as this benchmark asks it."""
+        return assistant
+
+    def chosen(self) -> list[list[Item]]:
+        """Return the blocks of the subjects and of the number of items that the flags ask for.
+
+        Raises ValueError where no item is left.
+        """
+        blocks = [list(islice(block, self.limit)) for block in self.blocks()]
+        blocks = [block for block in blocks if block]
+        if not blocks:
+            first = f"; the first of {len(self.broken)} bad rows, {self.broken[0].where}: {self.broken[0].reason}"
+            raise ValueError(f"{self.data} has no items: expected {self.source}{first if self.broken else ''}")
+        return blocks
+
+    def run(self, assistant: Assistant) -> dict[str, Any]:
+        """Ask all items, print the scores, write the report; return it."""
+        blocks, assistant = self.chosen(), self.check(assistant)
+        report = self.report_path(assistant)
+        records = self.records(assistant, blocks, report.with_suffix(".items.jsonl"))
+        result = self.about(assistant, blocks) | summarize(records)
+        fewer = sum(record.get("shots", self.n_shots) < self.n_shots for record in records)
+        cut = sum(record.get("cut", False) for record in records)
+        if fewer or cut:
+            window = f"the model's window of {assistant.model.args.max_seq_len} tokens"
+            say(f"{window} took fewer shots for {fewer} items, and lacks the beginning of {cut}")
+        result |= {"fewer_shots": fewer, "cut": cut, "bad_rows": len(self.broken)}
+        report.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
+        print(f"{self.name}, {self.n_shots} shots, {len(records)} items of {self.data}\n{table(result)}\n")
+        print(f"all numbers: {report}; item by item: {report.with_suffix('.items.jsonl')}")
+        self.write_bad_rows(report.with_suffix(".bad.jsonl"))
+        return result
+
+    def report_path(self, assistant: Assistant) -> Path:
+        """Return where the report goes: --output, else beside the model."""
+        return self.output or assistant.directory.parent / f"{assistant.directory.name}.{self.name}.json"
+
+    def records(self, assistant: Assistant, blocks: list[list[Item]], path: Path) -> list[dict[str, Any]]:
+        """Return the records of all items; `path` gets each as a line, and may hold the first ones already."""
+        begun = path.with_suffix(".begun.json")
+        items = [item for block in blocks for item in block]
+        done = begin(path, begun, self.about(assistant, blocks))
+        if done:
+            say(f"{path} has {done} of {len(items)} items already: going on behind them")
+        records = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+        todo, skip = [], done
+        for block in blocks:
+            todo.append(block[skip:])
+            skip = max(0, skip - len(block))
+        size = BATCHES * self.batch_size
+        parts = [block[at : at + size] for block in todo for at in range(0, len(block), size)]
+        with path.open("a", encoding="utf8") as file, Progress(self.name, "items", len(items), done) as progress:
+            for part in parts:
+                for item, record in zip(part, self.ask(assistant, part)):
+                    names = {"item": item.key, "subject": item.subject, "category": item.category}
+                    records.append(names | record)
+                    file.write(json.dumps(records[-1], ensure_ascii=False) + "\n")
+                file.flush()
+                progress.add(len(part))
+        begun.unlink()
+        return records
+
+    def about(self, assistant: Assistant, blocks: list[list[Item]]) -> dict[str, Any]:
+        """Return what a report has to say about its numbers: model, shots, prompts, and the hash of the data."""
+        items = [item for block in blocks for item in block]
+        data = json.dumps([dataclasses.astuple(item) for item in items]).encode()
+        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in assistant.directory.glob("*.*")}
+        settings = {
+            field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "output"
+        }
+        return {
+            "task": self.name,
+            "model_directory": str(assistant.directory.resolve()),
+            "model_files": dict(sorted(files.items())),
+            "dtype": str(assistant.model.dtype),
+            "window": assistant.model.args.max_seq_len,
+            "settings": settings,
+            "shots": self.n_shots,
+            "first_prompt": items[0].prompt(self.n_shots),
+            "items_sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def fit(self, assistant: Assistant, item: Item, longest: int = 0) -> int:
+        """Return with how many shots a prompt fits the model's window beside an answer of `longest` bytes."""
+        room = assistant.model.args.max_seq_len - self.new_tokens
+        for shots in range(min(self.n_shots, len(item.shots)), 0, -1):
+            if len(assistant.tokenizer.encode(item.prompt(shots))) + longest < room:
+                return shots
+        return 0
+
+    def write_bad_rows(self, path: Path) -> None:
+        """Write the rows that could not be read to a file, and say so."""
+        if not self.broken:
+            return
+        lines = (json.dumps(vars(record), ensure_ascii=False) + "\n" for record in self.broken)
+        path.write_text("".join(lines), encoding="utf8", errors="backslashreplace")
+        places = ", ".join(record.where for record in self.broken[:3]) + ", ..." * (len(self.broken) > 3)
+        say(f"{len(self.broken)} rows could not be read ({places}); they are kept in {path}")
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the estimates over all items, by category and by subject, and the plain mean over the subjects."""
+    summary: dict[str, Any] = {"all": plain(estimates([record["scores"] for record in records]))}
+    for key, name in (("category", "by_category"), ("subject", "by_subject")):
+        groups: dict[str, list[dict]] = {}
+        for record in records:
+            groups.setdefault(record[key], []).append(record["scores"])
+        if len(groups) > 1:
+            summary[name] = {group: plain(estimates(scores)) for group, scores in groups.items()}
+    subjects = summary.get("by_subject", {}).values()
+    summary["mean_of_subjects"] = {
+        name: sum(subject[name]["value"] for subject in subjects) / len(subjects)
+        for name in summary["all"]
+        if subjects and all(name in subject for subject in subjects)
+    }
+    return summary
+
+
+def plain(values: dict[str, Estimate]) -> dict[str, dict]:
+    """Return estimates as they are written in JSON."""
+    return {name: vars(value) for name, value in values.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the scores of all items and of each category as lines of text; subjects where there are no categories."""
+    groups = {"all items": result["all"]} | result.get("by_category", result.get("by_subject", {}))
+    lines = []
+    for group, scores in groups.items():
+        for name, score in scores.items():
+            value = Estimate(**{key: math.inf if number is None else number for key, number in score.items()})
+            lines.append(f"  {group:<24}{name:<16}{value}  {value.items} items")
+    if mean := result.get("mean_of_subjects"):
+        lines += [f"  {'mean of subjects':<24}{name:<16}{value:8.4f}" for name, value in mean.items()]
+    return "\n".join(lines)
+
+
+def compare_models(task: Benchmark, assistants: Sequence[Assistant]) -> dict[str, Any]:
+    """Measure two assistants on the same items; return both reports and the differences, first minus second."""
+    first = task.report_path(assistants[0])
+    # with --output, the second report stands beside the first one
+    second = first.with_suffix(".against.json") if task.output else task.report_path(assistants[1])
+    if first == second:
+        raise ValueError(f"--against is the model itself: both reports would be {first}")
+    results = [
+        dataclasses.replace(task, output=path).run(assistant) for path, assistant in zip((first, second), assistants)
+    ]
+    print(f"{assistants[0].directory} minus {assistants[1].directory}")
+    difference = compare(*(path.with_suffix(".items.jsonl") for path in (first, second)))
+    return {"model": results[0], "against": results[1], "difference": plain(difference)}
+
+
+def compare(ours: Path, theirs: Path) -> dict[str, Estimate]:
+    """Return the difference of two models on the items that both files (`X.items.jsonl`) hold; print it.
+
+    Raises ValueError where no item is in both.
+    """
+    read = [{r["item"]: r["scores"] for r in map(json.loads, path.open(encoding="utf8"))} for path in (ours, theirs)]
+    common = [key for key in read[0] if key in read[1]]
+    if not common:
+        raise ValueError(f"{ours} and {theirs} have no item in common: were both made with the same --data?")
+    names = dict.fromkeys(name for key in common for name in read[0][key] if name in read[1][key])
+    result = {}
+    for name in names:
+        both = [(read[0][key][name], read[1][key][name]) for key in common if name in read[1][key]]
+        result[name] = difference(*zip(*both))
+        verdict = "no clear difference" if result[name].low <= 0 <= result[name].high else "a clear difference"
+        print(f"  {name:<16}{result[name]}  on {len(both)} common items: {verdict}")
+    return result

@@ -1,0 +1,138 @@
+"""Log-probabilities of given continuations, many at a time: the base of multiple-choice benchmarks and perplexity."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from attention.cache import KVCache
+from decoding.feeder import evaluating
+from decoding.params import Ids
+from model import Transformer
+from serving.assistant import first_id
+from tokenizer import Tokenizer
+
+HEAD_ELEMENTS = 1 << 25  # logits that exist at a time: 128 MiB in float32
+SHORTEST_PREFIX = 8  # a shared beginning of fewer ids is fed with every row
+
+
+class Pair(NamedTuple):
+    """A context and what follows it."""
+
+    context: Ids
+    continuation: Ids
+
+
+class Likelihood(NamedTuple):
+    """How likely a model finds a continuation."""
+
+    logprob: float
+    """natural logarithm of the probability of all its ids"""
+    greedy: bool
+    """whether each of its ids is the likeliest in its place"""
+    cut: bool
+    """whether the beginning of the context did not fit the model's window"""
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """Return the ids of a context and of the continuation, encoded as one text and then divided.
+
+    Spaces at the end of the context belong to the continuation, because vocabularies have them at the beginning of
+    words. An empty context is the id that stands before a text (`first_id`). These are the rules of
+    lm-evaluation-harness, which takes bos for `first_id` where a vocabulary of ours has eos.
+    """
+    bare = context.rstrip()
+    whole = [*tokenizer.begins, *tokenizer.encode(context + continuation)]
+    if not bare:
+        return Pair([first_id(tokenizer)], whole[len(tokenizer.begins) :])
+    size = len(tokenizer.begins) + len(tokenizer.encode(bare))
+    return Pair(whole[:size], whole[size:])
+
+
+@torch.inference_mode()
+def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) -> list[Likelihood]:
+    """Return how likely the model finds the continuation of each pair.
+
+    The beginning that all pairs share (the solved examples of a benchmark) is computed once, and continuations of one
+    id after the same context share a row. Of a text that is longer than the model's window the beginning is left out.
+    Raises ValueError for an empty continuation, and for one that is longer than the window.
+    """
+    longest = model.args.max_seq_len
+    for _, continuation in pairs:
+        if not 0 < len(continuation) <= longest:
+            raise ValueError(
+                f"a continuation should have from 1 to {longest} ids (the window), found {len(continuation)}"
+            )
+    texts = [[*context, *continuation][-(longest + 1) :] for context, continuation in pairs]
+    inputs = [tuple(text[:-1]) for text in texts]
+    rows = sorted(set(inputs), key=len)
+    wanted = dict.fromkeys(rows, longest)  # first position of each row whose logits are read
+    for row, pair in zip(inputs, pairs):
+        wanted[row] = min(wanted[row], len(row) - len(pair.continuation))
+    shared = common_prefix(rows)[: min(wanted.values(), default=0)]
+    if len(shared) < SHORTEST_PREFIX or len(rows) == 1:
+        shared = ()
+    members: dict[Ids, list[int]] = {row: [] for row in rows}
+    for i, row in enumerate(inputs):
+        members[row].append(i)
+    results: list[Likelihood] = [Likelihood(0.0, False, False)] * len(pairs)
+    with evaluating(model):
+        prefix = model.make_cache(1, longest)
+        if shared:
+            model.hidden(torch.tensor([shared], device=model.device), cache=prefix, lengths=[len(shared)])
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            hidden = _hidden(model, batch, prefix, len(shared))  # (B, T, dim), of the ids behind the shared ones
+            todo = [(i, at) for at, row in enumerate(batch) for i in members[row]]
+            for i, at in todo:
+                n = len(pairs[i].continuation)
+                end = len(inputs[i]) - len(shared)
+                logprob, greedy = _score(model, hidden[at, end - n : end], pairs[i].continuation)
+                results[i] = Likelihood(logprob, greedy, len(pairs[i].context) + n > longest + 1)
+    return results
+
+
+def common_prefix(rows: Sequence[Ids]) -> Ids:
+    """Return the ids that all rows begin with."""
+    if not rows:
+        return ()
+    first, last = min(rows), max(rows)  # in the order of a dictionary, all others lie between these two
+    size = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[:size]
+
+
+def _hidden(model: Transformer, rows: Sequence[Ids], prefix: KVCache, past: int) -> torch.Tensor:
+    """Return the hidden states (B, T, dim) of rows of ids from position `past` on; `prefix` holds what is before."""
+    cache = copy.copy(prefix)  # `reorder` gives the copy tensors of its own
+    cache.reorder(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row[past:], *[0] * (width - len(row))] for row in rows], device=model.device)  # (B, T)
+    positions = torch.arange(past, width, device=model.device).expand(len(rows), -1)  # (B, T)
+    return model.hidden(tokens, positions=positions, cache=cache, lengths=[len(row) for row in rows])
+
+
+def _score(model: Transformer, hidden: torch.Tensor, ids: Ids) -> tuple[float, bool]:
+    """Return the summed log-probability of n ids under hidden states (n, dim), and whether each is the likeliest."""
+    logprob, greedy, block = 0.0, True, max(1, HEAD_ELEMENTS // model.args.vocab_size)
+    targets = torch.tensor(ids, device=hidden.device)
+    for part, target in zip(hidden.split(block), targets.split(block)):
+        logits = model.logits(part[None])[0]  # (block, V)
+        logprob += logits.log_softmax(-1).gather(-1, target[:, None]).double().sum().item()
+        greedy &= bool((logits.argmax(-1) == target).all())
+    return logprob, greedy
+
+
+def windows(ids: Sequence[int], length: int, stride: int) -> Iterable[Pair]:
+    """Yield pairs that cover all of `ids` but the first, each id once, in windows of at most `length` ids.
+
+    A window begins `stride` ids behind the one before it: every id but those of the first window is judged after at
+    least `length - stride` others.
+    """
+    done = 1
+    while done < len(ids):
+        end = min(len(ids), length + 1 if done == 1 else done + stride)
+        yield Pair(ids[max(0, end - length - 1) : done], ids[done:end])
+        done = end

@@ -1,0 +1,62 @@
+"""Minimal pairs: two sentences of which one is right. They tell small models apart where examinations are chance.
+
+BLiMP (Warstadt et al. 2020) in English, ZhoBLiMP (Liu et al. 2024) in Chinese.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+from corpora.files import records
+from corpora.registry import BadRecord
+from evaluation.benchmark import Item
+from evaluation.choices import ChoiceBenchmark
+
+
+class MinimalPairs(ChoiceBenchmark):
+    """Count how often the good sentence of a pair is the likelier one."""
+
+    @property
+    @abstractmethod
+    def delimiter(self) -> str:
+        """What stands before a sentence, as lm-evaluation-harness has it."""
+
+    def blocks(self) -> Iterator[list[Item]]:
+        """Raises ValueError for a paradigm that has no file."""
+        paths = [self.data] if self.data.is_file() else sorted(self.data.rglob("*.jsonl"))
+        names = [path.stem for path in paths]
+        if unknown := [name for name in self.subjects if name not in names]:
+            raise ValueError(f"--subjects {' '.join(unknown)}: expected names among {', '.join(names)}")
+        for path in paths:
+            if self.subjects and path.stem not in self.subjects:
+                continue
+            items = []
+            for number, record in enumerate(records(path)):
+                value = record.raw if isinstance(record, BadRecord) else record.value
+                pair = [value.get(key) for key in ("sentence_good", "sentence_bad")] if isinstance(value, dict) else []
+                if not pair or not all(isinstance(sentence, str) and sentence for sentence in pair):
+                    expected = 'expected texts as "sentence_good" and "sentence_bad"'
+                    self.broken.append(BadRecord(record.where, getattr(record, "reason", expected), str(value)))
+                    continue
+                choices = tuple(self.delimiter + sentence for sentence in pair)
+                category = str(value.get("linguistics_term") or value.get("phenomenon") or "")
+                key = f"{path.stem}/{number}"
+                items.append(Item(key, path.stem, "", choices=choices, answer=0, category=category))
+            yield items
+
+
+class BLiMP(MinimalPairs):
+    """BLiMP: 67 paradigms of English grammar."""
+
+    name = "blimp"
+    source = "BLiMP's data/ directory: PARADIGM.jsonl (github.com/alexwarstadt/blimp)"
+    delimiter = " "
+
+
+class ZhoBLiMP(MinimalPairs):
+    """ZhoBLiMP: 118 paradigms of Chinese grammar."""
+
+    name = "zhoblimp"
+    source = "ZhoBLiMP's unpacked archive: PARADIGM.jsonl (github.com/sjtu-compling/ZhoBLiMP)"
+    delimiter = ""

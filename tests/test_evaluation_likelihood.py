@@ -1,0 +1,94 @@
+"""Log-probabilities of continuations against whole rows, one at a time, in float64."""
+
+import random
+
+import pytest
+import torch
+from helpers.small_model import small_model
+
+from evaluation.likelihood import Pair, encode_pair, log_likelihoods, windows
+
+WINDOW = 48
+
+
+def brute_force(model, pair: Pair) -> tuple[float, bool]:
+    """The model reads the text once, without cache, padding or neighbours."""
+    ids = [*pair.context, *pair.continuation][-(WINDOW + 1) :]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)[-len(pair.continuation) :]
+    target = torch.tensor(pair.continuation)
+    return logprobs.gather(-1, target[:, None]).sum().item(), bool((logprobs.argmax(-1) == target).all())
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("shared", [0, 5, 20])
+def test_log_likelihoods_are_those_of_whole_rows(shared, batch_size, scaling):
+    rng = random.Random(shared)
+    model = small_model(max_seq_len=WINDOW, rope_scaling=scaling, n_kv_heads=1)
+    beginning = [rng.randrange(50) for _ in range(shared)]
+    pairs = []
+    for length in (1, 1, 3, 9, 20, 60):  # the last is longer than the window
+        context = beginning + [rng.randrange(50) for _ in range(length)]
+        pairs += [Pair(context, [rng.randrange(50) for _ in range(n)]) for n in (1, 1, 2, 7)]
+    pairs.append(Pair(pairs[0].context, [rng.randrange(50) for _ in range(WINDOW)]))
+    found = log_likelihoods(model, pairs, batch_size)
+    for pair, (logprob, greedy, cut) in zip(pairs, found):
+        expected, likeliest = brute_force(model, pair)
+        assert logprob == pytest.approx(expected, abs=2e-4)
+        assert greedy == likeliest
+        assert cut == (len(pair.context) + len(pair.continuation) > WINDOW + 1)
+
+
+def test_the_likeliest_continuation_is_called_greedy():
+    model = small_model(max_seq_len=WINDOW)
+    with torch.no_grad():
+        best = model(torch.tensor([[1, 2, 3]]))[0, -1].argmax().item()
+    found = log_likelihoods(model, [Pair([1, 2, 3], [best]), Pair([1, 2, 3], [(best + 1) % 50])], 4)
+    assert [likelihood.greedy for likelihood in found] == [True, False]
+
+
+def test_a_continuation_without_ids_or_beyond_the_window_is_refused():
+    model = small_model(max_seq_len=WINDOW)
+    for continuation in ([], [1] * (WINDOW + 1)):
+        with pytest.raises(ValueError, match=f"from 1 to {WINDOW} ids .* found {len(continuation)}"):
+            log_likelihoods(model, [Pair([1], continuation)], 4)
+    assert log_likelihoods(model, [], 4) == []
+
+
+@pytest.mark.parametrize(("n", "length", "stride"), [(2, 5, 2), (6, 5, 5), (7, 5, 2), (40, 7, 1), (41, 8, 8)])
+def test_windows_judge_every_id_once(n, length, stride):
+    ids = list(range(n))
+    pairs = list(windows(ids, length, stride))
+    assert [i for _, continuation in pairs for i in continuation] == ids[1:]
+    for context, continuation in pairs:
+        assert list(range(context[0], continuation[-1] + 1)) == [*context, *continuation]  # nothing is left out
+        assert len(context) + len(continuation) <= length + 1
+    for context, _ in pairs[1:]:
+        assert len(context) >= length + 1 - stride
+
+
+class Letters:
+    """A tokenizer with an id for each character; `begins` as it is asked for."""
+
+    def __init__(self, begins: list[int], bos_id: int | None) -> None:
+        self.begins, self.bos_id, self.eos_id, self.special = begins, bos_id, 2, {}
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("begins", "bos_id", "context", "continuation", "expected"),
+    [
+        ([], None, "ab", " c", ("ab", " c")),
+        ([1], 1, "ab", " c", ("\1ab", " c")),
+        ([1], 1, "ab ", "c", ("\1ab", " c")),  # the space belongs to the word behind it
+        ([1], 1, "", "cd", ("\1", "cd")),
+        ([], 1, "", "cd", ("\1", "cd")),
+        ([], None, "", "cd", ("\2", "cd")),  # without bos, a text follows the end of another
+    ],
+)
+def test_a_pair_is_encoded_as_one_text(begins, bos_id, context, continuation, expected):
+    pair = encode_pair(Letters(begins, bos_id), context, continuation)
+    assert ("".join(map(chr, pair.context)), "".join(map(chr, pair.continuation))) == expected
