@@ -66,7 +66,7 @@ import torch
 
 from chat.samples import Samples
 from chat.show import statistics
-from chat.template import ChatTemplate, load_template, template_hash
+from chat.template import ChatTemplate, load_template, set_date, template_hash
 from checkpoint import peft
 from checkpoint.directory import load_weights, load_whole_model, save_adapter, save_model
 from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
@@ -109,7 +109,7 @@ def main(args: Args) -> dict[str, Any]:
         tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
         check_saving(tokenizer)
         began = beginning(args.out, fresh=args.train.resume == "never")
-        template.set_date(began)  # a run that goes on another day has the same ids
+        set_date(template, began)  # a run that goes on another day has the same ids
         stops = all_stops(template, args.init_from)
         save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small

@@ -169,11 +169,6 @@ class ChatTemplate:
         encode_texts(self._guarded, run, ids, mask)
         return ids, mask
 
-    def set_date(self, date: datetime) -> None:
-        """Let the template write this date in place of the present one (Llama 3 names the date in every prompt)."""
-        for template in filter(None, (self, self.tool_use)):
-            template._renderer.variables["strftime_now"] = date.strftime
-
     def _for(self, messages: list[Message]) -> ChatTemplate:
         """Return the template of a conversation, as transformers chooses it."""
         return self.tool_use if self.tool_use and any(message.get("tools") for message in messages) else self
@@ -300,6 +295,12 @@ class ChatTemplate:
             text = self._renderer.fill_plain([{"role": "system", "content": "\ufdd5"}, *conversation], False)
         between = re.split("[\ufdd3-\ufdd5]", text)[1:-1]
         self.separators = [text.strip() for text in between if text.strip() and not self._renderer.names.search(text)]
+
+
+def set_date(template: ChatTemplate, date: datetime) -> None:
+    """Let a template write this date in place of the present one (Llama 3 names the date in every prompt)."""
+    for each in filter(None, (template, template.tool_use)):
+        each._renderer.variables["strftime_now"] = date.strftime
 
 
 def encode_texts(tokenizer: Tokenizer, run: list[tuple[str, bool]], ids: list[int], mask: list[bool]) -> None:
