@@ -46,7 +46,7 @@ class Args:
     """gptq: Frantar et al. 2022, with error propagation (QEP); awq: Lin et al. 2023; rtn: round to nearest, without
     any text; int8: likewise, a scale a row; smoothquant (Xiao et al. 2022): inputs in 8 bits, too; llm_int8
     (Dettmers et al. 2022): the same but for outliers; nf4, fp4 (Dettmers et al. 2023; needs bitsandbytes): 16 uneven
-    levels"""
+    levels; bitnet: packs what pretrain.py --bitnet has trained, in 2 bits (b158) or 1 (b1)"""
     bits: Literal[2, 3, 4, 8] | None = None
     """bits of a weight. None: 4, or as many as the method has; awq's format has 4 only"""
     group_size: int = 128
@@ -122,6 +122,7 @@ from evaluation.text_rows import draw_rows
 from files import written_aside
 from hardware import choose_device
 from quant import awq, smooth
+from quant.bitnet import PackedBitLinear, kind_of_bits
 from quant.calibrate import Solve, Stream, inputs_of, quantize_block
 from quant.formats import Scheme
 from quant.four_bit import BLOCK, FourBitLinear
@@ -135,11 +136,13 @@ from quant.llm_int8 import LLMInt8Linear
 from quant.replace import base_layers, need_package, refuse_quantized
 from quant.statistics import InputStatistics
 from tokenizer import Tokenizer
+from training.checksums import MOST_BYTES, check_model
 
 
 def main(args: Args) -> dict[str, Any]:
     """Quantize every linear layer but the head, and write the directory; returns a report per layer."""
     directory = find_model(args.model, "give --model a model directory")
+    check_model(directory, MOST_BYTES)
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)
@@ -147,6 +150,13 @@ def main(args: Args) -> dict[str, Any]:
     if isinstance(model, TransformersModel):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
     refuse_quantized(model, "quantizing them again would add to the error")
+    if (kind := kind_of_bits(model)) and args.method != "bitnet":
+        raise ValueError(f"--model {directory} is trained in few bits ({kind}): --method bitnet packs it")
+    if args.method == "bitnet" and not kind:
+        raise ValueError(
+            f"--method bitnet packs what pretrain.py --bitnet has trained, and --model {directory} was trained in "
+            "full: train it with --bitnet, or choose another method"
+        )
     tokenizer, stop_ids = find_tokenizer(directory)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
@@ -165,15 +175,17 @@ def write(model: nn.Module, tokenizer: Tokenizer, stop_ids: list[int], args: Arg
     """Write the directory --out of a quantized model."""
     with written_aside(args.out) as aside:
         ids = save_tokenizer(aside, tokenizer, stop_ids)
-        quantized.save(aside, model, scheme_of(args), ids)
+        quantized.save(aside, model, scheme_of(model, args), ids)
 
 
-def scheme_of(args: Args) -> Scheme:
-    """Return what the files say of how they were made."""
+def scheme_of(model: nn.Module, args: Args) -> Scheme:
+    """Return what the files say of how the layers of a model were quantized."""
     if args.format == "bnb":
         layout = "bnb_8bit" if args.method == "llm_int8" else "bnb_4bit"
         kind = args.method if layout == "bnb_4bit" else "nf4"
         return Scheme(layout, args.bits, threshold=args.threshold, kind=kind, double=args.double_quant)
+    if args.method == "bitnet":
+        return Scheme("bitnet", kind=next(m.kind for m in model.modules() if isinstance(m, PackedBitLinear)))
     if args.method == "smoothquant":
         return Scheme("int-quantized", 8)
     if args.method == "int8":
@@ -244,6 +256,7 @@ def make_solver(args: Args, grid: GridOptions) -> Solve:
     without_text: dict[str, Callable[[nn.Linear], QuantizedLinear]] = {
         "rtn": lambda layer: GroupedLinear(layer, solve_nearest(layer.weight.detach(), grid), args.bits),
         "int8": lambda layer: GroupedLinear(layer, solve_rows(layer.weight.detach().float()), 8),
+        "bitnet": lambda layer: PackedBitLinear(layer, layer.kind),
         "llm_int8": partial(LLMInt8Linear, threshold=args.threshold),
         "nf4": partial(FourBitLinear, kind="nf4", double=args.double_quant),
         "fp4": partial(FourBitLinear, kind="fp4", double=args.double_quant),
@@ -320,7 +333,12 @@ def check_shapes(model: nn.Module, args: Args) -> None:
         if not layer.weight.isfinite().all():
             raise ValueError(f"--model: the weights of {name} are not finite: its training has diverged")
         size, multiple = args.group_size, 8 if args.format == "awq" else 32
-        if args.format == "bnb":
+        if args.format == "bitnet" and layer.kind == "b158" and layer.out_features % 4:
+            raise ValueError(
+                f"--format bitnet keeps four rows a byte, and {name} has {layer.out_features}: choose sides that are "
+                "multiples of 4 before training"
+            )
+        if args.format in ("bnb", "bitnet"):
             continue
         if args.format in ("awq", "compressed-tensors") and grouped and size != -1 and layer.in_features % size:
             raise ValueError(

@@ -18,11 +18,14 @@ from torch import nn
 from checkpoint import config_json, safetensors_files
 from checkpoint.locate import read_config
 from model import Transformer
-from quant.formats import FORMATS, Scheme
+from quant.bitnet import kind_of_bits
+from quant.formats import FORMATS, Scheme, bitnet_config
+from quant.kinds import BITNETS
 from quant.linear import QuantizedLinear
 from quant.replace import base_layers, need_package, replace
 
 KEY = "quantization_config"
+BITNET_METHODS = {bitnet_config(kind, online=False)["quant_method"]: kind for kind in BITNETS}
 
 
 def read_scheme(config: dict[str, Any]) -> Scheme | None:
@@ -50,10 +53,33 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
         return checked(scheme_of_compressed(settings))
     if method == "bitsandbytes":
         return scheme_of_bnb(settings)
+    if kind := BITNET_METHODS.get(method):
+        if settings.get("linear_class", "bitlinear") != "bitlinear" or settings.get("use_rms_norm"):
+            raise ValueError(
+                "config.json: of packed BitNet weights, those of linear_class bitlinear without norms of their own are "
+                "read here"
+            )
+        return Scheme("bitnet", 2 if kind == "b158" else 1, kind=kind)
     raise ValueError(
-        f"config.json: weights quantized by {method!r} are not read here; gptq, awq, compressed-tensors and "
-        "bitsandbytes are"
+        f"config.json: weights quantized by {method!r} are not read here; gptq, awq, compressed-tensors, "
+        "bitsandbytes and bitnet are"
     )
+
+
+def trained_bits(config: dict[str, Any]) -> str | None:
+    """Return the kind of a `config.json`'s layers that are rounded as they are used (BitNet in training), else None."""
+    settings = config.get(KEY)
+    if not isinstance(settings, dict) or settings.get("quantization_mode") != "online":
+        return None
+    if settings.get("quant_method") in BITNET_METHODS and settings.get("use_rms_norm"):
+        raise ValueError("config.json: BitNet layers with norms of their own (use_rms_norm) are not read here")
+    return BITNET_METHODS.get(settings.get("quant_method"))
+
+
+def bits_of(model: nn.Module) -> dict[str, Any]:
+    """Return what `config.json` says of layers that are trained in few bits; nothing where there are none."""
+    kind = kind_of_bits(model)
+    return {KEY: bitnet_config(kind, online=True)} if kind else {}
 
 
 def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:

@@ -284,3 +284,10 @@ def test_what_cannot_be_encoded_or_decoded(ours, byte_level):
         with pytest.raises(ValueError, match="0 or more, found -1"):
             tokenizer.decode([-1])
         assert tokenizer.decode([tokenizer.vocab_size, *tokenizer.encode("a"), 10**6]).strip() == "a"  # padding
+
+
+def test_a_damaged_piece_of_a_model_is_one_sentence():
+    model = sp_model(byte_fallback=True, vocab_size=400)
+    assert model.count(b"<0x99>") == 1
+    with pytest.raises(ValueError, match="is a damaged SentencePiece model"):
+        SentencePieceTokenizer(model.replace(b"<0x99>", b"<0x99."))

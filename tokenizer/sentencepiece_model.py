@@ -51,7 +51,10 @@ class SentencePieceTokenizer(Tokenizer):
                 proto.pieces[i].piece = token.content
                 if proto.pieces[i].type != ModelProto.SentencePiece.UNKNOWN:
                     proto.pieces[i].type = ModelProto.SentencePiece.CONTROL
-        self._processor = sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        try:
+            self._processor = sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        except RuntimeError as error:  # readable as a message, and no model
+            raise ValueError(f"{name} is a damaged SentencePiece model: {error}") from None
         special = {p.piece: i for i, p in enumerate(proto.pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
         table = [b"" if p.piece in special else piece_bytes(p.piece, p.type == p.BYTE) for p in proto.pieces]
         ids = [None if i < 0 else i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id())]
@@ -149,6 +152,7 @@ def to_tokenizers(
     spec, norm = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != TrainerSpec.BPE or spec.treat_whitespace_as_suffix or not norm.escape_whitespaces:
         raise ValueError(
+            "the tokenizer cannot be saved with a model: "
             "only SentencePiece models of type BPE, with spaces before words, can be written as a tokenizer.json; "
             "train a tokenizer with train_tokenizer.py, or with model_type=bpe"
         )
