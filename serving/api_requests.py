@@ -154,7 +154,8 @@ def plain_message(i: int, message: dict[str, Any]) -> dict[str, Any]:
         out["role"] = "system"
     if not out.get("tool_calls"):
         out.pop("tool_calls", None)
-    for call in out.get("tool_calls") or []:  # a text in the API, an object in templates
+    calls = out.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():  # arguments: a text in the API, an object in templates
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             with contextlib.suppress(ValueError):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from chat.messages import texts
 from decoding.feeder import check_prompts
 from decoding.params import SamplingParams, Stop
 from serving.adjust import Grammar, penalties, schema_of
@@ -91,7 +92,7 @@ class Service:
             raise ApiError(
                 400, f"{self.name} has no chat template, it only continues texts: POST to /v1/completions", "messages"
             )
-        self._check_size(sum(len(str(message.get("content"))) for message in messages), "messages")
+        self._check_size(sum(map(len, texts([[*message.values()] for message in messages]))), "messages")
         try:
             return self.assistant.encode(messages)
         except ValueError as error:
@@ -117,8 +118,8 @@ class Service:
         """Return the n choices for one prompt; choice i is drawn with seed + i. schema: what they have to keep."""
         params, own = request.sampling(self.defaults), self.assistant
         try:
-            texts = (*(string.decode() for string in own.stop_strings.strings), *request.stop_strings())
-            strings = StopStrings(own.tokenizer, texts)
+            server_s = [string.decode() for string in own.stop_strings.strings]
+            strings = StopStrings(own.tokenizer, [*server_s, *request.stop_strings()])
         except ValueError as error:
             raise ApiError(400, f"stop: {error}", "stop") from None
         ids = set() if request.ignore_eos and schema is None else self.ends()

@@ -293,6 +293,8 @@ def test_tokens_and_texts(server):
         (CHAT, {"messages": [{"role": "user"}]}, 400, "message 0 should have a role and a string"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "should be of role"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "type 'image_url'"),
+        (CHAT, {"messages": [{"role": "user", "content": "月" * 100_000}]}, 400, "100004 characters do not fit"),
+        (CHAT, ASK | {"tools": [{"function": {"name": "f", "description": "月" * 100_000}}]}, 400, "do not fit"),
         (CHAT, ASK | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         (CHAT, ASK | {"top_logprobs": 21, "logprobs": True}, 400, "less than or equal to 20"),
         (CHAT, ASK | {"tools": [{"type": "function"}], "tool_choice": "required"}, 400, "a call cannot be forced"),

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import random
 import socket
 import threading
 import time
@@ -164,6 +165,25 @@ def test_bodies_that_do_not_come_or_are_too_large(server, monkeypatch):
             connection.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode())
             assert connection.recv(100).split()[1] == status
     assert server.error(TEXT, b" " * (1 << 20) + b"{}")[0] == 413
+
+
+VALUES = (None, True, 0, -1, 10**30, 0.5, "", "月", "<|end|>", "\ud800", {}, [], [None], {"type": "text"}, {"9": 1})
+
+
+def test_any_value_of_any_field_is_an_answer_or_a_refusal(server):
+    draw = random.Random(0)
+    chat = {"messages": [{"role": "user", "content": "月"}], "max_tokens": 2}
+    bodies = {CHAT: chat, TEXT: {"prompt": "月", "max_tokens": 2}, "/tokenize": {"prompt": "月"}, "/detokenize": {}}
+    kinds = (api.ChatRequest, api.CompletionRequest, api.TokenizeRequest, api.DetokenizeRequest)
+    for path, kind in zip(bodies, kinds):
+        for field in kind.model_fields:
+            for value in draw.sample(VALUES, 4):
+                status, _, answer = server.ask(path, bodies[path] | {field: value})
+                assert status in (200, 400, 404) and (status == 200 or set(answer) == {"error"}), (field, value)
+    for key in ("role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content"):
+        for value in VALUES:
+            messages = [*chat["messages"], {"role": "assistant", "content": "好", key: value}, *chat["messages"]]
+            assert server.ask(CHAT, chat | {"messages": messages})[0] in (200, 400)
 
 
 def test_many_requests_some_of_them_bad_and_idle_connections(directory):
