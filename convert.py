@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cli.args import parse_command, run
 from cli.flags import Needs, check_flags
@@ -55,8 +55,8 @@ class Tokens:
     add_tokens: tuple[str, ...] = ()
     """pieces of text (or a file of one a line) that become tokens"""
     add_special_tokens: tuple[str, ...] = ()
-    """likewise, tokens that no text is encoded to, such as the markers of a chat template"""
-    vocab_multiple_of: int = 1
+    """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
+    vocab_multiple_of: Annotated[int, (1, 1048576)] = 1
     """round the vocabulary up to a multiple of this"""
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bins.outputs import Outputs, outputs_in, publish, read_checkpoint, read_summary, sums_of, write_conversations
 from bins.screen import ScreenedBatch, screen
@@ -43,9 +43,9 @@ class Args(SourceArgs):
     """Tokenizer: a directory, a SentencePiece .model or a tokenizer.json."""
     out: Path = Path("data/tiny")
     """Directory to write the bins to."""
-    processes: int = os.cpu_count() or 1
+    processes: Annotated[int, (1, 4096)] = os.cpu_count() or 1
     """Number of tokenizing processes; 1 uses the main process only. The output does not depend on it."""
-    tokens_per_file: int = 100_000_000
+    tokens_per_file: Annotated[int, (1, 4611686018427387904)] = 100_000_000
     """Maximum number of tokens in a training bin. A document lies in one bin, so a longer one makes a larger bin."""
     held_out: float = 0.01
     """Share of documents that are not trained on, chosen by the hash of their text. A corpus with a split keeps it."""

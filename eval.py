@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from attention import CACHES, Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
@@ -108,9 +108,9 @@ class Args:
     """texts that end an answer; they are not part of it"""
     logprobs: int | None = None
     """after the answer to --prompt, print the log-probability of each token and this many likeliest tokens beside it"""
-    num_beams: int = 1
+    num_beams: Annotated[int, (1, 1000)] = 1
     """above 1: beam search for the likeliest answer with this many beams; needs --temperature 0"""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, (-100, 100)] = 1.0
     """beams are compared by log-probability / tokens^length_penalty: above 0 favours long answers, below 0 short"""
     cache: Literal[CACHES] = "static"  # type: ignore[valid-type]
     """key-value cache. int8: a quarter of float32's memory; sinks: attention sinks (StreamingLLM) for endless text; the
@@ -118,9 +118,9 @@ class Args:
     draft: str | None = None
     """speculative decoding: directory of a smaller model with the same tokenizer, or "lookup" (prompt lookup decoding);
     the same output at temperature 0, in less time"""
-    draft_tokens: int = 4
+    draft_tokens: Annotated[int, (1, 1000)] = 4
     """number of tokens that --draft guesses ahead"""
-    batch_size: int = 50
+    batch_size: Annotated[int, (1, 1000000)] = 50
     """number of answers, or of rows of held-out data, at a time"""
     heldout: Path = Path("data/tiny/heldout.bin")
     """token bin for --task loss"""

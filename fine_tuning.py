@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cli.args import parse, run
 from cli.flags import check_flags
@@ -41,7 +41,7 @@ class Args:
     """sft: answer as in the conversations of --data; the others: prefer the chosen of two answers to the rejected one,
     where --data holds pairs of answers"""
     preference: PreferenceArgs = field(default_factory=PreferenceArgs)
-    neftune_alpha: float = 0.0
+    neftune_alpha: Annotated[float, (0, 1000)] = 0.0
     """strength of the noise on the embeddings during training (NEFTune; 5 is usual); 0: no noise"""
     init_from: Path = Path("out/tiny/pretrain/best")
     """model directory to start from; with --show, a tokenizer is enough"""
@@ -49,7 +49,7 @@ class Args:
     """pieces of text to add to the vocabulary, or a file with one on each line"""
     add_special_tokens: tuple[str, ...] = ()
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
-    show: int = 0
+    show: Annotated[int, (0, 1000000)] = 0
     """print this many samples of each task with what is trained marked, and statistics, and do not train"""
     out: Path = Path("out/tiny/sft")
     """run directory: checkpoints, logs, the resolved config"""

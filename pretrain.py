@@ -11,10 +11,12 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
+from cli.memory import check_memory
+from cli.progress import say
 from cli.record import file_sha256, record_training, to_plain
 from model_args import NewModelArgs, RopeArgs
 from optim.args import OptimArgs
@@ -48,9 +50,9 @@ class DataArgs:
     """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
     verify: bool = False
     """compare the SHA-256 of bins above 512 MB, too, with their .json: 2 s a GB; smaller ones always are"""
-    seq_len: int = 128
+    seq_len: Annotated[int, (1, 2147483647)] = 128
     """tokens per row of a batch"""
-    batch_size: int = 64
+    batch_size: Annotated[int, (1, 10000000)] = 64
     """rows per optimizer step, in total over all processes and micro-batches"""
     isolate_documents: bool = False
     """attend only to tokens of the same document, where a row contains several"""
@@ -76,7 +78,7 @@ class Args:
     """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
     add_special_tokens: tuple[str, ...] = ()
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them."""
-    vocab_multiple_of: int = 1
+    vocab_multiple_of: Annotated[int, (1, 1048576)] = 1
     """when the vocabulary grows, round its size up to a multiple of this number"""
 
     def __post_init__(self) -> None:
@@ -161,6 +163,12 @@ def main(args: Args) -> dict[str, Any]:
                 record_training(args.out, "pretrain", resolved(args, model), described, trainer.state.step, over)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
+                if eval_data is None:
+                    say(
+                        f"{args.data.dir / 'heldout.bin'} is missing: no held-out loss will tell whether the model "
+                        "learns or only memorizes. Make the data anew with data_process.py --held_out 0.01 or more, "
+                        "and with a smaller --part_chars if the text is one long document"
+                    )
             result = trainer.fit()
             if backend.main:
                 # raw: a model that was only pretrained has never seen the markers of a chat
@@ -188,7 +196,9 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
         length = length_so_far(args) or args.data.seq_len
-        model = Transformer(args.model.made(tokenizer.vocab_size, length))
+        shape = args.model.made(tokenizer.vocab_size, length)
+        check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
+        model = Transformer(shape)
         return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
