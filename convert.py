@@ -55,7 +55,7 @@ class Tokens:
     add_tokens: tuple[str, ...] = ()
     """pieces of text (or a file of one a line) that become tokens"""
     add_special_tokens: tuple[str, ...] = ()
-    """likewise, tokens that no text is encoded to, such as the markers of a chat template"""
+    """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
     vocab_multiple_of: Annotated[int, (1, 1048576)] = 1
     """round the vocabulary up to a multiple of this"""
 

@@ -16,7 +16,7 @@ LARGEST_HEAD = 2**16  # the frequencies of all pairs of dimensions are computed 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model, in LLaMA's own vocabulary.
+    """Model size; names as in Meta's LLaMA code.
 
     Two are equal when the models have the same shape: `multiple_of` and `ffn_dim_multiplier` do not count, because they
     only determine `hidden_dim`.

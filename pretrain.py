@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
 from cli.memory import check_memory
+from cli.progress import say
 from cli.record import file_sha256, record_training, to_plain
 from model_args import NewModelArgs, RopeArgs
 from optim.args import OptimArgs
@@ -162,6 +163,12 @@ def main(args: Args) -> dict[str, Any]:
                 record_training(args.out, "pretrain", resolved(args, model), described, trainer.state.step, over)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
+                if eval_data is None:
+                    say(
+                        f"{args.data.dir / 'heldout.bin'} is missing: no held-out loss will tell whether the model "
+                        "learns or only memorizes. Make the data anew with data_process.py --held_out 0.01 or more, "
+                        "and with a smaller --part_chars if the text is one long document"
+                    )
             result = trainer.fit()
             if backend.main:
                 # raw: a model that was only pretrained has never seen the markers of a chat

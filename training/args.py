@@ -25,7 +25,8 @@ class TrainArgs:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """dtype of activations and matrix products (parameters stay fp32); auto: bf16 where the hardware has it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on where it can run (it needs a C++ compiler, on a GPU Triton and a C compiler)"""
+    """torch.compile; auto: on where it can run (it needs a C++ compiler, on a GPU Triton and a C compiler) and, on a
+    CPU, where the whole run is long enough to win back the time that it takes"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: a third more work, far less memory"""
     attention: Choice = "auto"
@@ -79,6 +80,10 @@ class TrainArgs:
                 "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "
                 f"found {self.s2_group}"
             )
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the number of steps of the whole run."""
+        return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
 
 
 NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others

@@ -43,7 +43,7 @@ class RunLog:
         self._count("".join(self.kept), len(kept))
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(directory / "tensorboard", purge_step=first_step + 1)
-        self.progress_bar = Progress("training", "step", total_steps, first_step)
+        self.progress_bar = Progress("training", "step", total_steps, first_step, note_only=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row of `metrics.jsonl`, and the same numbers to TensorBoard."""
@@ -82,13 +82,18 @@ class RunLog:
         if self.active:
             self.progress_bar.show(step, " ".join(f"{name} {value}" for name, value in values.items()))
 
+    def draw(self) -> None:
+        """Draw `loss.png` anew."""
+        if self.active:
+            draw_losses({"": self.path}, self.path.with_name("loss.png"))
+
     def close(self) -> None:
         """Draw `loss.png` and close the files."""
         if self.active:
             self.progress_bar.close()
             self.file.close()
             self.board.close()
-            draw_losses({"": self.path}, self.path.with_name("loss.png"))
+            self.draw()
 
 
 class Clock:
@@ -101,13 +106,19 @@ class Clock:
         self.total_steps, self.flops_per_token, self.peak = total_steps, flops_per_token, peak
         self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
 
+    def restart(self, state: TrainState) -> float:
+        """Measure from here on; return the seconds since the last reading."""
+        before = self.time
+        self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+        return self.time - before
+
     def read(self, state: TrainState) -> tuple[float, float, float]:
         """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call."""
         now = time.perf_counter()
         seconds, steps, tokens = now - self.time, state.step - self.step, state.tokens - self.tokens
         self.step, self.tokens, self.time = state.step, state.tokens, now
         rate = tokens / seconds
-        return rate, seconds / steps * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
+        return rate, seconds / max(1, steps) * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
 
 
 def summary(result: dict[str, Any]) -> str:
