@@ -127,7 +127,7 @@ def serve(kind: str, size: str, args: Args, parent: Connection) -> None:
     rows = FixedRows(model, args.rows) if kind == "ours" else StaticBatches(model, args.rows)
     assistant = Assistant(model, Letters(shape.vocab_size), None)  # type: ignore[arg-type]
     service = Service(size, assistant, Engine(rows, 1000), SamplingParams(), 3600)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(make_app([service]), port=0, log_config=None, access_log=False))
 
     def tell() -> None:
         while not server.started:

@@ -34,21 +34,25 @@ import tyro
 import yaml
 
 from cli.flags import where_set
-from cli.kinds import explain, readable
+from cli.kinds import explain, readable, shortened
 from cli.memory import full_memory, memory_is_full
 from cli.parent import end_with_parent
 from cli.schema import check_bounds, check_word, flags_of, nearest, nearest_flag, short_names
 
 T = TypeVar("T")
 SECONDS_FOR_RANK_0 = 5.0
+LONGEST = 1200  # characters of a message, which may quote a file
 MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
 SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve")
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error on stderr and exit with status 1; every script refuses bad input in this way."""
+    """Print an error on stderr and exit with status 1; every script refuses bad input in this way.
+
+    The middle of a very long message is left out.
+    """
     let_rank_0_speak()
-    sys.exit(f"error: {message}")
+    sys.exit(f"error: {shortened(message, LONGEST)}")
 
 
 def let_rank_0_speak() -> None:

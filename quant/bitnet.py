@@ -49,7 +49,7 @@ class PackedBitLinear(QuantizedLinear):
     ) -> None:
         """Take packed codes and their scale (1,), or those of the weight of `base`."""
         super().__init__(base)
-        self.kind = kind
+        self.kind, self.bits = kind, {"b158": 2, "b1": 1}[kind]
         if coded is None:
             codes, scale = round_weight(base.weight.detach(), kind)
             coded = pack_ternary(codes) if kind == "b158" else pack(codes > 0, 1), scale

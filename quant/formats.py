@@ -12,6 +12,7 @@ bitnet    b158: weight (out / 4, in) uint8, weight_scale (1,), as transformers' 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,12 @@ class Scheme(NamedTuple):
     """of bnb_4bit: nf4 or fp4; of int-quantized: w8a8 or int8; of bitnet: b158 or b1"""
     double: bool = True
     """likewise"""
+    layers: tuple[tuple[str, Scheme], ...] = ()
+    """regular expression -> scheme of the layers whose whole name it matches from the start on; the first one counts"""
+
+    def of(self, path: str) -> Scheme:
+        """Return the scheme of the layer `path`."""
+        return next((own for pattern, own in self.layers if re.match(pattern, path)), self)
 
 
 class Format(NamedTuple):

@@ -35,7 +35,7 @@ class Method(NamedTuple):
 
 
 WIDTHS, PACKED = (4, 2, 3, 8), ("gptq", "gptq_v2", "awq", "compressed-tensors")
-GRID = frozenset({"group_size", "symmetric", "search"})
+GRID = frozenset({"group_size", "symmetric", "search", "override"})
 BITNETS = ("b158", "b1")  # kinds of layers that are trained in few bits
 OPTIONS = GRID | {"propagation", "damping", "act_order", "double_quant", "threshold", "alpha"}  # of some methods only
 METHODS = {

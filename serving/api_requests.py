@@ -126,6 +126,7 @@ class ChatRequest(Sampling):
 class TokenizeRequest(_Body):
     """POST /tokenize: a text or a conversation to ids. `content` is llama.cpp's name of `prompt`."""
 
+    model: str | None = None
     prompt: str | None = None
     content: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
@@ -135,6 +136,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """POST /detokenize: ids to a text."""
 
+    model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
 
 

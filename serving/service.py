@@ -47,7 +47,6 @@ class Service:
 
     def completion(self, request: CompletionRequest) -> list[Choice]:
         """Return the choices of a request for completions, prompt by prompt. Raises ApiError."""
-        self.check_model(request.model)
         if request.suffix:
             raise ApiError(400, "suffix is not offered: this model only continues texts", "suffix")
         if request.best_of not in (None, request.n or 1):
@@ -66,7 +65,6 @@ class Service:
 
     def chat(self, request: ChatRequest) -> list[Choice]:
         """Return the choices of a request for an answer in a conversation. Raises ApiError."""
-        self.check_model(request.model)
         messages = request.conversation()
         if request.calls:
             messages[0] |= {"tools": self.tools(request)}
@@ -154,9 +152,3 @@ class Service:
             too_long = any(len(choice.job.prompt) > self.context for choice in choices)
             raise ApiError(400, str(error), "prompt", "context_length_exceeded" if too_long else None) from None
         return choices
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError where a request names another model."""
-        if name not in (None, "", self.name):
-            message = f"there is no model {name!r} here: the model is called {self.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")

@@ -276,7 +276,7 @@ def test_tokens_and_texts(server):
         (TEXT, {"prompt": "\ud800"}, 400, "surrogates not allowed"),
         (TEXT, {"prompt": "月" * 300}, 400, "tokens long, the model takes 200"),
         (TEXT, {"prompt": "月" * 100_000}, 400, "100000 characters do not fit"),
-        (TEXT, GO_ON | {"model": "gpt-4"}, 404, "there is no model 'gpt-4' here"),
+        (TEXT, GO_ON | {"model": "gpt-4"}, 404, "there is no model 'gpt-4' here: there is tiny"),
         (TEXT, GO_ON | {"temperature": "hot"}, 400, "temperature should be a valid number, found 'hot'"),
         (TEXT, GO_ON | {"temperature": -1}, 400, "temperature should be 0 or from 0.01 to 100, found -1.0"),
         (TEXT, GO_ON | {"top_p": 0}, 400, "top_p should be above 0"),

@@ -250,14 +250,17 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
             load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": "\xff"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not UTF-8 text"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
-    unigram = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    whole = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     words = tokenizers.Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
     words.decoder = decoders.BPEDecoder()
     for backend, error in (
-        (unigram, "expected a BPE model, found Unigram"),
+        (whole, "expected a BPE or Unigram model, found WordLevel"),
         (words, "expected a decoder ByteLevel, .*, found BPEDecoder"),
     ):
         backend.save(str(tmp_path / "tokenizer.json"))
@@ -272,8 +275,8 @@ def test_a_model_that_finds_special_tokens_in_plain_text_is_refused(tmp_path):
 
 
 def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="only SentencePiece models of type BPE"):
-        SentencePieceTokenizer(sp_model(model_type="unigram", vocab_size=90)).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="only SentencePiece models of type BPE or unigram"):
+        SentencePieceTokenizer(sp_model(model_type="char", vocab_size=90)).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
