@@ -61,6 +61,7 @@ def let_rank_0_speak() -> None:
     On a machine without rank 0, the ranks speak one after the other, so that the first ends the rest.
     """
     if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # torchrun's; the status is that of rank 0
         time.sleep(SECONDS_FOR_RANK_0 + int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -68,6 +69,13 @@ def expect_interrupts() -> None:
     """End the process with one line at Ctrl-C, until `run` is called: PyTorch takes seconds to load."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
+
+
+def open_closed_streams() -> None:
+    """Connect standard input and outputs that the caller has closed (`<&-`), which Python has as None, to nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
 
 
 def interrupted(*_: object) -> NoReturn:
@@ -84,6 +92,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     """
     if argv is None:
         expect_interrupts()
+        open_closed_streams()
     try:
         words, named, preset = read_words(cls, section, list(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
@@ -168,6 +177,7 @@ def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str
     Exits with an error message when the command is missing or unknown.
     """
     expect_interrupts()
+    open_closed_streams()
     words = sys.argv[1:]
     command = words[0] if words else ""
     if command in ("-h", "--help"):

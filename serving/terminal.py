@@ -67,7 +67,7 @@ def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams, exampl
         sys.stdin.reconfigure(errors="replace")
     for line in lines_typed(interactive):
         try:
-            if line in LEAVE:
+            if line in LEAVE or line.startswith(("/quit ", "/exit ")):
                 break
             if line.startswith("/"):
                 params = command(line, params, reset, examples)

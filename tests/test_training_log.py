@@ -32,12 +32,15 @@ def test_rows_go_to_the_file_at_once_and_to_tensorboard(tmp_path, pictures):
     assert pictures == [({"": tmp_path / "run" / "metrics.jsonl"}, tmp_path / "run" / "loss.png")]
 
 
-def test_a_resumed_run_forgets_what_comes_after_its_step(tmp_path, pictures):
+@pytest.mark.parametrize("seconds", [10, 0, -1000])  # 0: a kill and a start at once; -1000: the clock was set back
+def test_a_resumed_run_forgets_what_comes_after_its_step(tmp_path, pictures, monkeypatch, seconds):
+    began = time.time()
+    monkeypatch.setattr(time, "time", lambda: began)
     log = RunLog(tmp_path, 0, 10)
     for step in range(1, 8):
         log.write(step, {"loss": float(step)})
     log.close()
-    time.sleep(1.1)  # TensorBoard orders the files of one second by a counter read as text: 10 comes before 9
+    monkeypatch.setattr(time, "time", lambda: began + seconds)
     log = RunLog(tmp_path, 4, 10)
     log.write(5, {"loss": 50.0})
     log.close()

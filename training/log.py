@@ -16,6 +16,26 @@ from cli.progress import Progress, say
 from training.state import TrainState
 
 
+def open_board(directory: Path, first_step: int, kept: list[dict]) -> SummaryWriter:
+    """Return a writer of TensorBoard events; what older files have of steps after `first_step` is not shown any more.
+
+    TensorBoard reads the files in the order of the seconds in their names. Where that is not the order in which they
+    were written, since the clock was set back or a second has not passed, they are replaced by the rows in `kept`.
+    """
+    older = sorted(directory.glob("events.out.tfevents.*"))
+    seconds = [path.name.split(".")[3] for path in older]
+    if all(each.isdigit() and int(each) < int(time.time()) for each in seconds):
+        return SummaryWriter(directory, purge_step=first_step + 1)
+    for path in older:
+        path.unlink()
+    board = SummaryWriter(directory)
+    for row in kept:
+        for name, value in row.items():
+            if name != "step":
+                board.add_scalar(name, value, row["step"])
+    return board
+
+
 class RunLog:
     """The log of one run directory; all ranks but the main one pass `active=False`, which does nothing.
 
@@ -42,7 +62,7 @@ class RunLog:
         aside.replace(self.path)
         self._count("".join(self.kept), len(kept))
         self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(directory / "tensorboard", purge_step=first_step + 1)
+        self.board = open_board(directory / "tensorboard", first_step, kept)
         self.progress_bar = Progress("training", "step", total_steps, first_step, note_only=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
