@@ -41,7 +41,7 @@ from cli.schema import check_bounds, check_word, flags_of, nearest, nearest_flag
 T = TypeVar("T")
 SECONDS_FOR_RANK_0 = 5.0
 MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan")
 
 
 def fail(message: str) -> NoReturn:
