@@ -28,7 +28,7 @@ from training.flops import train_flops_per_token
 
 MANY = "it describes several GPUs; give their number, or remove it"
 NEEDS = (
-    Needs("shape.*", "model", ("",), "a model has its own shape; remove one of the two"),
+    Needs("shape.*", "model", (None,), "a model has its own shape; remove one of the two"),
     Needs("per_node", "gpus", SET, MANY),
     Needs("node_link", "gpus", SET, MANY),
     Needs("batch_size", "gpus", SET, "one process accumulates any number of rows; --rows is that of a micro-batch"),
@@ -40,7 +40,7 @@ NEEDS = (
 class Args:
     """Plan a training run, or decoding: memory, time, cost and expected loss. Nothing is built or trained."""
 
-    model: str = ""
+    model: str | None = None
     """a preset (configs/small.yaml), a model directory, a config.json, or a published name such as llama2-7b; without
     it, the shape is that of --shape"""
     shape: ModelArgs = field(default_factory=ModelArgs)
@@ -307,7 +307,9 @@ def conclusion(
     if best.strategy.name != "DDP":
         yield f"{best.strategy.label} cannot be run with this repository yet; DDP can."
     if here is None:
-        yield "DDP, the only strategy for several GPUs that this repository runs, does not fit."
+        needs = [gib(each.total) for each in others if each.strategy.name == "DDP"]
+        why = f"does not fit (it takes {needs[0]})" if needs else f"needs a multiple of {args.gpus} for --batch_size"
+        yield f"DDP, the only strategy for several GPUs that this repository runs, {why}."
         return
     yield f"DDP is run by (in each node):\n  {ddp_command(args, source, where, here)}"
 

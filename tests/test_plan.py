@@ -104,7 +104,7 @@ def test_runs_side_by_side(tmp_path, capsys):
         ("--model nothing", "--model nothing is neither a file or directory here nor a name in the table"),
         ("--model llama2-7b --gpus 6 --per_node 4 --gpu h100", "--gpus 6 is not a multiple of --per_node 4"),
         ("--model llama2-7b --gpus 8 --gpu_memory 80", "--gpus 8 needs the speed of a GPU of 80 GiB"),
-        ("--model llama2-7b --gpus 8 --gpu h100 --batch_size 7", "--batch_size 7 does not divide into --gpus 8"),
+        ("--model tinyllama --gpus 7 --gpu h100 --batch_size 3", "--batch_size 3 does not divide into --gpus 7"),
         ("--run out/nothing", "--run out/nothing has no metrics.jsonl"),
     ],
 )
@@ -117,7 +117,7 @@ def test_bad_input_is_one_sentence(flags, message, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--model llama2-7b --shape.dim 64", "--shape.dim 64 does not go with --model llama2-7b"),
+        ("--model llama2-7b --shape.n_layers 2", "--shape.n_layers 2 does not go with --model llama2-7b"),
         ("--per_node 4", "--per_node 4 needs --gpus"),
         ("--price 2", "--price 2.0 needs --tokens or --run"),
         ("--mfu 2", "--mfu should be from 0.01 to 1"),

@@ -58,9 +58,11 @@ def test_a_step_takes_its_operations_the_bubble_and_what_is_not_hidden():
     hidden = 2 * 4096 * 8192  # bytes of a row between two blocks
     tensor = 40 * 6 * micro_batches * 2 * 3 / 4 * hidden
     stages = 2 * hidden / 4 * micro_batches
-    waiting = tensor / 450e9 + stages / 50e9
+    gradients = 2 * 2 / 3 * 2 * cluster.share(SEVENTY, Strategy("3D", 4, 2, 3)) / 50e9  # seconds
+    unhidden = max(0, gradients - 2 / 3 * compute / micro_batches)  # they are sent during the last backward pass
+    waiting = tensor / 450e9 + stages / 50e9 + unhidden
     assert found.bubble == pytest.approx(1 / (micro_batches + 1))
-    assert found.waiting == pytest.approx(waiting)  # the gradients are sent during the last backward pass
+    assert found.waiting == pytest.approx(waiting)
     assert found.seconds == pytest.approx(compute * (micro_batches + 1) / micro_batches + waiting)
     assert found.mfu == pytest.approx(operations / found.seconds / (24 * 989e12))
 
@@ -78,7 +80,7 @@ def test_ddp_sends_the_gradients_once_and_zero_3_three_times_a_micro_batch():
 def test_rows_that_do_not_divide_and_too_few_micro_batches_are_no_option():
     assert cluster.predict(SEVENTY, Strategy("DDP", data=24), Step(7, 4096), H100S) is None
     assert cluster.predict(SEVENTY, Strategy("3D", 1, 8, 3), Step(32, 4096), H100S) is None  # 5 for 8 stages
-    with pytest.raises(ValueError, match="--batch_size 7 does not divide into --gpus 24 .* such as 24"):
+    with pytest.raises(ValueError, match=r"--batch_size 7 does not divide into --gpus 24 .* such as 24"):
         cluster.rank(SEVENTY, Step(1, 4096), dataclasses.replace(H100S, batch_size=7))
 
 
@@ -132,7 +134,6 @@ def test_the_best_size_is_the_lowest_of_all_sizes(flops):
 
 def test_chinchilla_had_about_twenty_tokens_for_a_parameter():
     n, d = scaling.optimal(5.8e23)
-    assert (
-        17 < d / n < 22
-        and d / n < scaling.optimal(5.8e23, scaling.HOFFMANN)[1] / scaling.optimal(5.8e23, scaling.HOFFMANN)[0]
-    )
+    of_rounded_fit = scaling.Law(1.69, 406.4, 410.7, 0.34, 0.28)  # which Hoffmann et al. printed
+    other_n, other_d = scaling.optimal(5.8e23, of_rounded_fit)
+    assert d / n == pytest.approx(18, abs=0.5) and other_d / other_n == pytest.approx(93, abs=1)
