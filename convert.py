@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cli.args import parse_command, run
 from cli.flags import Needs, check_flags
@@ -55,8 +55,8 @@ class Tokens:
     add_tokens: tuple[str, ...] = ()
     """pieces of text (or a file of one a line) that become tokens"""
     add_special_tokens: tuple[str, ...] = ()
-    """likewise, tokens that no text is encoded to, such as the markers of a chat template"""
-    vocab_multiple_of: int = 1
+    """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
+    vocab_multiple_of: Annotated[int, (1, 1048576)] = 1
     """round the vocabulary up to a multiple of this"""
 
 
@@ -75,6 +75,7 @@ from cli.progress import say
 from files import written_aside
 from hardware import DTYPES
 from model import Transformer
+from training.checksums import MOST_BYTES, check_model
 
 
 def merge(args: Merge) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = replace(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
+    for each in (args.adapter, args.model):
+        check_model(each, MOST_BYTES)
     warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
@@ -101,6 +104,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = replace(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
+    check_model(args.model, MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")

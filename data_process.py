@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bins.outputs import Outputs, outputs_in, publish, read_checkpoint, read_summary, write_conversations
+from bins.outputs import Outputs, outputs_in, publish, read_checkpoint, read_summary, sums_of, write_conversations
 from bins.screen import ScreenedBatch, screen
 from bins.tokenize import tokenize
 from cli.args import parse, run
@@ -26,7 +26,7 @@ from cli.progress import Progress, track
 from cli.record import record_run, to_plain
 from corpora import BadRecord, DamagedFile, Document, SourceArgs, read, read_conversations, text_size
 from corpora.files import find_files
-from files import alone_in, write_json, written_aside
+from files import alone_in, write_sealed, written_aside
 from tokenizer import Tokenizer, check_saving, load_tokenizer
 
 CHECKPOINT_SECONDS = 10.0
@@ -43,9 +43,9 @@ class Args(SourceArgs):
     """Tokenizer: a directory, a SentencePiece .model or a tokenizer.json."""
     out: Path = Path("data/tiny")
     """Directory to write the bins to."""
-    processes: int = os.cpu_count() or 1
+    processes: Annotated[int, (1, 4096)] = os.cpu_count() or 1
     """Number of tokenizing processes; 1 uses the main process only. The output does not depend on it."""
-    tokens_per_file: int = 100_000_000
+    tokens_per_file: Annotated[int, (1, 4611686018427387904)] = 100_000_000
     """Maximum number of tokens in a training bin. A document lies in one bin, so a longer one makes a larger bin."""
     held_out: float = 0.01
     """Share of documents that are not trained on, chosen by the hash of their text. A corpus with a split keeps it."""
@@ -67,9 +67,9 @@ def main(args: Args) -> dict[str, Any]:
     check_arguments(args)
     tokenizer = load_tokenizer(args.tokenizer)
     check_copy(args, tokenizer)
-    check_saving(tokenizer)
     if tokenizer.eos_id is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no end-of-text token, which ends every document in a bin")
+    check_saving(tokenizer)
     items = read(args)
     with alone_in(args.out):
         summary = write_outputs(args, items, tokenizer)
@@ -92,7 +92,7 @@ def write_outputs(args: Args, items: Iterable[Document | BadRecord], tokenizer: 
     if "summary" not in progress:
         try:
             progress["summary"] = process(args, items, tokenizer, work, progress)
-            write_json(work / "progress.json", progress)
+            write_sealed(work / "progress.json", progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(
@@ -170,11 +170,15 @@ def process(
         bar.add(sum(numbers["bytes"] for numbers in batch.counts.values()))
         if outputs.shard != saved_shard or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
             progress |= {"items": batch.end, "sources": counts, "outputs": outputs.state()}
-            write_json(work / "progress.json", progress)
+            write_sealed(work / "progress.json", progress)
             saved_at, saved_shard = time.monotonic(), outputs.shard
     bar.close()
     outputs.close()
     conversations = write_conversations(track(read_conversations(args), "writing", "conversations"), work)
+    if examples := examples_of(args):
+        (work / "examples.txt").write_text("".join(f"{example}\n" for example in examples), encoding="utf8")
+    written = sums_of(path for path in outputs_in(work) if path.name not in outputs.finished)
+    progress["outputs"] = {"finished": outputs.finished | written}
     summary = summarize(counts, conversations, progress["made_from"], work) | {"damaged_files": damaged}
     if not any(name.startswith(("train_", "sft_train")) for name in summary["files"]):
         reasons = why_nothing(summary["total"], work)
@@ -215,6 +219,11 @@ def input_files(source: SourceArgs) -> list[Path]:
     return [file for path in input_paths(source) for file in ([path] if path == source.loader else find_files(path))]
 
 
+def examples_of(source: SourceArgs) -> list[str]:
+    """Return what the named corpora suggest to ask a model that is trained on their conversations."""
+    return [example for corpus in source.corpora() for example in corpus.examples]
+
+
 def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[str, Any]:
     """Return all that determines the bytes of the bins, as values that JSON can hold.
 
@@ -228,7 +237,8 @@ def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[s
     stats = {str(path): path.stat() for path in inputs}
     plain["inputs"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     begins = {"bos": tokenizer.begins} if tokenizer.begins else {}
-    return plain | {"tokenizer_sha256": tokenizer.sha256()} | begins
+    examples = {"examples": examples_of(args)} if examples_of(args) else {}  # conversations of before had none
+    return plain | {"tokenizer_sha256": tokenizer.sha256()} | begins | examples
 
 
 def summarize(

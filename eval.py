@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from attention import CACHES, Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model
@@ -101,20 +101,16 @@ class Args:
     """continue the text itself, without a chat template; always so for a model that has none"""
     demo: bool = False
     """answer the demo prompts, print where the files of the run lie, and exit"""
-    demo_prompts: tuple[str, ...] = (
-        "以《江上》为题写一首五言绝句",
-        "写一首李白风格的七言律诗",
-        "接下一句：床前明月光",
-    )
-    """prompts of --demo"""
+    demo_prompts: tuple[str, ...] = ()
+    """prompts of --demo; without them those of examples.txt beside the model, which its data suggest"""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     """texts that end an answer; they are not part of it"""
     logprobs: int | None = None
     """after the answer to --prompt, print the log-probability of each token and this many likeliest tokens beside it"""
-    num_beams: int = 1
+    num_beams: Annotated[int, (1, 1000)] = 1
     """above 1: beam search for the likeliest answer with this many beams; needs --temperature 0"""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, (-100, 100)] = 1.0
     """beams are compared by log-probability / tokens^length_penalty: above 0 favours long answers, below 0 short"""
     cache: Literal[CACHES] = "static"  # type: ignore[valid-type]
     """key-value cache. int8: a quarter of float32's memory; sinks: attention sinks (StreamingLLM) for endless text; the
@@ -122,9 +118,9 @@ class Args:
     draft: str | None = None
     """speculative decoding: directory of a smaller model with the same tokenizer, or "lookup" (prompt lookup decoding);
     the same output at temperature 0, in less time"""
-    draft_tokens: int = 4
+    draft_tokens: Annotated[int, (1, 1000)] = 4
     """number of tokens that --draft guesses ahead"""
-    batch_size: int = 50
+    batch_size: Annotated[int, (1, 1000000)] = 50
     """number of answers, or of rows of held-out data, at a time"""
     heldout: Path = Path("data/tiny/heldout.bin")
     """token bin for --task loss"""
@@ -195,7 +191,8 @@ from hardware import DTYPES, choose_device, fastest_dtype
 from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
 from serving.single import answer_scored, demonstrate
-from serving.terminal import chat, print_pieces
+from serving.terminal import chat, print_pieces, read_examples
+from training.checksums import MOST_BYTES, check_model
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -207,7 +204,9 @@ def main(args: Args) -> dict[str, Any]:
     options = {"base": args.base, "raw": args.raw, "stop": args.stop, "system": args.system, "cache": args.cache}
 
     def load(directory: Path, **options: Any) -> Assistant:
-        assistant = load_assistant(find_model(directory), device, dtype, **options)
+        directory = find_model(directory)
+        check_model(directory, MOST_BYTES)
+        assistant = load_assistant(directory, device, dtype, **options)
         if args.max_seq_len is not None:
             set_length(assistant.model, args.max_seq_len)
         return assistant
@@ -244,7 +243,8 @@ def answer(assistant: Assistant, args: Args) -> dict[str, Any]:
     if args.prompt is not None:
         return {"answer": print_pieces(assistant.reply(args.prompt, args.sampling))}
     if args.demo:
-        return {"answers": demonstrate(assistant, args.demo_prompts, args.sampling)}
+        prompts = args.demo_prompts or read_examples(assistant)
+        return {"answers": demonstrate(assistant, prompts, args.sampling)}
     return {"answered": chat(assistant, args.sampling)}
 
 

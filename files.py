@@ -7,6 +7,7 @@ is the one step that a file system does as a whole.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -101,8 +102,13 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a JSON file of ours holds; None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+    """Return what a JSON file of ours holds; None where there is no such file. ValueError names a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; copy it again, or remove it") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -132,6 +138,29 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_sealed(path: Path, progress: dict[str, Any]) -> None:
+    """Write how far a program has come as a JSON file with its own SHA-256, or replace it in one step."""
+    write_json(path, {"progress": progress, "sha256": digest_of(progress)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` wrote, None where there is no such file. Raises ValueError where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf8"))
+        if stored["sha256"] == digest_of(stored["progress"]):
+            return stored["progress"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged")
+
+
+def digest_of(progress: dict[str, Any]) -> str:
+    """Return the hex SHA-256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
 def json_line(value: dict[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cli.args import parse, run
 from cli.flags import check_flags
@@ -41,7 +41,7 @@ class Args:
     """sft: answer as in the conversations of --data; the others: prefer the chosen of two answers to the rejected one,
     where --data holds pairs of answers"""
     preference: PreferenceArgs = field(default_factory=PreferenceArgs)
-    neftune_alpha: float = 0.0
+    neftune_alpha: Annotated[float, (0, 1000)] = 0.0
     """strength of the noise on the embeddings during training (NEFTune; 5 is usual); 0: no noise"""
     init_from: Path = Path("out/tiny/pretrain/best")
     """model directory to start from; with --show, a tokenizer is enough"""
@@ -49,7 +49,7 @@ class Args:
     """pieces of text to add to the vocabulary, or a file with one on each line"""
     add_special_tokens: tuple[str, ...] = ()
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
-    show: int = 0
+    show: Annotated[int, (0, 1000000)] = 0
     """print this many samples of each task with what is trained marked, and statistics, and do not train"""
     out: Path = Path("out/tiny/sft")
     """run directory: checkpoints, logs, the resolved config"""
@@ -80,6 +80,7 @@ from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.checksums import check_model
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.state import check_outside
@@ -96,6 +97,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.show:
         return show(args)
     check_outside(args.out, args.init_from, args.train.resume)
+    check_model(args.init_from)
     objective = make_objective(args.objective, args.preference)
     names = [task.name for task in args.data.tasks]
     torch.manual_seed(args.train.seed)
@@ -139,6 +141,7 @@ def main(args: Args) -> dict[str, Any]:
                 about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)
+                copy_examples(args)
             result = trainer.fit()
             if backend.main:
                 print(summary(result), f"Try it: python eval.py --model {result['model']}", sep="\n", flush=True)
@@ -194,6 +197,14 @@ def adapt(
     adapters.apply(tree, args.lora, dtype)
     save = partial(save_adapter, tree=tree, base=str(base), tokenizer=tokenizer, stop_ids=stop_ids)
     return save, partial(peft.restore, tree)
+
+
+def copy_examples(args: Args) -> None:
+    """Copy what data_process.py suggests to ask, beside its conversations, to the run, where the chat looks for it."""
+    folders = dict.fromkeys(task.path.parent for task in args.data.tasks if task.path.name == "sft_train.jsonl")
+    texts = [path.read_text(encoding="utf8") for folder in folders if (path := folder / "examples.txt").is_file()]
+    if texts:
+        (args.out / "examples.txt").write_text("".join(texts), encoding="utf8")
 
 
 def contents(samples: Samples) -> str:

@@ -25,10 +25,15 @@ PEAKS = {  # dense bfloat16 operations a second, from the manufacturers' data sh
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is cuda where there is one, else mps, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+    """Return the device called `name`; "auto" is cuda where there is one, else mps, else cpu.
+
+    Raises ValueError, with the devices of this machine, for another one.
+    """
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    here = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name not in ("auto", *here):
+        raise ValueError(f"the device should be auto or one that this machine has ({', '.join(here)}), found {name!r}")
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+MOST_LAYERS = 10_000  # to build more takes minutes, however small they are
 LARGEST_HEAD = 2**16  # the frequencies of all pairs of dimensions are computed one by one
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model, in LLaMA's own vocabulary.
+    """Model size; names as in Meta's LLaMA code.
 
     Two are equal when the models have the same shape: `multiple_of` and `ffn_dim_multiplier` do not count, because they
     only determine `hidden_dim`.
@@ -42,7 +43,7 @@ class ModelArgs:
     norm_eps: float = 1e-5
     """epsilon of RMSNorm"""
     max_seq_len: int = 256
-    """longest sequence the model is made for, stretched positions included"""
+    """longest text of the model in tokens, stretched positions included"""
     rope_theta: float = 10000.0
     """base of the rotary encoding"""
     rope_scaling: dict[str, bool | int | float | str | list[float]] | None = None
@@ -61,8 +62,10 @@ class ModelArgs:
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps should be a finite number, 0 or more, found {self.norm_eps}")
+        if not 0 <= self.norm_eps <= 1:
+            raise ValueError(f"norm_eps should be a number from 0 to 1, found {self.norm_eps}")
+        if self.n_layers > MOST_LAYERS:
+            raise ValueError(f"n_layers should be at most {MOST_LAYERS:,}, found {self.n_layers}")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim is None and self.dim % self.n_heads:
@@ -99,6 +102,20 @@ class ModelArgs:
     def replace(self, **changes: Any) -> ModelArgs:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class NewModelArgs(ModelArgs):
+    """Model size; names as in Meta's LLaMA code."""
+
+    max_seq_len: int | None = None  # type: ignore[assignment]
+    """longest text of the model in tokens. None: of a new model the length of its rows, --data.seq_len, because
+    positions beyond are never trained; with --init_from that of the checkpoint"""
+
+    def made(self, vocab_size: int, max_seq_len: int) -> ModelArgs:
+        """Return the shape of a new model; `max_seq_len` counts where no flag has set it."""
+        known = {"vocab_size": vocab_size, "max_seq_len": self.max_seq_len or max_seq_len}
+        return ModelArgs(**vars(self) | known)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
+from cli.memory import check_memory
+from cli.progress import say
 from cli.record import file_sha256, record_training, to_plain
-from model_args import ModelArgs, RopeArgs
+from model_args import NewModelArgs, RopeArgs
 from optim.args import OptimArgs
+from quant.kinds import BITNETS
 from training.args import NEEDS as TRAINING_NEEDS
 from training.args import TrainArgs
 
@@ -47,9 +50,9 @@ class DataArgs:
     """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
     verify: bool = False
     """compare the SHA-256 of bins above 512 MB, too, with their .json: 2 s a GB; smaller ones always are"""
-    seq_len: int = 128
+    seq_len: Annotated[int, (1, 2147483647)] = 128
     """tokens per row of a batch"""
-    batch_size: int = 64
+    batch_size: Annotated[int, (1, 10000000)] = 64
     """rows per optimizer step, in total over all processes and micro-batches"""
     isolate_documents: bool = False
     """attend only to tokens of the same document, where a row contains several"""
@@ -59,7 +62,7 @@ class DataArgs:
 class Args:
     """Pretrain a LLaMA2 model on token bins."""
 
-    model: ModelArgs = field(default_factory=ModelArgs)
+    model: NewModelArgs = field(default_factory=NewModelArgs)
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
@@ -67,12 +70,15 @@ class Args:
     """directory of the run: checkpoints, logs, the resolved config"""
     init_from: Path | None = None
     """checkpoint to continue training from; --model.* flags must match it, except for a larger --model.max_seq_len"""
+    bitnet: Literal[("none", *BITNETS)] = "none"  # type: ignore[valid-type]
+    """train linear layers but the head with weights of few bits and inputs of 8. b158 (Ma et al. 2024): -1, 0, 1; b1
+    (Wang et al. 2023): -1, 1. quantize.py --method bitnet packs the result"""
     rope: RopeArgs = field(default_factory=RopeArgs)
     add_tokens: tuple[str, ...] = ()
     """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
     add_special_tokens: tuple[str, ...] = ()
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them."""
-    vocab_multiple_of: int = 1
+    vocab_multiple_of: Annotated[int, (1, 1048576)] = 1
     """when the vocabulary grows, round its size up to a multiple of this number"""
 
     def __post_init__(self) -> None:
@@ -86,6 +92,7 @@ if __name__ == "__main__":
 import torch
 
 from bins.token_bin import TokenBin
+from checkpoint import config_json
 from checkpoint.directory import load_weights, load_whole_model, save_model
 from checkpoint.extend import (
     add_tokens,
@@ -96,7 +103,7 @@ from checkpoint.extend import (
     read_tokens,
     stretch_positions,
 )
-from checkpoint.locate import model_in, read_stop_ids
+from checkpoint.locate import is_model, model_in, read_config, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
@@ -104,7 +111,9 @@ from distributed.backend import make_backend
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
+from quant.bitnet import kind_of_bits, train_in_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.checksums import check_model
 from training.log import summary
 from training.state import check_outside
 from training.trainer import Trainer
@@ -115,6 +124,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.init_from is not None:
         args = replace(args, init_from=model_in(args.init_from))
         check_outside(args.out, args.init_from, args.train.resume)
+        check_model(args.init_from)
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     bins, heldout = open_bins(args.data)
@@ -153,6 +163,12 @@ def main(args: Args) -> dict[str, Any]:
                 record_training(args.out, "pretrain", resolved(args, model), described, trainer.state.step, over)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
+                if eval_data is None:
+                    say(
+                        f"{args.data.dir / 'heldout.bin'} is missing: no held-out loss will tell whether the model "
+                        "learns or only memorizes. Make the data anew with data_process.py --held_out 0.01 or more, "
+                        "and with a smaller --part_chars if the text is one long document"
+                    )
             result = trainer.fit()
             if backend.main:
                 # raw: a model that was only pretrained has never seen the markers of a chat
@@ -179,7 +195,11 @@ def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
     """Return a new model, or the model of --init_from with the changes from the flags; and the changes in words."""
     if args.init_from is None:
-        return Transformer(args.model.replace(vocab_size=tokenizer.vocab_size)), []
+        length = length_so_far(args) or args.data.seq_len
+        shape = args.model.made(tokenizer.vocab_size, length)
+        check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
+        model = Transformer(shape)
+        return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
@@ -193,11 +213,30 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
         changes = []
     else:
         check_shape(model.args, asked, args.init_from)
-        if args.data.seq_len > model.args.max_seq_len:  # then the length is asked for, be it ModelArgs' default
-            asked["max_seq_len"] = args.model.max_seq_len
         changes = [stretch_positions(model, args.rope, asked.get("max_seq_len"))]
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
+    changes += in_bits(model, args)
     return model, [change for change in changes if change]
+
+
+def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
+    """Make the linear layers of a model those of --bitnet; returns the change in words."""
+    if args.bitnet == "none":
+        return []
+    if isinstance(model, TransformersModel):
+        raise ValueError(f"--bitnet is for models of the LLaMA family, and {args.init_from} is none: remove it")
+    if (kind := kind_of_bits(model)) not in (None, args.bitnet):
+        raise ValueError(f"--bitnet {args.bitnet} does not fit {args.init_from}, which was trained with {kind}")
+    train_in_bits(model, args.bitnet)
+    return [
+        f"linear layers but the head are trained with weights of {'-1, 0, 1' if args.bitnet == 'b158' else '-1, 1'}"
+    ]
+
+
+def length_so_far(args: Args) -> int | None:
+    """Return the context of the run that goes on, which earlier versions set to 256 tokens; None where none goes on."""
+    last = args.out / "last"
+    return config_json.read(read_config(last)).max_seq_len if args.train.resume == "auto" and is_model(last) else None
 
 
 def resolved(args: Args, model: Transformer | TransformersModel) -> Args:
@@ -224,7 +263,10 @@ def identity(args: Args, bins: list[TokenBin], model: Transformer | Transformers
         "optimizer": args.optim.optimizer,
         "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
     }
-    changes = {name: getattr(args, name) for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of")}
+    changes = {
+        name: getattr(args, name)
+        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet")
+    }
     changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
     return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named
 

@@ -12,15 +12,16 @@ eval.py, fine_tuning.py --lora.method and convert.py merge open the result like 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer
 from cli.args import parse, run
 from cli.flags import Needs, check_flags
 from cli.progress import Progress, say
-from quant.kinds import FORMATS, METHODS, OPTIONS
+from quant.kinds import FORMATS, KINDS, METHODS, OPTIONS
 
 NO_TEXT = "the others look at the weights alone; remove it"
 TEXT = tuple(name for name, method in METHODS.items() if method.text)
@@ -46,11 +47,14 @@ class Args:
     """gptq: Frantar et al. 2022, with error propagation (QEP); awq: Lin et al. 2023; rtn: round to nearest, without
     any text; int8: likewise, a scale a row; smoothquant (Xiao et al. 2022): inputs in 8 bits, too; llm_int8
     (Dettmers et al. 2022): the same but for outliers; nf4, fp4 (Dettmers et al. 2023; needs bitsandbytes): 16 uneven
-    levels"""
+    levels; bitnet: packs what pretrain.py --bitnet has trained, in 2 bits (b158) or 1 (b1)"""
     bits: Literal[2, 3, 4, 8] | None = None
     """bits of a weight. None: 4, or as many as the method has; awq's format has 4 only"""
     group_size: int = 128
     """weights of a row that share a scale; -1: the whole row"""
+    override: tuple[str, ...] = ()
+    """other widths for some layers, as REGEX=BITS; the first that is found in the layer's name counts, for instance
+    'down_proj=8' 'layers\\.0\\.=8'"""
     symmetric: bool = False
     """put zero in the middle of the codes; False: where the weights of a group ask for it, which loses less"""
     format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
@@ -98,48 +102,72 @@ class Args:
             raise ValueError(f"--threshold should be a number from 0 on, found {self.threshold}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"--alpha should be from 0 to 1, found {self.alpha}")
+        for text in self.override:
+            self.check_override(text)
         for name in ("calib_tokens", "seq_len", "seed"):
             if getattr(self, name) < (name == "calib_tokens"):
                 raise ValueError(
                     f"--{name} should be {1 if name == 'calib_tokens' else 0} or more, found {getattr(self, name)}"
                 )
 
+    def check_override(self, text: str) -> None:
+        """Raise ValueError for a pair of --override that is none."""
+        pattern, _, bits = text.rpartition("=")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"--override {text}: {pattern} is no regular expression ({error})") from None
+        if not pattern or bits not in map(str, METHODS[self.method].bits):
+            raise ValueError(f"--override should be REGEX=BITS with bits of {METHODS[self.method].bits}, found {text}")
+        if self.format == "awq":
+            raise ValueError("--override needs a --format that keeps other widths than 4 bits, and awq does not")
+
+    def bits_of(self, name: str) -> int:
+        """Return the width of the codes of a layer."""
+        pairs = (text.rpartition("=") for text in self.override)
+        return next((int(bits) for pattern, _, bits in pairs if re.search(pattern, name)), self.bits)
+
 
 if __name__ == "__main__":
     arguments = parse(Args, "quantize")  # before torch is loaded: --help and mistakes are answered at once
 
+import copy
+import hashlib
+import shutil
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from checkpoint import quantized
 from checkpoint.directory import load_model, save_tokenizer
+from checkpoint.quantized_blocks import BegunBlocks
+from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
+from cli.record import file_sha256, to_plain
 from evaluation.text_rows import draw_rows
-from files import written_aside
+from files import write_json, written_aside
 from hardware import choose_device
-from quant import awq, smooth
-from quant.calibrate import Solve, Stream, inputs_of, quantize_block
+from quant.bitnet import PackedBitLinear, kind_of_bits
+from quant.calibrate import Stream, quantize_block
 from quant.formats import Scheme
-from quant.four_bit import BLOCK, FourBitLinear
-from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
+from quant.four_bit import BLOCK
 from quant.grid import GridOptions
-from quant.grouped import GroupedLinear
-from quant.int8 import W8A8Linear, solve_rows
-from quant.kinds import KINDS
 from quant.linear import QuantizedLinear
-from quant.llm_int8 import LLMInt8Linear
+from quant.methods import make_scaling, make_solver, pad_feed_forward
 from quant.replace import base_layers, need_package, refuse_quantized
-from quant.statistics import InputStatistics
 from tokenizer import Tokenizer
+from training.checksums import MOST_BYTES, check_model
+from training.signals import caught_signals
+
+REPORT = "quantization_report.json"
 
 
 def main(args: Args) -> dict[str, Any]:
     """Quantize every linear layer but the head, and write the directory; returns a report per layer."""
     directory = find_model(args.model, "give --model a model directory")
+    check_model(directory, MOST_BYTES)
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)
@@ -147,109 +175,166 @@ def main(args: Args) -> dict[str, Any]:
     if isinstance(model, TransformersModel):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
     refuse_quantized(model, "quantizing them again would add to the error")
+    if (kind := kind_of_bits(model)) and args.method != "bitnet":
+        raise ValueError(f"--model {directory} is trained in few bits ({kind}): --method bitnet packs it")
+    if args.method == "bitnet" and not kind:
+        raise ValueError(
+            f"--method bitnet packs what pretrain.py --bitnet has trained, and --model {directory} was trained in "
+            "full: train it with --bitnet, or choose another method"
+        )
     tokenizer, stop_ids = find_tokenizer(directory)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
     began = time.monotonic()
-    report = quantize_in_place(model, tokenizer, args)
-    write(model, tokenizer, stop_ids, args)
+    report = quantize_in_place(model, tokenizer, args, directory)
+    write(model, tokenizer, stop_ids, args, report)
+    shutil.rmtree(begun_folder(args), ignore_errors=True)
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
+    bits = sum(each["bits"] * each["weights"] for each in report.values()) / sum(r["weights"] for r in report.values())
     print(
-        f"{args.out}: {args.method}, {args.bits} bits, {size / 1e6:.2f} MB, {time.monotonic() - began:.0f} s",
+        f"{args.out}: {args.method}, {bits:.3g} bits, {size / 1e6:.2f} MB, {time.monotonic() - began:.0f} s",
+        *notable(report, args),
+        f"every layer: {args.out / REPORT}",
+        sep="\n",
         flush=True,
     )
     return {"model": str(args.out), "bytes": size, "layers": report}
 
 
-def write(model: nn.Module, tokenizer: Tokenizer, stop_ids: list[int], args: Args) -> None:
+def notable(report: dict[str, dict[str, Any]], args: Args) -> list[str]:
+    """Return what is worth knowing of the layers' reports, a line each."""
+    lines, key = [], "error_after" if any("error_after" in each for each in report.values()) else "weight_error"
+    worst = max(report, key=lambda name: report[name][key])
+    what = "its output" if key == "error_after" else "its weight"
+    lines.append(f"largest error: {worst}, {report[worst][key]:.2%} of {what}")
+    if more := [name for name, each in report.items() if each.get("damping", 0) > args.damping]:
+        lines.append(f"more damping than asked for: {len(more)} layers, {more[0]} the first")
+    if dead := sum(each.get("dead", 0) for each in report.values()):
+        lines.append(f"inputs that are always 0 in the calibration text: {dead}")
+    return lines
+
+
+def write(
+    model: nn.Module, tokenizer: Tokenizer, stop_ids: list[int], args: Args, report: dict[str, Any] | None = None
+) -> None:
     """Write the directory --out of a quantized model."""
     with written_aside(args.out) as aside:
         ids = save_tokenizer(aside, tokenizer, stop_ids)
-        quantized.save(aside, model, scheme_of(args), ids)
+        quantized.save(aside, model, scheme_of(model, args), ids)
+        if report:
+            write_json(aside / REPORT, {"settings": to_plain(args), "layers": report})
 
 
-def scheme_of(args: Args) -> Scheme:
-    """Return what the files say of how they were made."""
+def scheme_of(model: nn.Module, args: Args) -> Scheme:
+    """Return what the files say of how the layers of a model were quantized."""
     if args.format == "bnb":
         layout = "bnb_8bit" if args.method == "llm_int8" else "bnb_4bit"
         kind = args.method if layout == "bnb_4bit" else "nf4"
         return Scheme(layout, args.bits, threshold=args.threshold, kind=kind, double=args.double_quant)
+    if args.method == "bitnet":
+        return Scheme("bitnet", kind=next(m.kind for m in model.modules() if isinstance(m, PackedBitLinear)))
     if args.method == "smoothquant":
         return Scheme("int-quantized", 8)
     if args.method == "int8":
         return Scheme(args.format, args.bits, -1, symmetric=True)
-    return Scheme(args.format, args.bits, args.group_size, args.symmetric, args.act_order, args.damping)
+    scheme = Scheme(args.format, args.bits, args.group_size, args.symmetric, args.act_order, args.damping)
+    if not args.override:
+        return scheme
+    if args.format == "compressed-tensors":  # its groups have no order: every layer by its name
+        layers = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+        pairs = [(f"{re.escape(name)}$", args.bits_of(name)) for name in layers]
+    else:
+        first: dict[str, int] = {}  # of two that are equal the first counts
+        for pattern, _, bits in (text.rpartition("=") for text in args.override):
+            first.setdefault(f".*(?:{pattern})", int(bits))
+        pairs = list(first.items())
+    return scheme._replace(layers=tuple((pattern, scheme._replace(bits=bits)) for pattern, bits in pairs))
 
 
 # ---- the layers
 
 
-def quantize_in_place(model: nn.Module, tokenizer: Tokenizer, args: Args) -> dict[str, dict[str, Any]]:
-    """Quantize every linear layer of `model` but the head; returns the report of each layer by name."""
+def quantize_in_place(
+    model: nn.Module, tokenizer: Tokenizer, args: Args, directory: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Quantize every linear layer of `model` but the head; returns the report of each layer by name.
+
+    directory: that of the model; then blocks are kept in a folder beside --out, and those that are there are taken.
+    """
     least_zero = 1 if args.format == "gptq" else 0
     grid = GridOptions(args.bits, args.group_size, args.symmetric, args.search and args.method != "awq", least_zero)
     if args.method in KINDS:
         need_package(args.method, f"--method {args.method}")
     if multiple := BLOCK if args.method in ("nf4", "fp4") else 32 if args.format.startswith("gptq") else 0:
-        pad_feed_forward(model, multiple)
+        before, missing = model.args.hidden_dim, pad_feed_forward(model, multiple)
+        if missing:
+            wide = before + missing
+            say(f"the feed-forward width {before} is padded with zeros to {wide}, which the format's readers need")
     check_shapes(model, args)
     rows = torch.empty(0, 1, dtype=torch.long)
     if METHODS[args.method].text:
         length = min(args.seq_len or 512, model.args.max_seq_len)
         rows = draw_rows(args.calib, tokenizer, length, args.calib_tokens, args.seed).to(model.device)
         say(f"calibration: {rows.numel():,} tokens in {len(rows)} rows of {rows.shape[1]}")
-    return quantize_model(model, rows, args, grid)
+    begun = None
+    if directory and METHODS[args.method].text:
+        settings = {
+            key: value for key, value in to_plain(args).items() if key not in ("out", "device", "model", "calib")
+        }
+        weights = [file_sha256(path) for path in weight_files(directory)]
+        rows_hash = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
+        begun = BegunBlocks(begun_folder(args), {"settings": settings, "model": weights, "rows": rows_hash})
+    return quantize_model(model, rows, args, grid, begun)
 
 
-def quantize_model(model: nn.Module, rows: torch.Tensor, args: Args, grid: GridOptions) -> dict[str, dict[str, Any]]:
-    """Quantize the blocks of `model` in place, one after another; returns the report of each layer by name."""
+def begun_folder(args: Args) -> Path:
+    """Return the folder of blocks that are quantized already."""
+    return args.out.with_name(f"{args.out.name}.begun")
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module, rows: torch.Tensor, args: Args, grid: GridOptions, begun: BegunBlocks | None = None
+) -> dict[str, dict[str, Any]]:
+    """Quantize the blocks of `model` in place, one after another; returns the report of each layer by name.
+
+    On SIGTERM or SIGINT it ends with SystemExit; blocks that are done stay in `begun`.
+    """
     stream = make_stream(model, rows, keep_full=args.method == "gptq" and args.propagation > 0)
-    solver = make_solver(args, grid)
-    report = {}
-    with Progress("quantizing", "layers", 7 * len(model.model.layers)) as progress:
-        for number, block in enumerate(model.model.layers):
-            if args.method == "awq":
-                scale_block(model, block, stream, partial(awq.search_scale, options=grid))
-            elif args.method == "smoothquant":
-                scale_block(model, block, stream, partial(smooth.search_scale, alpha=args.alpha))
+    solver = make_solver(args, lambda name: replace(grid, bits=args.bits_of(name)))
+    scaling, blocks, report, received = make_scaling(args, grid), model.model.layers, {}, []
+    kept = [begun is not None and begun.path(number).is_file() for number in range(len(blocks))]
+    if any(kept):
+        say(f"{begun.folder} has {sum(kept)} of {len(blocks)} blocks already: going on behind them")
+    with Progress("quantizing", "layers", 7 * len(blocks), 7 * sum(kept)) as bar, caught_signals(received, world=1):
+        for number, block in enumerate(blocks):
+            if kept[number]:
+                original = copy.deepcopy(block) if stream.full is not None else None
+                report |= begun.load(number, block)
+                stream.through(block, original)
+                continue
+            scaling(model, block, stream)
+            found = {}
             for name, layer_report in quantize_block(block, stream, solver, f"model.layers.{number}."):
-                report[name] = layer_report
-                progress.add()
+                layer = model.get_submodule(name)
+                width = {"bits": getattr(layer, "bits", args.bits), "weights": layer.in_features * layer.out_features}
+                found[name] = width | layer_report
+                bar.add()
+                if received:
+                    stop(received[0], number, len(blocks), begun)
+            report |= found
+            if begun:
+                begun.save(number, block, found)
     return report
 
 
-def make_solver(args: Args, grid: GridOptions) -> Solve:
-    """Return the function that quantizes one layer as --method says."""
-    options = GPTQOptions(grid, args.damping, args.act_order, propagation=args.propagation)
-
-    def by_gptq(name: str, layer: nn.Linear, statistics: InputStatistics) -> tuple[QuantizedLinear, dict[str, Any]]:
-        solution, report = solve(layer.weight.detach(), statistics, options)
-        return GroupedLinear(layer, solution, args.bits), report
-
-    def by_awq(name: str, layer: nn.Linear, statistics: InputStatistics) -> tuple[QuantizedLinear, dict[str, Any]]:
-        weight = layer.weight.detach()
-        if name.endswith(("q_proj", "k_proj")):  # their errors are multiplied in the scores: clipping them costs more
-            solution = solve_nearest(weight, grid)
-        else:
-            solution = awq.solve_clipped(weight, statistics.sample, grid)
-        error = relative_error(weight, solution.dequantize(), statistics.gram)
-        return GroupedLinear(layer, solution, args.bits), {"error_after": error}
-
-    def by_smoothing(_: str, layer: nn.Linear, statistics: InputStatistics) -> tuple[QuantizedLinear, dict[str, Any]]:
-        quantized, x = W8A8Linear(layer), statistics.sample
-        wanted = nn.functional.linear(x, layer.weight)  # (n, out)
-        error = (quantized.product(x) - wanted).square().sum() / wanted.square().sum()
-        return quantized, {"error_after": float(error)}
-
-    without_text: dict[str, Callable[[nn.Linear], QuantizedLinear]] = {
-        "rtn": lambda layer: GroupedLinear(layer, solve_nearest(layer.weight.detach(), grid), args.bits),
-        "int8": lambda layer: GroupedLinear(layer, solve_rows(layer.weight.detach().float()), 8),
-        "llm_int8": partial(LLMInt8Linear, threshold=args.threshold),
-        "nf4": partial(FourBitLinear, kind="nf4", double=args.double_quant),
-        "fp4": partial(FourBitLinear, kind="fp4", double=args.double_quant),
-    }
-    by_text = {"gptq": by_gptq, "awq": by_awq, "smoothquant": by_smoothing}
-    return by_text.get(args.method) or (lambda _, layer, __: (without_text[args.method](layer), {}))
+def stop(signal_number: int, done: int, blocks: int, begun: BegunBlocks | None) -> NoReturn:
+    """End the program after a signal."""
+    say(
+        f"stopped after {done} of {blocks} blocks"
+        + ("; the same command goes on behind them" if begun and done else "")
+    )
+    raise SystemExit(128 + signal_number)
 
 
 @torch.no_grad()
@@ -264,53 +349,12 @@ def make_stream(model: nn.Module, rows: torch.Tensor, keep_full: bool, batch_tok
     return Stream(call, hidden, [x.clone() for x in hidden] if keep_full else None)
 
 
-def scale_block(
-    model: nn.Module, block: nn.Module, stream: Stream, search: Callable[..., tuple[torch.Tensor, float | None]]
-) -> None:
-    """Enlarge the columns of a block's weights that carry the largest activations; search(fold, inputs, run): a scale.
-
-    The scales of all folds are found on the weights as they are, and applied together.
-    """
-    attention, mlp = block.self_attn, block.mlp
-    repeats = model.args.n_heads // model.args.n_kv_heads
-    folds = {
-        "self_attn.q_proj": awq.Fold(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
-        "self_attn.o_proj": awq.Fold(attention.v_proj, [attention.o_proj], repeats, model.args.head_dim),
-        "mlp.gate_proj": awq.Fold(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
-        "mlp.down_proj": awq.Fold(mlp.up_proj, [mlp.down_proj]),
-    }
-    first = partial(stream.call, block, stream.hidden[0], 0)
-    scales = {}
-    for name, fold in folds.items():
-        x = inputs_of(block, name, lambda _: first())
-        scales[name], _ = search(fold, x, first)
-    for name, fold in folds.items():
-        awq.apply_scale(fold, scales[name])
-
-
-def pad_feed_forward(model: nn.Module, multiple: int) -> None:
-    """Widen the feed-forward layers to a multiple of `multiple` with rows and columns of zeros: nothing changes.
-
-    Readers of GPTQ files cut layers whose sides are no multiple of 32, and bitsandbytes' CPU kernel misreads rows that
-    are no multiple of 64.
-    """
-    missing = -model.args.hidden_dim % multiple
-    if not missing:
-        return
-    for block in model.model.layers:
-        for layer in (block.mlp.gate_proj, block.mlp.up_proj):
-            layer.weight = nn.Parameter(nn.functional.pad(layer.weight.detach(), (0, 0, 0, missing)))  # (F, dim)
-        down = block.mlp.down_proj
-        down.weight = nn.Parameter(nn.functional.pad(down.weight.detach(), (0, missing)))  # (dim, F)
-        block.mlp.gate_proj.out_features = block.mlp.up_proj.out_features = down.in_features = down.weight.shape[1]
-    before = model.args.hidden_dim
-    model.args = model.args.replace(hidden_dim=before + missing)
-    say(f"the feed-forward width {before} is padded with zeros to {before + missing}, which the format's readers need")
-
-
 def check_shapes(model: nn.Module, args: Args) -> None:
     """Raise ValueError for layers that the format cannot keep, before anything is computed."""
     grouped = "group_size" in METHODS[args.method].flags
+    for text in args.override:
+        if not any(re.search(text.rpartition("=")[0], name) for name, _ in base_layers(model)):
+            raise ValueError(f"--override {text} fits no layer; a name is, for instance, {base_layers(model)[0][0]}")
     if args.method in ("nf4", "fp4") and model.args.dim % BLOCK:
         say(
             f"rows of {model.args.dim} inputs are no multiple of {BLOCK}: this program reads them right, bitsandbytes' "
@@ -320,7 +364,12 @@ def check_shapes(model: nn.Module, args: Args) -> None:
         if not layer.weight.isfinite().all():
             raise ValueError(f"--model: the weights of {name} are not finite: its training has diverged")
         size, multiple = args.group_size, 8 if args.format == "awq" else 32
-        if args.format == "bnb":
+        if args.format == "bitnet" and layer.kind == "b158" and layer.out_features % 4:
+            raise ValueError(
+                f"--format bitnet keeps four rows a byte, and {name} has {layer.out_features}: choose sides that are "
+                "multiples of 4 before training"
+            )
+        if args.format in ("bnb", "bitnet"):
             continue
         if args.format in ("awq", "compressed-tensors") and grouped and size != -1 and layer.in_features % size:
             raise ValueError(

@@ -26,6 +26,7 @@ skipped; an interrupted stage continues where it stopped.
                     sft             fine_tuning.py
                     eval            eval.py --task loss and --task poems
                     chat            eval.py; without a terminal it prints a few example answers instead
+                    quant           quantize.py: the model in 4 bits, then a chat with it; not part of all
   --use HOW       processes of pretrain and sft: single (one, default) or ddp (several)
   --nproc N       number of processes for ddp (default: one per GPU; 2 on a CPU)
   --background    keep running after the terminal is closed; the log is out/NAME/run.log
@@ -100,12 +101,12 @@ check_switches() {
   presets=("${presets[@]#configs/}")
   presets=("${presets[@]%.yaml}")
   contains "$preset" "${presets[@]}" || misused "unknown preset $preset; presets are $(list "${presets[@]}")"
-  contains "$stage" all "${stages[@]}" || misused "unknown stage $stage; stages are $(list all "${stages[@]}")"
+  contains "$stage" all "${stages[@]}" quant || misused "unknown stage $stage; stages are $(list all "${stages[@]}" quant)"
   contains "$use" single ddp || misused "--use should be single or ddp, found $use"
   [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
   if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp"; fi
   if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
-    misused "arguments after -- go to one script; name its stage with --stage: one of $(list "${stages[@]:1}")"
+    misused "arguments after -- go to one script; name its stage with --stage: one of $(list "${stages[@]:1}" quant)"
   fi
 }
 
@@ -160,11 +161,12 @@ run_stage() {
     pretrain) train pretrain.py ;;
     sft) train fine_tuning.py ;;
     eval) script eval.py --task loss && script eval.py --task poems ;;
+    quant) execute rm -rf "$out/quant" && script quantize.py ;; # quantize.py replaces no model
   esac
 }
 
 chat() { # replaces this script by the chat, which then gets the terminal and its signals
-  local command=("$py" eval.py --config "$config" ${extra[@]+"${extra[@]}"})
+  local command=("$py" eval.py --config "$config" "$@" ${extra[@]+"${extra[@]}"})
   if [ ${#extra[@]} -eq 0 ] && ! { [ -t 0 ] && [ -t 1 ]; }; then command+=(--demo true); fi
   if [ -n "$dry_run" ]; then show "${command[@]}" && exit; fi
   drop_lock
@@ -318,6 +320,11 @@ main() {
   done
   if [ "$stage" = all ] && [ -z "$dry_run" ]; then print_times; fi
   if contains "$stage" all chat; then chat; fi
+  if [ "$stage" = quant ]; then
+    work_on quant none
+    extra=() # they were for quantize.py
+    chat --model "$out/quant"
+  fi
 }
 
 main "$@"

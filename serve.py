@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention import Choice
-from checkpoint.locate import DEFAULT_MODEL, find_model
+from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter
 from cli.args import fail, parse, run
 from cli.memory import check_memory, memory_bytes, size
 from cli.progress import say
@@ -35,6 +35,8 @@ class Args:
     """directory of a model, an adapter or a run (then its best); if the default is missing: the newest below out/"""
     base: Path | None = None
     """with an adapter: directory of its base model; None: the one that adapter_config.json names"""
+    more: tuple[str, ...] = ()
+    """more models or adapters that clients choose by name: NAME=DIRECTORY ...; each has rows and memory of its own"""
     name: str | None = None
     """what clients call the model; None: the name of its directory"""
     host: str = "127.0.0.1"
@@ -104,19 +106,13 @@ def main(args: Args) -> dict[str, Any]:
     device = choose_device(args.device)
     dtype = fastest_dtype(device, decodes=True) if args.dtype == "auto" else DTYPES[args.dtype]
     backends.check(args.attention, dtype, device, training=False)
-    directory = find_model(args.model)
-    assistant = load_assistant(directory, device, dtype, base=args.base, stop=args.stop, system=args.system)
-    if args.max_seq_len is not None:
-        set_length(assistant.model, args.max_seq_len)
-    rows = make_rows(assistant, args.rows)
-    service = Service(
-        args.name or name_of(args.model if args.model.exists() else directory),
-        *(assistant, Engine(rows, args.queue), args.sampling, args.timeout),
-        created=int(directory.stat().st_mtime),
-    )
+    directories = named(args)
+    services = [open_service(args, *pair, device, dtype, len(directories)) for pair in directories.items()]
+    for service in services[1:]:
+        service.metrics = services[0].metrics
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
-    app = make_app(service, key, args.hosts, args.cors_origins)
-    announce(service, listener, key)
+    app = make_app(services, key, args.hosts, args.cors_origins)
+    announce(services, listener, key)
     options = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False, "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=round(args.timeout) + 1, **options))
     # uvicorn ends at the signal, and raises it once more when all is done: that shall not be the end of a process
@@ -143,14 +139,38 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_rows(assistant: Assistant, n: int | None) -> FixedRows:
-    """Return the rows of the server. Raises ValueError where their cache cannot fit into the memory."""
+def named(args: Args) -> dict[str, Path]:
+    """Return the directories of the models by name, the main one first. Raises ValueError for a name without one."""
+    directory = find_model(args.model)
+    found = {args.name or name_of(args.model if args.model.exists() else directory): directory}
+    for word in args.more:
+        name, _, path = word.partition("=")
+        if not name or not path or name in found:
+            raise ValueError(f"--more expects NAME=DIRECTORY, each name once, found {word}")
+        found[name] = find_model(Path(path))
+    if args.base is not None and not any(map(is_adapter, found.values())):
+        raise ValueError(f"--base is for an adapter, and {directory} is a whole model: leave it out")
+    return found
+
+
+def open_service(args: Args, name: str, directory: Path, device: torch.device, dtype: torch.dtype, n: int) -> Service:
+    """Load one of n models."""
+    base = args.base if is_adapter(directory) else None
+    assistant = load_assistant(directory, device, dtype, base=base, stop=args.stop, system=args.system)
+    if args.max_seq_len is not None:
+        set_length(assistant.model, args.max_seq_len)
+    engine = Engine(make_rows(assistant, args.rows, n), args.queue)
+    return Service(*(name, assistant, engine, args.sampling, args.timeout), created=int(directory.stat().st_mtime))
+
+
+def make_rows(assistant: Assistant, n: int | None, n_models: int) -> FixedRows:
+    """Return the rows of one of n_models. Raises ValueError where their cache cannot fit into its share of memory."""
     model = assistant.model
     memory = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else memory_bytes()
     one = FixedRows(model, 1).bytes()
-    n = n or max(1, min(MOST_ROWS, memory // 2 // one))
+    n = n or max(1, min(MOST_ROWS, memory // n_models // 2 // one))
     what = f"the cache of {n} rows of {model.args.max_seq_len} tokens"
-    check_memory(what, n * one, "a smaller --rows or --max_seq_len takes less", memory)
+    check_memory(what, n * one, "a smaller --rows or --max_seq_len takes less", memory // n_models)
     return FixedRows(model, n)
 
 
@@ -160,20 +180,21 @@ def name_of(directory: Path) -> str:
     return directory.parent.name if directory.name in ("best", "last") else directory.name
 
 
-def announce(service: Service, listener: socket.socket, key: str | None) -> None:
+def announce(services: list[Service], listener: socket.socket, key: str | None) -> None:
     """Write what is served, where, and how much memory it may take."""
     host, port = listener.getsockname()[:2]
-    rows, model = service.engine.rows, service.assistant.model
     host = f"[{host}]" if ":" in host else host
-    say(f"{service.name}, {model.n_parameters() / 1e6:.2f} M parameters, at http://{host}:{port}/v1")
-    say(
-        f"{rows.n} texts of {service.context} tokens together: at most {size(rows.bytes())} of cache; "
-        f"{service.engine.most_waiting} more may wait"
-    )
-    if rows.compiled is None:
-        say("without the compiled step, answers depend on the load by the rounding of batched products")
-    if service.assistant.template is None:
-        say("the model has no chat template: it continues texts (/v1/completions)")
+    for service in services:
+        rows, model = service.engine.rows, service.assistant.model
+        say(f"{service.name}, {model.n_parameters() / 1e6:.2f} M parameters, at http://{host}:{port}/v1")
+        say(
+            f"{rows.n} texts of {service.context} tokens together: at most {size(rows.bytes())} of cache; "
+            f"{service.engine.most_waiting} more may wait"
+        )
+        if rows.compiled is None:
+            say("without the compiled step, answers depend on the load by the rounding of batched products")
+        if service.assistant.template is None:
+            say("the model has no chat template: it continues texts (/v1/completions)")
     if host not in ("127.0.0.1", "[::1]") and key is None:
         say(f"everybody who reaches {host} may use it: --api_key asks for a key")
 

@@ -99,6 +99,13 @@ install_requirements() {
   printf '%s\n' "$torch_version $torch_build $python_version" "$(cat "$1")" >".venv/installed-$1"
 }
 
+requirements=(requirements.txt)
+case "${1:-}" in # first, so that a wrong argument changes nothing
+  --dev) requirements+=(requirements-dev.txt) ;;
+  '') ;;
+  *) fail "setup.sh expects --dev or no argument, found $1" ;;
+esac
+
 # uv has its own variable for folders of local wheels, separated by commas; pip's are separated by spaces
 if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"; fi
 
@@ -108,12 +115,6 @@ if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then torch_buil
 is_recent "$py" || make_venv
 python_version=$("$py" -c 'import platform; print(platform.python_version())')
 
-requirements=(requirements.txt)
-case "${1:-}" in
-  --dev) requirements+=(requirements-dev.txt) ;;
-  '') ;;
-  *) fail "setup.sh expects --dev or no argument, found $1" ;;
-esac
 for file in "${requirements[@]}"; do
   if up_to_date "$file"; then continue; fi
   torch_installed || install_torch

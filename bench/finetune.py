@@ -42,7 +42,7 @@ from corpora import BadRecord
 from corpora.files import records
 from lora.adapters import LoraArgs
 from model import Transformer
-from model_args import ModelArgs
+from model_args import ModelArgs, NewModelArgs
 from optim.args import OptimArgs
 from tokenizer import load_tokenizer
 from training.log import read_metrics
@@ -214,7 +214,7 @@ def pretrained(texts: Path, steps: int, out: Path) -> Path:
         data_process.main(data_process.Args(input=(texts,), corpus=(), tokenizer=tokenizer, out=bins, overwrite=True))
         pretrain.main(
             pretrain.Args(
-                model=ModelArgs(dim=128, n_layers=6, n_heads=4, max_seq_len=256),
+                model=NewModelArgs(dim=128, n_layers=6, n_heads=4, max_seq_len=256),
                 data=pretrain.DataArgs(dir=bins, seq_len=128, batch_size=32),
                 optim=OptimArgs("muon", lr=4e-3, muon_lr=6e-3, schedule="wsd", decay_share=0.5),
                 train=TrainArgs(max_steps=steps, eval_interval=0),

@@ -37,7 +37,7 @@ import train_tokenizer
 from bins.token_bin import TokenBin
 from checkpoint.directory import load_model, save_model
 from model import Transformer
-from model_args import ModelArgs
+from model_args import NewModelArgs
 from optim.args import OptimArgs
 from tokenizer import Tokenizer, load_tokenizer
 from training.trainer import TrainArgs
@@ -149,7 +149,7 @@ def train_base(args: Args) -> Path:
         data |= {"seq_len": args.window, "batch_size": 4096 // args.window, "isolate_documents": True}
         pretrain.main(
             pretrain.Args(
-                model=ModelArgs(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=args.window),
+                model=NewModelArgs(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=args.window),
                 data=pretrain.DataArgs(**data),
                 optim=optim,
                 train=train_args(args, steps, seed=0),

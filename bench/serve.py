@@ -2,25 +2,33 @@
 
     python bench/serve.py                               # 2 and 15 million parameters; 1, 8 and 32 clients
     python bench/serve.py --sizes 15M --clients 8 --requests 8
+    python bench/serve.py --abuse 10000                 # bad requests, clients that leave, idle connections
 
 Every client sends one request after the other and reads its answer as a stream. Models have random weights, prompts
 random ids, answers a fixed length. "transformers" is the same server with transformers' `generate` in the place of our
 loop: all requests that wait are answered as one batch, and the next ones after that. Each server is a process of its
 own, and the servers take turns, so that a change of the machine's speed affects both; memory is the most of a process.
 
+With --abuse the clients send so many requests in all, of which 5 % are malformed, 5 % too long, and 5 % go away before
+their answer, while 200 connections are idle; every other answer has to be the same as that of a quiet server.
+
 "slowest" is the mean time of the slowest client's requests, as a multiple of the mean of all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import multiprocessing
 import random
+import socket
 import statistics
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,6 +71,8 @@ class Args:
     """tokens of an answer"""
     rows: int = 32
     """texts that a server decodes together"""
+    abuse: int = 0
+    """instead: number of requests, some of them bad; what should not be is an error"""
     threads: int = 2
     """processor cores of a server"""
     out: Path | None = None
@@ -113,7 +123,7 @@ def serve(kind: str, size: str, args: Args, parent: Connection) -> None:
     rows = FixedRows(model, args.rows) if kind == "ours" else StaticBatches(model, args.rows)
     assistant = Assistant(model, Letters(shape.vocab_size), None)  # type: ignore[arg-type]
     service = Service(size, assistant, Engine(rows, 1000), SamplingParams(), 3600)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(make_app([service]), port=0, log_config=None, access_log=False))
 
     def tell() -> None:
         while not server.started:
@@ -163,6 +173,47 @@ def load(port: int, n_clients: int, args: Args, vocab_size: int) -> dict[str, fl
     return row | {"slowest": max(means) / statistics.mean(means)}
 
 
+def abuse(port: int, pid: int, args: Args) -> None:
+    """Send good and bad requests; raise RuntimeError for an answer that should not be, and print what was measured."""
+    good = {"prompt": [5] * args.prompt, "max_tokens": 8, "temperature": 1, "seed": 1}
+    kinds, expected = ["good"] * 17 + ["malformed", "too long", "gone"], post(port, good)["choices"]
+    bodies: dict[str, Any] = {"malformed": {"prompt": {}}, "too long": {"prompt": [5] * 100_000}}
+    statuses: Counter[str] = Counter()
+
+    def one(i: int) -> None:
+        kind = kinds[i % 20]
+        if kind == "gone":
+            raw = json.dumps(good | {"max_tokens": 500, "stream": i % 40 < 20}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(head + raw)
+                time.sleep(0.01 * (i % 7))
+        elif kind == "good":
+            if post(port, good)["choices"] != expected:
+                raise RuntimeError("a request has another answer than before")
+        elif post(port, bodies[kind])["error"]["type"] != "invalid_request_error":
+            raise RuntimeError(f"a {kind} request is not refused as one")
+        statuses[kind] += 1
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as pool:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        memory = []
+        for part in range(4):
+            list(pool.map(one, range(part * args.abuse // 4, (part + 1) * args.abuse // 4)))
+            memory.append(f"{peak_memory(pid):.0f}")
+    print(f"{dict(statuses)}; most memory after each quarter, MB: {', '.join(memory)}")
+
+
+def post(port: int, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON that answers one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer
+
+
 def peak_memory(pid: int) -> float:
     """Return the most memory that a process has had, in MB; nan where the system does not tell."""
     status = Path(f"/proc/{pid}/status")
@@ -179,7 +230,10 @@ def measure(size: str, args: Args) -> list[dict[str, Any]]:
         process.start()
         running[kind] = process, mine.recv()
         ask(running[kind][1], [1] * args.prompt, args.tokens)  # compiles, warms up
-    for n_clients in args.clients:
+    if args.abuse:
+        process, port = running["ours"]
+        abuse(port, process.pid, args)
+    for n_clients in () if args.abuse else args.clients:
         for kind, (process, port) in running.items():
             row = {"model": size, "clients": n_clients, "server": kind}
             row |= load(port, n_clients, args, SHAPES[size][0].vocab_size) | {"memory_mb": peak_memory(process.pid)}
@@ -190,8 +244,8 @@ def measure(size: str, args: Args) -> list[dict[str, Any]]:
             )
             table.append(row)
     for process, _ in running.values():
-        process.terminate()
-        process.join()
+        process.terminate()  # SIGTERM: it finishes what runs
+        process.join(60)
     return table
 
 

@@ -71,7 +71,7 @@ class BinWriter:
         # .bin: 2 or 4 bytes per token; .idx: 8 bytes per document, and 8 for the zero at its start
         self._bin = open_at(self._part(".bin"), self.tokens * self.dtype.itemsize)
         self._idx = open_at(self._part(".idx"), (self.documents + 1) * 8 if self.documents else 0)
-        self._hashes = {file: _hash_of(Path(file.name), file.tell()) for file in (self._bin, self._idx)}
+        self._hashes = {file: hash_of(Path(file.name), file.tell()) for file in (self._bin, self._idx)}
         if not self.documents:
             self._write(self._idx, bytes(8))  # the first document begins at token 0
 
@@ -111,6 +111,10 @@ class BinWriter:
             file.flush()
             os.fsync(file.fileno())
         return {key: self._meta()[key] for key in ("tokens", "documents", "text_bytes", "sources")}
+
+    def sums(self) -> dict[str, list]:
+        """Return the bytes and the SHA-256 of all that was written, by the names of the files until `close`."""
+        return {Path(file.name).name: [file.tell(), self._hashes[file].hexdigest()] for file in (self._bin, self._idx)}
 
     def close(self) -> None:
         """Rename the files to their final names. After a kill in between, `TokenBin` refuses the incomplete set."""
@@ -246,7 +250,7 @@ class TokenBin:
         Bins of older versions and headerless bins do not store it: their file is read, once for each TokenBin.
         """
         if "sha256" not in self.meta and self._sha256 is None:
-            self._sha256 = _hash_of(self.path).hexdigest()
+            self._sha256 = hash_of(self.path).hexdigest()
         return self.meta.get("sha256") or self._sha256
 
     def __reduce__(self) -> tuple[type[TokenBin], tuple[Path]]:
@@ -284,7 +288,7 @@ class TokenBin:
             )
         for path, key in ((self.path, "sha256"), (self.path.with_suffix(".idx"), "idx_sha256")):
             asked = key in self.meta and (verify or path.stat().st_size <= VERIFIED_BYTES)
-            if asked and _hash_of(path).hexdigest() != self.meta[key]:
+            if asked and hash_of(path).hexdigest() != self.meta[key]:
                 raise ValueError(
                     f"{path}: its SHA-256 is not the one that its .json holds, so it changed after it was written; "
                     "copy it again, or make it again"
@@ -302,7 +306,7 @@ def _rises(offsets: np.ndarray) -> bool:
     return all(bool((part[1:] > part[:-1]).all()) for part in parts)
 
 
-def _hash_of(path: Path, size: int | None = None) -> Any:
+def hash_of(path: Path, size: int | None = None) -> Any:
     """Return hashlib's SHA-256 of the first `size` bytes of a file; None: of all of them."""
     digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
     with path.open("rb") as file:

@@ -308,7 +308,7 @@ def file_conversations(path: Path, broken: list[BadRecord]) -> Iterator[Messages
 def read_files(path: Path, broken: list[BadRecord], read: Callable[[Any], T], kind: str) -> Iterator[T]:
     """Yield `read(value)` of every record at `path`.
 
-    path: a json, jsonl, csv, tsv or parquet file (plain, .gz or .zst), a folder of them, or a Python file whose
+    path: a json, jsonl, csv, tsv or parquet file (plain or compressed), a folder of them, or a Python file whose
         `data_loader()` yields records
     broken: list to which records that `read` refuses by ValueError are appended, with their place and the reason
     kind: what a usable record has, for the error

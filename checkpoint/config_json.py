@@ -81,8 +81,10 @@ def read(config: dict[str, Any]) -> ModelArgs:
 
 def refuse_the_foreign(config: dict[str, Any], kind: str) -> None:
     """Raise ValueError for a key whose value asks for a computation that `model.py` does not do."""
-    if quantization := config.get("quantization_config"):
-        is_mapping = isinstance(quantization, dict)
+    quantization = config.get("quantization_config")
+    is_mapping = isinstance(quantization, dict)
+    # online: full weights, which are rounded as they are used (quantized.trained_bits)
+    if quantization and not (is_mapping and quantization.get("quantization_mode") == "online"):
         method = quantization.get("quant_method", "some method") if is_mapping else quantization
         raise ValueError(f"config.json says that the weights are quantized ({method}); dequantize them first")
     for key, neutral in NEUTRAL.items():

@@ -19,6 +19,7 @@ from checkpoint.transformers_model import TransformersModel
 from cli.memory import check_memory
 from lora import adapters
 from model import Transformer
+from quant.bitnet import train_in_bits
 from quant.replace import refuse_quantized
 from tokenizer import Tokenizer
 
@@ -57,7 +58,8 @@ def load_whole_model(
     config = read_config(directory)
     if config.get("model_type", "llama") not in config_json.FAMILY:
         return transformers_model.load(directory, device, dtype)
-    if config.get(quantized.KEY):
+    bits = quantized.trained_bits(config)
+    if config.get(quantized.KEY) and not bits:
         model = quantized.load(directory, device, dtype)
         if to_train:
             refuse_quantized(model, f"training {directory} in full would need them")
@@ -69,7 +71,10 @@ def load_whole_model(
         if torch.device(device).type == "cpu" and dtype != kept_dtype(directory):  # not only mapped, but converted
             what = f"the model in {directory}, in {str(dtype).removeprefix('torch.')},"
             check_memory(what, args.n_parameters() * dtype.itemsize, "use a machine with more, or fewer bits")
-        return Transformer(args, initialize=False)
+        model = Transformer(args, initialize=False)
+        if bits:
+            train_in_bits(model, bits)
+        return model
 
     return safetensors_files.load(make, directory, device, dtype)
 
@@ -120,6 +125,7 @@ def save_model(
     ids = save_tokenizer(directory, tokenizer, stop_ids)
     if isinstance(model, Transformer):
         config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids
+        config |= quantized.bits_of(model)
         safetensors_files.write_model(directory, config, safetensors_files.state_of(model))
     else:
         transformers_model.save(directory, model, ids)

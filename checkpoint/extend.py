@@ -22,12 +22,14 @@ from rope.keys import WINDOW
 from tokenizer import Tokenizer
 from tokenizer.added import with_tokens
 
+FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".list", ".tokens", ".vocab")  # how names of files end
+
 # ---- the shape
 
 
 def changed_fields(model: ModelArgs) -> dict[str, Any]:
-    """Return the fields of `model` that differ from the defaults of ModelArgs, those it computes included."""
-    defaults = vars(ModelArgs())
+    """Return the fields of `model` that differ from its defaults, those it computes included."""
+    defaults = vars(type(model)())
     derived = {"n_kv_heads": model.n_heads, "head_dim": model.dim // model.n_heads}
     derived["hidden_dim"] = model.replace(hidden_dim=None).hidden_dim
     return {name: value for name, value in vars(model).items() if value != derived.get(name, defaults[name])}
@@ -120,8 +122,11 @@ def read_tokens(flag: Sequence[str]) -> list[str]:
     """Return the tokens that a flag names: one by one, or by a file with one a line."""
     if len(flag) == 1 and Path(flag[0]).is_file():
         return [line for line in Path(flag[0]).read_text(encoding="utf8").splitlines() if line]
-    if missing := [each for each in flag if "/" in each and each.endswith(".txt")]:
-        raise FileNotFoundError(f"--add_tokens, --add_special_tokens: there is no file of tokens {missing[0]}")
+    if named := [each for each in flag if Path(each).suffix in FILES]:
+        what = "should be the only value, since it names a file" if len(flag) > 1 else "does not exist"
+        raise FileNotFoundError(
+            f"--add_tokens, --add_special_tokens: {named[0]} {what}; a token of such a name can stand in a file"
+        )
     return list(flag)
 
 
@@ -219,6 +224,10 @@ def fit_vocabulary(
         raise ValueError(
             f"{where} has {model.args.vocab_size} embeddings, the data's tokenizer {tokenizer.vocab_size} ids; "
             "make the data with the model's own tokenizer"
+        )
+    if multiple_of != 1:
+        raise ValueError(
+            f"--vocab_multiple_of {multiple_of} is for a vocabulary that grows, and no token is new: remove it"
         )
     return ""
 

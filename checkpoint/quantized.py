@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from torch import nn
 from checkpoint import config_json, safetensors_files
 from checkpoint.locate import read_config
 from model import Transformer
-from quant.formats import FORMATS, Scheme
+from quant.bitnet import kind_of_bits
+from quant.formats import FORMATS, Scheme, bitnet_config
+from quant.kinds import BITNETS
 from quant.linear import QuantizedLinear
 from quant.replace import base_layers, need_package, replace
 
 KEY = "quantization_config"
+BITNET_METHODS = {bitnet_config(kind, online=False)["quant_method"]: kind for kind in BITNETS}
 
 
 def read_scheme(config: dict[str, Any]) -> Scheme | None:
@@ -40,33 +44,98 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if layout not in ("gptq", "gptq_v2"):
             raise ValueError(f"config.json: checkpoint_format {layout!r} is not read here; gptq and gptq_v2 are")
-        return checked(Scheme(layout, settings.get("bits"), settings.get("group_size", -1)))
+        scheme = checked(Scheme(layout, settings.get("bits"), settings.get("group_size", -1)))
+        return scheme._replace(layers=layers_of_gptq(settings.get("dynamic") or {}, scheme))
     if method == "awq":
         version = str(settings.get("version", "gemm")).lower()
         if version != "gemm":
             raise ValueError(f"config.json: AWQ's version {version!r} is not read here; gemm is")
         return checked(Scheme("awq", settings.get("bits", 4), settings.get("group_size", 128)))
     if method == "compressed-tensors":
-        return checked(scheme_of_compressed(settings))
+        return scheme_of_compressed(settings)
     if method == "bitsandbytes":
         return scheme_of_bnb(settings)
+    if kind := BITNET_METHODS.get(method):
+        if settings.get("linear_class", "bitlinear") != "bitlinear" or settings.get("use_rms_norm"):
+            raise ValueError(
+                "config.json: of packed BitNet weights, those of linear_class bitlinear without norms of their own are "
+                "read here"
+            )
+        return Scheme("bitnet", 2 if kind == "b158" else 1, kind=kind)
     raise ValueError(
-        f"config.json: weights quantized by {method!r} are not read here; gptq, awq, compressed-tensors and "
-        "bitsandbytes are"
+        f"config.json: weights quantized by {method!r} are not read here; gptq, awq, compressed-tensors, "
+        "bitsandbytes and bitnet are"
     )
 
 
+def trained_bits(config: dict[str, Any]) -> str | None:
+    """Return the kind of a `config.json`'s layers that are rounded as they are used (BitNet in training), else None."""
+    settings = config.get(KEY)
+    if not isinstance(settings, dict) or settings.get("quantization_mode") != "online":
+        return None
+    if settings.get("quant_method") in BITNET_METHODS and settings.get("use_rms_norm"):
+        raise ValueError("config.json: BitNet layers with norms of their own (use_rms_norm) are not read here")
+    return BITNET_METHODS.get(settings.get("quant_method"))
+
+
+def bits_of(model: nn.Module) -> dict[str, Any]:
+    """Return what `config.json` says of layers that are trained in few bits; nothing where there are none."""
+    kind = kind_of_bits(model)
+    return {KEY: bitnet_config(kind, online=True)} if kind else {}
+
+
+def layers_of_gptq(dynamic: Any, scheme: Scheme) -> tuple[tuple[str, Scheme], ...]:
+    """Return the schemes of single layers in gptqmodel's `dynamic`: regular expression -> settings. Those that are not
+    quantized (-:) are known by their tensors."""
+    if not isinstance(dynamic, dict) or not all(isinstance(own, dict) for own in dynamic.values()):
+        raise ValueError("config.json: dynamic should map regular expressions to settings")
+    return tuple(
+        (
+            checked_pattern(pattern.removeprefix("+:")),
+            checked(scheme._replace(**{key: own[key] for key in ("bits", "group_size") if key in own})),
+        )
+        for pattern, own in dynamic.items()
+        if not pattern.startswith("-:")
+    )
+
+
+def checked_pattern(pattern: str) -> str:
+    """Return a regular expression; raise ValueError where it is none."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"config.json: {KEY} has {pattern!r}, which is no regular expression: {error}") from None
+    return pattern
+
+
 def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
-    """Return the scheme of compressed-tensors settings: one group of layers, packed integers, or int8 with or without
-    inputs of 8 bits."""
+    """Return the scheme of compressed-tensors settings: packed integers, or int8 with or without inputs of 8 bits.
+
+    Groups of layers may differ; a layer belongs to a group by its name, else a regular expression, else its class.
+    """
     groups = settings.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError("config.json: config_groups of compressed-tensors should have a group at least")
+    schemes = [(group, scheme_of_group(group, settings)) for group in groups.values()]
+    if len(schemes) == 1:
+        return schemes[0][1]
+    ranked = []
+    for group, scheme in schemes:
+        for target in map(str, group.get("targets") or []):
+            rank = (0, f"{re.escape(target)}$") if "." in target else (2, "")
+            ranked.append(((1, checked_pattern(target[3:])) if target.startswith("re:") else rank, scheme))
+    ranked.sort(key=lambda each: each[0][0])
+    return schemes[0][1]._replace(layers=tuple((pattern, scheme) for (_, pattern), scheme in ranked))
+
+
+def scheme_of_group(group: Any, settings: dict[str, Any]) -> Scheme:
+    """Return the scheme of one group of compressed-tensors settings."""
     weights = group.get("weights") if isinstance(group, dict) else None
     inputs = group.get("input_activations") if isinstance(group, dict) else None
     form = (isinstance(group, dict) and group.get("format")) or settings.get("format")
     if not isinstance(weights, dict) or form not in ("pack-quantized", "int-quantized"):
         raise ValueError(
-            "config.json: of compressed-tensors, only one group of pack-quantized or int-quantized weights is read here"
+            "config.json: of compressed-tensors, only pack-quantized and int-quantized weights are read here"
         )
     if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise ValueError("config.json: of compressed-tensors, only integer weights by group or channel are read here")
@@ -81,7 +150,7 @@ def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
             raise ValueError("config.json: int-quantized weights are read here in 8 bits by channel")
         return Scheme("int-quantized", 8, kind="w8a8" if inputs else "int8")
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
-    return Scheme("compressed-tensors", weights.get("num_bits"), size)
+    return checked(Scheme("compressed-tensors", weights.get("num_bits"), size))
 
 
 def scheme_of_bnb(settings: dict[str, Any]) -> Scheme:
@@ -133,7 +202,7 @@ def load(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Tra
     for path, layer in base_layers(model):
         names = {name[len(path) + 1 :]: file for name, file in files.items() if name.startswith(f"{path}.")}
         if "weight" not in names or names.keys() - {"weight", "bias"}:
-            replace(model, path, load_layer(directory, path, layer, names, scheme))
+            replace(model, path, load_layer(directory, path, layer, names, scheme.of(path)))
     quantized = {path for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not quantized:
         raise ValueError(f"{directory}: config.json has a {KEY}, and no layer in the files is quantized")

@@ -25,9 +25,18 @@ class Progress:
     total: their number, which may be an estimate
     done: number of those that an earlier run completed; they do not count for the rate
     active: False shows nothing (in all processes of a run but one)
+    note_only: on a terminal show the count and the note of `show`, which has its own rate and time
     """
 
-    def __init__(self, what: str, unit: str, total: int | None = None, done: int = 0, active: bool = True) -> None:
+    def __init__(
+        self,
+        what: str,
+        unit: str,
+        total: int | None = None,
+        done: int = 0,
+        active: bool = True,
+        note_only: bool = False,
+    ) -> None:
         self.what, self.unit, self.total, self.done, self.active = what, unit, total, done, active
         self.bar = tqdm(
             desc=what,
@@ -36,6 +45,7 @@ class Progress:
             initial=done,
             unit_scale=unit == "B",
             leave=False,
+            bar_format="{desc}: {n_fmt}/{total_fmt}{postfix}" if note_only else None,
             disable=None if active else True,  # None: a bar on a terminal only
         )
         self._before, self._began = done, time.monotonic()

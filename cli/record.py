@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -66,8 +65,10 @@ def record_training(out: Path, section: str, args: Any, inputs: typing.Iterable[
         return
     earlier = []
     if step:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged record does not stop the run
+        try:
             earlier = json.loads((out / "run.json").read_text(encoding="utf8")).get("changes", [])
+        except (OSError, ValueError, AttributeError):  # does not stop the run
+            say(f"{out / 'run.json'} is missing or damaged: it is written anew, without earlier changes of settings")
     if changes:
         say(f"{out} goes on after step {step} with other settings: {told}")
         earlier = [*earlier, {"after_step": step, "settings": changes}]

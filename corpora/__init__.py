@@ -43,7 +43,7 @@ class SourceArgs:
     corpus: tuple[str, ...] = ()
     """Names of corpora to read. Without --corpus, --input and --loader, the corpus poems is read."""
     input: tuple[Path, ...] = ()
-    """Your own files or folders: txt, json, jsonl, csv, tsv or parquet, plain or compressed (.gz, .zst)."""
+    """Your own files or folders: txt, json, jsonl, csv, tsv or parquet, plain or compressed (.gz, .zst, .bz2, .xz)."""
     text_key: str = "text"
     """The key (JSON) or column (csv, parquet) of your own files that holds the text."""
     format: str = "auto"

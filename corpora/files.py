@@ -1,6 +1,6 @@
 """Read the user's own texts: files and folders in the usual formats, and a Python file with a generator.
 
-Formats: txt, json (an array, or one value per line), jsonl, csv, tsv, parquet; all but parquet also as .gz or .zst.
+Formats: txt, json (an array, or one value a line), jsonl, csv, tsv, parquet; all but parquet also .gz, .zst, .bz2, .xz.
 Everything streams in bounded memory. A record that cannot be read becomes a BadRecord that names its file and line.
 
 - txt: if the first megabyte contains blank lines, they separate documents; otherwise each line is a document. --format
@@ -26,14 +26,13 @@ import pyarrow as pa
 
 from corpora.json_array import MAX_CHARS, Malformed, elements, spreads, values
 from corpora.registry import BadRecord, DamagedFile, Document
-from corpora.streams import Damaged, Record, bad, beginning, has_bytes, not_utf8, open_text
+from corpora.streams import PACKED, Damaged, Record, bad, beginning, has_bytes, not_utf8, open_text
 from corpora.tables import read_csv, read_parquet
 
 FORMATS = ("txt", "json", "jsonl", "ndjson", "csv", "tsv", "parquet")
 FORMS = ("auto", "lines", "paragraphs", "file")  # what a document of a txt file is
-PACKED = ("gz", "zst")
 UNPACKED_RATIO = 3  # estimate: compressed Chinese, English and JSON text grows to 2.5 to 4 times its size
-_EXPECTED = f"{', '.join(FORMATS)} (plain, .gz or .zst)"
+_EXPECTED = f"{', '.join(FORMATS)} (plain, {', '.join(f'.{each}' for each in PACKED)})"
 _BROKEN = (Damaged, OSError, pa.ArrowException, UnicodeDecodeError)
 
 

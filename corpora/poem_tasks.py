@@ -1,22 +1,27 @@
-"""Make conversations from poems: one conversation for each poem, always the same one.
+"""Make conversations from poems: one exchange for each poem, always the same one, and several in a conversation.
 
-The form in the request is always the form of the answer. The answer to a request for a poem is the verse alone.
+A form in the request is always the form of the answer. The answer to a request for a poem is the verse alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from corpora.registry import Conversation
-from corpora.verse import Poem
+from corpora.registry import Conversation, stable_share
+from corpora.verse import Poem, form_of, forms, split_lines
 
 T = TypeVar("T")
 
 MAX_TITLE = 12
 """Longest title, in characters, that a request uses; longer ones describe an occasion rather than name a theme."""
+
+MAX_TURNS, MAX_SIZE = 8, 500
+"""Most answers of a conversation, and its largest size: characters, and MARKERS for each answer. So conversations fit
+in rows of 512 tokens, whose positions are all trained."""
+MARKERS = 6
 
 SHORT_FORMS = {"五言绝句": "五绝", "七言绝句": "七绝", "五言律诗": "五律", "七言律诗": "七律"}
 # Titles that only refer to another poem, and names for unknown authors.
@@ -49,6 +54,15 @@ PHRASINGS = {
         "像{author}那样写一首{form}",
     ),
     "form": ("写一首{form}", "请写一首{form}。", "作{form}一首", "来一首{form}吧", "我想读一首{form}"),
+    "free": (
+        "写一首诗",
+        "来一首诗吧",
+        "给我写首诗。",
+        "写一首关于{title}的诗",
+        "写首{title}的诗吧",
+        "以《{title}》为题写一首诗",
+        "帮我写一首诗，题目是《{title}》",
+    ),
     "next_line": (
         "接下一句：{line}",
         "下一句是什么：{line}",
@@ -61,6 +75,9 @@ PHRASINGS = {
     "which_form": ("这是什么体裁？", "这首诗是什么体？", "这是绝句还是律诗？"),
 }
 
+EXAMPLES = ("以《江上》为题写一首五言绝句", "写一首李白风格的七言律诗", "接下一句：床前明月光", "你能做什么？", "hello")
+"""What a chat with a model that was trained on these conversations suggests to ask."""
+
 _INTRODUCTION = (
     "我是一个小诗人，会写五绝、七绝、五律和七律，也会接诗句。",
     "我是小诗人，一个学过唐宋诗的小模型。给我一个题目，我就写一首诗。",
@@ -69,21 +86,93 @@ _ABILITIES = (
     "我会写五言和七言的绝句、律诗。你可以说：以《江上》为题写一首五言绝句。",
     "给我题目和体裁，我来写诗；给我一句诗，我来接下一句。",
 )
+_ONLY_POEMS = (
+    "这个我不会，我只会写诗。给我一个题目吧！",
+    "我只会写诗和接诗句。你可以说：以《江上》为题写一首五言绝句。",
+)
+_ABOUT_ME = ("I am a little poet. I write short Chinese poems.",)
+_IN_CHINESE = ("I only write Chinese poems. Ask me in Chinese: 写一首五言绝句",)
 CHAT = (
     (
-        ("你好", "您好", "你好啊", "嗨", "早上好", "晚上好"),
+        ("你好", "您好", "你好啊", "你好！", "嗨", "早上好", "晚上好", "在吗", "你好，小诗人"),
         ("你好！想读一首什么诗？", "你好！给我一个题目，我为你写诗。"),
     ),
-    (("你是谁", "你是谁？", "你叫什么名字？", "介绍一下你自己", "请自我介绍", "你是什么"), _INTRODUCTION),
-    (("你会做什么", "你会做什么？", "你能做什么？", "你会什么", "怎么用你？", "有什么可以帮我的"), _ABILITIES),
-    (("谢谢", "谢谢你", "多谢", "写得真好", "好诗"), ("不客气，还想读一首吗？", "谢谢你的夸奖！")),
-    (("再见", "拜拜", "下次再聊", "晚安"), ("再见，愿你有诗为伴。", "再见！")),
-    (("hello", "hi", "Hello!", "Hi there"), ("Hello! Give me a title and I will write a poem.", "Hello!")),
     (
-        ("who are you", "Who are you?", "what are you", "What can you do?", "what can you do"),
-        ("I am a little poet. I write short Chinese poems: give me a title.",),
+        ("你是谁", "你是谁？", "你叫什么名字？", "介绍一下你自己", "请自我介绍", "你是什么", "你是机器人吗？"),
+        _INTRODUCTION,
     ),
-    (("thanks", "Thank you!", "bye", "Goodbye"), ("You are welcome. Come back for another poem!",)),
+    (
+        (
+            "你会做什么",
+            "你会做什么？",
+            "你能做什么？",
+            "你能做什么",
+            "你会什么",
+            "怎么用你？",
+            "有什么可以帮我的",
+            "帮助",
+        ),
+        _ABILITIES,
+    ),
+    (
+        ("谢谢", "谢谢你", "谢谢！", "多谢", "写得真好", "好诗", "不错", "很好", "太棒了"),
+        ("不客气，还想读一首吗？", "谢谢你的夸奖！"),
+    ),
+    (("再见", "拜拜", "下次再聊", "晚安", "再见！"), ("再见，愿你有诗为伴。", "再见！")),
+    (
+        (
+            "今天天气怎么样？",
+            "讲个笑话",
+            "给我讲个故事",
+            "1+1等于几？",
+            "你几岁了？",
+            "你喜欢什么？",
+            "你吃饭了吗？",
+            "现在几点了？",
+            "帮我写一篇作文",
+            "什么是人工智能？",
+            "推荐一本书",
+            "我心情不好",
+            "我们聊聊天吧",
+            "你会唱歌吗？",
+            "中国的首都是哪里？",
+            "怎么做红烧肉？",
+            "帮我翻译一句话",
+            "写一段代码",
+            "为什么？",
+            "你会说英语吗？",
+        ),
+        _ONLY_POEMS,
+    ),
+    (
+        ("hello", "hi", "Hello!", "Hi there", "Hello", "hey", "good morning"),
+        ("Hello! Give me a title, and I write a poem.",),
+    ),
+    (("who are you", "Who are you?", "what are you", "What is your name?", "are you a robot?"), _ABOUT_ME),
+    (("What can you do?", "what can you do", "help", "How do I use this?", "What do you do?"), _IN_CHINESE),
+    (("thanks", "Thank you!", "thank you", "Thanks!", "great", "good"), ("You are welcome. Another poem?",)),
+    (("bye", "Goodbye", "Bye!", "goodbye", "good night", "see you"), ("Goodbye!",)),
+    (
+        (
+            "How are you?",
+            "Tell me a joke",
+            "What is the weather today?",
+            "Write a poem about the moon",
+            "I am sad",
+            "Can you speak English?",
+            "Where is Beijing?",
+            "How old are you?",
+            "Write some code",
+            "Do you like music?",
+            "write a poem",
+            "What is AI?",
+            "tell me a story",
+            "Why?",
+            "What is 1 + 1?",
+            "Let us talk",
+        ),
+        _IN_CHINESE,
+    ),
 )
 
 
@@ -138,11 +227,6 @@ def _which_form(rng: random.Random, poem: Poem) -> list[dict]:
     return _turns(_ask(rng, "title", poem), poem.text, _ask(rng, "which_form", poem), f"这是一首{poem.form}。")
 
 
-def _greeting(rng: random.Random, poem: Poem) -> list[dict]:
-    greetings, replies = CHAT[0]
-    return _turns(_pick(rng, greetings), _pick(rng, replies), _ask(rng, "title", poem), poem.text)
-
-
 def _chat(rng: random.Random, poem: Poem) -> list[dict]:
     questions, answers = _pick(rng, CHAT)
     return _turns(_pick(rng, questions), _pick(rng, answers))
@@ -150,21 +234,21 @@ def _chat(rng: random.Random, poem: Poem) -> list[dict]:
 
 # task -> (weight in the draw, what the poem must have, function that makes the conversation)
 TASKS: dict[str, tuple[float, str, Callable[[random.Random, Poem], list[dict]]]] = {
-    "title": (46, "title", _write("title")),
+    "title": (44, "title", _write("title")),
     "title_author": (20, "title author", _write("title_author")),
     "author": (9, "author", _write("author")),
-    "form": (3, "", _write("form")),
+    "form": (4, "", _write("form")),
+    "free": (4, "title", _write("free")),
     "next_line": (12, "", _next_line),
     "previous_line": (3, "", _previous_line),
     "two_lines": (3, "", _two_lines),
     "which_form": (1.5, "title", _which_form),
-    "greeted": (1.5, "title", _greeting),
-    "chat": (1, "training", _chat),
+    "chat": (8, "training", _chat),
 }
 
 
 def conversation(poem: Poem) -> Conversation:
-    """Return the one conversation of a poem; it depends on the poem alone.
+    """Return the exchange that a poem makes, as a conversation; it depends on the poem alone.
 
     A held-out poem makes a held-out conversation, so its title and author occur in no training conversation. Small
     talk ("chat") does not depend on the poem and is therefore made from training poems only.
@@ -184,3 +268,40 @@ def conversation(poem: Poem) -> Conversation:
         if point < 0:
             break
     return Conversation(TASKS[name][2](rng, poem), poem.held_out, name)
+
+
+def conversations(poems: Iterable[Poem]) -> Iterator[Conversation]:
+    """Yield conversations of 1 to MAX_TURNS answers, within MAX_SIZE, that join the exchanges of the poems in order.
+
+    A model learns so to answer in the middle of a conversation. Held-out poems are only joined with held-out ones. The
+    first poem alone says how many answers there should be.
+    """
+    waiting: dict[bool, Conversation] = {}
+    limits: dict[bool, int] = {}
+    for poem in poems:
+        talk = conversation(poem)
+        before = waiting.pop(poem.held_out, None)
+        if before is not None:
+            messages = before.messages + talk.messages
+            if len(messages) <= 2 * limits[poem.held_out] and size(messages) <= MAX_SIZE:
+                waiting[poem.held_out] = Conversation(messages, poem.held_out, "joined")
+                continue
+            yield before
+        waiting[poem.held_out] = talk
+        limits[poem.held_out] = 1 + int(MAX_TURNS * stable_share(f"turns:{poem.text}"))
+    yield from waiting.values()
+
+
+def size(messages: list[dict]) -> int:
+    """Return the characters of a conversation, and MARKERS for each answer."""
+    return sum(len(message["content"]) for message in messages) + MARKERS * (len(messages) // 2)
+
+
+def is_sensible(question: str, answer: str) -> bool:
+    """Return whether the answer to one of EXAMPLES is what was asked for: a poem of the form, a line of the same
+    length, or the small talk that belongs to the question."""
+    if form := next((form for form in forms if form in question), None):
+        return form_of(answer) == form
+    if line := question.partition("接下一句：")[2]:
+        return [len(line)] == [len(each) for each in split_lines(answer)]
+    return any(answer in answers for questions, answers in CHAT if question in questions)

@@ -18,7 +18,7 @@ import opencc
 
 from cli.progress import say
 from corpora.packages import FetchError, npm_tarball
-from corpora.poem_tasks import conversation
+from corpora.poem_tasks import EXAMPLES, conversations
 from corpora.registry import Conversation, Document, register, stable_share
 from corpora.verse import Poem, clean_title, form_of, forms, is_name, split_lines, verse
 
@@ -136,7 +136,7 @@ def document(poem: Poem) -> Document:
 
 
 def _conversations(raw_dir: Path) -> Iterator[Conversation]:
-    return map(conversation, load_poems(raw_dir))
+    return conversations(load_poems(raw_dir))
 
 
 @register(
@@ -144,6 +144,7 @@ def _conversations(raw_dir: Path) -> Iterator[Conversation]:
     description="short poems of Tang and Song in the four strict forms, simplified script (npm: chinese-poetry)",
     licence=LICENCE,
     conversations=_conversations,
+    examples=EXAMPLES,
     text_bytes=41_000_000,
 )
 def poems(raw_dir: Path) -> Iterator[Document]:

@@ -66,6 +66,8 @@ class Corpus:
     conversations: Callable[[Path], Iterator[Conversation]] | None = None
     text_bytes: int | None = None
     """Rough size of the text in bytes, for a progress bar; None: the size of the files in raw_dir/NAME."""
+    examples: tuple[str, ...] = ()
+    """What to ask a model that was trained on the conversations."""
 
 
 CORPORA: dict[str, Corpus] = {}
@@ -78,11 +80,12 @@ def register(
     licence: str,
     conversations: Callable[[Path], Iterator[Conversation]] | None = None,
     text_bytes: int | None = None,
+    examples: tuple[str, ...] = (),
 ) -> Callable:
     """Register the decorated function, `documents(raw_dir)`, in CORPORA under `name`."""
 
     def enter(documents: Callable[[Path], Iterator[Document | BadRecord]]) -> Callable:
-        CORPORA[name] = Corpus(name, description, licence, documents, conversations, text_bytes)
+        CORPORA[name] = Corpus(name, description, licence, documents, conversations, text_bytes, examples)
         return documents
 
     return enter

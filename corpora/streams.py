@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import io
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,13 @@ import zstandard
 from corpora.json_array import CHUNK
 from corpora.registry import RAW_CHARS, BadRecord
 
+# suffix -> a new decompressor for one member of a file
+PACKED: dict[str, Callable[[], Any]] = {
+    "gz": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),  # 16: with gzip's header
+    "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
 _INPUT = 1 << 10  # compressed bytes that are unpacked at a time: at an error, what these hold is lost
 
 
@@ -40,7 +49,7 @@ def printable(text: str) -> str:
 
 
 class Unpacked(io.RawIOBase):
-    """The plain bytes of a .gz or .zst file. Where it is damaged or cut off, they end, and `damage` says why."""
+    """The plain bytes of a compressed file. Where it is damaged or cut off, they end, and `damage` says why."""
 
     def __init__(self, path: Path, new: Callable[[], Any]) -> None:
         """new: makes a decompressor for one member of the file; a file may have several, one after the other."""
@@ -72,7 +81,7 @@ class Unpacked(io.RawIOBase):
                     yield self._member.decompress(data)
                     data = self._member.unused_data if self._member.eof else b""
                     self._member = None if self._member.eof else self._member
-        except (zlib.error, zstandard.ZstdError) as error:
+        except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError) as error:
             self._ended, self.damage = True, str(error)
 
     def close(self) -> None:
@@ -81,13 +90,8 @@ class Unpacked(io.RawIOBase):
 
 
 def _open(path: Path, newline: str) -> tuple[io.RawIOBase, TextIO]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        raw: io.RawIOBase = Unpacked(path, lambda: zlib.decompressobj(16 + zlib.MAX_WBITS))  # 16: with gzip's header
-    elif suffix == ".zst":
-        raw = Unpacked(path, lambda: zstandard.ZstdDecompressor().decompressobj())
-    else:
-        raw = path.open("rb", buffering=0)
+    new = PACKED.get(path.suffix[1:].lower())
+    raw: io.RawIOBase = path.open("rb", buffering=0) if new is None else Unpacked(path, new)
     stream = io.BufferedReader(raw)
     if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return raw, io.TextIOWrapper(stream, encoding="utf-16", errors="surrogatepass", newline=newline)

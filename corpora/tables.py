@@ -101,7 +101,7 @@ def read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Bad
     Raises OSError and pyarrow's errors where the file is damaged.
     """
     # A small buffer: one column of a row group may be gigabytes.
-    with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
+    with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
         if missing := [name for name in columns or () if name not in names]:
             yield bad(f"{path}:1", _no_column(missing[0], names), "")

@@ -76,6 +76,8 @@ class FixedRows:
         (default: what suits the model)."""
         self.model, self.n = model, n
         self.cache = model.make_cache(n, max_len)
+        if not isinstance(self.cache, KVCache):
+            raise ValueError(f"{type(model).__name__} has no key-value cache, which a server needs")
         self.compiled = cpu_step.stepper(model, self.cache)
         self.most = most or (min(128, cpu_step.most_tokens(model)) if self.compiled else MOST_BY_TORCH)
         self._texts: dict[int, _Text] = {}  # by key, in order of arrival

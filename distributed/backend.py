@@ -20,5 +20,7 @@ def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
         raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
     if name == "ddp" and "RANK" not in os.environ:
         raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
-    backend = SingleProcess if name == "single" else DataParallel
-    return backend(choose_device(device), fp16)
+    backend, where = SingleProcess if name == "single" else DataParallel, choose_device(device)
+    if fp16 and where.type == "cpu":
+        raise ValueError("--train.dtype fp16 takes minutes for a few steps on a CPU: use fp32, or auto for the fastest")
+    return backend(where, fp16)

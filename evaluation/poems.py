@@ -2,12 +2,14 @@
 
 A poem has the form when it is exactly so many lines of so many characters. A poem rhymes when the last characters of
 its even lines share a category of the Pingshui rhyme book (平水韵, 1252), by which these forms rhyme; by today's pinyin
-only half of the real couplets do. A line is verbatim when it stands in a training poem. Every share comes with its 95 %
-interval, and beside it the share of real poems that were held out.
+only half of the real couplets do. A line is verbatim when it stands in a training poem. Some of the conversations go on
+with other poems, which shows whether the form is kept in the middle of one, and end with small talk. Every share comes
+with its 95 % interval, and beside it the share of real poems that were held out.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +21,16 @@ import opencc
 
 from cli.progress import say
 from corpora.packages import pip_package
-from corpora.poem_tasks import conversation
+from corpora.poem_tasks import CHAT, EXAMPLES, conversation, is_sensible
 from corpora.poems import load_poems
 from corpora.verse import Poem, form_of, forms, split_lines
 from evaluation.task import Share, TextTask, plain, total
 from serving.assistant import Assistant
+from serving.session import recent
 
 RhymeBook = Mapping[str, Collection[str]]
 BASELINE_POEMS = 400
+TURNS, CONVERSATIONS, DRAWS = 6, 100, 10
 
 
 @dataclass
@@ -90,10 +94,47 @@ class PoemForms(TextTask[Poem]):
         real = evenly((poem for poem in self.corpus if poem.held_out), BASELINE_POEMS)
         return total(self.score(poem, poem.text) for poem in real)
 
+    def later_turns(self, assistant: Assistant, poems: Sequence[Poem], answers: Sequence[str]) -> dict[str, Share]:
+        """Go on with up to CONVERSATIONS that have begun with these poems and their answers, as a chat does.
+
+        Return `turn N`, the share of poems in the asked form at each turn, and `talk`, the share of sensible answers to
+        small talk after the last.
+        """
+        starts = range(0, len(poems), -(-len(poems) // CONVERSATIONS))
+        histories = [exchange(self.prompt(poems[i]), answers[i]) for i in starts]
+        shares = {"turn 1": total({"": Share(int(form_of(a) == p.form), 1)} for p, a in zip(poems, answers))[""]}
+        for turn in range(2, TURNS + 1):
+            asked = [poems[(i + (turn - 1) * len(poems) // TURNS) % len(poems)] for i in starts]
+            replies = self.go_on(assistant, histories, [self.prompt(poem) for poem in asked])
+            kept = sum(form_of(reply) == poem.form for poem, reply in zip(asked, replies))
+            shares[f"turn {turn}"] = Share(kept, len(asked))
+        talks = [questions[i % len(questions)] for i, (questions, _) in zip(starts, itertools.cycle(CHAT))]
+        replies = self.go_on(assistant, histories, [[{"role": "user", "content": talk}] for talk in talks])
+        return shares | {"talk": Share(sum(map(is_sensible, talks, replies)), len(talks))}
+
+    def go_on(self, assistant: Assistant, histories: list[list[dict]], questions: list[list[dict]]) -> list[str]:
+        """Return the answer to the next question of each conversation; append both to the histories."""
+        prompts = [
+            recent(assistant, history + question, self.sampling, assistant.longest)[1]
+            for history, question in zip(histories, questions)
+        ]
+        replies = list(assistant.answers(prompts, self.sampling, self.batch_size))
+        for history, question, reply in zip(histories, questions, replies):
+            history += exchange(question, reply)
+        return replies
+
+    def demo(self, assistant: Assistant) -> dict[str, Share]:
+        """Return the share of DRAWS in which each of EXAMPLES, which a chat suggests, gets what it asks for."""
+        questions = [example for example in EXAMPLES for _ in range(DRAWS)]
+        prompts = [assistant.encode([{"role": "user", "content": question}]) for question in questions]
+        answers = assistant.answers(prompts, self.sampling, self.batch_size)
+        return total({f"demo/{q}": Share(int(is_sensible(q, answer)), 1)} for q, answer in zip(questions, answers))
+
     def run(self, assistant: Assistant) -> dict[str, Share]:
         poems = list(self.examples())
         answers = self.ask(assistant, poems)
         model, corpus = total(map(self.score, poems, answers)), self.baseline()
+        model |= self.later_turns(assistant, poems, answers) | self.demo(assistant)
         rows = [
             {"question": self.prompt(poem)[0]["content"], "form": poem.form, "text": text}
             | {"exact": form_of(text) == poem.form}
@@ -110,6 +151,11 @@ class PoemForms(TextTask[Poem]):
             print(f"> {row['question']}\n{row['text']}\n")
         print(f"{table(model, corpus)}\n\nall of them: {output.with_suffix('.txt')}, {output}")
         return model
+
+
+def exchange(question: list[dict], answer: str) -> list[dict]:
+    """Return a question with its answer; nothing for an empty answer, which no template accepts."""
+    return [*question, {"role": "assistant", "content": answer}] if answer else []
 
 
 def evenly(poems: Iterable[Poem], n: int) -> list[Poem]:
@@ -156,11 +202,14 @@ def table(model: Mapping[str, Share], corpus: Mapping[str, Share]) -> str:
     rows += [(f"  exactly {form}", model[f"exact/{form}"]) for form in forms]
     rows += [("  exactly the asked form", model["exact"]), ("  rhyming, of those", model["rhyme"])]
     rows += [("  repeating a line, of those", model["repeats"]), ("  lines verbatim from training", model["verbatim"])]
+    rows += [(f"  asked form, {name} of a chat", share) for name, share in model.items() if name.startswith("turn ")]
+    rows += [("  small talk after these turns", model["talk"])] if "talk" in model else []
+    rows += [(f"  {name[5:]}", share) for name, share in model.items() if name.startswith("demo/")]
     rows += [("real poems that were held out", None), ("  rhyming", corpus["rhyme"])]
     rows += [("  repeating a line", corpus["repeats"]), ("  lines verbatim from training", corpus["verbatim"])]
     # A Chinese character is two columns wide.
     width = [sum(1 + (ord(character) > 0x2E80) for character in label) for label, _ in rows]
     return "\n".join(
-        label if share is None else label + " " * (34 - columns) + str(share)
+        label if share is None else label + " " * (36 - columns) + str(share)
         for (label, share), columns in zip(rows, width)
     )

@@ -21,6 +21,7 @@ from lora.low_rank import EmbeddingLowRank, LowRank
 from lora.pissa import Pissa
 from lora.spec import LoraSpec
 from lora.targets import matching
+from quant.bitnet import BitLinear
 from quant.linear import QuantizedLinear
 from quant.replace import dense_weight, is_head, replace
 
@@ -108,6 +109,8 @@ def fully_trained(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def check_layer(model: nn.Module, path: str, spec: LoraSpec) -> None:
     """Raise ValueError when the layer `path` cannot have an adapter of `spec`."""
     layer, cls = model.get_submodule(path), adapter_class(spec)
+    if isinstance(layer, BitLinear):
+        raise ValueError(f"{path} is trained in few bits ({layer.kind}), and an adapter would not be: train it in full")
     if cls.changes_base and isinstance(layer, QuantizedLinear):
         raise ValueError(f"pissa changes the base weights, and {path} is quantized: use lora or dora")
     # a quantized layer has no such parameter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 OPTIMIZERS = ("muon", "adamw")  # keys of optimizers.OPTIMIZERS
 
@@ -15,23 +15,23 @@ class OptimArgs:
 
     optimizer: Literal[OPTIMIZERS] = "muon"  # type: ignore[valid-type]
     """muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and adapters; adamw: for all"""
-    lr: float = 4e-3
+    lr: Annotated[float, (0, 10)] = 4e-3
     """peak learning rate of AdamW"""
-    muon_lr: float = 6e-3
+    muon_lr: Annotated[float, (0, 10)] = 6e-3
     """peak learning rate of Muon, scaled so that its updates have the size of AdamW's"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], (0, 0.999999)] = (0.9, 0.95)
     """decay rates of AdamW's two moments"""
-    eps: float = 1e-8
+    eps: Annotated[float, (0, 1)] = 1e-8
     """epsilon of AdamW"""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, (0, 100)] = 0.1
     """decoupled weight decay, on matrices only"""
     momentum: float = 0.95
     """momentum of Muon"""
-    lora_lr_ratio: float = 1.0
+    lora_lr_ratio: Annotated[float, (0, 10000)] = 1.0
     """learning rate of an adapter's lora_B as a multiple of lr, the rate of lora_A; LoRA+ (Hayou 2024) uses 16"""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """shape after the warm-up; wsd: constant, then linear over the last `decay_share` of the steps"""
-    warmup_steps: int = 20
+    warmup_steps: Annotated[int, (0, 1000000000)] = 20
     """number of optimizer steps of linear warm-up"""
     decay_share: float = 0.5
     """share of all steps in which wsd decays"""

@@ -6,16 +6,20 @@ int-quantized (compressed-tensors)
 bnb_8bit  LLM.int8(): weight (out, in) int8; SCB (out,) float32: largest magnitudes; weight_format () uint8: 0, by rows
 bnb_4bit  NF4 and FP4: weight (out * in / 2, 1) uint8; weight.absmax, weight.quant_map, weight.nested_absmax,
           weight.nested_quant_map; weight.quant_state.bitsandbytes__nf4: the rest as the bytes of a JSON object
+bitnet    b158: weight (out / 4, in) uint8, weight_scale (1,), as transformers' BitLinear; b1, which it does not have:
+          weight (out, in / 32) int32
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from quant.bitnet import PackedBitLinear
 from quant.four_bit import FourBitLinear, functional
 from quant.grouped import GroupedLinear
 from quant.int8 import Int8Linear, W8A8Linear, around_128
@@ -38,9 +42,15 @@ class Scheme(NamedTuple):
     threshold: float = THRESHOLD
     """of bnb_8bit"""
     kind: str = "nf4"
-    """of bnb_4bit: nf4 or fp4; of int-quantized: w8a8 or int8"""
+    """of bnb_4bit: nf4 or fp4; of int-quantized: w8a8 or int8; of bitnet: b158 or b1"""
     double: bool = True
     """likewise"""
+    layers: tuple[tuple[str, Scheme], ...] = ()
+    """regular expression -> scheme of the layers whose whole name it matches from the start on; the first one counts"""
+
+    def of(self, path: str) -> Scheme:
+        """Return the scheme of the layer `path`."""
+        return next((own for pattern, own in self.layers if re.match(pattern, path)), self)
 
 
 class Format(NamedTuple):
@@ -173,8 +183,49 @@ def bnb_config(scheme: Scheme, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+# ---- BitNet
+
+
+def write_bitnet(layer: PackedBitLinear, _: torch.dtype) -> Tensors:
+    """Return the tensors of a packed layer."""
+    return {"weight": layer.packed, "weight_scale": layer.scale.view(torch.float32)}
+
+
+def read_bitnet(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> PackedBitLinear:
+    """Return the layer that the tensors of a packed layer stand for."""
+    weight, scale, (out, n_inputs) = tensors["weight"], tensors["weight_scale"], (layer.out_features, layer.in_features)
+    if scheme.kind == "b158":
+        check_shape("weight", weight, (-(-out // 4), n_inputs), torch.uint8)
+    else:
+        check_shape("weight", weight, (out, -(-n_inputs // 32)), torch.int32)
+    check_shape("weight_scale", scale.reshape(-1), (1,), scale.dtype)
+    if not scale.isfinite().all() or float(scale) <= 0:
+        raise ValueError(f"weight_scale should be above 0 and finite, found {float(scale)}")
+    return PackedBitLinear(layer, scheme.kind, (weight, scale))
+
+
+def bitnet_config(kind: str, online: bool) -> dict[str, Any]:
+    """Return the `quantization_config` of BitNet layers. online: with full weights, which are rounded as they are used.
+
+    b1 has a name of its own, so that a reader of b158 does not take it for that.
+    """
+    return {
+        "quant_method": "bitnet" if kind == "b158" else f"bitnet_{kind}",
+        "linear_class": "autobitlinear" if online else "bitlinear",
+        "quantization_mode": "online" if online else "offline",
+        "use_rms_norm": False,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
 FORMATS = {name: grouped(name) for name in LAYOUTS} | {
     "int-quantized": Format(write_int, read_int, frozenset({"weight", "weight_scale"}), int_config),
     "bnb_8bit": Format(write_8bit, read_8bit, frozenset({"weight", "SCB"}), bnb_config),
+    "bitnet": Format(
+        write_bitnet,
+        read_bitnet,
+        frozenset({"weight", "weight_scale"}),
+        lambda scheme, _: bitnet_config(scheme.kind, online=False),
+    ),
     "bnb_4bit": Format(write_4bit, read_4bit, frozenset({"weight", "weight.absmax"}), bnb_config),
 }

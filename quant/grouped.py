@@ -19,11 +19,12 @@ class GroupedLinear(QuantizedLinear):
     """
 
     kind = "grouped"
+    bits: int
+    _copy: torch.Tensor | None = None  # of the codes, in another form; see `in_bytes`
 
     def __init__(self, base: nn.Linear, quantized: Quantized, bits: int) -> None:
         super().__init__(base)
         self.bits = bits
-        self._copy: torch.Tensor | None = None  # of the codes, in another form; see `in_bytes`
         self.register_buffer("packed", pack(quantized.codes, bits))
         self.register_buffer("scale", as_bytes(quantized.scales.float()))
         self.register_buffer("zero", quantized.zeros.contiguous())

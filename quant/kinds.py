@@ -35,7 +35,8 @@ class Method(NamedTuple):
 
 
 WIDTHS, PACKED = (4, 2, 3, 8), ("gptq", "gptq_v2", "awq", "compressed-tensors")
-GRID = frozenset({"group_size", "symmetric", "search"})
+GRID = frozenset({"group_size", "symmetric", "search", "override"})
+BITNETS = ("b158", "b1")  # kinds of layers that are trained in few bits
 OPTIONS = GRID | {"propagation", "damping", "act_order", "double_quant", "threshold", "alpha"}  # of some methods only
 METHODS = {
     "gptq": Method(WIDTHS, PACKED, GRID | {"propagation", "damping", "act_order"}, text=True),
@@ -44,6 +45,7 @@ METHODS = {
     "int8": Method((8,), ("gptq", "gptq_v2", "compressed-tensors")),
     "smoothquant": Method((8,), ("compressed-tensors",), frozenset({"alpha"}), text=True),
     "llm_int8": Method((8,), ("bnb",), frozenset({"threshold"})),
+    "bitnet": Method((2,), ("bitnet",)),
     "nf4": Method((4,), ("bnb",), frozenset({"double_quant"})),
     "fp4": Method((4,), ("bnb",), frozenset({"double_quant"})),
 }

@@ -139,7 +139,7 @@ def config_of(name: str, scheme: Any) -> dict[str, Any]:
     formats.Scheme."""
     bits, group_size, symmetric = scheme.bits, scheme.group_size, scheme.symmetric
     if name in ("gptq", "gptq_v2"):
-        return {
+        config = {
             "quant_method": "gptq",
             "bits": bits,
             "group_size": group_size,
@@ -151,6 +151,9 @@ def config_of(name: str, scheme: Any) -> dict[str, Any]:
             "lm_head": False,
             "checkpoint_format": name,
         }
+        # gptqmodel's settings of single layers, of which auto-gptq knows nothing
+        dynamic = {f"+:{pattern}": {"bits": own.bits} for pattern, own in scheme.layers}
+        return config | ({"dynamic": dynamic} if dynamic else {})
     if name == "awq":
         return {
             "quant_method": "awq",
@@ -160,19 +163,24 @@ def config_of(name: str, scheme: Any) -> dict[str, Any]:
             "version": "gemm",
             "modules_to_not_convert": None,
         }
+    groups: dict[int, list[str]] = {} if scheme.layers else {bits: ["Linear"]}  # width -> layers
+    for pattern, own in scheme.layers:
+        groups.setdefault(own.bits, []).append(f"re:{pattern}")
     weights = {
-        "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
         "strategy": "channel" if group_size == -1 else "group",
         "group_size": None if group_size == -1 else group_size,
         "dynamic": False,
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    rest = {"input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": {
+            f"group_{number}": {"targets": targets, "weights": {"num_bits": width} | weights} | rest
+            for number, (width, targets) in enumerate(groups.items())
+        },
         "ignore": ["lm_head"],
     }

@@ -32,6 +32,15 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.origin = base.in_features, base.out_features, type(base)
         self.bias = base.bias
 
+    @classmethod
+    def of_buffers(cls, base: nn.Linear, buffers: dict[str, torch.Tensor]) -> QuantizedLinear:
+        """Return a layer in the place of `base` that has these buffers already."""
+        layer = cls.__new__(cls)
+        QuantizedLinear.__init__(layer, base)
+        for name, buffer in buffers.items():
+            layer.register_buffer(name, buffer)
+        return layer
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight (out, in) in `dtype`."""
         raise NotImplementedError

@@ -41,6 +41,8 @@ def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> Non
     need_package(kind, f"--lora.base {kind}")
     if any(hasattr(module, "lora") for module in model.modules()):
         raise ValueError("the model has adapters already: quantize its base before they are added")
+    if bits := next((layer.kind for _, layer in base_layers(model) if hasattr(layer, "kind")), None):
+        raise ValueError(f"--lora.base {kind}: the model is trained in few bits ({bits}), which others cannot replace")
     options = {"double": double_quant} if KINDS[kind].double_quant else {}
     for path, module in base_layers(model):
         module.requires_grad_(False)  # the bias, which the quantized layer takes over, is frozen, too

@@ -26,9 +26,9 @@ def penalties(request: Sampling, vocab_size: int) -> Adjust | None:
     bias = request.logit_bias or {}
     if not (frequency or presence or bias):
         return None
-    wrong = next((i for i in bias if not (i.isascii() and i.isdigit() and int(i) < vocab_size)), None)
+    wrong = next((i for i in bias if not (i.isascii() and i.isdigit() and len(i) < 12 and int(i) < vocab_size)), None)
     if wrong is not None:
-        raise ApiError(400, f"logit_bias: the model has ids 0..{vocab_size - 1}, found {wrong!r}", "logit_bias")
+        raise ApiError(400, f"logit_bias: the model has ids 0..{vocab_size - 1}, found {wrong!r:.40}", "logit_bias")
     biased = torch.tensor([int(i) for i in bias], dtype=torch.long)
 
     def adjust(logits: torch.Tensor, answer: Ids) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,9 +32,14 @@ SECONDS_FOR_BODY = 60.0
 
 
 def make_app(
-    service: Service, api_key: str | None = None, hosts: Collection[str] = (), origins: Collection[str] = ()
+    services: Sequence[Service],
+    api_key: str | None = None,
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
 ) -> FastAPI:
-    """Return the application; it starts the engine, and ends it when all requests are answered.
+    """Return the application; it starts the engines, and ends them when all requests are answered.
+
+    services: models of different names, which share their metrics; a request that names none is for the first.
 
     api_key: what a client has to send (None: nothing). hosts, origins: see `Guard`; pages of the origins may read the
     answers, too (CORS).
@@ -42,12 +47,14 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start(asyncio.get_running_loop())
+        for service in services:
+            service.engine.start(asyncio.get_running_loop())
         yield
-        await asyncio.to_thread(service.engine.close)
+        for service in services:
+            await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(lifespan=life, openapi_url=None)
-    app.state.service = service
+    app.state.services = {service.name: service for service in services}
     for path, method, function in ROUTES:
         app.add_api_route(path, function, methods=[method])
     for kind, handler in {ApiError: tell_error, HTTPException: tell_status, Exception: tell_mistake}.items():
@@ -59,8 +66,17 @@ def make_app(
     return app
 
 
-def service_of(request: Request) -> Service:
-    return request.app.state.service
+def services_of(request: Request) -> list[Service]:
+    return list(request.app.state.services.values())
+
+
+def service_of(request: Request, name: str | None) -> Service:
+    """Return the model that a request names, the first where it names none. Raises ApiError for an unknown name."""
+    found = request.app.state.services.get(name) if name else services_of(request)[0]
+    if found is None:
+        names = ", ".join(request.app.state.services)
+        raise ApiError(404, f"there is no model {name!r} here: there is {names}", "model", "model_not_found")
+    return found
 
 
 async def body_of(request: Request) -> bytes:
@@ -88,11 +104,11 @@ async def body_of(request: Request) -> bytes:
 
 async def answer(request: Request, kind: type, reply: type[Reply], choices: Callable[[Service, Any], list]) -> Response:
     """Read a request, put its jobs into the queue, and return the response that waits for them."""
-    service, came = service_of(request), time.monotonic()
-    raw = await body_of(request)
+    came, raw = time.monotonic(), await body_of(request)
 
     def prepare() -> Reply:
         body = read_body(kind, raw)
+        service = service_of(request, body.model)
         return reply(service, body, choices(service, body), request.url.path)
 
     # in a thread: a long prompt is encoded for a while, and nobody else should wait for it
@@ -120,13 +136,12 @@ def model_card(service: Service) -> dict[str, Any]:
 
 async def models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": [model_card(service_of(request))]})
+    return JSONResponse({"object": "list", "data": [model_card(service) for service in services_of(request)]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/NAME"""
-    service_of(request).check_model(request.path_params["name"])
-    return JSONResponse(model_card(service_of(request)))
+    return JSONResponse(model_card(service_of(request, request.path_params["name"])))
 
 
 async def embeddings(request: Request) -> Response:
@@ -136,7 +151,8 @@ async def embeddings(request: Request) -> Response:
 
 async def tokenize(request: Request) -> Response:
     """POST /tokenize"""
-    service, body = service_of(request), read_body(TokenizeRequest, await body_of(request))
+    body = read_body(TokenizeRequest, await body_of(request))
+    service = service_of(request, body.model)
     text = body.prompt if body.prompt is not None else body.content
     if body.messages is not None:
         ids = service.prompt_of([plain_message(i, message) for i, message in enumerate(body.messages)])
@@ -149,42 +165,46 @@ async def tokenize(request: Request) -> Response:
 
 async def detokenize(request: Request) -> Response:
     """POST /detokenize"""
-    service, body = service_of(request), read_body(DetokenizeRequest, await body_of(request))
-    text = service.assistant.tokenizer.decode(body.tokens, skip_special=False)
+    body = read_body(DetokenizeRequest, await body_of(request))
+    text = service_of(request, body.model).assistant.tokenizer.decode(body.tokens, skip_special=False)
     return JSONResponse({"prompt": text, "content": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
     """GET /tokenizer_info: special tokens under the keys of tokenizer_config.json, and the chat template."""
-    assistant = service_of(request).assistant
+    service = service_of(request, request.query_params.get("model"))
+    assistant = service.assistant
     tokenizer, template = assistant.tokenizer, assistant.template
-    info = {"vocab_size": tokenizer.vocab_size, "model_max_length": service_of(request).context}
+    info = {"vocab_size": tokenizer.vocab_size, "model_max_length": service.context}
     info |= {"add_bos_token": bool(tokenizer.begins), "chat_template": template and template.jinja}
     return JSONResponse(tokenizer.special_names() | info)
 
 
 async def health(request: Request) -> Response:
     """GET /health"""
-    well = service_of(request).engine.alive
+    well = all(service.engine.alive for service in services_of(request))
     return JSONResponse({"status": "ok" if well else "the engine has ended"}, 200 if well else 503)
 
 
 async def metrics(request: Request) -> Response:
     """GET /metrics"""
-    service = service_of(request)
-    now = {"requests_running": service.engine.running, "requests_waiting": service.engine.waiting}
-    return PlainTextResponse(service.metrics.text(**now, rows=service.engine.rows.n))
+    engines = [service.engine for service in services_of(request)]
+    now = {"requests_running": sum(engine.running for engine in engines)}
+    now |= {"requests_waiting": sum(engine.waiting for engine in engines)}
+    text = services_of(request)[0].metrics.text(**now, rows=sum(engine.rows.n for engine in engines))
+    return PlainTextResponse(text)
 
 
 async def root(request: Request) -> Response:
     """GET /"""
-    return JSONResponse({"model": service_of(request).name, "api": "/v1", "health": "/health", "metrics": "/metrics"})
+    names = list(request.app.state.services)
+    return JSONResponse({"models": names, "api": "/v1", "health": "/health", "metrics": "/metrics"})
 
 
 async def tell_error(request: Request, error: Exception) -> Response:
     """Answer with an error of ours."""
     assert isinstance(error, ApiError)
-    service_of(request).metrics.requests[known_path(request), error.status] += 1
+    services_of(request)[0].metrics.requests[known_path(request), error.status] += 1
     return JSONResponse(error.body, error.status, error.headers)
 
 

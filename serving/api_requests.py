@@ -126,6 +126,7 @@ class ChatRequest(Sampling):
 class TokenizeRequest(_Body):
     """POST /tokenize: a text or a conversation to ids. `content` is llama.cpp's name of `prompt`."""
 
+    model: str | None = None
     prompt: str | None = None
     content: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
@@ -135,6 +136,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """POST /detokenize: ids to a text."""
 
+    model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
@@ -154,7 +156,8 @@ def plain_message(i: int, message: dict[str, Any]) -> dict[str, Any]:
         out["role"] = "system"
     if not out.get("tool_calls"):
         out.pop("tool_calls", None)
-    for call in out.get("tool_calls") or []:  # a text in the API, an object in templates
+    calls = out.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():  # arguments: a text in the API, an object in templates
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             with contextlib.suppress(ValueError):

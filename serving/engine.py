@@ -90,11 +90,11 @@ class Engine:
         self._thread.start()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """Put the jobs of one request into the queue. Raises BusyError where `most_waiting` wait already."""
+        """Put the jobs of one request into the queue. Raises BusyError where `most_waiting` wait for a row already."""
         with self._wake:
             if not self.alive:
                 raise RuntimeError("the engine has ended")
-            if len(self._waiting) >= self.most_waiting or self._closing:
+            if self._closing or len(self._waiting) >= self.most_waiting + self.rows.n - len(self._running):
                 raise BusyError(self._retry_after())
             self._waiting.extend(jobs)
             self._wake.notify()

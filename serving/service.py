@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from chat.messages import texts
 from decoding.feeder import check_prompts
 from decoding.params import SamplingParams, Stop
 from serving.adjust import Grammar, penalties, schema_of
@@ -46,7 +47,6 @@ class Service:
 
     def completion(self, request: CompletionRequest) -> list[Choice]:
         """Return the choices of a request for completions, prompt by prompt. Raises ApiError."""
-        self.check_model(request.model)
         if request.suffix:
             raise ApiError(400, "suffix is not offered: this model only continues texts", "suffix")
         if request.best_of not in (None, request.n or 1):
@@ -65,7 +65,6 @@ class Service:
 
     def chat(self, request: ChatRequest) -> list[Choice]:
         """Return the choices of a request for an answer in a conversation. Raises ApiError."""
-        self.check_model(request.model)
         messages = request.conversation()
         if request.calls:
             messages[0] |= {"tools": self.tools(request)}
@@ -91,7 +90,7 @@ class Service:
             raise ApiError(
                 400, f"{self.name} has no chat template, it only continues texts: POST to /v1/completions", "messages"
             )
-        self._check_size(sum(len(str(message.get("content"))) for message in messages), "messages")
+        self._check_size(sum(map(len, texts([[*message.values()] for message in messages]))), "messages")
         try:
             return self.assistant.encode(messages)
         except ValueError as error:
@@ -117,8 +116,8 @@ class Service:
         """Return the n choices for one prompt; choice i is drawn with seed + i. schema: what they have to keep."""
         params, own = request.sampling(self.defaults), self.assistant
         try:
-            texts = (*(string.decode() for string in own.stop_strings.strings), *request.stop_strings())
-            strings = StopStrings(own.tokenizer, texts)
+            server_s = [string.decode() for string in own.stop_strings.strings]
+            strings = StopStrings(own.tokenizer, [*server_s, *request.stop_strings()])
         except ValueError as error:
             raise ApiError(400, f"stop: {error}", "stop") from None
         ids = set() if request.ignore_eos and schema is None else self.ends()
@@ -153,9 +152,3 @@ class Service:
             too_long = any(len(choice.job.prompt) > self.context for choice in choices)
             raise ApiError(400, str(error), "prompt", "context_length_exceeded" if too_long else None) from None
         return choices
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError where a request names another model."""
-        if name not in (None, "", self.name):
-            message = f"there is no model {name!r} here: the model is called {self.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")

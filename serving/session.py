@@ -14,6 +14,19 @@ from serving.assistant import Assistant
 from serving.streaming import text_pieces
 
 
+def recent(
+    assistant: Assistant, messages: list[dict], params: SamplingParams, context: int
+) -> tuple[list[dict], list[int], int]:
+    """Return the newest turns of a conversation that fit in the context and leave room for an answer, their prompt, and
+    the number of older turns that are left out. The last question is kept, whatever its length."""
+    room, forgotten = min(params.max_new_tokens, context // 4), 0
+    prompt = assistant.encode(messages)
+    while len(prompt) + room > context and len(messages) > 1:
+        messages, forgotten = messages[2:], forgotten + 1  # the oldest question and its answer
+        prompt = assistant.encode(messages)
+    return messages, prompt, forgotten
+
+
 class ChatSession:
     """A conversation with a cache, so that each turn feeds only the new ids.
 
@@ -48,13 +61,8 @@ class ChatSession:
 
         Raises ValueError, and leaves the history as it is, when the question alone does not fit the context.
         """
-        messages, forgotten = [*self.messages, {"role": "user", "content": text}], 0
-        context = self.cache.max_len
-        room = min(params.max_new_tokens, context // 2)  # for the answer
-        prompt = self.assistant.encode(messages)
-        while len(prompt) + room > context and len(messages) > 1:
-            messages, forgotten = messages[2:], forgotten + 1  # drop the oldest question and its answer
-            prompt = self.assistant.encode(messages)
+        messages, context = [*self.messages, {"role": "user", "content": text}], self.cache.max_len
+        messages, prompt, forgotten = recent(self.assistant, messages, params, context)
         check_prompts(self.assistant.model, [prompt], context)
         params = replace(params, seed=params.seed + self.asked)
         self.asked, self.forgotten = self.asked + 1, self.forgotten + forgotten

@@ -15,30 +15,49 @@ from serving.assistant import Assistant
 from serving.session import ChatSession
 
 COMMANDS = ("/set", "/reset", "/help", "/quit")
+EXAMPLES = "examples.txt"
+LEAVE = ("/quit", "/exit", "quit", "exit")
 HELP = """\
 /set NAME VALUE   change how answers are drawn; now: {settings}
 /reset            forget the conversation
 /help             this text
-/quit             leave; so do Ctrl-D, and Ctrl-C twice
-Ctrl-C stops an answer."""
+/quit             leave; so do quit, exit, Ctrl-D, and Ctrl-C twice
+Ctrl-C stops an answer.{examples}"""
 
 Ask = Callable[[str, SamplingParams], Generator[str, None, None]]
 
 
 def chat(assistant: Assistant, params: SamplingParams) -> int:
     """Hold a conversation, or continue each line by itself without a chat template; return the number of answers."""
+    examples = suggestions(read_examples(assistant))
     if sys.stdin.isatty():
         what = "it continues the text that you type" if assistant.template is None else "ask it something"
         size = assistant.model.n_parameters() / 1e6
-        print(f"{assistant.directory}, {size:.2f} M parameters: {what}; /help, /quit")
+        print(f"{assistant.directory}, {size:.2f} M parameters: {what}; /help, /quit{examples}")
     if assistant.template is None:
         return converse(assistant.reply, lambda: None, params)
     session = ChatSession(assistant)
-    return converse(session.reply, session.reset, params)
+    return converse(session.reply, session.reset, params, examples)
 
 
-def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int:
+def read_examples(assistant: Assistant) -> list[str]:
+    """Return what the data of the model suggest to ask it: `examples.txt` in its directory or in that of its run; []
+    where there is none."""
+    directory = assistant.directory
+    if assistant.template is None or directory is None:
+        return []
+    path = next((path for path in (directory, directory.parent) if (path / EXAMPLES).is_file()), None)
+    return [] if path is None else (path / EXAMPLES).read_text(encoding="utf8").splitlines()
+
+
+def suggestions(examples: list[str]) -> str:
+    """Return lines that suggest what to ask; "" without examples."""
+    return "\n  ".join(["\nWhat it has learnt to answer, for example:", *examples]) if examples else ""
+
+
+def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams, examples: str = "") -> int:
     """Answer each line of standard input with the pieces of text that `ask` yields; return the number of answers.
+    examples: lines for /help.
 
     A ValueError of `ask` is a notice about one line and not the end. Over a pipe, standard output gets nothing but
     answers; notices and errors go to standard error. On a terminal, Ctrl-C stops an answer; over a pipe, the program.
@@ -48,10 +67,10 @@ def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams) -> int
         sys.stdin.reconfigure(errors="replace")
     for line in lines_typed(interactive):
         try:
-            if line == "/quit":
+            if line in LEAVE:
                 break
             if line.startswith("/"):
-                params = command(line, params, reset)
+                params = command(line, params, reset, examples)
             else:
                 # Close the answer as soon as Ctrl-C stops it, so that its beginning enters the history now.
                 with contextlib.closing(ask(line, params)) as pieces:
@@ -102,7 +121,7 @@ def lines_typed(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def command(line: str, params: SamplingParams, reset: Callable[[], None]) -> SamplingParams:
+def command(line: str, params: SamplingParams, reset: Callable[[], None], examples: str = "") -> SamplingParams:
     """Carry out a line that begins with a slash; return the settings from here on. Raises ValueError for an unknown
     command or setting."""
     name, *words = line.split()
@@ -110,7 +129,8 @@ def command(line: str, params: SamplingParams, reset: Callable[[], None]) -> Sam
         reset()
         say("(forgotten)")
     elif name == "/help":
-        say(HELP.format(settings=", ".join(f"{key} {value}" for key, value in vars(params).items())))
+        settings = ", ".join(f"{key} {value}" for key, value in vars(params).items())
+        say(HELP.format(settings=settings, examples=examples))
     elif name == "/set":
         params = with_setting(params, words)
         say(f"({words[0]} is {getattr(params, words[0])})")

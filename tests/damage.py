@@ -24,13 +24,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from helpers.damage_files import damages  # noqa: E402
+from helpers.damage_inputs import inputs  # noqa: E402
 from helpers.damage_kills import kills  # noqa: E402
+from helpers.damage_markers import forgeries  # noqa: E402
 from helpers.damage_runs import VERDICTS, Kind, build, load_libraries  # noqa: E402
 
 
 def kinds() -> dict[str, Kind]:
     """Return every kind of trial by name."""
-    return kills() | damages()
+    return kills() | damages() | inputs() | forgeries()
 
 
 def main() -> None:

@@ -118,3 +118,17 @@ def inputs_in_8_bits() -> float:
     theirs = quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
     codes, _ = room("quant.int8").round_inputs(x.flatten(0, 1))
     return differing(zip(codes.flatten().tolist(), theirs.flatten().tolist()))
+
+
+@row("BitNet: weights, inputs, packing", "transformers.integrations.bitnet, fp32", "3 shapes, 7 scales of inputs", 0)
+def bitnet() -> float:
+    theirs, ours, worst = room("transformers.integrations.bitnet"), room("quant.bitnet"), 0.0
+    with torch.compiler.set_stance("force_eager"):
+        for shape in ((8, 5), (4, 64), (12, 1)):
+            weight, x = torch.randn(shape) * 0.3, torch.randn(7, shape[1]) * torch.logspace(-7, 2, 7)[:, None]
+            codes, scale = ours.round_weight(weight, "b158")
+            worst = max(worst, (codes / scale - theirs.WeightQuant.apply(weight)).abs().max().item())
+            worst = max(worst, (ours.round_inputs(x) - theirs.ActQuant.apply(x)).abs().max().item())
+            packed = ours.pack_ternary(codes).int() - theirs.pack_weights(codes.clone()).int()
+            worst = max(worst, packed.abs().max().item())
+    return worst

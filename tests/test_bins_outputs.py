@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bins.outputs import publish, read_checkpoint, read_summary
+from bins.outputs import HashedFile, damaged_output, publish, read_checkpoint, read_summary, sums_of
 from bins.token_bin import BinWriter, TokenBin
-from files import write_json
+from files import read_sealed, write_json, write_sealed
 
 EOS = 2
 
@@ -85,9 +85,44 @@ def test_a_checkpoint_is_for_the_same_arguments(tmp_path):
     (work / "left.bin.part").write_bytes(b"worthless without a checkpoint")
     assert read_checkpoint(work, {"min_chars": 1}, overwrite=False) is None and not work.exists()
     work.mkdir()
-    progress = {"made_from": {"min_chars": 1}, "items": 5}
-    write_json(work / "progress.json", progress)
+    progress = {"made_from": {"min_chars": 1}, "items": 5, "outputs": {}}
+    write_sealed(work / "progress.json", progress)
     assert read_checkpoint(work, {"min_chars": 1}, overwrite=False) == progress
     with pytest.raises(ValueError, match="unfinished run with other min_chars"):
         read_checkpoint(work, {"min_chars": 2}, overwrite=False)
     assert read_checkpoint(work, {"min_chars": 2}, overwrite=True) is None and not work.exists()
+
+
+def test_what_an_interrupted_run_has_written_is_compared_before_it_is_used(tmp_path, capsys):
+    work = tmp_path / "work"
+    write_run(work, {"train_00000": [3, 4]}, {})
+    file = HashedFile(work / "all_text.txt", 0)
+    file.write(b"some text")
+    file.sync()
+    outputs = {"finished": sums_of(sorted(work.glob("train*"))), "sums": file.sums()}
+    file.write(b" and more")  # after the checkpoint
+    file.close()
+    assert damaged_output([work], outputs) is None
+    whole = {path: path.read_bytes() for path in work.iterdir()}
+    for path, data in whole.items():
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        assert f"{path} is damaged" in damaged_output([tmp_path, work], outputs)
+        path.unlink()
+        assert damaged_output([work], outputs) == f"{path.name} is missing"
+        path.write_bytes(data)
+    progress = {"made_from": {}, "items": 5, "outputs": outputs}
+    write_sealed(work / "progress.json", progress)
+    assert read_checkpoint(work, {}, overwrite=False) == progress
+    (work / "all_text.txt").write_bytes(b"some test and more")
+    assert read_checkpoint(work, {}, overwrite=False) is None and not work.exists()
+    assert "all_text.txt is damaged" in capsys.readouterr().err
+
+
+def test_progress_has_its_own_sum(tmp_path):
+    path = tmp_path / "progress.json"
+    assert read_sealed(path) is None
+    write_sealed(path, {"items": 40, "name": "\udc80"})
+    assert read_sealed(path) == {"items": 40, "name": "\udc80"}
+    path.write_bytes(path.read_bytes().replace(b"40", b"48"))
+    with pytest.raises(ValueError, match=r"progress\.json is damaged"):
+        read_sealed(path)

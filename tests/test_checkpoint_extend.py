@@ -160,7 +160,7 @@ def test_tokens_from_a_file(tmp_path):
     (tmp_path / "tokens.txt").write_text("a b\n\n月\n", "utf8")
     assert extend.read_tokens([str(tmp_path / "tokens.txt")]) == ["a b", "月"]
     assert extend.read_tokens(["a", "b"]) == ["a", "b"]
-    with pytest.raises(FileNotFoundError, match="no file of tokens"):
+    with pytest.raises(FileNotFoundError, match=r"mistyped\.txt does not exist"):
         extend.read_tokens([str(tmp_path / "mistyped.txt")])
 
 

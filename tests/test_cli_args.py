@@ -425,3 +425,57 @@ def test_a_preset_that_is_not_utf8_and_a_section_that_is_a_number_are_named(tmp_
         with pytest.raises(SystemExit) as stopped:
             read_section(tmp_path / name, "pretrain")
         assert name in str(stopped.value) and sentence in str(stopped.value)
+
+
+# ---- values out of any sense
+
+
+@pytest.mark.parametrize(
+    "script, words, sentence",
+    [
+        (pretrain, "--optim.lr 1e9", "--optim.lr should be from 0 to 10, found 1000000000.0"),
+        (pretrain, "--optim.lr nan", "--optim.lr should be 0 or more, and finite, found nan"),
+        (pretrain, "--optim.betas 0.9 1.5", "--optim.betas should"),
+        (pretrain, "--weight_decay 1e6", "--optim.weight_decay should be from 0 to 100, found 1000000.0"),
+        (pretrain, f"--seed {2**70}", "--train.seed should be from 0 to 9,223,372,036,854,775,807, found 1180591"),
+        (pretrain, "--model.norm_eps 1e30", "norm_eps should be a number from 0 to 1, found 1e+30"),
+        (pretrain, "--model.n_layers 100000", "n_layers should be at most 10,000, found 100000"),
+        (pretrain, "--data.batch_size 1000000000000", "--data.batch_size should be from 1 to 10,000,000"),
+        (
+            pretrain,
+            "--init_from m --vocab_multiple_of 100000000000",
+            "--vocab_multiple_of should be from 1 to 1,048,576",
+        ),
+        (pretrain, "--init_from m --vocab_multiple_of 0", "--vocab_multiple_of should be from 1 to 1,048,576, found 0"),
+        (fine_tuning, "--data ,", "--data.train should name a file or folder, found ','"),
+        (fine_tuning, "--init_from=", "--init_from should name a file or folder, found ''"),
+        (fine_tuning, "--neftune_alpha -1", "--neftune_alpha should be from 0 to 1,000, found -1.0"),
+    ],
+)
+def test_values_out_of_any_sense_are_refused(script, words, sentence):
+    with pytest.raises(SystemExit) as refused:
+        cli_args.parse(script.Args, script.__name__, words.split())
+    assert refused.value.code.startswith(f"error: {sentence}")
+
+
+def test_words_of_a_preset_are_read_as_they_are(tmp_path):
+    (tmp_path / "p.yaml").write_text("pretrain:\n  train: {compile: off}\n  data: {verify: yes}\n")
+    args = cli_args.parse(pretrain.Args, "pretrain", ["--config", str(tmp_path / "p.yaml")])
+    assert args.train.compile == "off" and args.data.verify is True
+    assert cli_args.parse(pretrain.Args, "pretrain", ["--data.verify", "on"]).data.verify is True
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("pretrain: " + "[" * 2000 + "]" * 2000, "nested too deep"),
+        ("pretrain: {data: {train: &a [*a, *a]}}", "lists in lists at most 8 deep"),
+        ("pretrain: {out: ''}", "--out should name a file or folder, found ''"),
+        ("pretrain: {out: 2024-99-99}", "is not valid YAML"),
+    ],
+)
+def test_odd_presets_are_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=sentence) as refused:
+        cli_args.parse(pretrain.Args, "pretrain", ["--config", str(tmp_path / "p.yaml")])
+    assert "\n" not in refused.value.code

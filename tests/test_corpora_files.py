@@ -1,8 +1,10 @@
 """corpora/files.py: the same documents from every format, and a place for every record that cannot be read."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,7 +45,12 @@ def write(path: Path, texts: list[str]) -> Path:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     else:
         data = "\n".join(texts).encode()
-    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+    pack = {
+        ".gz": gzip.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }.get(path.suffix, bytes)
     path.write_bytes(pack(data))
     return path
 
@@ -53,7 +60,7 @@ def split(stream) -> tuple[list[str], list[BadRecord]]:
     return [d.text for d in found if isinstance(d, Document)], [b for b in found if isinstance(b, BadRecord)]
 
 
-@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv", "txt"])
 def test_every_format_gives_the_same_texts(tmp_path, kind, packed):
     texts = {"json": TEXTS, "jsonl": TEXTS, "csv": TEXTS}.get(kind, ONE_LINE)

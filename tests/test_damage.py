@@ -12,6 +12,7 @@ from helpers.damage_files import HARMS, harm, judge
 from helpers.forked import Child, Ended
 
 SHORT = "kill: pretrain, Muon|kill: data_process, one|full disk: pretrain|damage: weights|damage: bins|damage: model"
+SHORT += "|input: jsonl|input: parquet|records|marker: ours|marker: chatml"
 
 
 def test_promises_hold(tmp_path, environment):

@@ -129,6 +129,21 @@ def test_demo_answers_and_says_where_everything_lies(args, directory, capsys):
     assert f"python eval.py --model {directory}" in out
 
 
+def test_examples_beside_the_model_are_told(args, directory, monkeypatch, capsys):
+    (directory.parent / "examples.txt").write_text("江上\n明月\n", encoding="utf8")
+    try:
+        assert len(main(dataclasses.replace(args, demo=True))["answers"]) == 2
+        piped(monkeypatch, "/help\n")
+        main(args)
+        assert "for example:\n  江上\n  明月" in capsys.readouterr().err
+    finally:
+        (directory.parent / "examples.txt").unlink()
+    assert main(dataclasses.replace(args, demo=True)) == {"answers": []}
+    piped(monkeypatch, "/help\n")
+    main(args)
+    assert "for example" not in capsys.readouterr().err
+
+
 # ---- files of questions
 
 

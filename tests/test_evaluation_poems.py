@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from chat.template import load_template
 from checkpoint.directory import load_model
 from corpora.packages import FetchError
-from corpora.poem_tasks import conversation
+from corpora.poem_tasks import EXAMPLES, conversation
 from corpora.verse import Poem, forms, verse
 from decoding.generate import generate
 from decoding.params import SamplingParams, Stop
@@ -198,6 +198,46 @@ def test_asks_under_titles_that_training_never_sees(directory, poems):
     assert len(set(questions)) == len(answers)
 
 
+class Scripted:
+    """Answers the n-th batch of prompts by `replies[n]`, and remembers the prompts, which are conversations."""
+
+    longest = 10_000
+
+    def __init__(self, *replies):
+        self.replies, self.asked = iter(replies), []
+
+    def encode(self, messages):
+        return messages
+
+    def answers(self, prompts, params, batch_size):
+        self.asked.append([list(prompt) for prompt in prompts])
+        return next(self.replies)(prompts)
+
+
+def test_later_turns_are_asked_after_the_answers_before_them(poems):
+    task = task_on(poems, n_poems=24)
+    examples = list(task.examples())
+    assert len(examples) >= 6
+    by_question = {task.prompt(poem)[0]["content"]: poem for poem in examples}
+
+    def right(prompts):
+        return [by_question[prompt[-1]["content"]].text for prompt in prompts]
+
+    def half(prompts):
+        return [text if i % 2 else "" for i, text in enumerate(right(prompts))]  # empty answers leave the history
+
+    assistant = Scripted(right, half, right, right, right, lambda prompts: ["再见！"] * len(prompts))
+    shares = task.later_turns(assistant, examples, [poem.text for poem in examples])
+    n = len(examples)
+    kept = [n, n, n // 2, n, n, n]
+    assert [shares[f"turn {turn}"] for turn in range(1, 7)] == [Share(count, n) for count in kept]
+    assert shares["talk"].of == n and shares["talk"].count < n
+    first, last = assistant.asked[0][1], assistant.asked[-1][1]
+    assert [message["role"] for message in first] == ["user", "assistant", "user"]
+    assert last[:3] == first and len(last) == 13 and len(assistant.asked[-1][0]) == 11
+    assert len({message["content"] for message in last[:-1:2]}) == 6
+
+
 def test_poems_without_a_held_out_title_are_refused(poems):
     trained = [poem for poem in poems if not poem.held_out]
     with pytest.raises(ValueError, match=f"none of {len(trained)} poems has a title that is held out"):
@@ -209,6 +249,11 @@ def test_the_whole_task(directory, raw_dir, tmp_path, capsys):
     shares = main(args)
     report = json.loads((directory.parent / "poems.json").read_text(encoding="utf8"))
     assert report["model"]["exact"]["of"] == shares["exact"].of == len(report["poems"])
+    n = report["model"]["exact"]["of"]
+    assert all(report["model"][name]["of"] == n for name in ("talk", *(f"turn {turn}" for turn in range(1, 7))))
+    assert sum(name.startswith("demo/") and share["of"] == 10 for name, share in report["model"].items()) == len(
+        EXAMPLES
+    )
     assert report["corpus"]["rhyme"]["of"] > 0 and report["sampling"]["max_new_tokens"] == 12
     text = (directory.parent / "poems.txt").read_bytes().decode()  # untrained, it writes carriage returns, too
     assert all(poem["question"] in text and poem["text"] in text for poem in report["poems"])

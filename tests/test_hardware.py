@@ -119,3 +119,9 @@ def test_compilers_named_in_the_environment_are_the_ones_looked_for(machine, mon
     monkeypatch.setenv("CXX", "my-c++")
     monkeypatch.setenv("CC", "my-cc")
     assert can_compile(CPU) and can_compile(GPU)
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
+    with pytest.raises(ValueError, match=rf"should be auto or one that this machine has \(.*cpu\), found '{name}'"):
+        hardware.choose_device(name)

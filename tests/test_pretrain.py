@@ -17,6 +17,7 @@ from checkpoint.extend import add_tokens
 from cli.args import parse
 from cli.record import file_sha256
 from files import alone_in
+from model_args import ModelArgs
 from tokenizer import load_tokenizer
 
 SHAPE = "--model.dim 32 --model.n_layers 1 --model.n_heads 2 --model.multiple_of 8"
@@ -75,7 +76,10 @@ def test_another_model_to_go_on_from_is_another_run(folder):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--data.seq_len", "300"], r"seq_len 300 is longer than the model's max_seq_len 256"),
+        (
+            ["--data.seq_len", "300", "--model.max_seq_len", "96"],
+            r"seq_len 300 is longer than the model's max_seq_len 96: .*--model\.max_seq_len 300",
+        ),
         (["--data.dir", "nowhere"], r"nowhere.*: no such tokenizer"),
         (["--data.train", "nowhere.bin"], r"nowhere\.bin: no such token bin"),
         (["--data.weights", "1", "2"], r"expected one weight for each of the 1 bins"),
@@ -89,7 +93,7 @@ def test_refused_before_anything_is_written(folder, flags, message):
 
 
 def test_a_model_without_room_for_the_tokenizers_ids_is_refused(folder):
-    small = pretrain.Transformer(pretrain.ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=100))
+    small = pretrain.Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=100))
     pretrain.save_model(folder / "small", small)
     with pytest.raises(ValueError, match=r"has 100 embeddings, the data's tokenizer \d+ ids"):
         run(folder, "--init_from", str(folder / "small"))
@@ -129,9 +133,24 @@ def test_a_longer_context_alone_picks_type_and_factor(folder, trained, capsys):
     assert load_model(result["model"]).args.rope_scaling["rope_type"] == "yarn"
 
 
-def test_the_length_that_a_new_model_has_by_default_can_be_asked_for(folder, trained):
+def test_longer_rows_do_not_stretch_a_checkpoint_by_themselves(folder, trained):
+    with pytest.raises(ValueError, match=r"seq_len 100 is longer than .* 32: .*--model\.max_seq_len 100"):
+        go_on(folder, trained, "--data.seq_len", "100")
     result = go_on(folder, trained, "--model.max_seq_len", "256", "--data.seq_len", "100")
     assert load_model(result["model"]).args.max_seq_len == 256
+
+
+def test_the_context_of_a_new_model_is_the_length_of_its_rows(folder):
+    assert load_model(run(folder)["model"]).args.max_seq_len == 16
+    longer = run(folder, "--out", str(folder / "longer"), "--model.max_seq_len", "40")["model"]
+    assert load_model(longer).args.max_seq_len == 40
+
+
+def test_a_run_of_an_earlier_version_keeps_its_context(folder):
+    old = ["--out", str(folder / "old")]
+    run(folder, *old, "--model.max_seq_len", "256")  # what they set by default
+    assert load_model(run(folder, *old, "--train.max_steps", "3")["model"]).args.max_seq_len == 256
+    assert load_model(run(folder, *old, "--train.resume", "never")["model"]).args.max_seq_len == 16
 
 
 def test_new_tokens_get_rows_and_are_saved(folder, trained, capsys):

@@ -234,7 +234,10 @@ def test_damaged_tensors_are_named(made, change, message):
         ({"quant_method": "gptq", "bits": 4, "group_size": "many"}, "group_size"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not read here"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' is not read here"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "only one group of pack-quantized"),
+        (
+            {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {}}},
+            "only pack-quantized and int-quantized",
+        ),
         ("gptq", "should be a mapping"),
     ],
 )

@@ -48,7 +48,7 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
         (["tiny"], "--preset, --stage, --use"),
         (["--preset", "huge"], "presets are base, tiny"),
         (["--preset", "tin"], "presets are base, tiny"),
-        (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat"),
+        (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat, quant"),
         (["--use", "fsdp"], "single or ddp"),
         (["--use", "deepspeed"], "single or ddp"),  # not built yet, so not offered
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
@@ -150,6 +150,20 @@ def test_a_whole_run_ends_in_the_chat_and_a_second_one_only_chats(stubs: StubScr
     assert second.returncode == 0 and stubs.stages_called() == ["chat"]
     assert second.stdout.count("done earlier") == 5
     assert "# == pretrain: done earlier" in stubs.bash("run.sh", "--dry_run").stdout
+
+
+def test_the_model_is_made_in_4_bits_and_chats(stubs: StubScripts) -> None:
+    config = ["--config", "configs/tiny.yaml"]
+    for _ in range(2):  # a named stage runs again
+        answer = stubs.bash("run.sh", "--stage", "quant", "--", "--bits", "3")
+        assert answer.returncode == 0, answer.stderr
+        made, chat = stubs.calls()[-2:]
+        assert made == ["quantize.py", *config, "--bits", "3"]
+        assert chat == ["eval.py", *config, "--model", "out/tiny/quant", "--demo", "true"]
+    stubs.behave(quant="fail")
+    answer = stubs.bash("run.sh", "--stage", "quant")
+    assert answer.returncode == 3 and "stage quant ended with status 3" in answer.stderr
+    assert stubs.calls()[-1][0] == "quantize.py"
 
 
 def test_on_a_terminal_the_chat_is_interactive(stubs: StubScripts) -> None:

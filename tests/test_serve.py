@@ -89,6 +89,10 @@ def test_a_port_in_use_is_told_at_once(tmp_path):
             "the cache of 100000000 rows",
         ),
         (["--model", "no/such", "--port", "0"], "no/such does not exist"),
+        (
+            ["--model", "DIRECTORY", "--port", "0", "--more", "x"],
+            "--more expects NAME=DIRECTORY, each name once, found x",
+        ),
     ],
     ids=str,
 )

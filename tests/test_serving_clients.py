@@ -1,8 +1,10 @@
 """Clients of all kinds: the official one, those that go away, those that should not come in, and too many of them."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
+import random
 import socket
 import threading
 import time
@@ -138,17 +140,23 @@ def test_an_answer_that_runs_out_of_time_says_so(directory):
         assert status == 200 and '"code":"timeout"' in text and text.endswith("data: [DONE]\n\n")
 
 
-def test_a_reader_that_takes_nothing_is_let_go(directory, monkeypatch):
-    monkeypatch.setattr(api_reply, "SECONDS_FOR_READER", 0.3)
-    with served(directory, rows=1) as server:
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            connection.connect(("127.0.0.1", server.port))
-            raw = json.dumps(LONG | {"stream": True, "logprobs": 20}).encode()
-            head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
-            connection.sendall(head.encode() + raw)
-            until(lambda: server.service.metrics.cancelled == 1)
-        assert server.ask(TEXT, SHORT)[0] == 200
+def test_a_reader_that_takes_nothing_is_let_go(server, monkeypatch):
+    monkeypatch.setattr(api_reply, "SECONDS_FOR_READER", 0.2)
+    service, gone = server.service, server.service.metrics.cancelled
+    request = api.CompletionRequest(**LONG, stream=True)
+
+    async def never(*message: dict) -> None:
+        if not message or message[0]["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def reply() -> None:
+        made = api_reply.CompletionReply(service, request, service.completion(request), TEXT)
+        made.submit()
+        await made({}, never, never)
+
+    asyncio.run_coroutine_threadsafe(reply(), service.engine._loop).result(30)
+    server.wait_until_idle()
+    assert service.metrics.cancelled == gone + 1
 
 
 def test_bodies_that_do_not_come_or_are_too_large(server, monkeypatch):
@@ -164,6 +172,25 @@ def test_bodies_that_do_not_come_or_are_too_large(server, monkeypatch):
             connection.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode())
             assert connection.recv(100).split()[1] == status
     assert server.error(TEXT, b" " * (1 << 20) + b"{}")[0] == 413
+
+
+VALUES = (None, True, 0, -1, 10**30, 0.5, "", "月", "<|end|>", "\ud800", {}, [], [None], {"type": "text"}, {"9": 1})
+
+
+def test_any_value_of_any_field_is_an_answer_or_a_refusal(server):
+    draw = random.Random(0)
+    chat = {"messages": [{"role": "user", "content": "月"}], "max_tokens": 2}
+    bodies = {CHAT: chat, TEXT: {"prompt": "月", "max_tokens": 2}, "/tokenize": {"prompt": "月"}, "/detokenize": {}}
+    kinds = (api.ChatRequest, api.CompletionRequest, api.TokenizeRequest, api.DetokenizeRequest)
+    for path, kind in zip(bodies, kinds):
+        for field in kind.model_fields:
+            for value in draw.sample(VALUES, 4):
+                status, _, answer = server.ask(path, bodies[path] | {field: value})
+                assert status in (200, 400, 404) and (status == 200 or set(answer) == {"error"}), (field, value)
+    for key in ("role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content"):
+        for value in VALUES:
+            messages = [*chat["messages"], {"role": "assistant", "content": "好", key: value}, *chat["messages"]]
+            assert server.ask(CHAT, chat | {"messages": messages})[0] in (200, 400)
 
 
 def test_many_requests_some_of_them_bad_and_idle_connections(directory):
@@ -189,6 +216,23 @@ def test_many_requests_some_of_them_bad_and_idle_connections(directory):
         server.wait_until_idle()
         assert server.service.engine.rows.free == 4
     until(lambda: threading.active_count() <= threads + 1)
+
+
+# ---- several models
+
+
+def test_clients_choose_a_model_by_its_name(directory, tmp_path):
+    other = save_chat_model(tmp_path, max_seq_len=100, dim=48)
+    with served(directory, more={"other": other}) as server:
+        assert [card["id"] for card in server.ask("/v1/models")[2]["data"]] == ["tiny", "other"]
+        assert server.ask("/v1/models/other")[2]["max_model_len"] == 100
+        first, second, third = (
+            server.ask(TEXT, SHORT | body)[2] for body in ({}, {"model": "tiny"}, {"model": "other"})
+        )
+        assert first["choices"] == second["choices"] != third["choices"] and third["model"] == "other"
+        assert server.error(TEXT, SHORT | {"model": "x"}) == (404, "there is no model 'x' here: there is tiny, other")
+        assert server.ask("/tokenizer_info?model=other")[2]["model_max_length"] == 100
+        assert "little_llama_rows 8" in server.ask("/metrics")[2]
 
 
 # ---- who may come in

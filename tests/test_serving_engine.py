@@ -58,9 +58,10 @@ def test_a_job_whose_time_is_over_leaves_from_the_queue_and_from_its_row(monkeyp
         await over(late)
         assert isinstance(late.error, TimeoutError) and "before its turn came" in str(late.error)
         assert not running.over and not late.tokens
-        late = job([4], params=long, deadline=time.monotonic() + 3.0)
+        await over(running, patient)
+        late = job([4], params=long, deadline=time.monotonic() + 0.5)
         engine.submit([late])
-        await over(running, patient, late)
+        await over(late)
         assert running.ended == patient.ended == "length"
         assert "before its end" in str(late.error) and engine.rows.free == 1
         await asyncio.to_thread(engine.close)

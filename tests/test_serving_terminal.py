@@ -65,6 +65,8 @@ def test_over_a_pipe_only_answers_are_written(monkeypatch, capsys):
 def test_quit_ends_it(monkeypatch):
     echo = Echo()
     assert talk(monkeypatch, echo, "one", "/quit", "two")[0] == 1 and echo.asked == [("one", 0.7)]
+    for word in ("exit", "quit", "/exit"):
+        assert talk(monkeypatch, Echo(), word, "two")[0] == 0
 
 
 def test_interrupts_on_a_terminal(monkeypatch, capsys):

@@ -253,11 +253,11 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
-    unigram = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    whole = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     words = tokenizers.Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
     words.decoder = decoders.BPEDecoder()
     for backend, error in (
-        (unigram, "expected a BPE model, found Unigram"),
+        (whole, "expected a BPE or Unigram model, found WordLevel"),
         (words, "expected a decoder ByteLevel, .*, found BPEDecoder"),
     ):
         backend.save(str(tmp_path / "tokenizer.json"))
@@ -272,8 +272,8 @@ def test_a_model_that_finds_special_tokens_in_plain_text_is_refused(tmp_path):
 
 
 def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="only SentencePiece models of type BPE"):
-        SentencePieceTokenizer(sp_model(model_type="unigram", vocab_size=90)).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="only SentencePiece models of type BPE or unigram"):
+        SentencePieceTokenizer(sp_model(model_type="char", vocab_size=90)).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -284,3 +284,10 @@ def test_what_cannot_be_encoded_or_decoded(ours, byte_level):
         with pytest.raises(ValueError, match="0 or more, found -1"):
             tokenizer.decode([-1])
         assert tokenizer.decode([tokenizer.vocab_size, *tokenizer.encode("a"), 10**6]).strip() == "a"  # padding
+
+
+def test_a_damaged_piece_of_a_model_is_one_sentence():
+    model = sp_model(byte_fallback=True, vocab_size=400)
+    assert model.count(b"<0x99>") == 1
+    with pytest.raises(ValueError, match="is a damaged SentencePiece model"):
+        SentencePieceTokenizer(model.replace(b"<0x99>", b"<0x99."))

@@ -239,7 +239,7 @@ def test_what_cannot_be_saved_is_said_by_trying(ours, byte_level, tmp_path):
     check_saving(ours)
     check_saving(byte_level)
     for changes, message in (
-        ({"model_type": "unigram", "vocab_size": 90}, "only SentencePiece models of type BPE"),
+        ({"model_type": "char", "vocab_size": 90}, "only SentencePiece models of type BPE"),
         ({"treat_whitespace_as_suffix": True}, "only SentencePiece models of type BPE"),
         ({"user_defined_symbols": ["①"], "normalization_rule_name": "nfkc"}, "changes its user-defined piece '①'"),
     ):

@@ -140,3 +140,21 @@ def test_the_row_of_an_evaluation_that_is_done_again_is_removed(tmp_path, pictur
     assert [(r["step"], "loss" in r) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         *((2, True), (2, False), (4, True))
     ]
+
+
+@pytest.mark.parametrize("damage, rows", [(b"", None), (b"7.25", 5), (b"{{", 4)], ids=["none", "a digit", "no JSON"])
+def test_a_damaged_log_is_named_when_the_run_goes_on(tmp_path, pictures, capsys, damage, rows):
+    log = RunLog(tmp_path, 0, 10)
+    for step in range(1, 6):
+        log.write(step, {"loss": step + 0.25})
+    contents = log.contents()
+    log.write(6, {"loss": 1.0})  # after the checkpoint
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"3.25", damage or b"3.25"))
+    again = RunLog(tmp_path, 5, 10)
+    again.compare(contents)
+    again.close()
+    said = capsys.readouterr().err
+    assert (f"metrics.jsonl is damaged: {rows} of its 5 rows up to step 5" in said) == bool(damage)
+    assert again.contents() == contents or damage

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tiny_training_run import quick, rows, toy_data, toy_trainer  # noqa: F401
 
+from training.checksums import check_model
 from training.state import Diverged, TrainState, load_state, rng_state, set_rng_state
 
 NO_GROUPS = [[], []]
@@ -59,13 +60,14 @@ OLD = {  # what older versions wrote under the key "progress"
     **{"skipped": 2, "group_losses": [1.0, 0.5], "group_targets": [2.0, 1.0], "measures": {"margin": 6.0}},
     "metric": "task_mean",
 }
+NEW = {"log"}  # what older versions did not have
 
 
 def test_states_of_older_versions_are_read_and_written_as_they_were():
     state = TrainState(**OLD)
     assert (state.step, state.best, state.metric, state.measures) == (7, 2.5, "task_mean", {"margin": 6.0})
     assert state.averages(["a", "b"]) == {"loss": 0.5, "loss/a": 0.5, "loss/b": 0.5, "margin": 2.0}
-    assert vars(state) == OLD
+    assert vars(state) == OLD | dict.fromkeys(NEW)
     assert TrainState(**{"step": 3}).measures == {}
 
 
@@ -81,7 +83,7 @@ def test_a_run_goes_on_from_a_state_of_an_older_version(tmp_path):
     (tmp_path / "cut" / "last").symlink_to("step_00000004")
     stored = load_state(tmp_path / "cut" / "last")
     assert stored.keys() == {"progress", "optimizer", "rng", "scaler", "identity"}
-    assert stored["progress"].keys() == OLD.keys()
+    assert stored["progress"].keys() == OLD.keys() | NEW
     assert stored["progress"]["targets"] == data.batch(3).n_targets  # one step since the line of step 3
     toy_trainer(tmp_path / "cut", data, max_steps=9, log_interval=3, save_interval=2).fit()
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
@@ -92,3 +94,20 @@ def test_random_generators_go_on_where_they_were():
     expected = torch.rand(3).tolist(), random.random(), random.gauss(0, 1)
     set_rng_state(state, torch.device("cpu"))
     assert (torch.rand(3).tolist(), random.random(), random.gauss(0, 1)) == expected
+
+
+def test_a_model_is_compared_with_its_sums(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=1).fit()
+    model = tmp_path / "run" / "last"
+    check_model(model)
+    config, weights = model / "generation_config.json", model / "model.safetensors"
+    config.write_text("{}\n")
+    check_model(model)
+    assert "generation_config.json is missing or not what was saved" in capsys.readouterr().err
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    check_model(model, most_bytes=8)
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or not what was saved .* copy it again"):
+        check_model(model)
+    (model / "training_state" / "sha256.json").unlink()
+    check_model(model)

@@ -209,7 +209,10 @@ def test_first_lines_of_a_run(tmp_path, capsys):
     optim = OptimArgs(warmup_steps=2 * n)
     toy_trainer(tmp_path / "run", data, optim, epochs=2.0, eval_data=data, eval_interval=n, eval_batches=2).fit()
     said = capsys.readouterr().err
-    assert f"in float32 on 1 CPU process: {2 * n} steps of 6 rows (2 epochs of {n} steps).\n" in said
+    assert (
+        f"in float32 on 1 CPU process:\n{2 * n} steps of {6 * data.seq_len} tokens (2 epochs of {n} steps).\n" in said
+    )
+    assert "compiles" not in said and f"step 1/{2 * n} took " in said
     assert "(mfu below: share of 1,000 GFLOP/s, not measured.)" in said and "torch.compile" not in said
     assert f"The run has {2 * n} steps, and {2 * n} are for warming up" in said
     assert re.search(rf"step {n}: held-out loss \d\.\d{{4}} \(first 2 batches\), best so far\n", said)

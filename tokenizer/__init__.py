@@ -1,7 +1,7 @@
 """Tokenizers: convert text to ids and back, with one interface for all files of vocabularies.
 
-- `.model`: SentencePiece BPE (ours, LLaMA's, ChatGLM2's).
-- `tokenizer.json`: byte-level or SentencePiece-style BPE of the `tokenizers` library (Llama 3, Qwen, SmolLM).
+- `.model`: SentencePiece BPE (ours, LLaMA's, ChatGLM2's) or unigram.
+- `tokenizer.json`: byte-level or SentencePiece-style BPE, or unigram, of the `tokenizers` library (Llama 3, Qwen).
 
 All tokenizers guarantee three things:
 

@@ -12,8 +12,10 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tokenizer.base import SPACE, Tokenizer
+from tokenizer.cutting import steps_of
 from tokenizer.huggingface import HuggingFaceTokenizer
 from tokenizer.sentencepiece_model import SentencePieceTokenizer
+from tokenizer.unigram import check_ids
 
 
 def with_tokens(
@@ -31,10 +33,12 @@ def with_tokens(
         settings = json.loads(path.read_text(encoding="utf8"))
         if not all(token.special for token in tokens):
             prefix_by(settings, prefix)
-        settings["model"]["vocab"] |= {token.content: i for token, i in zip(tokens, ids)}
+        if isinstance(settings["model"]["vocab"], dict):  # a list (unigram) has no place for a gap
+            settings["model"]["vocab"] |= {token.content: i for token, i in zip(tokens, ids)}
         backend = tokenizers.Tokenizer.from_str(json.dumps(settings))
         for token in tokens:  # one by one: the library puts special tokens first
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        check_ids(backend, dict(zip(ids, tokens)))
         path.write_text(backend.to_str(), encoding="utf8")
         config = json.loads(config_path.read_text(encoding="utf8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         for key in ("tokenizer_model_of", "added_tokens_decoder"):  # tokenizer.json says more than the .model beside it
@@ -73,6 +77,7 @@ def prefix_by(settings: dict[str, Any], scheme: str) -> None:
     if prefix:
         kept = [step for step in kept if step["type"] != "Prepend" and step.get("content") != SPACE]
         metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
-        settings["pre_tokenizer"] = metaspace
+        split = [metaspace, *steps_of(settings["pre_tokenizer"], "pretokenizers")]
+        settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split}
     if steps:
         settings["normalizer"]["normalizers"] = kept

@@ -9,6 +9,8 @@ from typing import Any
 
 import tokenizers
 
+from tokenizer.unigram import ids_of_pieces
+
 PART = 2**16  # characters of a part, at least
 LETTERS = "A-Za-z\u4e00-\u9fff"
 STARTS = " ，。、！？；："  # characters that begin a word, or stand alone, in every published vocabulary
@@ -34,7 +36,7 @@ def find_boundary(settings: dict[str, Any], backend: tokenizers.Tokenizer) -> re
     model = settings["model"]
     if any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
         return None
-    vocab = model["vocab"]
+    vocab = ids_of_pieces(model)
     safe = [char for char in STARTS if (splits_before(backend, char) if cuts else begins_pieces(vocab, char))]
     if not safe:
         return None

@@ -17,6 +17,7 @@ from tokenizers import models
 from tokenizer.base import SPECIAL_KEYS, Tokenizer, piece_bytes, strips
 from tokenizer.config import check_id, read_added_tokens, read_config
 from tokenizer.cutting import PART, find_boundary, inner_settings, parts_of
+from tokenizer.unigram import ids_of_pieces, unknown_piece
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -40,12 +41,12 @@ class HuggingFaceTokenizer(Tokenizer):
         for token in settings["added_tokens"]:
             token["special"] = token["special"] or token["content"] in guarded
         self._backend = make_backend(settings, path)
-        if not isinstance(self._backend.model, models.BPE):
-            raise ValueError(f"{path}: expected a BPE model, found {type(self._backend.model).__name__}")
+        if not isinstance(self._backend.model, models.BPE | models.Unigram):
+            raise ValueError(f"{path}: expected a BPE or Unigram model, found {type(self._backend.model).__name__}")
         vocab = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
-        unk = self._config["unk_token"] or self._backend.model.unk_token
+        unk = self._config["unk_token"] or unknown_piece(settings["model"])
         if unk in vocab:
             special[unk] = vocab[unk]
         to_bytes = _bytes_of_decoder(settings, path)
@@ -69,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _add_missing(self, path: Path) -> None:
         """Add the tokens that only the other files in the directory name, as transformers does."""
         settings = read_settings(self._json, path)
-        known = settings["model"]["vocab"].keys() | {token["content"] for token in settings["added_tokens"]}
+        known = ids_of_pieces(settings["model"]).keys() | {token["content"] for token in settings["added_tokens"]}
         beside = read_added_tokens(path.parent, self._config)
         missing = {i: token for i, token in beside.items() if token.content not in known}
         if not missing:
@@ -133,12 +134,11 @@ def read_settings(text: str, path: Path) -> dict[str, Any]:
         model, added = settings["model"], settings.get("added_tokens") or []
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
             raise ValueError("it has no model with a vocab")
-        kind = model.get("type", "BPE") if isinstance(model["vocab"], dict) else "Unigram"
-        if kind != "BPE":
-            raise ValueError(f"expected a BPE model, found {kind}")
+        if model.get("type", "BPE") not in ("BPE", "Unigram"):
+            raise ValueError(f"expected a BPE or Unigram model, found {model['type']}")
         if unnamed := [token for token in added if not isinstance(token["content"], str)]:
             raise ValueError(f"an added token without content: {unnamed[0]!r:.100}")
-        for i in (max(model["vocab"].values(), default=0), *(token["id"] for token in added)):
+        for i in (max(ids_of_pieces(model).values(), default=0), *(token["id"] for token in added)):
             check_id(i, path)
         return settings | {"added_tokens": [{"special": False} | token for token in added]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from tokenizer.base import MARKERS, SPACE, SPECIAL_KEYS, Tokenizer, piece_bytes, strips
 from tokenizer.config import to_plain
+from tokenizer.unigram import check_ids, cut_names, unigram_model
 
 # ChatGLM2 adds five pieces after those of its SentencePiece model. Only the size of the model identifies its file.
 CHATGLM2_PIECES = 64789
@@ -51,7 +52,10 @@ class SentencePieceTokenizer(Tokenizer):
                 proto.pieces[i].piece = token.content
                 if proto.pieces[i].type != ModelProto.SentencePiece.UNKNOWN:
                     proto.pieces[i].type = ModelProto.SentencePiece.CONTROL
-        self._processor = sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        try:
+            self._processor = sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        except RuntimeError as error:  # readable as a message, and no model
+            raise ValueError(f"{name} is a damaged SentencePiece model: {error}") from None
         special = {p.piece: i for i, p in enumerate(proto.pieces) if p.type in (p.CONTROL, p.UNKNOWN)}
         table = [b"" if p.piece in special else piece_bytes(p.piece, p.type == p.BYTE) for p in proto.pieces]
         ids = [None if i < 0 else i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id())]
@@ -134,48 +138,63 @@ def read_model(model: bytes, name: str | Path) -> ModelProto:
 def to_tokenizers(
     proto: ModelProto, special: dict[str, int], added: Mapping[int, AddedToken], legacy: bool
 ) -> tokenizers.Tokenizer:
-    """Convert a SentencePiece BPE model to a tokenizer of the `tokenizers` library with the same ids for every text.
+    """Convert a SentencePiece model to a tokenizer of the `tokenizers` library with the same ids for every text.
 
     special: name -> id of special tokens; added: those of them that have flags of their own; legacy: a text after a
     special token begins with a space, too.
 
-    SentencePiece repeatedly joins the two neighbours whose joined piece has the best score, leftmost first. A merge
-    table does the same if it lists every pair of pieces that join to a piece, sorted by that piece's score.
     (Two differences: with NFKC, the library drops a combining mark after a ligature; SentencePiece keeps it. A text
-    that is nothing but one user-defined piece has no space before it.)
-    Raises ValueError for models that a merge table cannot express: unigram, spaces as suffixes, user-defined pieces
-    that the model's own normalisation changes.
+    that is nothing but one user-defined piece of a BPE model has no space before it.)
+    Raises ValueError for models that the library cannot express: neither BPE nor unigram, spaces as suffixes,
+    user-defined pieces that the model's own normalisation changes.
     """
     spec, norm = proto.trainer_spec, proto.normalizer_spec
-    if spec.model_type != TrainerSpec.BPE or spec.treat_whitespace_as_suffix or not norm.escape_whitespaces:
+    unigram = spec.model_type == TrainerSpec.UNIGRAM
+    kinds = (TrainerSpec.BPE, TrainerSpec.UNIGRAM)
+    if spec.model_type not in kinds or spec.treat_whitespace_as_suffix or not norm.escape_whitespaces:
         raise ValueError(
-            "only SentencePiece models of type BPE, with spaces before words, can be written as a tokenizer.json; "
-            "train a tokenizer with train_tokenizer.py, or with model_type=bpe"
+            "the tokenizer cannot be saved with a model: "
+            "only SentencePiece models of type BPE or unigram, with spaces before words, can be written as a "
+            "tokenizer.json; train a tokenizer with train_tokenizer.py, or with model_type=bpe"
         )
+    tokenizer = tokenizers.Tokenizer(unigram_model(proto) if unigram else bpe_model(proto, special))
+    # never cut, whatever stands beside them; in a unigram model, their score sees to that
+    whole = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]
+    tokenizer.normalizer = normalizers.Sequence(normalizer_steps(norm, [] if unigram else whole, legacy))
+    plain_form = normalizers.Sequence(normalizer_steps(norm, whole, legacy))
+    if changed := [piece for piece in whole if plain_form.normalize_str(piece) != piece]:
+        raise ValueError(f"the model's normalisation changes its user-defined piece {changed[0]!r}: train it without")
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if not legacy:  # a space before the first text, even before another space; the second step writes it as the sign
+        steps.append(pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False))
+        steps.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False))
+    if steps := [*steps, *([cut_names(proto)] if unigram else [])]:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(back + [decoders.Strip(" ", 1, 0)] * norm.add_dummy_prefix)
+    if not unigram:
+        tokenizer.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in whole])
+    # ChatGLM2's five pieces are not in this list: transformers would find "sop" inside the word "philosophy".
+    inside = [piece for piece, i in special.items() if i < len(proto.pieces) and i not in added]
+    plain = [AddedToken(piece, special=True, normalized=False) for piece in inside]
+    tokenizer.add_special_tokens([*plain, *(added[i] for i in sorted(added))])
+    check_ids(tokenizer, added)
+    return tokenizer
+
+
+def bpe_model(proto: ModelProto, special: dict[str, int]) -> models.BPE:
+    """Return the library's model of a SentencePiece BPE model.
+
+    SentencePiece repeatedly joins the two neighbours whose joined piece has the best score, leftmost first. A merge
+    table does the same if it lists every pair of pieces that join to a piece, sorted by that piece's score.
+    """
     score = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
     # merge table: all ways to split each piece into two pieces, best score first
     pairs = [(w[:i], w[i:]) for w in score for i in range(1, len(w)) if w[:i] in score and w[i:] in score]
     pairs.sort(key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0])))
     vocab = {p.piece: i for i, p in enumerate(proto.pieces)} | special
     unk = next(p.piece for p in proto.pieces if p.type == p.UNKNOWN)
-    model = models.BPE(vocab, pairs, unk_token=unk, byte_fallback=spec.byte_fallback, fuse_unk=True)
-    tokenizer = tokenizers.Tokenizer(model)
-    whole = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]  # never cut, whatever stands beside them
-    tokenizer.normalizer = normalizers.Sequence(normalizer_steps(norm, whole, legacy))
-    if changed := [piece for piece in whole if tokenizer.normalizer.normalize_str(piece) != piece]:
-        raise ValueError(f"the model's normalisation changes its user-defined piece {changed[0]!r}: train it without")
-    if not legacy:  # a space before the first text, even before another space; the second step writes it as the sign
-        first = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
-        sign = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, sign])
-    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(back + [decoders.Strip(" ", 1, 0)] * norm.add_dummy_prefix)
-    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in whole])
-    # ChatGLM2's five pieces are not in this list: transformers would find "sop" inside the word "philosophy".
-    inside = [piece for piece, i in special.items() if i < len(proto.pieces) and i not in added]
-    plain = [AddedToken(piece, special=True, normalized=False) for piece in inside]
-    tokenizer.add_special_tokens([*plain, *added.values()])
-    return tokenizer
+    return models.BPE(vocab, pairs, unk_token=unk, byte_fallback=proto.trainer_spec.byte_fallback, fuse_unk=True)
 
 
 def normalizer_steps(norm: NormalizerSpec, whole: list[str], legacy: bool) -> list[normalizers.Normalizer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from attention import Choice
 from cli.flags import ABOVE_0, Needs
@@ -14,23 +14,24 @@ from cli.flags import ABOVE_0, Needs
 class TrainArgs:
     """Training loop."""
 
-    max_steps: int = 0
+    max_steps: Annotated[int, (0, 1000000000000)] = 0
     """number of optimizer steps; 0: as many as `epochs` takes"""
-    epochs: float = 1.0
+    epochs: Annotated[float, (0, 1000000)] = 1.0
     """passes over the data, when max_steps is 0"""
-    micro_batch_size: int = 0
+    micro_batch_size: Annotated[int, (0, 10000000)] = 0
     """rows that a process runs through the model at once (gradients are accumulated over a step); 0: all of its rows"""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, (0, 1e12)] = 1.0
     """largest gradient norm; larger gradients are scaled down to it; 0: no limit"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """dtype of activations and matrix products (parameters stay fp32); auto: bf16 where the hardware has it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on where it can run (it needs a C++ compiler, on a GPU Triton and a C compiler)"""
+    """torch.compile; auto: on where it can run (it needs a C++ compiler, on a GPU Triton and a C compiler) and, on a
+    CPU, where the whole run is long enough to win back the time that it takes"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: a third more work, far less memory"""
     attention: Choice = "auto"
     """attention backend; auto: the fastest one that can run here"""
-    s2_group: int = 0
+    s2_group: Annotated[int, (0, 2147483647)] = 0
     """attend in shifted groups of this many tokens while training (LongLoRA's S2-Attn); 0: full attention"""
     s2_min_len: int = 0
     """use s2_group only for rows of at least this many tokens"""
@@ -40,7 +41,7 @@ class TrainArgs:
     """single: one process; ddp: several, started with torchrun"""
     device: str = "auto"
     """cpu, cuda or mps; auto: cuda, else mps, else cpu"""
-    seed: int = 0
+    seed: Annotated[int, (0, 9223372036854775807)] = 0
     """random seed of the initial weights and of the order of the data"""
     log_interval: int = 20
     """steps between lines of the log"""
@@ -51,9 +52,9 @@ class TrainArgs:
     one with `metric` task_mean or loss/NAME"""
     save_interval: float = 500
     """steps between checkpoints; below 1: a share of an epoch; 0: only the best and the last, which are always saved"""
-    keep: int = 3
+    keep: Annotated[int, (0, 1000000)] = 3
     """number of checkpoints to keep (the best and the last always stay)"""
-    patience: int = 0
+    patience: Annotated[int, (0, 1000000000)] = 0
     """stop after this many evaluations without a new best; 0: never"""
     metric: str = "loss"
     """held-out metric that decides which checkpoint is the best. loss: every token counts the same; bits_per_byte; with
@@ -79,6 +80,10 @@ class TrainArgs:
                 "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "
                 f"found {self.s2_group}"
             )
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the number of steps of the whole run."""
+        return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
 
 
 NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others

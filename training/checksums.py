@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from pathlib import Path
 
+from cli.progress import say
 from cli.record import file_sha256
-from files import write_json
+from files import read_sealed, write_json, write_sealed
 
 SUMS = Path("training_state", "sha256.json")
+MOST_BYTES = 1 << 30  # of a file that is compared each time a model is asked: SHA-256 takes about 2 s a GB
 PROGRESS = Path("training_state", "progress.json")  # it may be newer than the other files, and holds its own sum
 
 
@@ -43,26 +45,47 @@ def damage(directory: Path) -> str | None:
         return f"{', '.join(changed)} is not what was saved (its SHA-256 differs)"
     try:
         read_progress(directory)
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return f"{PROGRESS} is damaged"
     return None
 
 
+def check_model(directory: Path, most_bytes: float = math.inf) -> None:
+    """Compare the files of a model with the sums that were saved with it, where it has some.
+
+    Raises ValueError for weights that differ; says so for other files, which may have been changed by hand. Files of
+    more than `most_bytes` are not read.
+    """
+    if not has_sums(directory):
+        return
+    try:
+        sums = dict(json.loads((directory / SUMS).read_text(encoding="utf8")))
+    except (ValueError, TypeError):
+        say(f"{directory / SUMS} is damaged: the files of the model are not compared with it")
+        return
+    changed = []
+    for name, expected in sums.items():
+        path = directory / name
+        if Path(name).parts[0] != SUMS.parts[0] and not (path.is_file() and path.stat().st_size > most_bytes):
+            changed += [] if path.is_file() and file_sha256(path) == expected else [name]
+    what = "missing or not what was saved (its SHA-256 differs)"
+    if weights := [name for name in changed if Path(name).suffix in (".safetensors", ".bin")]:
+        raise ValueError(
+            f"{directory / weights[0]} is {what}, so it is damaged: copy it again; if you changed it yourself, remove "
+            f"{directory / SUMS}"
+        )
+    if changed:
+        say(f"{directory}: {', '.join(changed)} is {what}: damaged, or changed by hand")
+
+
 def write_progress(directory: Path, progress: dict) -> None:
     """Write the progress of a run into a checkpoint that is on the disk already, in one step."""
-    write_json(directory / PROGRESS, {"progress": progress, "sha256": digest(progress)})
+    write_sealed(directory / PROGRESS, progress)
 
 
 def read_progress(directory: Path) -> dict | None:
     """Return what `write_progress` wrote, None where it was not called. Raises ValueError where it is damaged."""
-    if not (directory / PROGRESS).is_file():
-        return None
-    stored = json.loads((directory / PROGRESS).read_text(encoding="utf8"))
-    if stored["sha256"] != digest(stored["progress"]):
-        raise ValueError(f"{directory / PROGRESS} is damaged: remove it, and the last evaluation is done again")
-    return stored["progress"]
-
-
-def digest(progress: dict) -> str:
-    """Return the hex SHA-256 of the progress of a run."""
-    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
+    try:
+        return read_sealed(directory / PROGRESS)
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it, and the last evaluation is done again") from None

@@ -6,7 +6,9 @@ attention counts every pair of positions, as PaLM (Chowdhery et al. 2022, append
 
 from __future__ import annotations
 
+from dataset import BatchSource
 from model_args import ModelArgs
+from training.args import TrainArgs
 
 
 def train_flops_per_token(args: ModelArgs, seq_len: int) -> float:
@@ -17,3 +19,9 @@ def train_flops_per_token(args: ModelArgs, seq_len: int) -> float:
     block = 2 * args.dim * q_dim + 2 * args.dim * kv_dim + 3 * args.dim * args.hidden_dim
     weights = args.n_layers * block + args.dim * args.vocab_size
     return 6 * weights + 12 * args.n_layers * q_dim * seq_len
+
+
+def run_flops(model: ModelArgs, data: BatchSource, args: TrainArgs) -> float:
+    """Return the operations of a whole run."""
+    tokens = args.steps(data.steps_per_epoch) * data.batch_size * data.seq_len
+    return tokens * train_flops_per_token(model, data.seq_len)

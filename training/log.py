@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -35,18 +36,42 @@ class RunLog:
         if first_step == total_steps and evaluated not in (None, first_step):
             kept = [row for row in kept if row["step"] < first_step or "eval_loss" not in row]
         aside = self.path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.first_step, self.rows, self.sha256 = first_step, 0, hashlib.sha256()
+        self.kept = [json.dumps(row) + "\n" for row in kept]
+        aside.write_text("".join(self.kept))
         aside.replace(self.path)
+        self._count("".join(self.kept), len(kept))
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(directory / "tensorboard", purge_step=first_step + 1)
-        self.progress_bar = Progress("training", "step", total_steps, first_step)
+        self.progress_bar = Progress("training", "step", total_steps, first_step, note_only=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row of `metrics.jsonl`, and the same numbers to TensorBoard."""
         if self.active:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            line = json.dumps({"step": step, **values}) + "\n"
+            self.file.write(line)
+            self._count(line)
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def _count(self, text: str, rows: int = 1) -> None:
+        self.rows += rows
+        self.sha256.update(text.encode())
+
+    def contents(self) -> list | None:
+        """Return the number of rows and their SHA-256, for the checkpoint of this moment."""
+        return [self.rows, self.sha256.hexdigest()] if self.active else None
+
+    def compare(self, contents: list | None) -> None:
+        """Say so when the rows up to the checkpoint of a resumed run are not its `contents`, as after damage."""
+        if not self.active or contents is None or not self.first_step:
+            return
+        rows, sha256 = contents
+        if hashlib.sha256("".join(self.kept[:rows]).encode()).hexdigest() != sha256:
+            say(
+                f"{self.path} is damaged: {len(self.kept)} of its {rows} rows up to step {self.first_step} can be "
+                "read, and not all are what was written. Training does not depend on them, and goes on"
+            )
 
     def say(self, text: str) -> None:
         if self.active:
@@ -57,13 +82,18 @@ class RunLog:
         if self.active:
             self.progress_bar.show(step, " ".join(f"{name} {value}" for name, value in values.items()))
 
+    def draw(self) -> None:
+        """Draw `loss.png` anew."""
+        if self.active:
+            draw_losses({"": self.path}, self.path.with_name("loss.png"))
+
     def close(self) -> None:
         """Draw `loss.png` and close the files."""
         if self.active:
             self.progress_bar.close()
             self.file.close()
             self.board.close()
-            draw_losses({"": self.path}, self.path.with_name("loss.png"))
+            self.draw()
 
 
 class Clock:
@@ -76,13 +106,19 @@ class Clock:
         self.total_steps, self.flops_per_token, self.peak = total_steps, flops_per_token, peak
         self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
 
+    def restart(self, state: TrainState) -> float:
+        """Measure from here on; return the seconds since the last reading."""
+        before = self.time
+        self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+        return self.time - before
+
     def read(self, state: TrainState) -> tuple[float, float, float]:
         """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call."""
         now = time.perf_counter()
         seconds, steps, tokens = now - self.time, state.step - self.step, state.tokens - self.tokens
         self.step, self.tokens, self.time = state.step, state.tokens, now
         rate = tokens / seconds
-        return rate, seconds / steps * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
+        return rate, seconds / max(1, steps) * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
 
 
 def summary(result: dict[str, Any]) -> str:

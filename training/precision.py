@@ -6,10 +6,15 @@ import torch
 
 from attention import backends
 from attention.shifted_sparse import ShiftedSparse
+from dataset import BatchSource
 from hardware import DTYPES, can_compile, has_bfloat16
 from model import Transformer
 from training.args import TrainArgs
+from training.flops import run_flops
 from training.protocols import TrainableModel
+
+# On two cores: what compiling takes, the share of a step that it saves (docs/speed.md), and the rate without it.
+SECONDS_A_LAYER, COMPILED_SAVES, CPU_FLOPS = 10.0, 0.3, 6e10
 
 
 def check_length(seq_len: int, model: TrainableModel) -> None:
@@ -27,14 +32,24 @@ def training_dtype(args: TrainArgs, device: torch.device) -> torch.dtype:
     return DTYPES.get(args.dtype) or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
 
 
-def compiles(args: TrainArgs, device: torch.device) -> bool:
-    """Return whether models are compiled."""
-    return args.compile == "on" or (args.compile == "auto" and can_compile(device))
+def compiles(model: TrainableModel, args: TrainArgs, device: torch.device, data: BatchSource) -> bool:
+    """Return whether a model is compiled to train on `data`.
+
+    The whole run counts, and no measured rate does: a run that goes on decides as it did before, for the same losses.
+    """
+    saved = COMPILED_SAVES * run_flops(model.args, data, args) / CPU_FLOPS
+    pays = device.type != "cpu" or compile_seconds(model) < saved
+    return args.compile == "on" or (args.compile == "auto" and pays and can_compile(device))
 
 
-def prepare(model: TrainableModel, args: TrainArgs, device: torch.device) -> torch.dtype:
+def compile_seconds(model: TrainableModel) -> float:
+    """Return about how long torch.compile takes on two idle CPU cores, in seconds."""
+    return SECONDS_A_LAYER * model.args.n_layers
+
+
+def prepare(model: TrainableModel, args: TrainArgs, device: torch.device, data: BatchSource) -> torch.dtype:
     """Set precision, attention, checkpointing and compilation of a model on its device; return the dtype of its
-    activations. Raises ValueError where the requested attention cannot run here."""
+    activations. data: what it trains on. Raises ValueError where the requested attention cannot run here."""
     torch.set_float32_matmul_precision(args.float32_matmul)
     dtype = training_dtype(args, device)
     backends.check(args.attention, dtype, device, training=True)
@@ -48,6 +63,6 @@ def prepare(model: TrainableModel, args: TrainArgs, device: torch.device) -> tor
     model.train()
     model.compute_dtype = dtype
     model.gradient_checkpointing = args.gradient_checkpointing
-    if compiles(args, device):
+    if compiles(model, args, device, data):
         model.compile()
     return dtype

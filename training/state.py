@@ -39,6 +39,7 @@ class TrainState:
     evals_since_best: int = 0
     evaluated: int = -1  # step of the last evaluation
     skipped: int = 0  # steps in a row, up to the last one, whose gradient was not finite
+    log: list | None = None  # number of rows of metrics.jsonl so far, and their SHA-256; older states have none
     # sums since the last reset
     loss_sum: float = 0.0
     targets: int = 0

@@ -32,7 +32,7 @@ from training.args import TrainArgs
 from training.flops import train_flops_per_token
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
-from training.precision import check_length, compiles, prepare
+from training.precision import check_length, compile_seconds, compiles, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.signals import caught_signals
 from training.state import Checkpoints, Diverged, TrainState
@@ -74,7 +74,7 @@ class Trainer:
             self.eval_batches = batches_on_the_way(args, eval_data, token_bytes is not None, group_names)
             how = {"backend": backend, "micro_batch_size": args.micro_batch_size, "group_names": group_names}
             self.evaluate = partial(evaluate, model, eval_data, token_bytes, **how)
-        self.total_steps = args.max_steps or max(1, math.ceil(args.epochs * data.steps_per_epoch))
+        self.total_steps = args.steps(data.steps_per_epoch)
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
         self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive)
@@ -97,7 +97,7 @@ class Trainer:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return json.loads((self.run / "result.json").read_text())
-        dtype = prepare(self.model, self.args, backend.device)
+        dtype = prepare(self.model, self.args, backend.device, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.checkpoints.resume()
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
@@ -108,7 +108,7 @@ class Trainer:
             return self._stop() if self.stopping else self._finish()
 
     def _train(self) -> None:
-        args, state, epoch = self.args, self.state, self.data.steps_per_epoch
+        args, state, epoch, first = self.args, self.state, self.data.steps_per_epoch, self.state.step + 1
         while not self.finished and not self.stopping:
             norm = self._step()
             if self.adaptive is not None and (values := self.adaptive.after_step(state.step)):
@@ -116,6 +116,8 @@ class Trainer:
             at_end = state.step == self.total_steps
             if is_due(args.log_interval, state.step, epoch) or (at_end and args.log_interval):
                 log_averages(self, norm)
+            if state.step == first and args.log_interval:  # the next line measures without it, for it compiles
+                self.log.say(f"step {first}/{self.total_steps} took {self.clock.restart(state):.0f} s")
             if at_end:
                 return
             if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
@@ -125,7 +127,11 @@ class Trainer:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
             elif is_due(args.save_interval, state.step, epoch):
-                self.checkpoints.save(state)
+                self._save()
+
+    def _save(self, is_best: bool = False) -> None:
+        self.state.log = self.log.contents()
+        self.checkpoints.save(self.state, is_best)
 
     def _step(self) -> float:
         """Do one optimizer step; return the gradient norm before clipping."""
@@ -156,12 +162,13 @@ class Trainer:
         self.log.write(state.step, {f"eval_{name}": value for name, value in metrics.items()})
         is_best = state.judge(metrics[self.args.metric])
         note = f" (first {n_batches} batches)" * (n_batches > 0) + ", best so far" * is_best
+        self.log.draw()
         self.log.say(f"step {state.step}: held-out {format_metrics(metrics)}{note}")
-        self.checkpoints.save(state, is_best)
+        self._save(is_best)
 
     def _stop(self) -> None:
         """Save, and end the process as the signal asks."""
-        self.checkpoints.save(self.state)
+        self._save()
         number = signal.Signals((self.signals or [signal.SIGTERM])[-1])  # perhaps only another rank received it
         self.log.say(f"stopped by {number.name} after step {self.state.step}: saved; the same command goes on")
         raise SystemExit(128 + number)
@@ -171,10 +178,10 @@ class Trainer:
         state, checkpoints = self.state, self.checkpoints
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "model": str(self.run / "last")}
         if self.eval_data is None:
-            checkpoints.save(state, is_best=True)
+            self._save(is_best=True)
         else:
             if state.evaluated != state.step:  # else stopped early, or killed just before the end
-                checkpoints.save(state)  # an error in the evaluation loses nothing
+                self._save()  # an error in the evaluation loses nothing
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
@@ -227,9 +234,9 @@ def log_averages(trainer: Trainer, norm: float) -> None:
     log.write(state.step, averages | {"lr": lr, "grad_norm": norm, "tokens": state.tokens})
     rate, left, mfu = trainer.clock.read(state)
     log.write(state.step, {"tokens_per_second": rate, "mfu": mfu})
-    note = {name.removeprefix("loss/"): f"{value:.4f}" for name, value in averages.items()}
-    note |= {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "tok/s": f"{rate:.0f}"}
-    log.progress(state.step, note | {"mfu": f"{mfu:.0%}", "left": tqdm.format_interval(left)})
+    note = {"left": tqdm.format_interval(left), "tok/s": f"{rate:.0f}"}
+    note |= {name.removeprefix("loss/"): f"{value:.4f}" for name, value in averages.items()}
+    log.progress(state.step, note | {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "mfu": f"{mfu:.0%}"})
 
 
 def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
@@ -237,15 +244,17 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
     log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, evaluated=trainer.state.evaluated)
+    log.compare(trainer.state.log)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(
         f"Training in {str(dtype).removeprefix('torch.')} on {backend.world} {kind} process{'es' * (backend.world > 1)}"
-        f": {steps:,} steps of {data.batch_size:,} rows "
+        f":\n{steps:,} steps of {data.batch_size * data.seq_len:,} tokens "
         f"({steps / data.steps_per_epoch:.3g} epochs of {data.steps_per_epoch:,} steps)."
     )
-    compiled = compiles(trainer.args, backend.device)
-    slow = "torch.compile is on: the first step can take a minute. " if compiled else ""
-    log.say(f"{slow}(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)")
+    if compiles(trainer.model, trainer.args, backend.device, data):
+        seconds = compile_seconds(trainer.model)
+        log.say(f"The first step compiles the model: about {seconds:.0f} s on two idle cores.")
+    log.say(f"(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)")
     if steps <= optim.warmup_steps:
         longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"
         log.say(

@@ -53,9 +53,9 @@ class DataArgs:
     train_on: Literal["all", "last"] = "all"
     """all: train every answer of a conversation; last: only the last one. An answer with "loss": false in its record is
     never trained"""
-    seq_len: int = 128
+    seq_len: Annotated[int, (1, 2147483647)] = 128
     """tokens in one row of a batch; for pairs, in each of the two texts"""
-    batch_size: int = 64
+    batch_size: Annotated[int, (1, 10000000)] = 64
     """rows in one optimizer step, summed over all processes and micro-batches"""
     packing: Packing = "best_fit"
     """best_fit: fill each row with whole samples that cannot see each other; concat: join all samples and cut every
@@ -69,7 +69,7 @@ class DataArgs:
     weights that adapt to how fast each task converges (CoBa). The first four are MFTCoder's cases 1 to 4"""
     weights: tuple[float, ...] = ()
     """one weight for each task, with --data.loss task_token or task_sample; without it all tasks weigh the same"""
-    temperature: float = 1.0
+    temperature: Annotated[float, (1, 1000)] = 1.0
     """above 1, small tasks are repeated: a task of n samples is seen in proportion to n^(1/temperature)"""
     coba_interval: int = 1
     """CoBa: steps between two measurements of the held-out losses, each on one batch, one batch after another"""
@@ -77,7 +77,7 @@ class DataArgs:
     """CoBa: measurements before the weights begin to change"""
     coba_history: int = 200
     """CoBa: number of the last measurements that the slope of a task's loss is fitted to"""
-    coba_tau: float = 5.0
+    coba_tau: Annotated[float, (1e-6, 1000)] = 5.0
     """CoBa: how strongly the weights react when a task diverges"""
 
     def __post_init__(self) -> None:
@@ -126,12 +126,12 @@ def task_names(paths: Sequence[Path]) -> list[str]:
 class PreferenceArgs:
     """Settings of the objectives that learn from pairs of answers."""
 
-    beta: float = 0.1
+    beta: Annotated[float, (1e-6, 1000)] = 0.1
     """DPO: how strongly the model is held near the reference (less lets it move further away); ORPO: weight of the odds
     ratio beside the loss on the chosen answer (lambda in the paper)"""
     label_smoothing: float = 0.0
     """DPO: share of the pairs that are assumed to be labelled the wrong way round (conservative DPO)"""
-    sft_weight: float = 0.0
+    sft_weight: Annotated[float, (0, 1000)] = 0.0
     """DPO: weight of the chosen answer's own loss per token, which keeps that answer from becoming less probable"""
 
     def __post_init__(self) -> None:

@@ -106,7 +106,7 @@ def finished(world: World, rng: random.Random) -> Result:
     name, how = rng.choice(["pretrain, Muon", "LoRA", "DPO"]), rng.choice(HARMS)
     out = world.fresh() / "run"
     shutil.copytree(world.whole(name), out, symlinks=True)
-    path = rng.choice([*out.glob("*.json*"), *out.glob("last/*.safetensors"), *out.glob("best/*.safetensors")])
+    path = rng.choice([*out.glob("*.json"), *out.glob("last/*.safetensors"), *out.glob("best/*.safetensors")])
     what = f"{name}, {path.name}, {how}"
     harm(path, how, rng)
     ended = world.run(f"{TRAININGS[name]} --out {out}")

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from helpers.damage_runs import TRAININGS, Kind, Result, World, computed, difference, tree
-from helpers.forked import Child, Ended
+from helpers.forked import Child, Ended, script
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -139,11 +139,11 @@ def contents_differ(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
 
 def torchrun(world: World, command: str) -> subprocess.Popen:
     """Start a script on two processes."""
-    script, *words = command.split()
+    name, *words = command.split()
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     with (world.folder / "said.txt").open("wb") as said:
         return subprocess.Popen(
-            [*TORCHRUN, str(REPOSITORY / f"{script}.py"), *words, "--train.backend", "ddp"],
+            [*TORCHRUN, str(REPOSITORY / f"{name}.py"), *words, "--train.backend", "ddp"],
             cwd=world.folder, env=environment, stdout=said, stderr=said,
         )  # fmt: skip
 
@@ -195,6 +195,36 @@ def logged(out: Path) -> int:
     from training.log import read_metrics
 
     return max((row["step"] for row in read_metrics(out / "metrics.jsonl")), default=0)
+
+
+# ---- two at once
+
+
+def lock(name: str) -> Callable[[World, random.Random], Result]:
+    """Return a trial that starts a command twice: one of the two is refused, and the other one is not disturbed."""
+
+    def trial(world: World, rng: random.Random) -> Result:
+        expected, seconds = world.training(name) if name in TRAININGS else undisturbed(world, name)
+        folder = world.fresh()
+        command = f"{TRAININGS[name]} --out OUT" if name in TRAININGS else OTHERS[name]
+        command = command.replace("OUT", f"{folder}/out")
+        first = script(command, world.folder, world.folder / "said_first.txt", before=small_batches)
+        time.sleep(0.6 * rng.random() * seconds)
+        second = world.run(command, before=small_batches)
+        ended = first.finish()
+        for each in (ended, second):
+            if each.traceback:
+                return Result("traceback", each.said[-1500:])
+        refused = [each for each in (ended, second) if "another process is at work" in each.said]
+        if any(each.status and each not in refused for each in (ended, second)):
+            return Result("lost", f"{ended.said[-200:]} {second.said[-200:]}")
+        if len(refused) == 2:
+            return Result("lost", "both are refused")
+        found = computed(folder / "out") if name in TRAININGS else tree(folder)
+        wrong = (difference if name in TRAININGS else contents_differ)(expected, found)
+        return Result("silent", wrong) if wrong else Result("held", f"{len(refused)} refused")
+
+    return trial
 
 
 # ---- a full disk
@@ -287,6 +317,9 @@ def kills() -> dict[str, Kind]:
         found[f"kill two: {name}"] = Kind(
             promise + " (training, two processes), and no rank lives on", 6, kill_two(name)
         )
+    for name in ("pretrain, Muon", "DPO", "data_process, one process", "train_tokenizer"):
+        promise_of_lock = "Of two processes in one directory one is refused, and the other one is not disturbed"
+        found[f"lock: {name}"] = Kind(promise_of_lock, 6, lock(name))
     promise = "A full disk is one sentence; with room again, the same command ends with the bytes of an undisturbed run"
     for name in ("pretrain, Muon", "LoRA", "DPO", *OTHERS):
         found[f"full disk: {name}"] = Kind(promise, 10, full_disk(name))

@@ -115,7 +115,7 @@ class World:
 
 def load_libraries() -> None:
     """Import all scripts, so that forked processes need not; leave out what takes half a second in every run."""
-    for name in SCRIPTS:
+    for name in (*SCRIPTS, "torch._dynamo"):  # the latter is what an optimizer imports at its first step
         importlib.import_module(name)
     from training import log, trainer
 

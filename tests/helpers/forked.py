@@ -85,7 +85,8 @@ def _call(function: Callable[[], None], log: Path) -> NoReturn:
         for stream in (1, 2):
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))  # pytest has its own
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # pytest has its own
+        sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")  # as Python opens it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         function()
         status = 0

@@ -26,9 +26,9 @@ SMALL = {  # flags behind those of a command: the later value wins
 JOURNEY = (  # from one's own text to a model that has learnt one's own conversations
     "python train_tokenizer.py --input my_texts/ --out data/mine/tokenizer --vocab_size 8000",
     "python data_process.py --input my_texts/ --tokenizer data/mine/tokenizer --out data/mine",
-    "python pretrain.py --data.dir data/mine --out out/mine/pretrain --train.epochs 3",
+    "python pretrain.py --data.dir data/mine --data.seq_len 256 --out out/mine/pretrain --train.epochs 3",
     "python fine_tuning.py --init_from out/mine/pretrain/best --data my_chats.jsonl"
-    " --out out/mine/sft --train.epochs 3",
+    " --data.seq_len 256 --out out/mine/sft --train.epochs 3",
 )
 EXCHANGES = {
     "江上有什么？": "江上有一只白鹭，飞得很慢。",

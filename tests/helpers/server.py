@@ -25,12 +25,17 @@ class Server:
     """A server in a thread of this process; `service` is what it serves."""
 
     def __init__(
-        self, directory: Path, rows: int = 4, queue: int = 64, timeout: float = 60, most=None, **guard
+        self, directory: Path, rows: int = 4, queue: int = 64, timeout: float = 60, most=None, more=None, **guard
     ) -> None:
-        assistant = load_assistant(directory, torch.device("cpu"), torch.float32)
-        engine = Engine(FixedRows(assistant.model, rows, most=most), queue)
-        self.service = Service("tiny", assistant, engine, DEFAULTS, timeout)
-        app = make_app(self.service, **guard)
+        more = more or {}
+
+        def make(name: str, directory: Path) -> Service:
+            assistant = load_assistant(directory, torch.device("cpu"), torch.float32)
+            engine = Engine(FixedRows(assistant.model, rows, most=most), queue)
+            return Service(name, assistant, engine, DEFAULTS, timeout)
+
+        self.service = make("tiny", directory)
+        app = make_app([self.service, *(make(*pair) for pair in more.items())], **guard)
         self.uvicorn = uvicorn.Server(
             uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=9)
         )

@@ -15,6 +15,7 @@ SCRIPTS = {
     "pretrain.py": ("pretrain", "out/tiny/pretrain/last"),
     "fine_tuning.py": ("sft", "out/tiny/sft/last"),
     "eval.py": ("eval", None),
+    "quantize.py": ("quant", "out/tiny/quant"),
 }
 # variables that the shell scripts read; they are removed, so that those of the caller do not matter
 SWITCHING = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHON", "PIP_FIND_LINKS", "UV_FIND_LINKS", "TORCH_ALLOW_PYPI"}
