@@ -96,6 +96,8 @@ def from_preset(path: Path) -> Source:
     args, data = recipe.model, section.get("data") or {}
     if (vocab_size := read_section(path, "train_tokenizer").get("vocab_size")) and "vocab_size" not in own["model"]:
         args = args.replace(vocab_size=int(vocab_size))
+    if "max_seq_len" not in own["model"] and "seq_len" in data:  # the context of a new model is that of its rows
+        args = args.replace(max_seq_len=int(data["seq_len"]))
     rows = {name: int(data[name]) if name in data else None for name in ("seq_len", "batch_size")}
     return Source(args, str(path), f"--config {path}", recipe=recipe, **rows)
 
