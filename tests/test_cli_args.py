@@ -384,6 +384,7 @@ def test_a_folder_is_closed_to_others_until_the_work_ends_however_it_ends(tmp_pa
             OSError(30, "Read-only file system", "out"),
             "error: no access to out (Read-only file system); choose another place, or change its permissions",
         ),
+        (ValueError("found " + "x" * 10_000), f"error: found {'x' * 594} ... {'x' * 600}"),
         (KeyboardInterrupt(), 130),
         (SystemExit(143), 143),
     ],
