@@ -21,6 +21,7 @@ from torch import nn
 from checkpoint.config_json import longest_text
 from checkpoint.locate import read_config
 from checkpoint.safetensors_files import check_depth, listed, opened, weight_files
+from cli.extras import install_command
 from cli.memory import memory_is_full
 from loss import IGNORE
 
@@ -327,7 +328,7 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
     except ImportError:
         raise ValueError(
             f"{directory} is no model of the LLaMA family, and transformers, which may know it, is not installed: "
-            "pip install 'transformers>=5,<6'"
+            + install_command("transformers")
         ) from None
     config, files = read_config(directory), weight_files(directory)
     check_depth(config, directory)

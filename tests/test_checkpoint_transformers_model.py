@@ -262,7 +262,7 @@ def test_tokens_that_a_flag_adds(tmp_path, spare):
 def test_without_transformers_a_sentence_says_so(tmp_path, monkeypatch):
     directory = directory_of("gpt_neox", tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"no model of the LLaMA family, and transformers.* is not installed: pip"):
+    with pytest.raises(ValueError, match=r"no model of the LLaMA family, and transformers.* is not installed: bash"):
         load_model(directory)
 
 
