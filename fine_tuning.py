@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from cli.args import parse, run
 from cli.flags import check_flags
-from cli.record import file_sha256, record_training, to_plain
+from cli.record import beginning, file_sha256, record_training, to_plain
 from lora.spec import LoraArgs
 from optim.args import OptimArgs
 from training.args import TrainArgs
@@ -66,7 +66,7 @@ import torch
 
 from chat.samples import Samples
 from chat.show import statistics
-from chat.template import ChatTemplate, load_template, template_hash
+from chat.template import ChatTemplate, load_template, set_date, template_hash
 from checkpoint import peft
 from checkpoint.directory import load_weights, load_whole_model, save_adapter, save_model
 from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
@@ -110,6 +110,8 @@ def main(args: Args) -> dict[str, Any]:
         template = load_template(tokenizer, args.data.template)
         tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
         check_saving(tokenizer)
+        began = beginning(args.out, fresh=args.train.resume == "never")
+        set_date(template, began)  # a run that goes on another day has the same ids
         stops = all_stops(template, args.init_from)
         save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
@@ -137,7 +139,7 @@ def main(args: Args) -> dict[str, Any]:
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]
-                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do)
+                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do, began)
                 about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)

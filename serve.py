@@ -8,7 +8,6 @@ curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/jso
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -18,7 +17,8 @@ from typing import Any, Literal
 
 from attention import Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter
-from cli.args import fail, parse, run
+from cli.args import parse, run
+from cli.extras import need
 from cli.memory import check_memory, memory_bytes, size
 from cli.progress import say
 from decoding.params import SamplingParams
@@ -84,8 +84,7 @@ class Args:
 
 if __name__ == "__main__":
     arguments = parse(Args, "serve")  # before torch is loaded: --help and mistakes are answered at once
-    if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
-        fail(f"serve.py needs {' and '.join(missing)}: pip install 'fastapi>=0.115' 'uvicorn>=0.30'")
+    need("serve.py", "serve", "fastapi", "uvicorn")
 
 import torch
 import uvicorn

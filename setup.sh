@@ -2,9 +2,15 @@
 # Make .venv and install the pinned requirements into it. run.sh and test.sh call this script; to call it yourself:
 #
 #   bash setup.sh          packages for training and chatting (requirements.txt)
-#   bash setup.sh --dev    also packages for the test suite (requirements-dev.txt)
+#   bash setup.sh --extra serve --extra eval    also packages that only some commands need; torch stays as it is:
+#     serve          serve.py                                      (requirements-serve.txt, and so on)
+#     bnb            NF4 and FP4: QLoRA, quantize.py, bitsandbytes' files
+#     eval           python -m evaluation.harness, which is lm-evaluation-harness
+#     transformers   models outside the LLaMA family
+#     bench          every script in bench/
+#     dev            the test suite; --dev is short for it
 #
-# A second call returns at once if nothing changed.
+# A second call returns at once if nothing changed. A wrong argument changes nothing.
 # PYTHON=/path/to/python3.12 selects the interpreter; TORCH_ALLOW_PYPI=1 allows PyPI's torch if no CPU build is available.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -100,11 +106,20 @@ install_requirements() {
 }
 
 requirements=(requirements.txt)
-case "${1:-}" in # first, so that a wrong argument changes nothing
-  --dev) requirements+=(requirements-dev.txt) ;;
-  '') ;;
-  *) fail "setup.sh expects --dev or no argument, found $1" ;;
-esac
+while [ $# -gt 0 ]; do # first, so that a wrong argument changes nothing
+  case "$1" in
+    --dev) requirements+=(requirements-dev.txt) ;;
+    --extra)
+      case "${2:-}" in
+        bench | bnb | dev | eval | serve | transformers) requirements+=("requirements-$2.txt") ;;
+        *) fail "--extra expects bench, bnb, dev, eval, serve or transformers, found ${2:-nothing}" ;;
+      esac
+      shift
+      ;;
+    *) fail "setup.sh expects --extra NAME, --dev or no argument, found $1" ;;
+  esac
+  shift
+done
 
 # uv has its own variable for folders of local wheels, separated by commas; pip's are separated by spaces
 if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"; fi
@@ -117,6 +132,6 @@ python_version=$("$py" -c 'import platform; print(platform.python_version())')
 
 for file in "${requirements[@]}"; do
   if up_to_date "$file"; then continue; fi
-  torch_installed || install_torch
+  if [ "$file" = requirements.txt ]; then torch_installed || install_torch; fi
   install_requirements "$file"
 done

@@ -19,11 +19,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import sentencepiece
 import tyro
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))
+from cli.extras import need
+
+need("bench/data_memory.py", "bench", "psutil")
+import psutil
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/decode.py", "bench", "transformers")
+
 from bench.train_speed import SHAPES, peer
 from decoding import cpu_step
 from decoding.feeder import Feeder

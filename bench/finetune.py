@@ -26,11 +26,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/finetune.py", "bench", "psutil", "transformers")
+import psutil
+
 import data_process
 import fine_tuning
 import pretrain

@@ -16,11 +16,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/memory.py", "bench", "psutil", "transformers")
+import psutil
+
 from bench.train_speed import make_step
 from model_args import ModelArgs
 

@@ -30,6 +30,10 @@ import tyro
 from torch.nn.functional import cross_entropy, log_softmax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/quantization.py", "bench", "bitsandbytes")
+
 import quantize
 from checkpoint.directory import load_model, save_model
 from checkpoint.locate import find_model, find_tokenizer

@@ -37,9 +37,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/serve.py", "bench", "fastapi", "uvicorn", "transformers")
+import uvicorn
+
 from bench.train_speed import SHAPES, peer
 from decoding.fixed_rows import FixedRows, Grown
 from decoding.params import SamplingParams

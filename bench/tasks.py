@@ -19,6 +19,10 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/tasks.py", "bench", "psutil", "transformers")
+
 import fine_tuning
 from bench.finetune import UNTRAINED, Job, conversations, placed, run_all
 from lora.adapters import LoraArgs

@@ -24,6 +24,10 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli.extras import need
+
+need("bench/train_speed.py", "bench", "transformers")
+
 from checkpoint import config_json
 from hardware import matmul_rate
 from model import Transformer

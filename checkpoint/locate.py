@@ -9,7 +9,6 @@ This file does not load torch: scripts look for models before they load it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +121,7 @@ def read_stop_ids(directory: Path) -> list[int] | None:
     path = next((directory / n for n in ("generation_config.json", "config.json") if (directory / n).is_file()), None)
     if path is None:
         return None
-    try:
-        stop = json.loads(path.read_text(encoding="utf8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} should be a JSON object: {error}; copy it again or remove it") from None
+    stop = read_json_object(path).get("eos_token_id")
     stop = [stop] if isinstance(stop, int) else stop
     if stop is not None and not (isinstance(stop, list) and all(type(i) is int for i in stop)):
         raise ValueError(f"{path}: eos_token_id should be an id or a list of ids, found {stop!r}")

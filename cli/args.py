@@ -21,6 +21,7 @@ import inspect
 import io
 import itertools
 import os
+import signal
 import sys
 import time
 import traceback
@@ -33,20 +34,46 @@ import tyro
 import yaml
 
 from cli.flags import where_set
-from cli.kinds import explain, readable
+from cli.kinds import explain, readable, shortened
 from cli.memory import full_memory, memory_is_full
 from cli.parent import end_with_parent
 from cli.schema import check_bounds, check_word, flags_of, nearest, nearest_flag, short_names
 
 T = TypeVar("T")
 SECONDS_FOR_RANK_0 = 5.0
+LONGEST = 1200  # characters of a message, which may quote a file
 MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan")
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error on stderr and exit with status 1; every script refuses bad input in this way."""
-    sys.exit(f"error: {message}")
+    """Print an error on stderr and exit with status 1; every script refuses bad input in this way.
+
+    The middle of a very long message is left out.
+    """
+    let_rank_0_speak()
+    sys.exit(f"error: {shortened(message, LONGEST)}")
+
+
+def let_rank_0_speak() -> None:
+    """Under torchrun, wait in the other ranks: rank 0 has most likely failed as well, and torchrun then ends this one.
+
+    On a machine without rank 0, the ranks speak one after the other, so that the first ends the rest.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0 + int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def expect_interrupts() -> None:
+    """End the process with one line at Ctrl-C, until `run` is called: PyTorch takes seconds to load."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def interrupted(*_: object) -> NoReturn:
+    """End the process at once, with the status that a shell gives to Ctrl-C."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
@@ -55,6 +82,8 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     Exits with an error message for an unknown key, a wrong type, a value outside its bounds or that the `__post_init__`
     of a dataclass refuses, or a file that cannot be read.
     """
+    if argv is None:
+        expect_interrupts()
     try:
         words, named, preset = read_words(cls, section, list(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
@@ -138,6 +167,7 @@ def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str
     commands: name of a command -> dataclass of its flags; doc: text that --help prints.
     Exits with an error message when the command is missing or unknown.
     """
+    expect_interrupts()
     words = sys.argv[1:]
     command = words[0] if words else ""
     if command in ("-h", "--help"):
@@ -251,6 +281,8 @@ def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a
     less_memory: what to change where memory is full. Under torchrun the process ends when torchrun does, and one rank
     prints the sentence.
     """
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
     for stream in (sys.stdout, sys.stderr):  # None where it is closed
@@ -261,9 +293,8 @@ def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         full = memory_is_full(error)
         if isinstance(error, (RuntimeError, MemoryError)) and not full:
+            let_rank_0_speak()
             raise  # a mistake of ours keeps its traceback
-        if os.environ.get("RANK", "0") != "0":  # rank 0 has most likely failed as well, and torchrun then ends this one
-            time.sleep(SECONDS_FOR_RANK_0)
         if full:
             fail(full_memory(error, less_memory))
         fail(" ".join(sentence(error).split()))

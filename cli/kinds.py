@@ -71,9 +71,9 @@ def explain(text: str, flags: Iterable[Flag], words: Sequence[str]) -> str:
     return text.partition(" For full helptext")[0]
 
 
-def shortened(text: str) -> str:
-    """Return a text, its middle left out where it is long."""
-    return text if len(text) <= TAIL else f"{text[: TAIL // 2]} ... {text[-TAIL // 2 :]}"
+def shortened(text: str, most: int = TAIL) -> str:
+    """Return a text, its middle left out where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def values_of(name: str, words: Sequence[str]) -> list[str]:

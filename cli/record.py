@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from datetime import datetime
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
@@ -48,11 +50,28 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def record_training(out: Path, section: str, args: Any, inputs: typing.Iterable[Path], step: int, over: bool) -> None:
+def beginning(out: Path, fresh: bool) -> datetime:
+    """Return when the run in `out` began, as its run.json says; now where it does not, or where the run is `fresh`."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if not fresh:
+            return datetime.fromisoformat(json.loads((out / "run.json").read_text(encoding="utf8"))["began"])
+    return datetime.now().replace(microsecond=0)
+
+
+def record_training(
+    out: Path,
+    section: str,
+    args: Any,
+    inputs: typing.Iterable[Path],
+    step: int,
+    over: bool,
+    began: datetime | None = None,
+) -> None:
     """Record a training run that starts (`step` 0) or goes on after `step`; `over`: nothing is left to train.
 
     A setting that changes the losses and differs from the record of the steps so far is told, and kept under `changes`
-    in run.json. Raises ValueError for such a setting where the run is over: it would not be used.
+    in run.json, as is the time at which the run `began`. Raises ValueError for such a setting where the run is over: it
+    would not be used.
     """
     changes = changed_settings(out, section, args) if step else {}
     told = ", ".join(f"--{name} {new} (before: {old})" for name, (old, new) in changes.items())
@@ -72,7 +91,8 @@ def record_training(out: Path, section: str, args: Any, inputs: typing.Iterable[
     if changes:
         say(f"{out} goes on after step {step} with other settings: {told}")
         earlier = [*earlier, {"after_step": step, "settings": changes}]
-    record_run(out, section, args, inputs, {"changes": earlier} if earlier else {})
+    more = {"changes": earlier} if earlier else {}
+    record_run(out, section, args, inputs, more | ({"began": began.isoformat()} if began else {}))
 
 
 def changed_settings(out: Path, section: str, args: Any) -> dict[str, tuple[Any, Any]]:

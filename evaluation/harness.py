@@ -1,4 +1,4 @@
-"""Our models in lm-evaluation-harness (pip install lm-eval==0.4.13), with all of its tasks and options.
+"""Our models in lm-evaluation-harness (bash setup.sh --extra eval), with all of its tasks and options.
 
     python -m evaluation.harness run --model little-llama --model_args pretrained=DIR --tasks hellaswag --batch_size 32
 
@@ -18,6 +18,7 @@ import torch
 
 from checkpoint.extend import set_length
 from checkpoint.locate import find_model
+from cli.extras import need
 from cli.progress import Progress
 from decoding.params import SamplingParams
 from evaluation.likelihood import SHORTEST_PREFIX, Pair, common_prefix, log_likelihoods, windows
@@ -141,11 +142,10 @@ def adapter() -> type:
 
 def main() -> None:
     """Run the command line of lm-evaluation-harness with our models among its own."""
-    try:
-        from lm_eval.__main__ import cli_evaluate
-        from lm_eval.api.registry import register_model
-    except ImportError:
-        raise SystemExit("evaluation.harness needs lm-evaluation-harness: pip install lm-eval==0.4.13") from None
+    need("evaluation.harness", "eval", "lm_eval")
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+
     torch.set_grad_enabled(False)
     register_model(NAME)(adapter())
     cli_evaluate()

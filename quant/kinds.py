@@ -11,12 +11,12 @@ class Kind(NamedTuple):
     double_quant: bool = False
     """whether it can quantize its scales, too"""
     package: str | None = None
-    """what pip has to install for it, as name>=version; None: nothing"""
+    """an optional package that it needs (setup.sh --extra bnb); None: nothing"""
 
 
 KINDS = {  # keys: those of replace.QUANTIZERS
-    "nf4": Kind(double_quant=True, package="bitsandbytes>=0.50"),
-    "fp4": Kind(double_quant=True, package="bitsandbytes>=0.50"),
+    "nf4": Kind(double_quant=True, package="bitsandbytes"),
+    "fp4": Kind(double_quant=True, package="bitsandbytes"),
     "int8": Kind(),
 }
 

@@ -52,8 +52,8 @@ def quantize_base(model: nn.Module, kind: str, double_quant: bool = True) -> Non
 def need_package(kind: str, what: str) -> None:
     """Raise ValueError, whose subject is `what`, where the package of a kind is not installed."""
     package = KINDS[kind].package
-    if package and importlib.util.find_spec(package.partition(">=")[0]) is None:
-        raise ValueError(f"{what} needs a package: pip install '{package}', or choose int8")
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}, which is not installed: bash setup.sh --extra bnb; or choose int8")
 
 
 def kind_of_base(model: nn.Module) -> tuple[str, bool]:

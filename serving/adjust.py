@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cli.extras import install_command
 from decoding.fixed_rows import Adjust
 from decoding.params import Ids
 from serving.api_requests import ApiError, Sampling
@@ -52,7 +53,7 @@ class Grammar:
         try:
             from llguidance import LLMatcher
         except ImportError:
-            message = "response_format needs llguidance on the server's machine: pip install llguidance"
+            message = f"response_format needs llguidance on the server's machine: {install_command('serve')}"
             raise ApiError(400, message, "response_format") from None
         self._matcher = LLMatcher
         self._tokenizer = ll_tokenizer(tokenizer, tuple(sorted(stop_ids)))

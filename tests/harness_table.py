@@ -1,6 +1,6 @@
 """Our benchmarks beside lm-evaluation-harness on the same items, item by item, with the time of each.
 
-python -m tests.harness_table --model DIR --data DIR      needs pip install lm-eval==0.4.13, no network
+python -m tests.harness_table --model DIR --data DIR      needs setup.sh --extra eval, no network
 
 DIR of --data holds ceval/, mmlu/, ... in their published layouts. Rows of the table: task, items, choices that differ,
 largest difference of a log-probability, seconds of the harness's own `hf` model, of our adapter in the harness, and of

@@ -262,7 +262,7 @@ def test_tokens_that_a_flag_adds(tmp_path, spare):
 def test_without_transformers_a_sentence_says_so(tmp_path, monkeypatch):
     directory = directory_of("gpt_neox", tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"no model of the LLaMA family, and transformers.* is not installed: pip"):
+    with pytest.raises(ValueError, match=r"no model of the LLaMA family, and transformers.* is not installed: bash"):
         load_model(directory)
 
 
@@ -272,6 +272,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"missing keys gpt_neox\.layers\.2\.\S+, .* and \d+ more"):
+        load_model(directory)
+    path.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 7}}))
+    with pytest.raises(ValueError, match=r"the model that its config\.json describes cannot compute: "):
         load_model(directory)
     path.write_text(json.dumps(config | {"model_type": "nobody_knows"}))
     with pytest.raises(ValueError, match=r"transformers cannot load .* as a causal language model: "):

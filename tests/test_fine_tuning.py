@@ -213,3 +213,19 @@ def test_a_run_goes_on_only_with_the_records_it_began_with(folder):
         run(folder, *settings, "--train.max_steps", "3", "--optim.lr", "0.5")
     with pytest.raises(ValueError, match=r"--init_from .*/best lies in --out .*: choose another --out"):
         run(folder, "--init_from", str(folder / "run"), "--train.resume", "never")
+
+
+def test_a_run_under_a_template_with_the_date_goes_on_another_day(folder):
+    """Llama 3's template writes the date into every prompt: a run keeps that of its first day."""
+    file = folder / "dated.jinja"
+    own = load_template(load_tokenizer(folder / "model")).jinja
+    file.write_text("{{- strftime_now('%d %b %Y') -}}\n" + own)
+    (folder / "run").mkdir()
+    record = folder / "run" / "run.json"
+    record.write_text(json.dumps({"began": "2020-01-02T03:04:05"}))
+    run(folder, "--data.template", str(file))
+    assert json.loads(record.read_text())["began"] == "2020-01-02T03:04:05"
+    assert run(folder, "--data.template", str(file), "--train.max_steps", "3")["steps"] == 3
+    record.write_text("{}")  # without it, today's ids are other ones
+    with pytest.raises(ValueError, match="data"):
+        run(folder, "--data.template", str(file), "--train.max_steps", "3")

@@ -169,7 +169,7 @@ def test_refused(monkeypatch):
         adapters.inject(quantized_model, adapters.LoraSpec(2, pissa=True))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--lora\.base nf4 needs a package: pip install 'bitsandbytes>=0\.50'"):
+    with pytest.raises(ValueError, match=r"--lora\.base nf4 needs bitsandbytes, .*: bash setup\.sh --extra bnb"):
         adapters.quantize_base(our_model(), "nf4")
 
 

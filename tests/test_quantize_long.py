@@ -49,7 +49,7 @@ def test_layers_of_different_widths(folder, tmp_path, form, method):  # noqa: F8
     assert error(mixed) < (0.05 if method == "rtn" else 0.5) * error(plain)  # gptq corrects the weight itself, too
 
 
-def test_compressed_tensors_reads_different_widths(folder, tmp_path):  # noqa: F811
+def test_compressed_tensors_reads_different_widths(folder, tmp_path, capsys):  # noqa: F811
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
     run(folder, tmp_path / "out", method="rtn", format="compressed-tensors", override=MIXED, symmetric=True)
@@ -57,6 +57,9 @@ def test_compressed_tensors_reads_different_widths(folder, tmp_path):  # noqa: F
     tokens = torch.arange(10, 58).view(2, 24)
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "out")(tokens), peer(tokens).logits, atol=1e-4, rtol=0)
+    assert "--symmetric True" not in capsys.readouterr().err
+    run(folder, tmp_path / "zeros", method="rtn", format="compressed-tensors")
+    assert "opens compressed-tensors files only with --symmetric True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

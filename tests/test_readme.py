@@ -123,6 +123,9 @@ def test_run_sh_knows_its_switches_and_the_scripts_what_it_gives_them(
 def test_the_other_commands_name_a_file() -> None:
     others = [shlex.split(command) for command in COMMANDS if command not in RUN_SH + PYTHON]
     assert ["bash", "test.sh"] in others
+    extras = [words for words in others if words[:3] == ["bash", "setup.sh", "--extra"]]
+    assert extras and all((REPOSITORY / f"requirements-{words[3]}.txt").is_file() for words in extras)
+    others = [words for words in others if words not in extras]
     assert [words for words in others if len(words) != 2 or not (REPOSITORY / words[1]).is_file()] == []
 
 

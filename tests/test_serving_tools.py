@@ -155,7 +155,7 @@ def test_a_schema_that_cannot_be_kept_is_refused(server, monkeypatch):
 def test_without_the_package_it_says_what_to_install(server, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     status, message = server.error(CHAT, ASK | {"response_format": {"type": "json_object"}})
-    assert status == 400 and message.endswith("pip install llguidance")
+    assert status == 400 and "bash setup.sh --extra serve" in message
 
 
 def test_an_error_before_a_draw_ends_its_request_alone(server, monkeypatch):

@@ -1,10 +1,13 @@
 """setup.sh with an interpreter that only notes what it is asked to install."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers.stub_scripts import StubScripts, program
+from helpers.stub_scripts import REPOSITORY, StubScripts, program
+
+from cli.extras import need
 
 # Notes what it is asked to install; fails where the file `refuse` holds a part of it; leaves torch's folder behind.
 FAKE_PYTHON = """
@@ -23,6 +26,7 @@ FROM_FOLDER = "--no-deps --no-index torch==2.13.0+cpu"
 FROM_INDEX = "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
 FROM_PYPI = "-c requirements.txt torch==2.13.0,!=2.13.0+cpu"
 PINS = "-r requirements.txt"
+EXTRAS = ["bench", "bnb", "dev", "eval", "serve", "transformers"]
 
 
 class SetUp(StubScripts):
@@ -31,7 +35,8 @@ class SetUp(StubScripts):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         program(self.root / ".venv/bin/python", FAKE_PYTHON)
-        (self.root / "requirements-dev.txt").write_text("pytest==1\n")
+        for name in EXTRAS:
+            (self.root / f"requirements-{name}.txt").write_text(f"{name}==1\n")
         self.refuse()
 
     def refuse(self, *parts: str) -> None:
@@ -106,3 +111,60 @@ def test_setup_refuses_an_interpreter_that_will_not_do(set_up: SetUp, python: st
     assert set_up.installs(status=1, PYTHON="python3.99") == []
     assert expected in set_up.answer.stderr and "python3.99" in set_up.answer.stderr
     assert set_up.answer.stderr.startswith("error: ") and set_up.answer.stderr.count("\n") == 1
+
+
+def test_an_extra_is_installed_once_and_torch_stays(set_up: SetUp) -> None:
+    assert set_up.installs("--extra", "serve") == [FROM_FOLDER, PINS, "-r requirements-serve.txt"]
+    shutil.rmtree(set_up.root / ".venv/lib")  # as if another torch had been installed by hand
+    assert set_up.installs("--extra", "eval", "--extra", "serve") == ["-r requirements-eval.txt"]
+    assert set_up.installs("--extra", "dev") == ["-r requirements-dev.txt"]
+    assert set_up.installs("--dev") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--extra", "server"], "--extra expects bench, bnb, dev, eval, serve or transformers, found server"),
+        (["--extra", "autogptq"], "found autogptq"),
+        (["--extra"], "found nothing"),
+        (["--extra", "bnb", "serve"], "setup.sh expects --extra NAME, --dev or no argument, found serve"),
+    ],
+)
+def test_a_wrong_argument_makes_and_removes_nothing(set_up: SetUp, words: list[str], expected: str) -> None:
+    program(set_up.root / ".venv/bin/python", "exit 1")  # an interpreter that setup.sh would replace
+    before = sorted(set_up.root.rglob("*"))
+    assert set_up.installs(*words, status=1) == [] and sorted(set_up.root.rglob("*")) == before
+    assert set_up.answer.stderr.rstrip().endswith(expected) and set_up.answer.stderr.count("\n") == 1
+    shutil.rmtree(set_up.root / ".venv")
+    assert set_up.installs(*words, status=1) == [] and not (set_up.root / ".venv").exists()
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Return the lines of a file of pins for each package that it names."""
+    found: dict[str, set[str]] = {}
+    for line in (REPOSITORY / name).read_text().splitlines():
+        if "==" in line and not line.startswith("#"):
+            found.setdefault(line.split("==")[0], set()).add(line)
+    return found
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_pins_of_an_extra_are_those_of_the_tests_and_hold_what_pyproject_names(extra: str) -> None:
+    assert extra in (REPOSITORY / "setup.sh").read_text().split("# A second call")[0]
+    own, tested = pins(f"requirements-{extra}.txt"), pins("requirements-dev.txt") | pins("requirements.txt")
+    assert {name: tested[name] for name in own.keys() & tested.keys()} == {
+        name: own[name] for name in own.keys() & tested.keys()
+    }
+    (line,) = re.findall(rf"^{extra} = \[(.*)\]", (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    assert {re.split("[>=]", name)[0] for name in re.findall('"(.*?)"', line)} <= own.keys()
+    assert not any(re.match(r"torch|nvidia|triton", name) for name in own)
+
+
+def test_a_script_names_the_command_that_installs_what_it_misses() -> None:
+    need("x.py", "serve", "json")
+    with pytest.raises(SystemExit) as stop:
+        need("x.py", "serve", "json", "no_such_package", "no_other")
+    assert stop.value.code == (
+        "error: x.py needs no_such_package and no_other, which are not installed: bash setup.sh --extra serve "
+        "(outside .venv: pip install -r requirements-serve.txt)"
+    )

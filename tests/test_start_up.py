@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = (
-    *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve"),
+    *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan"),
     *("convert merge", "convert tokens"),
 )
 # Runs a script with its own --help, and tells on stderr whether torch was loaded.
@@ -82,3 +83,14 @@ def test_at_a_terminal_the_first_word_comes_before_torch(tmp_path, environment, 
     said = os.read(here, 10_000) if terminal else done.stderr
     os.close(here)
     assert (done.returncode, said.decode().splitlines()) == (3, lines)
+
+
+def test_ctrl_c_while_torch_is_loaded_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(30)\n")
+    words = [sys.executable, str(REPOSITORY / "eval.py"), "--model", str(tmp_path), "--prompt", "x"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "interrupted\n")

@@ -250,6 +250,9 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
             load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": "\xff"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not UTF-8 text"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         load_tokenizer(tmp_path)

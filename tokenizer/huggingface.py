@@ -24,7 +24,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a `tokenizer.json`, with bos, eos and pad from the `tokenizer_config.json` beside it."""
 
     def __init__(self, path: Path) -> None:
-        self._json = path.read_text(encoding="utf8")
+        self._json = read_text(path)
         self._config = read_config(path.parent)
         model = path.with_name("tokenizer.model")
         self._model = model.read_bytes() if model.is_file() else None  # only copied by `save`, for llama.cpp and others
@@ -125,6 +125,14 @@ class HuggingFaceTokenizer(Tokenizer):
         files = {"tokenizer.json": self._json.encode()} | ({"tokenizer.model": self._model} if self._model else {})
         # Other classes of transformers build their own pre-tokenizer; this one takes tokenizer.json as it is.
         return config | {"tokenizer_class": "PreTrainedTokenizerFast"}, files
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; ValueError names one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def read_settings(text: str, path: Path) -> dict[str, Any]:
