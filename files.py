@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+MOST_DIGITS = 300  # of a whole number in the JSON files of others
+
 # ---- directories
 
 
@@ -114,12 +116,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file that somebody else may have written; ValueError names the file otherwise."""
     try:
-        content = json.loads(path.read_text(encoding="utf8"))
+        content = json.loads(path.read_text(encoding="utf8"), parse_int=whole_number)
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested deeper than Python reads
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold an object, found {type(content).__name__}")
     return content
+
+
+def whole_number(digits: str) -> int:
+    """Return the number of a text of digits; ValueError for one that no float holds, with which nothing can compute."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits, {digits[:20]}...")
+    return int(digits)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

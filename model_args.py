@@ -64,6 +64,8 @@ class ModelArgs:
                 raise ValueError(f"{name} must be at least 1, found {value}")
         if not 0 <= self.norm_eps <= 1:
             raise ValueError(f"norm_eps should be a number from 0 to 1, found {self.norm_eps}")
+        if self.ffn_dim_multiplier is not None and not 0.001 <= self.ffn_dim_multiplier <= 1000:
+            raise ValueError(f"ffn_dim_multiplier should be from 0.001 to 1000, found {self.ffn_dim_multiplier}")
         if self.n_layers > MOST_LAYERS:
             raise ValueError(f"n_layers should be at most {MOST_LAYERS:,}, found {self.n_layers}")
         if self.n_kv_heads is None:
@@ -80,7 +82,7 @@ class ModelArgs:
             raise ValueError(f"head_dim {self.head_dim} is odd; the rotary encoding turns pairs of dimensions")
         if self.hidden_dim is None:
             # Of SwiGLU's three matrices, 8/3 dim makes as many weights as 4 dim does of the two of an older MLP.
-            width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
+            width = int((self.ffn_dim_multiplier or 1) * (8 * self.dim // 3))
             object.__setattr__(self, "hidden_dim", self.multiple_of * -(-width // self.multiple_of))  # rounded up
         if not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta should be a number above 1, found {self.rope_theta!r}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import rope
 from model_args import ModelArgs
 
 FAMILY = {  # model_type in config.json -> the class that transformers gives it
@@ -169,7 +168,9 @@ def longest_text(config: dict[str, Any], scaling: dict[str, Any] | None) -> int:
     length, own = integer(config, "max_position_embeddings"), integer(config, "max_seq_len", None)
     if own or is_of_ours(config):
         return own or length
-    factor, kind = (scaling or {}).get("factor"), rope.rope_type(scaling)
+    if not scaling:
+        return length
+    factor, kind = scaling.get("factor"), scaling["rope_type"]
     if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope") or not is_above(factor, 1):
         return length
     entries = [config, *(config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))]
@@ -277,6 +278,8 @@ def write_rope(args: ModelArgs) -> dict[str, Any]:
     `dynamic` and `linear`, other programs expect the original window in `max_position_embeddings`; the length that the
     model is made for stands beside it in a key of our own, `max_seq_len`.
     """
+    import rope  # not at the top: it loads torch, which takes seconds, and `read` needs none
+
     scaling = args.rope_scaling and dict(args.rope_scaling)  # a copy, because keys are taken out below
     theta, length = args.rope_theta, {"max_position_embeddings": args.max_seq_len}
     if rope.rope_type(scaling) == "ntk":

@@ -359,7 +359,20 @@ def load_inner(directory: Path, dtype: torch.dtype) -> nn.Module:
     faults = [f"{what.replace('_', ' ')} {listed(sorted(map(str, names)))}" for what, names in info.items() if names]
     if faults:
         raise ValueError(f"{directory} does not fit its config.json: {'; '.join(faults)}")
+    try_it(inner, directory)
     return inner
+
+
+@torch.no_grad()
+def try_it(inner: nn.Module, directory: Path) -> None:
+    """Compute the logits of one token; ValueError where a config.json makes a model that can be built, and not run."""
+    try:
+        inner(input_ids=torch.zeros(1, 1, dtype=torch.long, device=inner.device), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        if memory_is_full(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{directory}: the model that its config.json describes cannot compute: {reason}") from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -104,7 +105,13 @@ def as_switch(word: str, hint: Any) -> str:
 
 
 def check_word(flag: Flag, word: str) -> str:
-    """Return a value as Python writes it; raises ValueError where it names no file although the flag does."""
-    if mentions(flag.hint, Path) and not word.strip(","):
+    """Return a value as Python writes it; raises ValueError where it names no file although the flag does, or holds a
+    character that no text has: half of a surrogate pair, or a byte that is not UTF-8."""
+    names_file = mentions(flag.hint, Path)
+    if names_file and (not word.strip(",") or "\0" in word):
         raise ValueError(f"--{flag.name} should name a file or folder, found {word!r}")
+    try:
+        os.fsencode(word) if names_file else word.encode()  # the name of a file may be any bytes
+    except UnicodeEncodeError:
+        raise ValueError(f"--{flag.name} should be text in UTF-8, found {word!r}") from None
     return as_switch(word, flag.hint)

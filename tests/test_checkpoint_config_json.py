@@ -221,8 +221,8 @@ def test_configs_that_make_no_sense(changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rms_norm_eps": math.nan}, "norm_eps should be a finite number, 0 or more, found nan"),
-        ({"rms_norm_eps": -1e-5}, "norm_eps should be a finite number, 0 or more, found -1e-05"),
+        ({"rms_norm_eps": math.nan}, "norm_eps should be a number from 0 to 1, found nan"),
+        ({"rms_norm_eps": -1e-5}, "norm_eps should be a number from 0 to 1, found -1e-05"),
         ({"num_attention_heads": 0}, "n_heads must be at least 1, found 0"),
         ({"rope_scaling": {"rope_type": 3, "factor": 2.0}}, "the type should be a name, found 3"),
         ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, r"the type should be a name, found \['yarn'\]"),

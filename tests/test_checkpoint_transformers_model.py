@@ -273,6 +273,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"missing keys gpt_neox\.layers\.2\.\S+, .* and \d+ more"):
         load_model(directory)
+    path.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 7}}))
+    with pytest.raises(ValueError, match=r"the model that its config\.json describes cannot compute: "):
+        load_model(directory)
     path.write_text(json.dumps(config | {"model_type": "nobody_knows"}))
     with pytest.raises(ValueError, match=r"transformers cannot load .* as a causal language model: "):
         load_model(directory)

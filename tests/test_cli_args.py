@@ -440,6 +440,7 @@ def test_a_preset_that_is_not_utf8_and_a_section_that_is_a_number_are_named(tmp_
         (pretrain, "--weight_decay 1e6", "--optim.weight_decay should be from 0 to 100, found 1000000.0"),
         (pretrain, f"--seed {2**70}", "--train.seed should be from 0 to 9,223,372,036,854,775,807, found 1180591"),
         (pretrain, "--model.norm_eps 1e30", "norm_eps should be a number from 0 to 1, found 1e+30"),
+        (pretrain, "--model.ffn_dim_multiplier 1e308", "ffn_dim_multiplier should be from 0.001 to 1000, found 1e+308"),
         (pretrain, "--model.n_layers 100000", "n_layers should be at most 10,000, found 100000"),
         (pretrain, "--data.batch_size 1000000000000", "--data.batch_size should be from 1 to 10,000,000"),
         (
@@ -449,6 +450,10 @@ def test_a_preset_that_is_not_utf8_and_a_section_that_is_a_number_are_named(tmp_
         ),
         (pretrain, "--init_from m --vocab_multiple_of 0", "--vocab_multiple_of should be from 1 to 1,048,576, found 0"),
         (fine_tuning, "--data ,", "--data.train should name a file or folder, found ','"),
+        (fine_tuning, "--data", "--data.train should name a file or folder for each task, found nothing"),
+        (fine_tuning, "--init_from a\0b", "--init_from should name a file or folder, found 'a\\x00b'"),
+        (fine_tuning, "--init_from \ud800", "--init_from should be text in UTF-8, found '\\ud800'"),
+        (fine_tuning, "--add_tokens a\udc80", "--add_tokens should be text in UTF-8, found 'a\\udc80'"),
         (fine_tuning, "--init_from=", "--init_from should name a file or folder, found ''"),
         (fine_tuning, "--neftune_alpha -1", "--neftune_alpha should be from 0 to 1,000, found -1.0"),
     ],

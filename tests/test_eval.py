@@ -218,6 +218,7 @@ def test_answers_go_on_where_they_stopped(args, tmp_path, monkeypatch, capsys):
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("[1]", "should hold an object"),
+        ('{"eos_token_id": 1' + "0" * 400 + "}", "is not valid JSON: a number of 401 digits"),
         ('{"eos_token_id": "2"}', "should be an id or a list of ids, found '2'"),
         ('{"eos_token_id": [2, null]}', "should be an id or a list of ids"),
     ],

@@ -35,6 +35,7 @@ def test_a_trial_is_the_same_whenever_it_is_repeated(scratch):
         (lambda: None, "accepted"),
         (lambda: exec("raise ValueError('two\\n lines')"), "sentences"),
         (lambda: {}["a"], "tracebacks"),
+        (lambda: max([]), "tracebacks"),
         (lambda: exec("raise RuntimeError"), "tracebacks"),
         (lambda: sys.exit("error: two\nlines"), "tracebacks"),
         (lambda: sys.exit("error: " + "x" * 2000), "tracebacks"),

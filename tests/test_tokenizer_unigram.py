@@ -147,3 +147,13 @@ def test_a_unigram_tokenizer_json_is_read_unless_texts_reach_its_special_tokens(
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="reads </s> in plain text as special tokens"):
         load_tokenizer(tmp_path)
+
+
+def test_spans_are_those_of_the_text_before_its_normalisation():
+    tokenizer = SentencePieceTokenizer(sp_model(**UNIGRAM, **BYTES))
+    text = "雨停了，  ＡＢ the　雨。"
+    ids, spans = tokenizer.encode_spans(text)
+    assert ids == tokenizer.encode(text) and spans[-1].tolist() == [len(text) - 1, len(text)]
+    written = {tokenizer.id_to_bytes(i).decode(): text[a:b] for i, (a, b) in zip(ids, spans) if b > a and i > 2}
+    assert written[","] == "，" and written["雨"] == "雨" and written["。"] == "。"
+    assert "".join(text[a:b] for a, b in spans) == text

@@ -6,9 +6,13 @@ attention counts every pair of positions, as PaLM (Chowdhery et al. 2022, append
 
 from __future__ import annotations
 
-from dataset import BatchSource
+from typing import TYPE_CHECKING
+
 from model_args import ModelArgs
 from training.args import TrainArgs
+
+if TYPE_CHECKING:  # it loads torch, and a plan needs none
+    from dataset import BatchSource
 
 
 def train_flops_per_token(args: ModelArgs, seq_len: int) -> float:

@@ -87,6 +87,8 @@ class DataArgs:
         if not self.temperature >= 1:
             raise ValueError(f"--data.temperature should be 1 (no upsampling) or more, found {self.temperature}")
         n_tasks, heldout = len(split_paths(self.train)), split_paths(self.heldout)
+        if not n_tasks:
+            raise ValueError("--data.train should name a file or folder for each task, found nothing")
         if self.temperature != 1 and n_tasks == 1:
             raise ValueError("--data.temperature needs several tasks, found one path in --data: remove it")
         if heldout and len(heldout) != n_tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import random
@@ -10,6 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import yaml
@@ -25,8 +27,8 @@ MODEL = ["--model", "chat"]
 BASE_WORDS = {  # flags without which a script has nothing to do
     "train_tokenizer": ["--input", "texts.txt"],
     "data_process": ["--input", "texts.txt", "--tokenizer", "chat"],
-    "pretrain": [],
-    "fine_tuning": ["--init_from", "chat", "--data", "chats.jsonl"],
+    "pretrain": ["--data.dir", "data", "--out", "made"],
+    "fine_tuning": ["--init_from", "chat", "--data", "chats.jsonl", "--out", "made"],
     "eval": [*MODEL, "--prompt", "hi", "--max_new_tokens", "2", "--device", "cpu"],
     "quantize": [*MODEL, "--out", "made", "--method", "rtn", "--group_size", "-1", "--format", "compressed-tensors"],
     "convert merge": [*MODEL, "--adapter", "adapter", "--out", "made"],
@@ -100,40 +102,28 @@ def use(script: str, args: Any) -> Any:
         return module.main(args)
     if script == "eval":
         return module.make_task(args.task, args)
-    return {"pretrain": use_pretrain, "fine_tuning": use_fine_tuning}.get(script, lambda *_: None)(module, args)
+    if script in ("pretrain", "fine_tuning"):
+        return until_training(module, args)
+    return None
 
 
-def use_pretrain(module: Any, args: Any) -> None:
-    """Make the model and what trains it; a large model is only counted."""
-    from tokenizer import load_tokenizer
+class Ready(Exception):
+    """A run has come to its first step."""
 
-    tokenizer = load_tokenizer(Path("chat"))
-    if args.init_from is None:
-        shape = args.model.made(tokenizer.vocab_size, args.data.seq_len)
+
+def until_training(module: Any, args: Any) -> None:
+    """Do all that a training script does before its first step; of a large new model, only count the numbers."""
+    if module.__name__ == "pretrain" and args.init_from is None:
+        shape = args.model.made(1000, args.data.seq_len)
         module.check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
         if shape.n_parameters() > LARGEST or shape.n_layers > 100:
             return
-    use_optimizer(module, module.make_model(args, tokenizer)[0], args)
 
+    def fit(_: Any) -> None:
+        raise Ready
 
-def use_fine_tuning(module: Any, args: Any) -> None:
-    """Make the objective, the adapters and what trains them."""
-    from tokenizer import load_tokenizer
-
-    module.make_objective(args.objective, args.preference)
-    directory = module.model_in(args.init_from)
-    model = module.load_whole_model(directory, to_train=args.lora.method == "none")
-    tokenizer = load_tokenizer(directory)
-    template = module.load_template(tokenizer, args.data.template)
-    module.adapt(model, args, tokenizer, module.all_stops(template, directory), torch.float32)
-    module.read_split(args.data, module.make_objective(args.objective, args.preference).kind, template)
-    use_optimizer(module, model, args)
-
-
-def use_optimizer(module: Any, model: torch.nn.Module, args: Any) -> None:
-    """Choose the device and make the optimizer."""
-    with module.make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16"):
-        module.build_optimizer(model, args.optim)
+    with mock.patch.object(module.Trainer, "fit", fit), contextlib.suppress(Ready):
+        module.main(args)
 
 
 # ---- presets
@@ -206,7 +196,7 @@ def build(folder: Path) -> Path:
     from model_args import ModelArgs
     from tokenizer import load_tokenizer
 
-    (folder / "texts.txt").write_text("the moon above the river\n" * 20)
+    (folder / "texts.txt").write_text("the moon above the river\n\n" * 400)
     (folder / "chats.jsonl").write_text('{"question": "the moon?", "answer": "the river"}\n' * 20)
     (folder / "file").write_text("a file\n")
     (folder / "folder").mkdir()
@@ -223,6 +213,9 @@ def build(folder: Path) -> Path:
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "hidden_size": 32}
     other = GPTNeoXForCausalLM(GPTNeoXConfig(**small, vocab_size=tokenizer.vocab_size, max_position_embeddings=64))
     save_model(folder / "gpt_neox", TransformersModel(other), tokenizer)
+    words = ["--input", "texts.txt", "--tokenizer", "chat", "--out", "data", "--min_chars", "1", "--deduplicate", "no"]
+    data_process = importlib.import_module("data_process")
+    data_process.main(cli_args.parse(data_process.Args, "data_process", [*words, "--processes", "1"]))
     words = ["--model", "chat", "--out", "quantized", *BASE_WORDS["quantize"][4:]]
     quantize = importlib.import_module("quantize")
     quantize.main(cli_args.parse(quantize.Args, "quantize", words))

@@ -1,0 +1,330 @@
+"""Plan a run before it starts: does it fit, how long does it take, what does it cost, what will the loss be.
+
+python plan.py --model configs/small.yaml --gpu 4090
+python plan.py --model llama2-7b --gpu_memory 24                     # will it fit my 24 GB card?
+python plan.py --model llama2-70b --gpu h100 --gpus 24 --per_node 4 --tokens 1e9 --price 2.5
+python plan.py --published True                                      # the formulas against published runs
+python plan.py --run out/tiny/pretrain
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cli.args import parse, run
+from cli.flags import SET, Needs, check_flags
+from files import write_json
+from model_args import ModelArgs
+from planning import cluster, devices, memory, published, runs, scaling, single
+from planning.devices import GIB, Device
+from planning.memory import Step
+from planning.shapes import Source, find_shape, flags_of_shape
+from planning.tables import bars, count, duration, gib, number, some_rows, table
+from training.flops import train_flops_per_token
+
+MANY = "it describes several GPUs; give their number, or remove it"
+NEEDS = (
+    Needs("shape.*", "model", (None,), "a model has its own shape; remove one of the two"),
+    Needs("per_node", "gpus", SET, MANY),
+    Needs("node_link", "gpus", SET, MANY),
+    Needs("batch_size", "gpus", SET, "one process accumulates any number of rows; --rows is that of a micro-batch"),
+    Needs("price", "tokens or run", SET, "an amount needs a number of tokens, or a run"),
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    """Plan a training run, or decoding: memory, time, cost and expected loss. Nothing is built or trained."""
+
+    model: str | None = None
+    """a preset (configs/small.yaml), a model directory, a config.json, or a published name such as llama2-7b; without
+    it, the shape is that of --shape"""
+    shape: ModelArgs = field(default_factory=ModelArgs)
+    gpu: str = ""
+    """GPU from the table of data sheets, such as h100, a100, 4090; default: this machine"""
+    gpu_memory: Annotated[float, (0, 10_000)] = 0
+    """GiB of the device, instead of the table's; 0: as the table or the machine says"""
+    gpu_tflops: Annotated[float, (0, 1e6)] = 0
+    """1e12 dense bfloat16 operations a second, likewise"""
+    gpu_bandwidth: Annotated[float, (0, 1e6)] = 0
+    """GB/s of the device's memory, likewise"""
+    gpu_link: Annotated[float, (0, 1e5)] = 0
+    """GB/s between GPUs of a node in one direction, likewise"""
+    gpus: Annotated[int, (1, 1_000_000)] = 1
+    """number of GPUs; above 1, strategies are ranked"""
+    per_node: Annotated[int, (1, 1024)] = 8
+    """GPUs in a node"""
+    node_link: Annotated[float, (0.001, 1e5)] = 50.0
+    """GB/s between nodes for each GPU in one direction (50: 400 Gbit/s InfiniBand for each)"""
+    seq_len: Annotated[int, (0, 10**8)] = 0
+    """tokens of a row; 0: as the preset says, else the model's context"""
+    rows: Annotated[int, (0, 10**6)] = 0
+    """rows of a micro-batch in the table for one process; 0: as the preset says, else 1"""
+    batch_size: Annotated[int, (0, 10**7)] = 0
+    """rows of an optimizer step over all GPUs; 0: as the preset says, else about 4 M tokens"""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of activations; auto: bf16 on a GPU, and on a CPU that has instructions for it"""
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"
+    """auto: that of the preset, else adamw"""
+    lora_r: Annotated[int, (1, 65536)] = 8
+    """rank of the adapters in the rows on LoRA"""
+    tokens: Annotated[float, (0, 1e18)] = 0
+    """tokens to train on: time, energy and loss are predicted; 0: not"""
+    mfu: Annotated[float, (0.01, 1)] = 0.45
+    """share of the peak that the products of a step reach by themselves; published runs: 0.33 to 0.56"""
+    price: Annotated[float, (0, 1e6)] = 0
+    """price of one GPU for an hour, in any currency; 0: no amounts"""
+    json: Path | None = None
+    """file for all numbers of the plan"""
+    published: bool = False
+    """print published runs beside the formulas, and nothing else"""
+    run: tuple[Path, ...] = ()
+    """directories of training runs: print their speed, time left and cost, and nothing else"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, NEEDS)
+
+
+if __name__ == "__main__":
+    arguments = parse(Args, "plan")
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Print what was asked for; return its numbers."""
+    if args.run:
+        found = [runs.read(path) for path in args.run]
+        print(runs.report(found, args.gpus, args.price or None))
+        result: dict[str, Any] = {"runs": [dataclasses.asdict(each) | {"seconds_left": each.left} for each in found]}
+    elif args.published:
+        print(published.report(args.mfu))
+        result = {"published": [row._asdict() for row in published.rows(args.mfu)]}
+    else:
+        result = plan(args)
+    if args.json is not None:
+        write_json(args.json, result)
+    return result
+
+
+def plan(args: Args) -> dict[str, Any]:
+    """Print a plan, section by section; return its numbers."""
+    source = find_shape(args.model) if args.model else Source(args.shape, "--shape", flags_of_shape(args.shape))
+    device, step = choose_device(args), choose_step(args, source)
+    if step.dtype == "auto":
+        step = replace(step, dtype="bf16" if device.is_gpu or devices.cpu_has_bfloat16() else "fp32")
+    where = choose_cluster(args, source, device, step) if args.gpus > 1 else None  # refused before anything is printed
+    result = describe(source, step.seq_len)
+    result |= plan_many(args, source, where, step) if where else plan_one(args, source, device, step)
+    if args.tokens:
+        result |= expect_loss(source.args, args.tokens, step.seq_len)
+    return result
+
+
+def choose_device(args: Args) -> Device:
+    """Return the device of the flags. Raises ValueError for a name that is not in the table."""
+    own = {
+        "memory": args.gpu_memory * GIB,
+        "peak": args.gpu_tflops * 1e12,
+        "bandwidth": args.gpu_bandwidth * 1e9,
+        "link": args.gpu_link * 1e9,
+    }
+    own = {name: value for name, value in own.items() if value}
+    if args.gpu:
+        return replace(devices.find(args.gpu), **own)
+    if "memory" in own:
+        return replace(Device(f"a GPU of {args.gpu_memory:g} GiB", 0), **own)
+    return replace(devices.this_machine(), **own)
+
+
+def choose_step(args: Args, source: Source) -> Step:
+    """Return the step that the flags, or else the preset, describe."""
+    recipe = source.recipe
+    preset_rows = recipe.train.micro_batch_size or source.batch_size if recipe else None
+    optimizer = recipe.optim.optimizer if recipe else "adamw"
+    seq_len = args.seq_len or source.seq_len or source.args.max_seq_len
+    return Step(
+        rows=args.rows or preset_rows or 1,
+        seq_len=seq_len,
+        dtype=args.dtype,
+        optimizer=optimizer if args.optimizer == "auto" else args.optimizer,
+        checkpointing=bool(recipe and recipe.train.gradient_checkpointing),
+    )
+
+
+# ---- sections
+
+
+def describe(source: Source, seq_len: int) -> dict[str, Any]:
+    """Print and return parameters and operations."""
+    parts, total = memory.parameters(source.args), source.args.n_parameters()
+    flops = train_flops_per_token(source.args, seq_len)
+    shares = [(f"  {name}", f"{n:,}", f"{n / total:.1%}") for name, n in parts.items() if n]
+    print(table((f"{source.name}", f"{total:,}", "parameters"), shares))
+    print(
+        f"operations of training for a token in rows of {seq_len:,}: {flops:.4g} (6 for each weight in a product, "
+        "12 L H D T for attention to all positions; recomputation is not counted)\n"
+    )
+    return {"parameters": parts | {"total": total}, "flops_per_token": flops}
+
+
+def plan_one(args: Args, source: Source, device: Device, step: Step) -> dict[str, Any]:
+    """Print and return what one process on a device needs: to train, to decode."""
+    available = devices.usable(device)
+    print(f"{device.name}: {gib(device.memory)}, of which {gib(available)} are counted on ({devices.SPARE})\n")
+    found = list(single.ways(source.args, step, args.lora_r, available))
+    print(single.table_of_ways(found, available), end="\n\n")
+    parts = memory.training(source.args, step)
+    again = ", blocks recomputed" * step.checkpointing
+    print(
+        f"all weights, {some_rows(step.rows)} of {step.seq_len:,} tokens, {step.dtype}, {step.optimizer}{again}, "
+        "by part:"
+    )
+    print(bars(parts), end="\n\n")
+    decoding = single.decoding(source.args, device, available, step.seq_len)
+    print(single.table_of_decoding(decoding, step.seq_len), end="\n\n")
+    print(single.verdict(found, decoding, available, source.command))
+    result = {"device": dataclasses.asdict(device), "training": [dataclasses.asdict(way) for way in found]}
+    result |= {"parts": parts, "decoding": decoding}
+    if args.tokens:
+        result |= time_and_money(args, device, train_flops_per_token(source.args, step.seq_len), step)
+    return result
+
+
+def time_and_money(args: Args, device: Device, flops: float, step: Step) -> dict[str, Any]:
+    """Print and return the time, energy and cost of --tokens on one device."""
+    if not device.peak:
+        print(f"time: the speed of {device.name} is not known; give --gpu, or --gpu_tflops")
+        return {}
+    seconds = flops * args.tokens / (device.peak * args.mfu)
+    print(f"time: {count(args.tokens)} tokens at {args.mfu:.0%} of the peak take {spent(args, device, seconds)}")
+    return {"seconds": seconds}
+
+
+def spent(args: Args, device: Device, seconds: float) -> str:
+    """Return a time with the GPU-hours, the energy and the cost that it means."""
+    hours = seconds / 3600 * args.gpus
+    texts = [duration(seconds), f"{number(hours)} device-hours"]
+    texts += [f"{number(hours * device.watts / 1000)} kWh at the boards' full power"] if device.watts else []
+    return ", ".join([*texts, f"{number(hours * args.price)} at {args.price:g} an hour"] if args.price else texts)
+
+
+def expect_loss(shape: ModelArgs, tokens: float, seq_len: int) -> dict[str, Any]:
+    """Print and return the loss that the scaling law expects, and the best size for the same operations."""
+    n = shape.n_parameters()
+    flops = 6 * n * tokens
+    low, high = scaling.interval(n, tokens)
+    best_n, best_d = scaling.optimal(flops)
+    least, most = scaling.optimal_range(flops)
+    print(
+        f"loss: {scaling.loss(n, tokens):.2f} nats a token ({low:.2f} to {high:.2f}) after {number(tokens / n)} tokens "
+        f"for each parameter, by the corrected law of Chinchilla (Besiroglu et al. 2024; Hoffmann et al. 2022 give "
+        f"{scaling.loss(n, tokens, scaling.HOFFMANN):.2f}), for their tokenizer and data.\n"
+        f"The best loss for the same {flops:.3g} operations: {count(best_n)} parameters "
+        f"({count(least)} to {count(most)}) and {count(best_d)} tokens, {scaling.loss(best_n, best_d):.2f} nats."
+    )
+    expected = {"nats": scaling.loss(n, tokens), "interval": [low, high]}
+    return {"loss": expected, "optimal": {"parameters": best_n, "range": [least, most], "tokens": best_d}}
+
+
+def plan_many(args: Args, source: Source, where: cluster.Cluster, step: Step) -> dict[str, Any]:
+    """Print and return the strategies for several GPUs, those that fit first."""
+    device = where.device
+    fits, others = cluster.rank(source.args, step, where)
+    nodes = f"{args.gpus} x {device.name}, {min(args.per_node, args.gpus)} in a node"
+    print(
+        f"{nodes}: {gib(device.memory)} each, of which {gib(devices.usable(device))} are counted on ({devices.SPARE})"
+    )
+    print(f"{where.batch_size:,} rows of {where.seq_len:,} tokens in a step; products at {args.mfu:.0%} of the peak\n")
+    if fits:
+        print(table(*strategy_rows(args, fits)), end="\n\n")
+    if others:
+        too_large = ", ".join(f"{each.strategy.label} {gib(each.total)}" for each in others[:6])
+        more = f" and {len(others) - 6} others" if len(others) > 6 else ""
+        print(f"too large, with their smallest need: {too_large}{more}")
+    for line in conclusion(args, source, where, fits, others):
+        print(line)
+    rows = [dataclasses.asdict(each) | {"total": each.total, "fits": each in fits} for each in [*fits, *others]]
+    return {"device": dataclasses.asdict(device), "strategies": rows}
+
+
+def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cluster.Cluster:
+    """Return the cluster of the flags. Raises ValueError for numbers that do not divide, or a device without rates."""
+    if not device.peak:
+        raise ValueError(f"--gpus {args.gpus} needs the speed of {device.name}: give --gpu NAME, or --gpu_tflops")
+    if args.gpus > args.per_node and args.gpus % args.per_node:
+        raise ValueError(
+            f"--gpus {args.gpus} is not a multiple of --per_node {args.per_node}: a node has that many; change one"
+        )
+    default = args.gpus * max(1, round(4e6 / step.seq_len / args.gpus))
+    batch_size = args.batch_size or source.batch_size or default
+    return cluster.Cluster(device, args.gpus, args.per_node, args.node_link * 1e9, args.mfu, step.seq_len, batch_size)
+
+
+def strategy_rows(args: Args, fits: list[cluster.Prediction]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return head and rows of the table of strategies."""
+    head = ("strategy", "rows", "recomputed", "GPU memory", "s a step", "bubble", "sent", "waiting", "MFU", "tokens/s")
+    if args.tokens:
+        head += ("time", "amount") if args.price else ("time",)
+    lines = []
+    for each in fits:
+        line = (each.strategy.label, str(each.rows), "yes" if each.checkpointing else "no", gib(each.total))
+        line += (f"{each.seconds:.3g}", f"{each.bubble:.1%}", gib(each.volume), f"{each.waiting:.3g} s")
+        line += (f"{each.mfu:.1%}", f"{each.tokens_per_second:,.0f}")
+        if args.tokens:
+            seconds = args.tokens / each.tokens_per_second
+            line += (duration(seconds),)
+            line += (f"{seconds / 3600 * args.gpus * args.price:,.0f}",) if args.price else ()
+        lines.append(line)
+    return head, lines
+
+
+def conclusion(
+    args: Args,
+    source: Source,
+    where: cluster.Cluster,
+    fits: list[cluster.Prediction],
+    others: list[cluster.Prediction],
+) -> Iterator[str]:
+    """Yield what follows: the fastest strategy and its price, what runs here, or what is missing."""
+    if not fits:
+        nearest = others[0]
+        missing = gib(nearest.total - devices.usable(where.device))
+        yield (
+            f"Nothing fits: the nearest, {nearest.strategy.label} with {some_rows(nearest.rows)}, needs "
+            f"{gib(nearest.total)}, {missing} more than there are. More --gpus, a shorter --seq_len or "
+            "a larger --gpu helps."
+        )
+        return
+    best = fits[0]
+    if args.tokens:
+        seconds = args.tokens / best.tokens_per_second
+        yield f"fastest, {best.strategy.label}: {count(args.tokens)} tokens take {spent(args, where.device, seconds)}"
+    here = next((each for each in fits if each.strategy.name == "DDP"), None)
+    if best.strategy.name != "DDP":
+        yield f"{best.strategy.label} cannot be run with this repository yet; DDP can."
+    if here is None:
+        needs = [gib(each.total) for each in others if each.strategy.name == "DDP"]
+        why = f"does not fit (it takes {needs[0]})" if needs else f"needs a multiple of {args.gpus} for --batch_size"
+        yield f"DDP, the only strategy for several GPUs that this repository runs, {why}."
+        return
+    yield f"DDP is run by (in each node):\n  {ddp_command(args, source, where, here)}"
+
+
+def ddp_command(args: Args, source: Source, where: cluster.Cluster, here: cluster.Prediction) -> str:
+    """Return the command of DDP for one node, or for each of several nodes."""
+    nodes = -(-args.gpus // args.per_node)
+    several = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
+    flags = f"--data.seq_len {where.seq_len} --data.batch_size {where.batch_size} --train.micro_batch_size {here.rows}"
+    again = " --train.gradient_checkpointing True" * here.checkpointing
+    per_node = min(args.per_node, args.gpus)
+    return (
+        f"torchrun {several}--nproc_per_node {per_node} pretrain.py {source.command} --train.backend ddp {flags}{again}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, arguments)

@@ -1,0 +1,1 @@
+"""Plan a run before it starts: parameters, memory, time, cost and loss by the formulas of docs/planning.md."""

@@ -1,0 +1,242 @@
+"""Many GPUs: what each strategy keeps on a GPU, how long a step takes, and which ones fit.
+
+States of a parameter on a GPU, as large runs keep them: bf16 weight 2 bytes, bf16 gradient 2, and 12 of the optimizer
+(float32 copy and two moments of AdamW). DDP is counted as this repository runs it: the same 16 in float32 (4 + 4 + 8),
+and a bf16 copy of the weights during a step. Messages go around a ring: r - 1 of r parts pass every
+GPU.
+
+The time of a step is compute / (1 - bubble) + the communication that no compute hides:
+    compute      model operations (4/3 of them when blocks are recomputed) / (GPUs x peak x `efficiency`)
+    gradients    hidden behind the backward pass of the last micro-batch (2/3 of its time)
+    shards       gathered (ZeRO-3) behind the compute of every micro-batch
+    tensors      not hidden: the next product waits for the sum
+    stages       not hidden; small
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from model_args import ModelArgs
+from planning.devices import Device, usable
+from planning.memory import Step, logits_block, matrices, saved_by_block, saved_outside, training
+from training.flops import train_flops_per_token
+
+MOST_ROWS = 64  # of a micro-batch
+PCIE = 25e9  # bytes a second between a GPU and the host, for states that are kept there
+HOST = 32e9  # parameters' bytes a second that a CPU's AdamW updates, for one GPU
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs in nodes, and what is trained on them."""
+
+    device: Device
+    gpus: int
+    per_node: int
+    node_link: float
+    """between nodes, bytes a second for each GPU in one direction"""
+    efficiency: float
+    """share of the peak that the products of a step reach by themselves"""
+    seq_len: int
+    batch_size: int
+    """rows of an optimizer step, over all GPUs"""
+
+    def link(self, members: int) -> float:
+        """Return the bytes a second between neighbours in groups of this many GPUs that follow each other."""
+        inside = self.device.link or self.node_link
+        return inside if members <= self.per_node else min(inside, self.node_link)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to divide the work."""
+
+    name: str
+    """DDP, ZeRO-1, ZeRO-2, ZeRO-3 (or FSDP2, which keeps and sends the same) or 3D (tensor x pipeline x data, with
+    ZeRO-1 over data)"""
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    offload: bool = False
+    """whether the optimizer's states are on the host"""
+
+    @property
+    def label(self) -> str:
+        """Name for a table."""
+        sizes = f" TP{self.tensor} PP{self.pipeline} DP{self.data}" if self.name == "3D" else ""
+        same = " (FSDP2)" * (self.name == "ZeRO-3" and not self.offload)
+        return self.name + same + sizes + ", offload" * self.offload
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a strategy takes."""
+
+    strategy: Strategy
+    rows: int
+    """of a micro-batch"""
+    checkpointing: bool
+    memory: dict[str, float]
+    """bytes on the fullest GPU, by part"""
+    seconds: float
+    """of an optimizer step"""
+    bubble: float
+    """share of the step in which a stage waits"""
+    volume: float
+    """bytes that a GPU sends in a step"""
+    waiting: float
+    """seconds of communication that no compute hides"""
+    mfu: float
+    tokens_per_second: float
+
+    @property
+    def total(self) -> float:
+        """Bytes on the fullest GPU."""
+        return sum(self.memory.values())
+
+
+def strategies(args: ModelArgs, cluster: Cluster) -> Iterator[Strategy]:
+    """Yield the strategies whose sizes divide the model and use every GPU."""
+    n = cluster.gpus
+    for name in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        yield Strategy(name, data=n)
+    yield Strategy("ZeRO-2", data=n, offload=True)
+    yield Strategy("ZeRO-3", data=n, offload=True)
+    within = math.gcd(args.n_heads, args.n_kv_heads, args.hidden_dim, cluster.per_node)
+    for tensor in divisors(math.gcd(within, n)):
+        for pipeline in divisors(math.gcd(args.n_layers, n // tensor)):
+            if tensor * pipeline > 1:
+                yield Strategy("3D", tensor, pipeline, n // tensor // pipeline)
+
+
+def divisors(n: int) -> list[int]:
+    """Return the numbers that divide n, in order."""
+    return [each for each in range(1, n + 1) if n % each == 0]
+
+
+# ---- memory
+
+
+def share(args: ModelArgs, strategy: Strategy) -> float:
+    """Return the parameters on the GPU that has most of them, before ZeRO: the first or last stage, its part of TP."""
+    blocks = args.n_parameters() - args.dim - args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
+    tables = args.vocab_size * args.dim * (2 if strategy.pipeline == 1 and not args.tie_embeddings else 1)
+    return (blocks / strategy.pipeline + tables) / strategy.tensor + args.dim
+
+
+def states(args: ModelArgs, strategy: Strategy) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer on a GPU, under any strategy but DDP."""
+    p, n = share(args, strategy), strategy.data
+    stage = {"ZeRO-1": 1, "3D": 1, "ZeRO-2": 2, "ZeRO-3": 3}[strategy.name]
+    sharded = {name: n if stage >= least else 1 for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
+    kept = {name: size * p / sharded[name] for name, size in (("weights", 2), ("gradients", 2), ("optimizer", 12))}
+    if stage == 3:  # two blocks are whole at a time: the present one, and the next that is gathered
+        kept["gathered blocks"] = 2 * 2 * matrices(args) + 2 * args.vocab_size * args.dim
+    if strategy.offload:
+        kept["optimizer"] = 0
+    return kept
+
+
+def activations(args: ModelArgs, strategy: Strategy, step: Step, micro_batches: int) -> dict[str, float]:
+    """Return the bytes of activations and logits on the first or last stage, whichever has more, tensors divided by TP
+    (with sequence parallelism). In 1F1B the first of p stages holds up to p micro-batches at once."""
+    t, p = strategy.tensor, strategy.pipeline
+    layers, in_flight = args.n_layers / p, min(p, micro_batches)
+    inputs = step.itemsize * step.rows * step.seq_len * args.dim
+    block = saved_by_block(args, step)
+    if step.checkpointing:
+        first = (in_flight * layers * inputs + block) / t
+        last = (layers * inputs + block) / t
+    else:
+        first, last = in_flight * layers * block / t, layers * block / t
+    loss = (saved_outside(args, step) + logits_block(args, step)) / t
+    if p == 1:
+        return {"activations": first, "logits and loss": loss}
+    return {"activations": max(first, last + loss)}
+
+
+# ---- time
+
+
+def communication(args: ModelArgs, strategy: Strategy, step: Step, micro_batches: int, cluster: Cluster) -> list[tuple]:
+    """Return (bytes that a GPU sends in a step, bytes a second, what hides them: "last", "all" or "") of each kind."""
+    t, p, n = strategy.tensor, strategy.pipeline, strategy.data
+    ring = (n - 1) / n
+    rate = cluster.link(t * n)
+    gradient = (4 if strategy.name == "DDP" else 2) * share(args, strategy)
+    kinds: list[tuple] = []
+    if strategy.name == "ZeRO-3":  # gather for forward and for backward, reduce gradients: every micro-batch
+        kinds.append((3 * ring * gradient * micro_batches, rate, "all"))
+    else:  # an all-reduce, or reduce-scatter and all-gather of the same size
+        kinds.append((2 * ring * gradient, rate, "last"))
+    hidden = step.itemsize * step.rows * step.seq_len * args.dim
+    if t > 1:  # two sums a block in each direction; recomputation repeats those of the forward pass
+        sums = args.n_layers / p * (6 if step.checkpointing else 4) * micro_batches
+        kinds.append((sums * 2 * (t - 1) / t * hidden, cluster.link(t), ""))
+    if p > 1:
+        kinds.append((2 * hidden / t * micro_batches, cluster.link(cluster.gpus), ""))
+    if strategy.offload:  # gradients to the host, updated weights back
+        kinds.append((4 * share(args, strategy) / n, PCIE, ""))
+    return kinds
+
+
+def predict(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -> Prediction | None:
+    """Return what a strategy takes with these rows of a micro-batch; None where the rows of a step do not divide, or
+    are fewer than the stages."""
+    rows_of_rank, rest = divmod(cluster.batch_size, strategy.data)
+    if rest or rows_of_rank % step.rows or rows_of_rank // step.rows < strategy.pipeline:
+        return None
+    micro_batches = rows_of_rank // step.rows
+    tokens = cluster.batch_size * cluster.seq_len
+    flops = train_flops_per_token(args, cluster.seq_len) * tokens
+    work = flops * (4 / 3 if step.checkpointing else 1)
+    compute = work / (cluster.gpus * cluster.device.peak * cluster.efficiency)
+    hides = {"last": compute / micro_batches * 2 / 3, "all": compute, "": 0.0}
+    kinds = communication(args, strategy, step, micro_batches, cluster)
+    waiting = sum(max(0.0, size / rate - hides[hidden_by]) for size, rate, hidden_by in kinds)
+    if strategy.offload:  # the CPU's AdamW
+        waiting += 4 * share(args, strategy) / strategy.data / HOST
+    bubble = (strategy.pipeline - 1) / (micro_batches + strategy.pipeline - 1)
+    seconds = compute / (1 - bubble) + waiting
+    if strategy.name == "DDP":  # as this repository runs it
+        memory: dict[str, float] = dict(training(args, step))
+    else:
+        memory = states(args, strategy) | activations(args, strategy, step, micro_batches)
+    mfu = flops / seconds / (cluster.gpus * cluster.device.peak)
+    volume = sum(size for size, *_ in kinds)
+    chosen = (strategy, step.rows, step.checkpointing, memory, seconds, bubble, volume, waiting, mfu, tokens / seconds)
+    return Prediction(*chosen)
+
+
+def best_of(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -> Prediction | None:
+    """Return the fastest prediction of a strategy that fits, over micro-batches with and without recomputation; the
+    smallest in memory where none fits; None where no micro-batch divides."""
+    options = []
+    for checkpointing in (False, True):
+        for rows in (2**i for i in range(int(math.log2(MOST_ROWS)) + 1)):
+            option = predict(args, strategy, replace(step, rows=rows, checkpointing=checkpointing), cluster)
+            options += [option] if option else []
+    fitting = [each for each in options if each.total <= usable(cluster.device)]
+    if fitting:  # of equally fast ones that with the most rows: its products are larger
+        return min(fitting, key=lambda each: (round(each.seconds, 6), -each.rows))
+    return min(options, key=lambda each: each.total, default=None)
+
+
+def rank(args: ModelArgs, step: Step, cluster: Cluster) -> tuple[list[Prediction], list[Prediction]]:
+    """Return the strategies that fit, the fastest first, and those that do not, the smallest first.
+
+    Raises ValueError where no strategy can divide the rows of a step.
+    """
+    found = [best_of(args, strategy, step, cluster) for strategy in strategies(args, cluster)]
+    known = [each for each in found if each]
+    if not known:
+        raise ValueError(
+            f"--batch_size {cluster.batch_size} does not divide into --gpus {cluster.gpus} under any strategy: take a "
+            f"multiple, such as {cluster.gpus * max(1, round(cluster.batch_size / cluster.gpus))}"
+        )
+    fits = [each for each in known if each.total <= usable(cluster.device)]
+    others = [each for each in known if each.total > usable(cluster.device)]
+    return sorted(fits, key=lambda each: each.seconds), sorted(others, key=lambda each: each.total)

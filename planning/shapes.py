@@ -1,0 +1,109 @@
+"""Where the shape of a model comes from: a published name, a preset, a config.json, a model directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.locate import model_in, read_config
+from cli.args import as_flags, parse, read_section
+from model_args import ModelArgs
+from optim.args import OptimArgs
+from training.args import TrainArgs
+
+
+def shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, **more: Any) -> ModelArgs:
+    """Return a shape of LLaMA's vocabulary, without tied embeddings unless `more` says otherwise."""
+    defaults = {"vocab_size": 32000, "tie_embeddings": False, "max_seq_len": 4096}
+    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "hidden_dim": hidden_dim}
+    return ModelArgs(**sizes, **defaults | more)
+
+
+LLAMA3 = {"vocab_size": 128256, "max_seq_len": 8192, "rope_theta": 5e5}
+PUBLISHED = {
+    "tinyllama": shape(2048, 22, 32, 4, 5632, max_seq_len=2048),
+    "smollm2-135m": shape(576, 30, 9, 3, 1536, vocab_size=49152, tie_embeddings=True, max_seq_len=8192),
+    "qwen2.5-0.5b": shape(896, 24, 14, 2, 4864, vocab_size=151936, tie_embeddings=True, attention_bias=True),
+    "qwen3-8b": shape(4096, 36, 32, 8, 12288, vocab_size=151936, head_dim=128, qk_norm=True, max_seq_len=40960),
+    "mistral-7b": shape(4096, 32, 32, 8, 14336),
+    "llama2-7b": shape(4096, 32, 32, 32, 11008),
+    "llama2-13b": shape(5120, 40, 40, 40, 13824),
+    "llama2-70b": shape(8192, 80, 64, 8, 28672),
+    "llama3-8b": shape(4096, 32, 32, 8, 14336, **LLAMA3),
+    "llama3-70b": shape(8192, 80, 64, 8, 28672, **LLAMA3),
+    "llama3-405b": shape(16384, 126, 128, 8, 53248, **LLAMA3),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of a preset's section `pretrain` that a plan reads."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A shape, and what its source says of the training."""
+
+    args: ModelArgs
+    name: str
+    command: str
+    """flags that start a training of this model with pretrain.py"""
+    seq_len: int | None = None
+    """tokens of a row; None: not said"""
+    batch_size: int | None = None
+    """rows of an optimizer step"""
+    recipe: Recipe | None = None
+    """the settings of a preset"""
+
+
+def find_shape(source: str) -> Source:
+    """Return the shape of a published name, of a preset (.yaml), of a config.json, or of a model directory.
+
+    Raises ValueError or FileNotFoundError, with the names that are known, for anything else.
+    """
+    path = Path(source)
+    if source.lower() in PUBLISHED and not path.exists():
+        args = PUBLISHED[source.lower()]
+        return Source(args, source.lower(), flags_of_shape(args))
+    if path.suffix in (".yaml", ".yml"):
+        return from_preset(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--model {source} is neither a file or directory here nor a name in the table; expected a model "
+            f"directory, a config.json, a preset such as configs/small.yaml, or one of {', '.join(PUBLISHED)}"
+        )
+    from checkpoint import config_json  # not at the top: it loads torch, which takes seconds
+
+    directory = path.parent if path.name == "config.json" else model_in(path)
+    config = read_config(directory)
+    quantization = config.pop("quantization_config", None)  # its shape is that of the whole weights
+    name = f"{directory}{' (stored quantized)' * bool(quantization)}"
+    return Source(config_json.read(config), name, f"--init_from {directory}")
+
+
+def from_preset(path: Path) -> Source:
+    """Return what the section `pretrain` of a preset says; exits with an error for one that cannot be read."""
+    section = read_section(path, "pretrain")
+    if "model" not in section:
+        raise ValueError(f"{path}: section pretrain has no `model`; expected a preset such as configs/small.yaml")
+    own = {name: values for name, values in section.items() if name in ("model", "optim", "train")}
+    recipe = parse(Recipe, "pretrain", as_flags(Recipe, own, f"{path}: pretrain"))
+    args, data = recipe.model, section.get("data") or {}
+    if (vocab_size := read_section(path, "train_tokenizer").get("vocab_size")) and "vocab_size" not in own["model"]:
+        args = args.replace(vocab_size=int(vocab_size))
+    if "max_seq_len" not in own["model"] and "seq_len" in data:  # the context of a new model is that of its rows
+        args = args.replace(max_seq_len=int(data["seq_len"]))
+    rows = {name: int(data[name]) if name in data else None for name in ("seq_len", "batch_size")}
+    return Source(args, str(path), f"--config {path}", recipe=recipe, **rows)
+
+
+def flags_of_shape(args: ModelArgs) -> str:
+    """Return the --model.* flags that differ from the defaults."""
+    default, skipped = ModelArgs(), ("vocab_size", "head_dim", "multiple_of", "ffn_dim_multiplier")
+    fields = {name: value for name, value in vars(args).items() if name not in skipped and value is not None}
+    return " ".join(f"--model.{name} {value}" for name, value in fields.items() if value != getattr(default, name))

@@ -1,0 +1,144 @@
+"""plan.py from its flags to its tables: sources of a shape, answers, sentences for bad input."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import plan
+from checkpoint import config_json
+from cli.args import parse
+from planning.shapes import PUBLISHED
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run(flags: str) -> dict:
+    return plan.main(parse(plan.Args, "plan", shlex.split(flags)))
+
+
+def test_will_it_fit_my_24_gb_card(capsys):
+    result = run("--model llama2-7b --gpu_memory 24")
+    said = capsys.readouterr().out
+    assert "Adapters can be trained by LoRA, with blocks recomputed" in said and "All weights cannot" in said
+    assert result["parameters"]["total"] == 6_738_415_616
+    fits = {way["name"]: way["most_rows"] > 0 for way in result["training"]}
+    assert not fits["all weights, recomputed"] and fits["QLoRA (nf4), recomputed"] and not fits["QLoRA (nf4)"]
+
+
+def test_a_preset_says_shape_rows_and_optimizer(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    result = run("--model configs/small.yaml --gpu 4090 --tokens 1e9 --price 0.5")
+    assert result["parameters"]["total"] == 55_964_800  # its vocabulary is that of its tokenizer
+    step = result["training"][0]["step"]
+    assert (step["rows"], step["seq_len"], step["optimizer"]) == (32, 1024, "muon")
+    assert result["seconds"] == pytest.approx(result["flops_per_token"] * 1e9 / (165e12 * 0.45))
+
+
+@pytest.mark.parametrize("end", ["", "/config.json"])
+def test_a_model_directory_and_its_config_are_read_without_weights(tmp_path, end):
+    (tmp_path / "config.json").write_text(json.dumps(config_json.write(PUBLISHED["qwen3-8b"])))
+    assert run(f"--model {tmp_path}{end} --gpu h100")["parameters"]["total"] == 8_190_735_360
+
+
+def test_a_shape_comes_from_flags_and_the_numbers_go_to_a_file(tmp_path):
+    path = tmp_path / "plan.json"
+    result = run(f"--shape.dim 64 --shape.n_heads 4 --shape.n_layers 2 --seq_len 64 --json {path}")
+    written = json.loads(path.read_text())
+    assert written["parameters"] == result["parameters"] and written["training"][0]["n_bytes"] > 0
+
+
+def test_only_what_runs_here_gets_a_command(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    run("--model configs/base.yaml --gpu h100 --gpus 16 --tokens 1e10")
+    *_, said = capsys.readouterr().out.partition("DDP is run by")
+    command = next(line for line in said.splitlines() if "torchrun" in line).split()
+    at = command.index("pretrain.py")
+    assert command[:6] == shlex.split("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint")
+    import pretrain
+
+    args = parse(pretrain.Args, "pretrain", command[at + 1 :])
+    assert args.train.backend == "ddp" and args.data.batch_size == 256 and 256 % (16 * args.train.micro_batch_size) == 0
+    run("--model llama2-70b --gpu h100 --gpus 24 --per_node 4")
+    said = capsys.readouterr().out
+    assert "torchrun" not in said and "cannot be run with this repository yet" in said
+
+
+def test_published_runs_agree(capsys):
+    rows = run("--published True")["published"]
+    assert len(rows) > 10 and "TinyLlama" in capsys.readouterr().out
+    for row in rows:
+        assert abs(row["formula"] / row["published"] - 1) < 0.12, row
+        assert row["what"] != "parameters" or row["formula"] == row["published"]
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    for name, rate in (("a", 100.0), ("b", 50.0)):
+        rows = []
+        for step in (10, 20):
+            rows += [{"step": step, "loss": 5.0 - step / 10, "tokens": 1000 * step}]
+            rows += [{"step": step, "tokens_per_second": rate * step / 10, "mfu": 0.25}]
+        rows += [{"step": 20, "eval_loss": 3.5}]
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3')
+        (directory / "config.yaml").write_text("pretrain: {train: {max_steps: 80}}")
+    a, b = run(f"--run {tmp_path}/a {tmp_path}/b --price 36 --gpus 2")["runs"]
+    assert a["seconds"] == pytest.approx(10_000 / 100 + 10_000 / 200) and b["seconds"] == pytest.approx(300)
+    assert a["seconds_left"] == pytest.approx(150 * 60 / 20) and (a["steps"], a["loss"], a["held_out"]) == (
+        80,
+        3.0,
+        3.5,
+    )
+    said = capsys.readouterr().out
+    assert "20 of 80" in said and "25.0%" in said and "3.00" in said  # 150 s of two GPUs at 36 an hour
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--model llama2-7b --gpu h1", "--gpu h1 is not in the table; known are b200, h200, h100"),
+        ("--model nothing", "--model nothing is neither a file or directory here nor a name in the table"),
+        ("--model llama2-7b --gpus 6 --per_node 4 --gpu h100", "--gpus 6 is not a multiple of --per_node 4"),
+        ("--model llama2-7b --gpus 8 --gpu_memory 80", "--gpus 8 needs the speed of a GPU of 80 GiB"),
+        ("--model tinyllama --gpus 7 --gpu h100 --batch_size 3", "--batch_size 3 does not divide into --gpus 7"),
+        ("--run out/nothing", "--run out/nothing has no metrics.jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, capsys):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        run(flags)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--model llama2-7b --shape.n_layers 2", "--shape.n_layers 2 does not go with --model llama2-7b"),
+        ("--per_node 4", "--per_node 4 needs --gpus"),
+        ("--price 2", "--price 2.0 needs --tokens or --run"),
+        ("--mfu 2", "--mfu should be from 0.01 to 1"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        run(flags)
+
+
+def test_a_cluster_that_nothing_fits_names_the_nearest(capsys):
+    run("--model llama3-405b --gpu 4090 --gpus 8")
+    said = capsys.readouterr().out
+    assert "Nothing fits: the nearest, ZeRO-3, offload with 1 row, needs" in said and "more than there are" in said
+
+
+def test_a_plan_needs_no_torch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json.write(PUBLISHED["tinyllama"])))
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    for model in ("llama2-7b", str(tmp_path), str(REPOSITORY / "configs/tiny.yaml")):
+        command = [sys.executable, str(REPOSITORY / "plan.py"), "--model", model, "--gpu", "h100"]
+        env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and "can be trained" in done.stdout, done.stderr
