@@ -6,11 +6,11 @@ python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cli.args import parse_command, run
+from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
 from quant.kinds import KINDS
 
@@ -82,7 +82,7 @@ def merge(args: Merge) -> dict[str, Any]:
     """Write the merged model; returns its directory."""
     adapter = find_model(args.adapter, "give --adapter the directory that holds the adapter")
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
-    args = replace(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
+    args = with_values(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
     for each in (args.adapter, args.model):
         check_model(each, MOST_BYTES)
@@ -102,7 +102,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
     """Write the larger model; returns its directory."""
     if not args.add_tokens and not args.add_special_tokens:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
-    args = replace(args, model=find_model(args.model, "give --model a model directory"))
+    args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
     check_model(args.model, MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)

@@ -15,12 +15,12 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from cli.args import parse, run
+from cli.args import parse, run, with_values
 from cli.flags import check_flags
 from cli.record import beginning, file_sha256, record_training, to_plain
 from lora.spec import LoraArgs
@@ -93,7 +93,7 @@ from tuning.objectives import make_objective
 
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; return the final measures. With --show, print samples instead."""
-    args = replace(args, init_from=model_in(args.init_from))
+    args = with_values(args, init_from=model_in(args.init_from))
     if args.show:
         return show(args)
     check_outside(args.out, args.init_from, args.train.resume)

@@ -8,12 +8,12 @@ python pretrain.py --init_from DIR --data.dir DATA --rope.type yarn --model.max_
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cli.args import parse, run
+from cli.args import parse, run, with_values
 from cli.flags import SET, Needs, check_flags
 from cli.memory import check_memory
 from cli.progress import say
@@ -122,7 +122,7 @@ from training.trainer import Trainer
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; return the final metrics and the directory of the model."""
     if args.init_from is not None:
-        args = replace(args, init_from=model_in(args.init_from))
+        args = with_values(args, init_from=model_in(args.init_from))
         check_outside(args.out, args.init_from, args.train.resume)
         check_model(args.init_from)
     torch.manual_seed(args.train.seed)
@@ -247,7 +247,7 @@ def resolved(args: Args, model: Transformer | TransformersModel) -> Args:
     if isinstance(model, TransformersModel):
         return args
     changed = () if args.init_from is None else ("vocab_size", "rope_scaling")
-    return replace(args, model=model.args.replace(**{name: getattr(args.model, name) for name in changed}))
+    return with_values(args, model=model.args.replace(**{name: getattr(args.model, name) for name in changed}))
 
 
 def identity(args: Args, bins: list[TokenBin], model: Transformer | TransformersModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ On the command line, a field of a group may be named without its group where no 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import inspect
@@ -310,3 +311,14 @@ def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a
         fail(" ".join(sentence(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def with_values(args: T, **changes: Any) -> T:
+    """Return a copy of parsed arguments with values that the script has found out, such as the best of a run.
+
+    `dataclasses.replace` would check once more what goes together, without knowing which values are a preset's.
+    """
+    copied = copy.copy(args)
+    for name, value in changes.items():
+        object.__setattr__(copied, name, value)  # arguments are frozen
+    return copied

@@ -239,7 +239,7 @@ def test_missing_data_is_one_sentence(args, changes, sentence):
     [
         ({"limit": 0}, "--limit should be at least 1, found 0"),
         ({"shots": -1}, "--shots should be at least 0, found -1"),
-        ({"task": "blimp", "shots": 1}, "--shots 1 needs --task ceval, cmmlu, aclue, mmlu or choices, found blimp"),
+        ({"task": "blimp", "shots": 1}, "--shots 1 needs --task ceval, .* or gsm8k, found blimp"),
         ({"task": "loss"}, "--data .* needs --task ceval"),
     ],
 )
