@@ -1,5 +1,5 @@
 """Compare the time of a training step that `plan.py --measure` predicts from models of 1 and 3 blocks with that of the
-whole model, on this machine.
+whole model, on this machine: seconds of one processor, so that other programs do not count.
 
     python bench/plan.py
 """
@@ -7,9 +7,11 @@ whole model, on this machine.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,10 +43,11 @@ class Args:
 
 def main(args: Args) -> dict[str, float]:
     """Print a table; return the relative errors."""
+    torch.set_num_threads(1)
     rows, errors = [], {}
     for name, (shape, step) in CASES.items():
-        predicted = measure(shape, step, args.seconds).step(1)
-        measured = times_of([shape], step, args.seconds)[0].step(1)
+        predicted = measure(shape, step, args.seconds, time.process_time).step(1)
+        measured = times_of([shape], step, args.seconds, time.process_time)[0].step(1)
         errors[name] = predicted / measured - 1
         rows.append((name, f"{predicted:.3f}", f"{measured:.3f}", f"{errors[name]:+.0%}"))
     print(table(("seconds of a step", "predicted", "measured", "error"), rows))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from model_args import ModelArgs
 from planning.memory import Step
+
+Clock = Callable[[], float]
 
 
 class Times(NamedTuple):
@@ -28,19 +30,19 @@ class Times(NamedTuple):
         return micro_batches * self.micro_batch + self.update
 
 
-def measure(args: ModelArgs, step: Step, seconds: float = 10.0, blocks: tuple[int, int] = (1, 3)) -> Times:
+def measure(args: ModelArgs, step: Step, seconds: float = 10.0, clock: Clock = time.perf_counter) -> Times:
     """Return the times of a model of this shape, not compiled, on the device that training would choose.
 
-    seconds: time for steps of the models with as many blocks as `blocks` says, together; at least three steps of each.
+    seconds: time for steps of the two models together; at least three of each are done. clock: what counts seconds.
     """
-    few, many = blocks
-    small, large = times_of([args.replace(n_layers=n) for n in blocks], step, seconds)
+    few, many = 1, 3  # blocks
+    small, large = times_of([args.replace(n_layers=n) for n in (few, many)], step, seconds, clock)
     return Times(*(max(0.0, a + (b - a) / (many - few) * (args.n_layers - few)) for a, b in zip(small, large)))
 
 
-def times_of(shapes: Sequence[ModelArgs], step: Step, seconds: float) -> list[Times]:
+def times_of(shapes: Sequence[ModelArgs], step: Step, seconds: float, clock: Clock = time.perf_counter) -> list[Times]:
     """Return the median times of steps of whole models, which take turns, so that other load strikes all of them."""
-    models = [Stepper(shape, step) for shape in shapes]
+    models = [Stepper(shape, step, clock) for shape in shapes]
     rounds = []
     begin = time.perf_counter()
     while len(rounds) < 4 or time.perf_counter() - begin < seconds:
@@ -52,7 +54,7 @@ def times_of(shapes: Sequence[ModelArgs], step: Step, seconds: float) -> list[Ti
 class Stepper:
     """A new model that trains on random tokens."""
 
-    def __init__(self, args: ModelArgs, step: Step) -> None:
+    def __init__(self, args: ModelArgs, step: Step, clock: Clock) -> None:
         import torch  # takes seconds to load, and a plan without a measurement needs none
 
         from hardware import DTYPES, choose_device
@@ -65,6 +67,7 @@ class Stepper:
         self.model.compute_dtype, self.model.gradient_checkpointing = DTYPES[step.dtype], step.checkpointing
         self.optimizer = build_optimizer(self.model, OptimArgs(step.optimizer))
         self.tokens = torch.randint(0, args.vocab_size, (step.rows, step.seq_len), device=device)
+        self.clock = clock
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step(self) -> tuple[float, float]:
@@ -79,4 +82,4 @@ class Stepper:
 
     def _now(self) -> float:
         self.wait()
-        return time.perf_counter()
+        return self.clock()
