@@ -75,8 +75,7 @@ def find_model(path: Path, advice: str = "run `bash run.sh` to train one, or giv
     """
     if is_model(directory := model_in(path)):
         return directory
-    last = path.with_name("last")
-    if path.name == "best" and is_model(last):
+    if path.name == "best" and is_model(last := path.with_name("last")):
         say(f"there is no {path}, since its run was not evaluated; using {last}")
         return last
     if path != DEFAULT_MODEL:

@@ -41,7 +41,9 @@ SLOW, HANGS = 5.0, 30  # seconds: of computing, by the clock
 LONGEST = 1500  # characters of a sentence
 # what Python says of its own values, which no message may say where it does not name a file that is to blame
 PYTHON = "empty sequence|codec can't|invalid literal|not supported between|object is not|has no attribute|null byte"
-PYTHON += "|list index|indices must|cannot convert|unhashable|to unpack|division by zero|domain error|too large to"
+PYTHON += (
+    "|list index|indices must|cannot convert|unhashable|to unpack|division by zero|domain error|too large|PosixPath"
+)
 PROMISES = {
     "flags": "Odd flags: accepted, or refused in one sentence",
     "pairs of flags": "Odd pairs of flags: accepted, or refused in one sentence",

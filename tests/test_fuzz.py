@@ -8,7 +8,7 @@ import pytest
 from fuzz import attempt, kinds, main, outcome, table, world
 from helpers.fuzz_values import DEEP, changed, damaged, paths, with_depth
 
-TRIALS = {"flags": 6, "pairs of flags": 6, "presets": 20, "directories": 10}
+TRIALS = {"flags": 4, "pairs of flags": 4, "presets": 16, "directories": 8}
 
 
 @pytest.fixture(scope="module")

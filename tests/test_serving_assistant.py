@@ -51,6 +51,8 @@ def test_finds_a_model_a_run_and_the_newest(directory, tmp_path, monkeypatch, ca
         find_model(Path("out/mine"))
     with pytest.raises(FileNotFoundError, match=r"out is no model directory \(it has no config.json\)"):
         find_model(Path("out"))
+    with pytest.raises(FileNotFoundError, match=r"\. is no model directory \(it has no config.json\)"):
+        find_model(Path())
 
 
 def test_a_directory_without_a_tokenizer_is_one_sentence(directory, tmp_path):

@@ -256,6 +256,13 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
+    write_byte_level(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["model"]["continuing_subword_prefix"] = "[a"  # the library panics
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"read here: pieces with a continuing_subword_prefix, '\[a'"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     whole = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     words = tokenizers.Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
     words.decoder = decoders.BPEDecoder()

@@ -144,6 +144,8 @@ def read_settings(text: str, path: Path) -> dict[str, Any]:
             raise ValueError("it has no model with a vocab")
         if model.get("type", "BPE") not in ("BPE", "Unigram"):
             raise ValueError(f"expected a BPE or Unigram model, found {model['type']}")
+        if prefix := model.get("continuing_subword_prefix"):  # the library panics on some
+            raise ValueError(f"pieces with a continuing_subword_prefix, {prefix!r:.50}, which no language model has")
         if unnamed := [token for token in added if not isinstance(token["content"], str)]:
             raise ValueError(f"an added token without content: {unnamed[0]!r:.100}")
         for i in (max(ids_of_pieces(model).values(), default=0), *(token["id"] for token in added)):
@@ -157,11 +159,14 @@ def make_backend(settings: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     """Return the library's tokenizer, which reads special tokens in a text as text and neither cuts nor pads."""
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(settings))
-    except Exception as error:  # the library raises nothing narrower
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode("a")
+    except BaseException as error:  # the library raises nothing narrower; its panics are not even an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}") from None
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
     return backend
 
 
