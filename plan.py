@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
+from cli.memory import check_memory
 from files import write_json
 from model_args import ModelArgs
-from planning import cluster, devices, memory, published, runs, scaling, single
+from planning import cluster, devices, measure, memory, published, runs, scaling, single
 from planning.devices import GIB, Device
 from planning.memory import Step
 from planning.shapes import Source, find_shape, flags_of_shape
@@ -27,11 +28,21 @@ from planning.tables import bars, count, duration, gib, number, some_rows, table
 from training.flops import train_flops_per_token
 
 MANY = "it describes several GPUs; give their number, or remove it"
+ONE = "it belongs to the plan of one process; remove one of the two"
+ALONE = "each prints a table of its own; remove one of the two"
 NEEDS = (
     Needs("shape.*", "model", (None,), "a model has its own shape; remove one of the two"),
     Needs("per_node", "gpus", SET, MANY),
     Needs("node_link", "gpus", SET, MANY),
     Needs("batch_size", "gpus", SET, "one process accumulates any number of rows; --rows is that of a micro-batch"),
+    Needs("gpu_link", "gpus", SET, MANY),
+    Needs("rows", "gpus", (1,), ONE),
+    Needs("lora_r", "gpus", (1,), ONE),
+    Needs("measure", "gpus", (1,), ONE),
+    Needs("measure", "gpu", (None,), "only this machine can be measured; remove one of the two"),
+    Needs("model", "published", (False,), ALONE),
+    Needs("run", "published", (False,), ALONE),
+    Needs("model", "run", ((),), ALONE),
     Needs("price", "tokens or run", SET, "an amount needs a number of tokens, or a run"),
 )
 
@@ -44,7 +55,7 @@ class Args:
     """a preset (configs/small.yaml), a model directory, a config.json, or a published name such as llama2-7b; without
     it, the shape is that of --shape"""
     shape: ModelArgs = field(default_factory=ModelArgs)
-    gpu: str = ""
+    gpu: str | None = None
     """GPU from the table of data sheets, such as h100, a100, 4090; default: this machine"""
     gpu_memory: Annotated[float, (0, 10_000)] = 0
     """GiB of the device, instead of the table's; 0: as the table or the machine says"""
@@ -78,6 +89,8 @@ class Args:
     """share of the peak that the products of a step reach by themselves; published runs: 0.33 to 0.56"""
     price: Annotated[float, (0, 1e6)] = 0
     """price of one GPU for an hour, in any currency; 0: no amounts"""
+    measure: bool = False
+    """measure steps of two small models on this machine for ten seconds, and predict the time of a step from them"""
     json: Path | None = None
     """file for all numbers of the plan"""
     published: bool = False
@@ -96,6 +109,8 @@ if __name__ == "__main__":
 
 def main(args: Args) -> dict[str, Any]:
     """Print what was asked for; return its numbers."""
+    if args.json is not None and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: there is no directory {args.json.parent}; make it first")
     if args.run:
         found = [runs.read(path) for path in args.run]
         print(runs.report(found, args.gpus, args.price or None))
@@ -189,15 +204,34 @@ def plan_one(args: Args, source: Source, device: Device, step: Step) -> dict[str
     print(single.verdict(found, decoding, available, source.command))
     result = {"device": dataclasses.asdict(device), "training": [dataclasses.asdict(way) for way in found]}
     result |= {"parts": parts, "decoding": decoding}
-    if args.tokens:
-        result |= time_and_money(args, device, train_flops_per_token(source.args, step.seq_len), step)
+    if args.measure:
+        result |= measured(args, source, step)
+    elif args.tokens:
+        result |= time_and_money(args, device, train_flops_per_token(source.args, step.seq_len))
     return result
 
 
-def time_and_money(args: Args, device: Device, flops: float, step: Step) -> dict[str, Any]:
+def measured(args: Args, source: Source, step: Step) -> dict[str, Any]:
+    """Measure for ten seconds; print and return the time of a step on this machine, and of --tokens."""
+    need = sum(memory.training(source.args.replace(n_layers=min(3, source.args.n_layers)), step).values())
+    check_memory("--measure: a model of three blocks", need, "lower --rows or --seq_len")
+    times = measure.measure(source.args, step)
+    batch_size = source.batch_size or step.rows
+    micro_batches = max(1, round(batch_size / step.rows))
+    seconds, tokens = times.step(micro_batches), micro_batches * step.rows * step.seq_len
+    print(
+        f"measured here, not compiled: {seconds:.3g} s for a step of {some_rows(micro_batches * step.rows)} "
+        f"({times.update:.2g} s of them for the update), {tokens / seconds:,.0f} tokens/s"
+    )
+    if args.tokens:
+        print(f"time: {count(args.tokens)} tokens take {duration(args.tokens / tokens * seconds)}")
+    return {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def time_and_money(args: Args, device: Device, flops: float) -> dict[str, Any]:
     """Print and return the time, energy and cost of --tokens on one device."""
     if not device.peak:
-        print(f"time: the speed of {device.name} is not known; give --gpu, or --gpu_tflops")
+        print(f"time: the speed of {device.name} is not known; give --measure True, --gpu or --gpu_tflops")
         return {}
     seconds = flops * args.tokens / (device.peak * args.mfu)
     print(f"time: {count(args.tokens)} tokens at {args.mfu:.0%} of the peak take {spent(args, device, seconds)}")
@@ -226,6 +260,8 @@ def expect_loss(shape: ModelArgs, tokens: float, seq_len: int) -> dict[str, Any]
         f"The best loss for the same {flops:.3g} operations: {count(best_n)} parameters "
         f"({count(least)} to {count(most)}) and {count(best_d)} tokens, {scaling.loss(best_n, best_d):.2f} nats."
     )
+    if not (scaling.N_RANGE[0] <= n <= scaling.N_RANGE[1] and scaling.D_RANGE[0] <= tokens <= scaling.D_RANGE[1]):
+        print("That lies outside of the fitted runs (44 M to 16 B parameters, 0.3 to 500 B tokens): an extrapolation.")
     expected = {"nats": scaling.loss(n, tokens), "interval": [low, high]}
     return {"loss": expected, "optimal": {"parameters": best_n, "range": [least, most], "tokens": best_d}}
 
@@ -311,7 +347,8 @@ def conclusion(
         why = f"does not fit (it takes {needs[0]})" if needs else f"needs a multiple of {args.gpus} for --batch_size"
         yield f"DDP, the only strategy for several GPUs that this repository runs, {why}."
         return
-    yield f"DDP is run by (in each node):\n  {ddp_command(args, source, where, here)}"
+    each_node = " (in each node)" * (args.gpus > args.per_node)
+    yield f"DDP is run by{each_node}:\n  {ddp_command(args, source, where, here)}"
 
 
 def ddp_command(args: Args, source: Source, where: cluster.Cluster, here: cluster.Prediction) -> str:

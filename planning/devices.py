@@ -86,7 +86,7 @@ def named_by_system(name: str, memory: int) -> Device:
 
 def usable(device: Device) -> float:
     """Return the bytes that a plan counts on; SPARE says what is left out."""
-    return 0.95 * device.memory - GIB
+    return max(0.0, 0.95 * device.memory - GIB)
 
 
 def cpu_has_bfloat16() -> bool:

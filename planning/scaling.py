@@ -24,7 +24,8 @@ class Law(NamedTuple):
 BESIROGLU = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)
 HOFFMANN = Law(1.6934, 406.4, 410.7, 0.3392, 0.2849)
 ERRORS = {"E": 0.03, "alpha": 0.02, "beta": 0.02}  # standard errors of Besiroglu et al., table 1
-CENTRE = 1e9, 2e10  # parameters and tokens in the middle of the runs that were fitted (44 M to 16 B, 0.3 to 500 B)
+N_RANGE, D_RANGE = (44e6, 16e9), (0.3e9, 500e9)  # of the runs that were fitted
+CENTRE = 1e9, 2e10  # parameters and tokens in the middle of these
 
 
 def loss(n: float, d: float, law: Law = BESIROGLU) -> float:

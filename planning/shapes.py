@@ -94,12 +94,23 @@ def from_preset(path: Path) -> Source:
     own = {name: values for name, values in section.items() if name in ("model", "optim", "train")}
     recipe = parse(Recipe, "pretrain", as_flags(Recipe, own, f"{path}: pretrain"))
     args, data = recipe.model, section.get("data") or {}
-    if (vocab_size := read_section(path, "train_tokenizer").get("vocab_size")) and "vocab_size" not in own["model"]:
-        args = args.replace(vocab_size=int(vocab_size))
-    if "max_seq_len" not in own["model"] and "seq_len" in data:  # the context of a new model is that of its rows
-        args = args.replace(max_seq_len=int(data["seq_len"]))
-    rows = {name: int(data[name]) if name in data else None for name in ("seq_len", "batch_size")}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: pretrain: data should be a mapping, found {data!r:.100}")
+    vocabulary = whole(read_section(path, "train_tokenizer"), "vocab_size", f"{path}: train_tokenizer")
+    if vocabulary and "vocab_size" not in own["model"]:
+        args = args.replace(vocab_size=vocabulary)
+    rows = {name: whole(data, name, f"{path}: pretrain: data") for name in ("seq_len", "batch_size")}
+    if "max_seq_len" not in own["model"] and rows["seq_len"]:  # the context of a new model is that of its rows
+        args = args.replace(max_seq_len=rows["seq_len"])
     return Source(args, str(path), f"--config {path}", recipe=recipe, **rows)
+
+
+def whole(values: dict[str, Any], name: str, where: str) -> int | None:
+    """Return a whole number above 0 of a preset, None where it has none; ValueError, whose subject is `where`, else."""
+    value = values.get(name)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{where}.{name} should be a whole number above 0, found {value!r:.100}")
+    return value
 
 
 def flags_of_shape(args: ModelArgs) -> str:

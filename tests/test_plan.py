@@ -11,6 +11,9 @@ import pytest
 import plan
 from checkpoint import config_json
 from cli.args import parse
+from model_args import ModelArgs
+from planning.measure import Stepper, measure
+from planning.memory import Step
 from planning.shapes import PUBLISHED
 
 REPOSITORY = Path(__file__).parents[1]
@@ -142,3 +145,25 @@ def test_a_plan_needs_no_torch(tmp_path):
         env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0 and "can be trained" in done.stdout, done.stderr
+
+
+def test_a_step_is_predicted_from_models_of_one_and_of_three_blocks(monkeypatch):
+    """With blocks of 0.2 s (and 0.01 for the update) beside 0.5 s (and 0.1), seven of them take 1.9 s (and 0.17)."""
+
+    def step(self: Stepper) -> tuple[float, float]:
+        n = len(self.model.model.layers)
+        return 0.5 + 0.2 * n, 0.1 + 0.01 * n
+
+    monkeypatch.setattr(Stepper, "step", step)
+    shape = ModelArgs(dim=32, n_layers=7, n_heads=2, vocab_size=100)
+    found = measure(shape, Step(1, 8, "fp32"), seconds=0.0)
+    assert found == pytest.approx((1.9, 0.17)) and found.step(4) == pytest.approx(4 * 1.9 + 0.17)
+
+
+def test_this_machine_is_measured(capsys):
+    flags = "--shape.dim 32 --shape.n_heads 2 --shape.vocab_size 100 --seq_len 16 --rows 2 --tokens 1e6 --measure True"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan.measure, "measure", lambda *shape: measure(*shape, seconds=0.0))
+        result = run(flags)
+    assert result["tokens_per_second"] == pytest.approx(32 / result["step_seconds"])
+    assert "measured here, not compiled" in capsys.readouterr().out
