@@ -74,7 +74,7 @@ from checkpoint.locate import model_in, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from cli.progress import say
-from distributed.backend import make_backend
+from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
 from lora import adapters
 from model import Transformer
@@ -96,6 +96,7 @@ def main(args: Args) -> dict[str, Any]:
     args = with_values(args, init_from=model_in(args.init_from))
     if args.show:
         return show(args)
+    refuse_slow_dtype(args.train.dtype, args.train.device)
     check_outside(args.out, args.init_from, args.train.resume)
     check_model(args.init_from)
     objective = make_objective(args.objective, args.preference)

@@ -107,7 +107,7 @@ from checkpoint.locate import is_model, model_in, read_config, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from dataset import PretrainData
-from distributed.backend import make_backend
+from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
@@ -121,6 +121,7 @@ from training.trainer import Trainer
 
 def main(args: Args) -> dict[str, Any]:
     """Train to the end of the schedule; return the final metrics and the directory of the model."""
+    refuse_slow_dtype(args.train.dtype, args.train.device)
     if args.init_from is not None:
         args = with_values(args, init_from=model_in(args.init_from))
         check_outside(args.out, args.init_from, args.train.resume)

@@ -20,7 +20,11 @@ def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
         raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
     if name == "ddp" and "RANK" not in os.environ:
         raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
-    backend, where = SingleProcess if name == "single" else DataParallel, choose_device(device)
-    if fp16 and where.type == "cpu":
+    backend = SingleProcess if name == "single" else DataParallel
+    return backend(choose_device(device), fp16)
+
+
+def refuse_slow_dtype(dtype: str, device: str) -> None:
+    """Raise ValueError for --train.dtype fp16 on a CPU, which has no fast products in it."""
+    if dtype == "fp16" and choose_device(device).type == "cpu":
         raise ValueError("--train.dtype fp16 takes minutes for a few steps on a CPU: use fp32, or auto for the fastest")
-    return backend(where, fp16)

@@ -301,7 +301,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, str]]:
         "bad tokenizer": ([*fine, "--tokenizer", folder / "tokenizer.model"], "tokenizer.model"),
         "share": ([*fine, "--held_out", 1.0], "--held_out should be a share"),
         "min_chars": ([*fine, "--min_chars", -1], "--min_chars should be at least 0, found -1"),
-        "processes": ([*fine, "--processes", 0], "--processes should be at least 1, found 0"),
+        "processes": ([*fine, "--processes", 0], "--processes should be from 1 to 4,096, found 0"),
         "out in input": (["--input", folder, "--out", folder / "out"], "lies inside --input"),
         "all held out": ([*fine, "--held_out", 0.999999], "no text to train on .1 held out"),
     }

@@ -118,7 +118,9 @@ def test_weights_change_the_loss_and_held_out_files_belong_to_tasks(folder, caps
         mean = (moon * row["loss/moon"] + sun * row["loss/sun"]) / (moon + sun)
         assert row["loss"] == pytest.approx(mean, rel=1e-6)  # float32 weights
     held_out = f"{folder}/sun.jsonl,{folder}/moon"
-    result = run(folder, "swapped", "--train.max_steps", "1", "--data.heldout", held_out)
+    result = run(
+        folder, "swapped", "--train.max_steps", "1", "--data.heldout_share", "0.02", "--data.heldout", held_out
+    )
     assert "held out to evaluate on: 8 + 24 conversations" in capsys.readouterr().err
     assert {"loss/moon", "loss/sun"} < result.keys()
 
@@ -155,11 +157,11 @@ def test_a_task_without_held_out_samples_cannot_lead(unmeasured, flags):
         ("--data.weights 1 2", r"--data\.weights needs --data\.loss task_token or task_sample, found token"),
         ("--data.weights 1 --data.loss task_token", r"should be 2 numbers of 0 or more, not all of them 0, found 1\.0"),
         ("--data.weights 0 0 --data.loss task_token", r"not all of them 0, found 0\.0 0\.0"),
-        ("--data.loss coba --data.heldout_share 0", r"--data\.loss coba needs two tasks and held-out data"),
         (
-            "--train.metric task_mean --data.heldout_share 0",
-            r"--train\.metric task_mean needs held-out data, and nothing is held out",
+            "--data.loss coba --data.heldout_share 0 --train.eval_interval 0 --train.eval_batches 20",
+            r"needs two tasks and held-out data",
         ),
+        ("--train.metric task_mean --data.heldout_share 0", r"needs --data\.heldout_share above 0, found 0"),
         ("--data.temperature 0.5", r"temperature should be 1 \(no upsampling\) or more, found 0\.5"),
         ("--data.heldout sun.jsonl", r"one path for each of 2 tasks, found 1"),
         ("--train.metric loss/star", r"one of loss, bits_per_byte, task_mean, loss/moon, loss/sun, found 'loss/star'"),

@@ -46,7 +46,7 @@ TRAININGS = {
     "pretrain, Muon": f"{PRETRAIN} --train.dtype fp32",
     "pretrain, AdamW, bf16": f"{PRETRAIN} --train.dtype bf16 --optim.optimizer adamw"
     " --train.gradient_checkpointing True",
-    "pretrain, fp16": f"{PRETRAIN} --train.dtype fp16 --data.isolate_documents True",
+    "pretrain, bf16": f"{PRETRAIN} --train.dtype bf16 --data.isolate_documents True",
     "fine-tuning": f"{CHAT} --train.dtype fp32",
     "fine-tuning, NEFTune": f"{CHAT} --train.dtype bf16 --neftune_alpha 5 --optim.optimizer adamw",
     "fine-tuning, two tasks, CoBa": f"{TUNE} --data chats.jsonl,more.jsonl --data.loss coba --train.dtype fp32",
