@@ -157,10 +157,6 @@ def test_a_task_without_held_out_samples_cannot_lead(unmeasured, flags):
         ("--data.weights 1 2", r"--data\.weights needs --data\.loss task_token or task_sample, found token"),
         ("--data.weights 1 --data.loss task_token", r"should be 2 numbers of 0 or more, not all of them 0, found 1\.0"),
         ("--data.weights 0 0 --data.loss task_token", r"not all of them 0, found 0\.0 0\.0"),
-        (
-            "--data.loss coba --data.heldout_share 0 --train.eval_interval 0 --train.eval_batches 20",
-            r"needs two tasks and held-out data",
-        ),
         ("--train.metric task_mean --data.heldout_share 0", r"needs --data\.heldout_share above 0, found 0"),
         ("--data.temperature 0.5", r"temperature should be 1 \(no upsampling\) or more, found 0\.5"),
         ("--data.heldout sun.jsonl", r"one path for each of 2 tasks, found 1"),
