@@ -1,5 +1,6 @@
 """BitNet against transformers' functions; trained through the ordinary loop, packed, loaded: equal bit for bit."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def test_a_run_goes_on_and_a_model_is_trained_further(trained, tmp_path):
     assert bitnet.kind_of_bits(again) == kind and not torch.equal(logits(again), logits(before))
     other = "b1" if kind == "b158" else "b158"
     with pytest.raises(ValueError, match=f"--bitnet {other} does not fit .* trained with {kind}"):
-        pretrain.main(pretrain.replace(more, bitnet=other, out=tmp_path / "other"))
+        pretrain.main(dataclasses.replace(more, bitnet=other, out=tmp_path / "other"))
 
 
 def test_what_needs_full_weights_is_refused(trained, tmp_path):
