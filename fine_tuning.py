@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +80,7 @@ from files import alone_in
 from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
-from tokenizer import Tokenizer, check_saving, load_tokenizer
+from tokenizer import check_saving, load_tokenizer
 from training.checksums import check_model
 from training.log import summary
 from training.precision import check_length, training_dtype
@@ -105,16 +106,9 @@ def main(args: Args) -> dict[str, Any]:
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model = load_whole_model(args.init_from, to_train=args.lora.method == "none")
         check_length(args.data.seq_len, model)
-        tokenizer, grown = grow_vocabulary(
-            model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
-        )
-        template = load_template(tokenizer, args.data.template)
-        tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
-        check_saving(tokenizer)
         began = beginning(args.out, fresh=args.train.resume == "never")
-        set_date(template, began)  # a run that goes on another day has the same ids
-        stops = all_stops(template, args.init_from)
-        save, load = adapt(model, args, tokenizer, stops, training_dtype(args.train, backend.device))
+        template, grown = make_template(args, model, began)
+        save, load = adapt(model, args, template, training_dtype(args.train, backend.device))
         model.to(backend.device)  # only now: a quantized base is small
         split = read_split(args.data, objective.kind, template)
         unmeasured = check_heldout(args.data, args.train.metric, split.heldout)
@@ -131,9 +125,9 @@ def main(args: Args) -> dict[str, Any]:
             args.out,
             save=save,
             load=load,
-            identity=identity(args, split, template.jinja + (template.tool_use.jinja if template.tool_use else "")),
+            identity=identity(args, split, template),
             eval_data=eval_data,
-            token_bytes=tokenizer.token_bytes() if objective.of_tokens else None,
+            token_bytes=template.tokenizer.token_bytes() if objective.of_tokens else None,
             group_names=names if len(names) > 1 else (),
             adaptive=coba,
         )
@@ -174,6 +168,19 @@ def show(args: Args) -> dict[str, Any]:
     return found
 
 
+def make_template(args: Args, model: Transformer | TransformersModel, began: datetime) -> tuple[ChatTemplate, str]:
+    """Return the template to train with, its tokenizer grown by the tokens that `args` add to the vocabulary and to the
+    model, and a note on these. A template that writes the date writes that of the run's first day, `began`."""
+    tokenizer, grown = grow_vocabulary(
+        model, load_tokenizer(args.init_from), args.add_tokens, args.add_special_tokens, args.init_from
+    )
+    template = load_template(tokenizer, args.data.template)
+    tokenizer.chat_template = template.saved  # checkpoints carry the template that the model is trained with
+    check_saving(tokenizer)
+    set_date(template, began)  # a run that goes on another day has the same ids
+    return template, grown
+
+
 def all_stops(template: ChatTemplate, directory: Path) -> list[int]:
     """Return the ids that end an answer: those of the template, and those of the model in `directory`."""
     n = template.tokenizer.vocab_size
@@ -181,24 +188,25 @@ def all_stops(template: ChatTemplate, directory: Path) -> list[int]:
 
 
 def adapt(
-    model: Transformer | TransformersModel, args: Args, tokenizer: Tokenizer, stop_ids: list[int], dtype: torch.dtype
+    model: Transformer | TransformersModel, args: Args, template: ChatTemplate, dtype: torch.dtype
 ) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
     """Put noise and adapters into the model as `args` say, with matrix products in `dtype`.
 
     Return two functions of a checkpoint directory that save and load what is trained: the whole model, or the adapter
     alone as a PEFT directory.
     """
+    text = {"tokenizer": template.tokenizer, "stop_ids": all_stops(template, args.init_from)}
     if args.neftune_alpha:
         adapters.neftune(model.embedding, args.neftune_alpha)
     if args.lora.method == "none":
-        save = partial(save_model, model=model, tokenizer=tokenizer, stop_ids=stop_ids)
+        save = partial(save_model, model=model, **text)
         return save, partial(load_weights, model)
     base = args.init_from
     if base.is_symlink():  # `best` may lead to other weights tomorrow
         base = base.parent / base.readlink()
     tree = model.module_tree
     adapters.apply(tree, args.lora, dtype)
-    save = partial(save_adapter, tree=tree, base=str(base), tokenizer=tokenizer, stop_ids=stop_ids)
+    save = partial(save_adapter, tree=tree, base=str(base), **text)
     return save, partial(peft.restore, tree)
 
 
@@ -218,7 +226,7 @@ def contents(samples: Samples) -> str:
     return sha256.hexdigest()
 
 
-def identity(args: Args, split: Split, jinja: str) -> dict[str, Any]:
+def identity(args: Args, split: Split, template: ChatTemplate) -> dict[str, Any]:
     """Return all that determines the losses of a run: a checkpoint is resumed only by a run of the same identity."""
     trained, names = split.trained, [task.name for task in args.data.tasks]
     data = {name: contents(samples) for name, samples in zip(names, trained)}
@@ -233,7 +241,7 @@ def identity(args: Args, split: Split, jinja: str) -> dict[str, Any]:
         "tasks": names if len(names) > 1 else None,
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
-        "template": template_hash(jinja),
+        "template": template_hash(template.jinja + (template.tool_use.jinja if template.tool_use else "")),
         "objective": None if args.objective == "sft" else [args.objective, to_plain(args.preference)],
         "optimizer": args.optim.optimizer,
         "lora": None if args.lora.method == "none" else to_plain(args.lora),

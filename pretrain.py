@@ -25,6 +25,10 @@ from training.args import NEEDS as TRAINING_NEEDS
 from training.args import TrainArgs
 
 OF_CHECKPOINT = "it changes a model that there is; name that one, or remove it"
+UNMEASURED = (
+    "no held-out loss will tell whether the model learns or only memorizes. Make the data anew with data_process.py "
+    "--held_out 0.01 or more, and with a smaller --part_chars if the text is one long document"
+)
 WIDTH = "a checkpoint has its width; remove it"
 NEEDS = (
     *TRAINING_NEEDS,
@@ -134,11 +138,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
     check_saving(tokenizer)
-    rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
-    if tokenizer.eos_id is not None:
-        rows["headerless_eos_id"] = tokenizer.eos_id
-    data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
-    eval_data = PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
+    data, eval_data = make_data(args, bins, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
     with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
         model.to(backend.device)
@@ -165,17 +165,24 @@ def main(args: Args) -> dict[str, Any]:
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
                 if eval_data is None:
-                    say(
-                        f"{args.data.dir / 'heldout.bin'} is missing: no held-out loss will tell whether the model "
-                        "learns or only memorizes. Make the data anew with data_process.py --held_out 0.01 or more, "
-                        "and with a smaller --part_chars if the text is one long document"
-                    )
+                    say(f"{args.data.dir / 'heldout.bin'} is missing: {UNMEASURED}")
             result = trainer.fit()
             if backend.main:
                 # raw: a model that was only pretrained has never seen the markers of a chat
                 hint = f"Try it: python eval.py --model {result['model']} --raw True"
                 print(summary(result), hint, sep="\n", flush=True)
             return result
+
+
+def make_data(
+    args: Args, bins: list[TokenBin], heldout: list[TokenBin], tokenizer: Tokenizer
+) -> tuple[PretrainData, PretrainData | None]:
+    """Return the batches to train on, and those to evaluate on; None where nothing is held out."""
+    rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
+    if tokenizer.eos_id is not None:
+        rows["headerless_eos_id"] = tokenizer.eos_id
+    data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
+    return data, PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
 
 
 def tokenizer_directory(args: Args) -> Path:

@@ -25,7 +25,7 @@ import torch
 from attention.cache import KVCache
 from decoding import cpu_step
 from decoding.feeder import Feeder, check_prompts, drawable, evaluating
-from decoding.params import NEVER, Ids, SamplingParams, Stop
+from decoding.params import NEVER, Ids, SamplingParams, Stop, shared_length
 from decoding.rows import Token, _Row, choose, score
 from model import Transformer
 
@@ -221,7 +221,7 @@ class FixedRows:
         if not free:
             raise RuntimeError("every row of the cache has a text")
         held = [taken.get(i, self._kept[i]) for i in range(self.n)]
-        shared = [_common(prompt[:most], ids) for ids in held]
+        shared = [shared_length(prompt[:most], ids) for ids in held]
         source = max(range(self.n), key=lambda i: (shared[i], i in free))
         place = source
         if source not in free or (2 * shared[source] < len(held[source]) and len(free) > 1):
@@ -255,8 +255,3 @@ def part_of(cache: KVCache, first: int, end: int) -> KVCache:
     for name in part.stored:
         setattr(part, name, getattr(cache, name)[:, first:end])
     return part
-
-
-def _common(a: Ids, b: Ids) -> int:
-    """Return the length of the longest common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -54,3 +54,8 @@ class SamplingParams:
         for name, (right, range_) in expected.items():
             if not right:
                 raise ValueError(f"{name} should be {range_}, found {getattr(self, name)}")
+
+
+def shared_length(a: Ids, b: Ids) -> int:
+    """Return the number of ids with which both texts begin."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

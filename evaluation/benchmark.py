@@ -11,17 +11,19 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cli.progress import Progress, say
+from corpora.files import bad, records
 from corpora.registry import BadRecord
 from evaluation.estimate import Estimate, difference, estimates
 from evaluation.task import Task
-from serving.answer_file import begin
+from files import json_line
+from serving.answer_file import begin, file_times, keep_aside
 from serving.assistant import Assistant
 
 BATCHES = 8  # batches of items between two writes
@@ -108,7 +110,7 @@ class Benchmark(Task):
         report.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
         print(f"{self.name}, {self.n_shots} shots, {len(records)} items of {self.data}\n{table(result)}\n")
         print(f"all numbers: {report}; item by item: {report.with_suffix('.items.jsonl')}")
-        self.write_bad_rows(report.with_suffix(".bad.jsonl"))
+        keep_aside(self.broken, report.with_suffix(".bad.jsonl"))
         return result
 
     def report_path(self, assistant: Assistant) -> Path:
@@ -122,19 +124,19 @@ class Benchmark(Task):
         done = begin(path, begun, self.about(assistant, blocks))
         if done:
             say(f"{path} has {done} of {len(items)} items already: going on behind them")
-        records = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+        records = [json.loads(line) for line in path.open(encoding="utf8")]
         todo, skip = [], done
         for block in blocks:
             todo.append(block[skip:])
             skip = max(0, skip - len(block))
         size = BATCHES * self.batch_size
         parts = [block[at : at + size] for block in todo for at in range(0, len(block), size)]
-        with path.open("a", encoding="utf8") as file, Progress(self.name, "items", len(items), done) as progress:
+        with path.open("ab") as file, Progress(self.name, "items", len(items), done) as progress:
             for part in parts:
                 for item, record in zip(part, self.ask(assistant, part)):
                     names = {"item": item.key, "subject": item.subject, "category": item.category}
                     records.append(names | record)
-                    file.write(json.dumps(records[-1], ensure_ascii=False) + "\n")
+                    file.write(json_line(records[-1]))
                 file.flush()
                 progress.add(len(part))
         begun.unlink()
@@ -144,14 +146,13 @@ class Benchmark(Task):
         """Return what a report has to say about its numbers: model, shots, prompts, and the hash of the data."""
         items = [item for block in blocks for item in block]
         data = json.dumps([dataclasses.astuple(item) for item in items]).encode()
-        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in assistant.directory.glob("*.*")}
         settings = {
             field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "output"
         }
         return {
             "task": self.name,
             "model_directory": str(assistant.directory.resolve()),
-            "model_files": dict(sorted(files.items())),
+            "model_files": file_times(assistant.directory),
             "dtype": str(assistant.model.dtype),
             "window": assistant.model.args.max_seq_len,
             "settings": settings,
@@ -168,14 +169,24 @@ class Benchmark(Task):
                 return shots
         return 0
 
-    def write_bad_rows(self, path: Path) -> None:
-        """Write the rows that could not be read to a file, and say so."""
-        if not self.broken:
-            return
-        lines = (json.dumps(vars(record), ensure_ascii=False) + "\n" for record in self.broken)
-        path.write_text("".join(lines), encoding="utf8", errors="backslashreplace")
-        places = ", ".join(record.where for record in self.broken[:3]) + ", ..." * (len(self.broken) > 3)
-        say(f"{len(self.broken)} rows could not be read ({places}); they are kept in {path}")
+    def read(self, path: Path, expected: str, is_right: Callable[[dict], bool]) -> Iterator[tuple[int, dict]]:
+        """Yield the records of a file with their numbers; those that are not `expected` go to `broken`."""
+        for number, record in enumerate(records(path)):
+            if isinstance(record, BadRecord):
+                self.broken.append(record)
+            elif isinstance(record.value, dict) and is_right(record.value):
+                yield number, record.value
+            else:
+                self.refuse(record.where, f"expected {expected}", record.value)
+
+    def refuse(self, where: str, reason: str, value: Any) -> None:
+        """Count a row as one that could not be read."""
+        self.broken.append(bad(where, reason, json.dumps(value, ensure_ascii=False, default=str)))
+
+    def check_subjects(self, known: Collection[str]) -> None:
+        """Raise ValueError for a name of --subjects that is not known."""
+        if unknown := [name for name in self.subjects if name not in known]:
+            raise ValueError(f"--subjects {' '.join(unknown)}: expected names among {', '.join(known)}")
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

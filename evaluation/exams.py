@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from corpora.files import records
-from corpora.registry import BadRecord
 from evaluation.benchmark import Item
 from evaluation.choices import ChoiceBenchmark
 from evaluation.exam_subjects import ACLUE, CEVAL, CMMLU, MMLU, Subject
@@ -84,8 +82,7 @@ class PublishedExam(Exam):
 
     def blocks(self) -> Iterator[list[Item]]:
         """Raises ValueError for a subject that does not exist, FileNotFoundError where none has a file."""
-        if unknown := [name for name in self.subjects if name not in self.table]:
-            raise ValueError(f"--subjects {' '.join(unknown)}: expected names among {', '.join(self.table)}")
+        self.check_subjects(self.table)
         for name in self.subjects or self.table:
             path = self.path(name, self.split or self.usual_split)
             if path is None:
@@ -98,15 +95,17 @@ class PublishedExam(Exam):
                 shots_path = self.path(name, "dev")
                 if shots_path is None:
                     raise FileNotFoundError(f"{self.data / 'dev'} has no file of {name} for --shots {self.n_shots}")
-                shots = [question for question in self.read(shots_path) if question.answer is not None]
-            yield [self.item(name, self.table[name], question, shots[: self.n_shots]) for question in self.read(path)]
+                shots = [question for question in self.read_table(shots_path) if question.answer is not None]
+            yield [
+                self.item(name, self.table[name], question, shots[: self.n_shots]) for question in self.read_table(path)
+            ]
 
     def path(self, subject: str, split: str) -> Path | None:
         """Return the file of a subject; None where there is none."""
         names = (f"{subject}_{split}.csv", f"{subject}.csv")
         return next((path for name in names if (path := self.data / split / name).is_file()), None)
 
-    def read(self, path: Path) -> list[Question]:
+    def read_table(self, path: Path) -> list[Question]:
         """Return the questions of a csv file with or without a first line of names; bad rows go to `broken`."""
         # utf-8-sig: files that were saved by Excel begin with a mark
         with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
@@ -120,7 +119,7 @@ class PublishedExam(Exam):
             try:
                 questions.append(read_question(dict(zip(names, row)), str(number)))
             except ValueError as error:
-                self.broken.append(BadRecord(f"{path}:{number + line}", str(error), ",".join(row)))
+                self.refuse(f"{path}:{number + line}", str(error), row)
         return questions
 
 
@@ -196,19 +195,14 @@ class OwnQuestions(Exam):
 
     def blocks(self) -> Iterator[list[Item]]:
         subjects: dict[str, list[Question]] = {}
-        for number, record in enumerate(records(self.data)):
-            if isinstance(record, BadRecord):
-                self.broken.append(record)
-                continue
+        for number, record in self.read(self.data, "an object", bool):
             try:
-                question = read_question(record.value, str(number))
+                question = read_question(record, str(number))
             except ValueError as error:
-                raw = json.dumps(record.value, ensure_ascii=False, default=str)
-                self.broken.append(BadRecord(record.where, str(error), raw))
+                self.refuse(f"{self.data}, record {number + 1}", str(error), record)
                 continue
-            subjects.setdefault(str(record.value.get("subject", self.data.stem)), []).append(question)
-        if unknown := [name for name in self.subjects if name not in subjects]:
-            raise ValueError(f"--subjects {' '.join(unknown)}: expected names among {', '.join(subjects)}")
+            subjects.setdefault(str(record.get("subject", self.data.stem)), []).append(question)
+        self.check_subjects(subjects)
         for subject in self.subjects or subjects:
             shots, questions = subjects[subject][: self.n_shots], subjects[subject][self.n_shots :]
             yield [self.item(subject, Subject(subject, ""), question, shots) for question in questions]
@@ -221,14 +215,12 @@ class OwnQuestions(Exam):
         return ""
 
 
-def read_question(record: Any, number: str) -> Question:
+def read_question(record: Mapping, number: str) -> Question:
     """Return the question in a record with "question", options under letters or "choices", and perhaps "answer" (a
     letter, the number of a choice, or its text).
 
     Raises ValueError that says what is missing.
     """
-    if not isinstance(record, Mapping):
-        raise ValueError(f"expected an object, found {type(record).__name__}")
     record = {str(key).strip().lower(): value for key, value in record.items()}
     text = record.get("question")
     if not isinstance(text, str) or not text.strip():

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from corpora.files import bad, records
-from corpora.registry import BadRecord
 from decoding.params import SamplingParams
 from evaluation.benchmark import Benchmark, Item
 from evaluation.text_metrics import bleu, normalize, rouge_l
@@ -64,12 +62,12 @@ class GSM8K(AnswerBenchmark):
     def blocks(self) -> Iterator[list[Item]]:
         """Raises FileNotFoundError where there are no examples to show."""
         folder, test = (self.data.parent, self.data) if self.data.is_file() else (self.data, self.data / "test.jsonl")
-        questions = self.read(test)
+        questions = self.pairs(test)
         draw, train = random.Random(1234), []
         if self.n_shots:
             if not (folder / "train.jsonl").is_file():
                 raise FileNotFoundError(f"--shots {self.n_shots} needs {folder / 'train.jsonl'}; --shots 0 needs none")
-            train = self.read(folder / "train.jsonl")
+            train = self.pairs(folder / "train.jsonl")
         items = []
         for number, (question, answer) in enumerate(questions):
             # every question has other examples, in the order in which lm-evaluation-harness draws them
@@ -78,18 +76,10 @@ class GSM8K(AnswerBenchmark):
             items.append(Item(f"gsm8k/{number}", "gsm8k", f"Question: {question}\nAnswer:", shots=shots, answer=answer))
         yield items
 
-    def read(self, path: Path) -> list[tuple[str, str]]:
-        """Return the questions and answers of a file; bad records go to `broken`."""
-        pairs = []
-        for record in records(path):
-            value = record.raw if isinstance(record, BadRecord) else record.value
-            pair = (value.get("question"), value.get("answer")) if isinstance(value, dict) else ()
-            if pair and all(isinstance(text, str) and text for text in pair):
-                pairs.append(pair)
-            else:
-                reason = getattr(record, "reason", 'expected texts as "question" and "answer"')
-                self.broken.append(bad(record.where, reason, str(value)))
-        return pairs
+    def pairs(self, path: Path) -> list[tuple[str, str]]:
+        """Return the questions and answers of a file."""
+        right = self.read(path, 'texts as "question" and "answer"', has_one_answer)
+        return [(record["question"], record["answer"]) for _, record in right]
 
     def score(self, item: Item, answer: str) -> dict[str, list[float]]:
         right = plain_number(item.answer)
@@ -97,6 +87,23 @@ class GSM8K(AnswerBenchmark):
         numbers = [match[0] for match in re.finditer(r"-?[$0-9.,]{2,}|-?[0-9]+", answer)]
         found = {"strict": strict[1] if strict else "", "flexible": numbers[-1] if numbers else ""}
         return {name: [float(plain_number(number) == right), 1] for name, number in found.items()}
+
+
+def answers_of(record: dict) -> list:
+    """Return the right answers of a record."""
+    answer = record.get("answer")
+    return answer if isinstance(answer, list) else [answer]
+
+
+def has_answer(record: dict) -> bool:
+    """Return whether a record has a question and right answers."""
+    texts = [record.get("question"), *answers_of(record)]
+    return len(texts) > 1 and all(isinstance(text, str) and text for text in texts)
+
+
+def has_one_answer(record: dict) -> bool:
+    """Return whether a record has a question and one right answer, as a text."""
+    return has_answer(record) and isinstance(record["answer"], str)
 
 
 def plain_number(text: str) -> str:
@@ -123,19 +130,12 @@ class OwnAnswers(AnswerBenchmark):
 
     def blocks(self) -> Iterator[list[Item]]:
         subjects: dict[str, list[Item]] = {}
-        for number, record in enumerate(records(self.data)):
-            value = record.raw if isinstance(record, BadRecord) else record.value
-            fields = value if isinstance(value, dict) else {}
-            question, answers = fields.get("question"), fields.get("answer")
-            answers = answers if isinstance(answers, list) else [answers]
-            if not isinstance(question, str) or not question or not all(isinstance(a, str) and a for a in answers):
-                reason = getattr(record, "reason", 'expected a text as "question", and as "answer" a text or a list')
-                self.broken.append(bad(record.where, reason, str(value)))
-                continue
-            subject = str(fields.get("subject", self.data.stem))
-            subjects.setdefault(subject, []).append(Item(f"{subject}/{number}", subject, question, answer=answers))
-        if unknown := [name for name in self.subjects if name not in subjects]:
-            raise ValueError(f"--subjects {' '.join(unknown)}: expected names among {', '.join(subjects)}")
+        expected = 'a text as "question", and as "answer" a text or a list of texts'
+        for number, record in self.read(self.data, expected, has_answer):
+            subject = str(record.get("subject", self.data.stem))
+            item = Item(f"{subject}/{number}", subject, record["question"], answer=answers_of(record))
+            subjects.setdefault(subject, []).append(item)
+        self.check_subjects(subjects)
         yield from (subjects[name] for name in self.subjects or subjects)
 
     def encode(self, assistant: Assistant, prompt: str) -> list[int]:

@@ -20,10 +20,11 @@ from checkpoint.extend import set_length
 from checkpoint.locate import find_model
 from cli.extras import need
 from cli.progress import Progress
-from decoding.params import SamplingParams
-from evaluation.likelihood import SHORTEST_PREFIX, Pair, common_prefix, log_likelihoods, windows
+from decoding.params import SamplingParams, shared_length
+from evaluation.likelihood import SHORTEST_PREFIX, Likelihood, Pair, log_likelihoods, windows
 from hardware import DTYPES, choose_device
-from serving.assistant import first_id, load_assistant
+from model import Transformer
+from serving.assistant import Assistant, first_id, load_assistant
 from serving.streaming import StopStrings
 
 NAME = "little-llama"
@@ -35,15 +36,48 @@ def alike(pairs: Sequence[Pair], most: int) -> Iterator[list[int]]:
     order = sorted(range(len(pairs)), key=lambda i: tuple(pairs[i].context))
     group: list[int] = []
     for i in order:
-        longest = len(pairs[group[0]].context) if group else 0
-        shared = len(common_prefix([pairs[j].context for j in (group[0], i)])) if group else 0
-        # a text that begins otherwise would shorten what the whole group shares
-        if group and (len(group) == most or (longest > 4 * SHORTEST_PREFIX and shared < longest // 2)):
-            yield group
-            group = []
+        if group:
+            first = pairs[group[0]].context
+            shared = shared_length(first, pairs[i].context)
+            # a text that begins otherwise would shorten what the whole group shares
+            if len(group) == most or (len(first) > 4 * SHORTEST_PREFIX and shared < len(first) // 2):
+                yield group
+                group = []
         group.append(i)
     if group:
         yield group
+
+
+def score_pairs(model: Transformer, pairs: Sequence[Pair], batch_size: int, progress: Progress) -> list[Likelihood]:
+    """Return the likelihood of each pair, in order; pairs that begin alike are computed together."""
+    results: list[Likelihood] = [Likelihood(0.0, False, False)] * len(pairs)
+    for group in alike(pairs, BLOCK * batch_size):
+        found = log_likelihoods(model, [pairs[i] for i in group], batch_size)
+        for i, likelihood in zip(group, found):
+            results[i] = likelihood
+        progress.add(len(group))
+    return results
+
+
+def sampling(options: dict[str, Any]) -> SamplingParams:
+    """Return the settings of decoding in a request's `generation_kwargs`: greedy unless it says otherwise."""
+    sampled = options.get("do_sample", options.get("temperature", 0) > 0)
+    return SamplingParams(
+        temperature=options.get("temperature", 1.0) if sampled else 0,
+        top_p=options.get("top_p", 1.0) if sampled else 1.0,
+        top_k=options.get("top_k", 0) if sampled else 0,
+        max_new_tokens=options.get("max_gen_toks", 256),
+    )
+
+
+def answer_texts(assistant: Assistant, texts: Sequence[str], options: dict[str, Any], batch_size: int) -> Iterator[str]:
+    """Yield the answer to each text, up to the first of the texts in `options["until"]`."""
+    until, params, tokenizer = options.get("until") or [], sampling(options), assistant.tokenizer
+    strings = StopStrings(tokenizer, [until] if isinstance(until, str) else until)
+    # an answer needs its place in the window: the beginning of a longer prompt is left out
+    room = max(1, assistant.model.args.max_seq_len - params.max_new_tokens)
+    prompts = [[*tokenizer.begins, *tokenizer.encode(text)][-room:] for text in texts]
+    return dataclasses.replace(assistant, stop_strings=strings).answers(prompts, params, batch_size)
 
 
 def adapter() -> type:
@@ -51,56 +85,39 @@ def adapter() -> type:
     from lm_eval.api.model import TemplateLM
 
     class LittleLlama(TemplateLM):
-        """A model of ours behind the interface of lm-evaluation-harness."""
+        """A model of ours behind the interface of lm-evaluation-harness; see the arguments above."""
 
-        def __init__(
-            self,
-            pretrained: str,
-            base: str | None = None,
-            dtype: str = "fp32",
-            device: str | None = None,
-            batch_size: int | str = 32,
-            max_batch_size: int | None = None,
-            max_length: int | None = None,
-        ) -> None:
+        def __init__(self, pretrained: str, batch_size: int | str = 32, device: str | None = None, **more: Any) -> None:
             super().__init__()
             self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 32
-            options = {"base": Path(base) if base else None, "raw": True}
-            directory = find_model(Path(pretrained))
-            self.assistant = load_assistant(directory, choose_device(device or "auto"), DTYPES[dtype], **options)
-            if max_length is not None:
-                set_length(self.assistant.model, int(max_length))
-            self.own = self.assistant.tokenizer
+            self.assistant = load(pretrained, device or "auto", **more)
 
         @property
         def eot_token_id(self) -> int:
-            return self.own.eos_id
+            return self.assistant.tokenizer.eos_id
 
         @property
         def prefix_token_id(self) -> int:
-            return first_id(self.own)
+            return first_id(self.assistant.tokenizer)
 
         @property
         def max_length(self) -> int:
             """The window of the model in tokens."""
             return self.assistant.model.args.max_seq_len
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            begins = [] if add_special_tokens is False else self.own.begins
-            return [*begins, *self.own.encode(string)]
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            begins = [] if add_special_tokens is False else self.assistant.tokenizer.begins
+            return [*begins, *self.assistant.tokenizer.encode(string)]
 
         def _loglikelihood_tokens(
-            self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+            self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
         ) -> list[tuple[float, bool]]:
             pairs = [Pair(context, continuation) for _, context, continuation in requests]
-            results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
             with Progress("scoring", "requests", total=len(pairs), active=not disable_tqdm) as progress:
-                for group in alike(pairs, BLOCK * self.batch_size):
-                    found = log_likelihoods(self.assistant.model, [pairs[i] for i in group], self.batch_size)
-                    for i, likelihood in zip(group, found):
-                        results[i] = (likelihood.logprob, likelihood.greedy)
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
-                    progress.add(len(group))
+                found = score_pairs(self.assistant.model, pairs, self.batch_size, progress)
+            results = [(each.logprob, each.greedy) for each in found]
+            for (texts, _, _), result in zip(requests, results):
+                self.cache_hook.add_partial("loglikelihood", texts, result)
             return results
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -114,30 +131,29 @@ def adapter() -> type:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             answers = [""] * len(requests)
-            groups: dict[str, list[int]] = {}
+            groups: dict[str, list[int]] = {}  # requests with the same settings are answered together
             for i, request in enumerate(requests):
                 groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
             for settings, members in groups.items():
-                options = json.loads(settings)
-                until = options.get("until") or []
-                until = [until] if isinstance(until, str) else until
-                sampled = options.get("do_sample", options.get("temperature", 0) > 0)
-                params = SamplingParams(
-                    temperature=options.get("temperature", 1.0) if sampled else 0,
-                    top_p=options.get("top_p", 1.0),
-                    top_k=options.get("top_k", 0),
-                    max_new_tokens=options.get("max_gen_toks", 256),
-                )
-                assistant = dataclasses.replace(self.assistant, stop_strings=StopStrings(self.own, until))
-                # an answer needs its place in the window: the beginning of a longer prompt is left out
-                room = self.max_length - params.max_new_tokens
-                prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
-                for i, answer in zip(members, assistant.answers(prompts, params, self.batch_size)):
+                texts = [requests[i].args[0] for i in members]
+                found = answer_texts(self.assistant, texts, json.loads(settings), self.batch_size)
+                for i, answer in zip(members, found):
                     answers[i] = answer
                     self.cache_hook.add_partial("generate_until", requests[i].args, answer)
             return answers
 
     return LittleLlama
+
+
+def load(
+    pretrained: str, device: str, base: str | None = None, dtype: str = "fp32", max_length: int | None = None, **_: Any
+) -> Assistant:
+    """Load a model by the arguments that the harness was given."""
+    options = {"base": Path(base) if base else None, "raw": True}
+    assistant = load_assistant(find_model(Path(pretrained)), choose_device(device), DTYPES[dtype], **options)
+    if max_length is not None:
+        set_length(assistant.model, int(max_length))
+    return assistant
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from attention.cache import KVCache
 from decoding.feeder import evaluating
-from decoding.params import Ids
+from decoding.params import Ids, shared_length
 from model import Transformer
 from serving.assistant import first_id
 from tokenizer import Tokenizer
@@ -72,8 +72,11 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
     wanted = dict.fromkeys(rows, longest)  # first position of each row whose logits are read
     for row, pair in zip(inputs, pairs):
         wanted[row] = min(wanted[row], len(row) - len(pair.continuation))
-    shared = common_prefix(rows)[: min(wanted.values(), default=0)]
-    if len(shared) < SHORTEST_PREFIX or len(rows) == 1:
+    shared = ()
+    if len(rows) > 1:
+        first, last = min(rows), max(rows)  # in the order of a dictionary, all others lie between these two
+        shared = first[: min(shared_length(first, last), *wanted.values())]
+    if len(shared) < SHORTEST_PREFIX:
         shared = ()
     members: dict[Ids, list[int]] = {row: [] for row in rows}
     for i, row in enumerate(inputs):
@@ -93,15 +96,6 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
                 logprob, greedy = _score(model, hidden[at, end - n : end], pairs[i].continuation)
                 results[i] = Likelihood(logprob, greedy, len(pairs[i].context) + n > longest + 1)
     return results
-
-
-def common_prefix(rows: Sequence[Ids]) -> Ids:
-    """Return the ids that all rows begin with."""
-    if not rows:
-        return ()
-    first, last = min(rows), max(rows)  # in the order of a dictionary, all others lie between these two
-    size = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return first[:size]
 
 
 def _hidden(model: Transformer, rows: Sequence[Ids], prefix: KVCache, past: int) -> torch.Tensor:

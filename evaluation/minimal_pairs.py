@@ -8,8 +8,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 
-from corpora.files import records
-from corpora.registry import BadRecord
 from evaluation.benchmark import Item
 from evaluation.choices import ChoiceBenchmark
 
@@ -26,24 +24,24 @@ class MinimalPairs(ChoiceBenchmark):
         """Raises ValueError for a paradigm that has no file."""
         paths = [self.data] if self.data.is_file() else sorted(self.data.rglob("*.jsonl"))
         names = [path.stem for path in paths]
-        if unknown := [name for name in self.subjects if name not in names]:
-            raise ValueError(f"--subjects {' '.join(unknown)}: expected names among {', '.join(names)}")
+        self.check_subjects(names)
         for path in paths:
             if self.subjects and path.stem not in self.subjects:
                 continue
             items = []
-            for number, record in enumerate(records(path)):
-                value = record.raw if isinstance(record, BadRecord) else record.value
-                pair = [value.get(key) for key in ("sentence_good", "sentence_bad")] if isinstance(value, dict) else []
-                if not pair or not all(isinstance(sentence, str) and sentence for sentence in pair):
-                    expected = 'expected texts as "sentence_good" and "sentence_bad"'
-                    self.broken.append(BadRecord(record.where, getattr(record, "reason", expected), str(value)))
-                    continue
+            for number, record in self.read(path, 'texts as "sentence_good" and "sentence_bad"', has_pair):
+                pair = record["sentence_good"], record["sentence_bad"]
                 choices = tuple(self.delimiter + sentence for sentence in pair)
-                category = str(value.get("linguistics_term") or value.get("phenomenon") or "")
+                category = str(record.get("linguistics_term") or record.get("phenomenon") or "")
                 key = f"{path.stem}/{number}"
                 items.append(Item(key, path.stem, "", choices=choices, answer=0, category=category))
             yield items
+
+
+def has_pair(record: dict) -> bool:
+    """Return whether a record has two sentences."""
+    pair = (record.get(key) for key in ("sentence_good", "sentence_bad"))
+    return all(isinstance(sentence, str) and sentence for sentence in pair)
 
 
 class BLiMP(MinimalPairs):

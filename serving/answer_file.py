@@ -47,12 +47,21 @@ def answer_file(
             file.flush()
     begun.unlink()
     print(f"{len(questions)} answers in {output}")
-    if broken:
-        aside = output.with_suffix(".bad.jsonl")
-        write_json_lines(aside, map(vars, broken))
-        places = ", ".join(record.where for record in broken[:3]) + ", ..." * (len(broken) > 3)
-        say(f"{len(broken)} records could not be read ({places}); they are kept in {aside}")
+    keep_aside(broken, output.with_suffix(".bad.jsonl"))
     return {"answers": len(questions), "bad": len(broken), "output": str(output)}
+
+
+def keep_aside(broken: list[BadRecord], path: Path) -> None:
+    """Write the records that could not be read to a file, and say so; nothing where there are none."""
+    if broken:
+        write_json_lines(path, map(vars, broken))
+        places = ", ".join(record.where for record in broken[:3]) + ", ..." * (len(broken) > 3)
+        say(f"{len(broken)} records could not be read ({places}); they are kept in {path}")
+
+
+def file_times(directory: Path) -> dict[str, list[int]]:
+    """Return size and time of change of each file of a model, by which another model is told apart."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(directory.glob("*.*"))}
 
 
 def begin(output: Path, begun: Path, description: dict[str, Any]) -> int:
@@ -70,9 +79,8 @@ def begin(output: Path, begun: Path, description: dict[str, Any]) -> int:
 
 def describe(assistant: Assistant, prompts: list[list[int]], params: SamplingParams) -> dict[str, Any]:
     """Return all that the answers depend on, as values that JSON can hold."""
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in assistant.directory.glob("*.*")}
     return {
-        "model": {str(assistant.directory.resolve()): dict(sorted(files.items()))},
+        "model": {str(assistant.directory.resolve()): file_times(assistant.directory)},
         "decoding": [type(assistant.decoder).__name__, assistant.cache, repr(assistant.stop_strings.strings)],
         "sampling": {name: str(value) for name, value in vars(params).items()},
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),

@@ -1,0 +1,52 @@
+"""What the adapter for lm-evaluation-harness does itself; tests/harness_table.py compares it with the harness."""
+
+import random
+
+import pytest
+from helpers.small_model import small_model
+from helpers.tiny_chat_model import save_chat_model
+
+from cli.progress import Progress
+from decoding.params import SamplingParams
+from evaluation.harness import alike, answer_texts, load, sampling, score_pairs
+from evaluation.likelihood import Pair, log_likelihoods
+
+
+def test_pairs_that_begin_alike_are_together_and_all_are_scored_in_order():
+    rng = random.Random(3)
+    beginnings = [[rng.randrange(50) for _ in range(40)] for _ in range(3)]
+    pairs = [Pair([*beginnings[i % 3], rng.randrange(50)], [rng.randrange(50)]) for i in range(20)]
+    groups = list(alike(pairs, most=5))
+    assert sorted(i for group in groups for i in group) == list(range(20))
+    assert all(len(group) <= 5 and len({i % 3 for i in group}) == 1 for group in groups)
+    model = small_model(max_seq_len=48)
+    with Progress("scoring", "requests", active=False) as progress:
+        found = score_pairs(model, pairs, 2, progress)
+    assert progress.done == 20
+    for pair, likelihood in zip(pairs, found):
+        (alone,) = log_likelihoods(model, [pair], 1)
+        assert likelihood.logprob == pytest.approx(alone.logprob, abs=1e-4)
+    assert list(alike([], 5)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, SamplingParams(temperature=0, top_k=0)),
+        ({"do_sample": False, "temperature": 1, "max_gen_toks": 9}, SamplingParams(0, top_k=0, max_new_tokens=9)),
+        ({"temperature": 0.5, "top_p": 0.9}, SamplingParams(0.5, top_k=0, top_p=0.9)),
+        ({"do_sample": True}, SamplingParams(1.0, top_k=0)),
+    ],
+)
+def test_settings_of_the_harness(options, expected):
+    assert sampling(options) == expected
+
+
+def test_answers_end_before_a_stop_text(tmp_path):
+    assistant = load(str(save_chat_model(tmp_path / "model")), "cpu")
+    (whole,) = answer_texts(assistant, ["江上"], {"max_gen_toks": 40}, 2)
+    stop = next(character for character in whole[3:] if character.isalnum())  # half characters are no text
+    for until in (stop, [stop]):
+        answers = answer_texts(assistant, ["江上", "江" * 300], {"until": until, "max_gen_toks": 40}, 2)
+        assert next(answers) == whole[: whole.index(stop)]
+        assert isinstance(next(answers), str)  # a prompt longer than the window loses its beginning
