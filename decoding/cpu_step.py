@@ -138,21 +138,11 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     def step(
         runs: Sequence[Sequence[int]], past: Sequence[int], n: int = 1, places: Sequence[int] | None = None
     ) -> torch.Tensor:
-        # the compiled code checks nothing: an id or position out of range would read or write foreign memory
-        batch, lengths = len(runs), [past_i + len(run) for past_i, run in zip(past, runs)]
-        rows = cache.keys.shape[1]
+        rows, batch = cache.keys.shape[1], len(runs)
         places = range(rows) if places is None else places
-        fit = min(past) >= 0 and max(lengths) <= cache.max_len
-        if not fit or len(places) != batch or len({*places} & {*range(rows)}) != batch:
-            raise ValueError(
-                f"the cache has {rows} rows of {cache.max_len} tokens, found {batch} runs for the rows {[*places]} "
-                f"at positions {min(past)}..{max(lengths) - 1}"
-            )
+        lengths = [past_i + len(run) for past_i, run in zip(past, runs)]
         ids = [id for run in runs for id in run]
-        if min(ids) < 0 or max(ids) >= a.vocab_size:
-            raise ValueError(f"the model has ids 0..{a.vocab_size - 1}, found {min(ids)}..{max(ids)}")
-        if n > min(map(len, runs)):
-            raise ValueError(f"n should be at most {min(map(len, runs))}, the length of the shortest run, found {n}")
+        check_runs(cache, a.vocab_size, runs=runs, past=past, n=n, places=places)
         cache.reserve(max(lengths))
         if struct.slots != cache.room:
             fit_tables()
@@ -167,6 +157,32 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
         return logits
 
     return step
+
+
+def check_runs(
+    cache: KVCache,
+    vocab_size: int,
+    *,
+    runs: Sequence[Sequence[int]],
+    past: Sequence[int],
+    n: int,
+    places: Sequence[int],
+) -> None:
+    """Raise ValueError for runs that do not fit: the compiled code checks nothing, and an id or a position out of range
+    would read or write foreign memory."""
+    rows, max_len = cache.keys.shape[1], cache.max_len
+    lowest, highest = min(map(min, runs)), max(map(max, runs))
+    last = max(past_i + len(run) for past_i, run in zip(past, runs)) - 1
+    right_rows = len(places) == len(runs) == len({*places} & {*range(rows)})
+    if min(past) < 0 or last >= max_len or not right_rows:
+        raise ValueError(
+            f"the cache has {rows} rows of {max_len} tokens, found {len(runs)} runs for the rows {[*places]} "
+            f"at positions {min(past)}..{last}"
+        )
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"the model has ids 0..{vocab_size - 1}, found {lowest}..{highest}")
+    if n > min(map(len, runs)):
+        raise ValueError(f"n should be at most {min(map(len, runs))}, the length of the shortest run, found {n}")
 
 
 def most_tokens(model: Transformer) -> int:
