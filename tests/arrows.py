@@ -22,7 +22,7 @@ SCRIPTS = {
 }
 METHODS = ("rope", "attention", "quant", "optim", "loss")
 SPEAK = {"serving", "evaluation", "bench", *SCRIPTS}  # may print to standard output
-MOST = {"places": 36, "arrows": 190, "floors": 9, "circles of files": 0, "circles of places": 0}
+MOST = {"places": 42, "arrows": 260, "floors": 10, "circles of files": 0, "circles of places": 0}
 LIMITS = {"file": 400, "class": 180, "function, nine in ten": 25}  # lines
 
 
