@@ -180,7 +180,8 @@ def import_(args: Import) -> dict[str, Any]:
         checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
         if checkpoint.tokenizer is None:
             checkpoint.tokenizer = load_tokenizer(args.tokenizer)
-    say(f"{args.source} is {found.title}")
+    if checkpoint.tokenizer is None and checkpoint.folder is None:
+        say(f"there is no tokenizer in or beside {args.source}: name it with --tokenizer")
     return write(checkpoint, registry.FORMATS["huggingface"], args)
 
 
@@ -194,7 +195,8 @@ def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict
         return {"model": None}
     check_free(args.out)
     target.write(checkpoint, entries, args.out, args)
-    print(f"{checkpoint.where} is {target.title} now, {len(entries)} tensors: {args.out}", flush=True)
+    source = registry.detect(checkpoint.where)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
     return {"model": str(args.out)}
 
 

@@ -131,7 +131,7 @@ def test_nothing_is_replaced(trained, tmp_path):
     "words, sentence",
     [
         ([], "convert.py expects a command (merge, tokens, export, import) and its flags"),
-        (["shrink"], "convert.py expects a command (merge, tokens)"),
+        (["shrink"], "convert.py expects a command (merge, tokens, export, import)"),
         (["merge", "--model", "m", "--adapter", "nowhere", "--out", "o"], "nowhere does not exist; give --adapter"),
     ],
 )
