@@ -75,7 +75,7 @@ from cli.progress import say
 from files import written_aside
 from hardware import DTYPES
 from model import Transformer
-from training.checksums import MOST_BYTES, check_model
+from training.checksums import MOST_BYTES, check_models
 
 
 def merge(args: Merge) -> dict[str, Any]:
@@ -84,8 +84,7 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = with_values(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    for each in (args.adapter, args.model):
-        check_model(each, MOST_BYTES)
+    check_models((args.adapter, args.model), MOST_BYTES)
     warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
@@ -104,7 +103,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")
