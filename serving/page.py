@@ -25,8 +25,8 @@ def read_page() -> Page:
     """Return the page.
 
     With these headers a browser runs no script and takes no style but those of the page (by their hashes), loads
-    nothing from anywhere, talks to this server only, and does not show the page inside another one. `trusted-types 'none'`
-    makes it refuse to turn any text into HTML (https://www.w3.org/TR/trusted-types).
+    nothing from anywhere, talks to this server only, and does not show the page inside another one.
+    `trusted-types 'none'` makes it refuse to turn any text into HTML (https://www.w3.org/TR/trusted-types).
     """
     hashes: dict[str, list[str]] = {"style": [], "script": []}
 
