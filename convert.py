@@ -1,7 +1,8 @@
-"""Make a model directory from others: merge an adapter into a model, or add tokens to a model.
+"""Make a model directory from others: merge an adapter into a model, or add tokens; convert token files.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
 python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
+python convert.py data --source data/tiny --format megatron --out DIR
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
 from quant.kinds import KINDS
 
 NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
+)
+DATA_NEEDS = (
+    Needs("tokens_per_file", "format", ("bins",), "the others have no files of a largest size; remove it"),
+    Needs("chunk_tokens", "format", ("packed",), "the others have no chunks; remove it"),
 )
 
 
@@ -60,12 +66,43 @@ class Tokens:
     """round the vocabulary up to a multiple of this"""
 
 
+@dataclass(frozen=True)
+class Data:
+    """Write token files in another format: ours for Megatron-LM, lit-gpt and nanoGPT, and theirs as ours."""
+
+    source: Path
+    """a .bin file, its name without .bin, or a directory of them: token bins of data_process.py, an indexed dataset of
+    Megatron-LM, packed chunks (lit-gpt, TinyLlama, LitHFT), data of llm-lite-trainer, uint16 ids without a header
+    (nanoGPT, baby-llama2). The format is detected"""
+    out: Path
+    """directory to write"""
+    format: Literal[TARGETS] = "bins"  # type: ignore[valid-type]
+    """what to write. bins: train_*.bin, heldout.bin and tokenizer/ for pretrain.py; megatron: .bin and .idx; packed:
+    chunks of lit-gpt; raw: train.bin and val.bin of nanoGPT"""
+    tokenizer: Path | None = None
+    """tokenizer of the ids (directory, .model or tokenizer.json), which only our bins name; None: tokenizer/ in
+    the directory of the source"""
+    separator: Literal["eos", "bos"] = "eos"
+    """what parts the documents of a source that has no index of them: eos after each, or bos before each (TinyLlama)"""
+    tokens_per_file: Annotated[int, (1, 4611686018427387904)] = Settings.tokens_per_file
+    """most tokens of a training bin"""
+    chunk_tokens: Annotated[int, (1, 1 << 32)] = Settings.chunk_tokens
+    """tokens of a packed chunk: a multiple of the length of a row and one more"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, DATA_NEEDS)
+
+
 if __name__ == "__main__":
     # before torch is loaded: --help and mistakes are answered at once
-    command, arguments = parse_command({"merge": Merge, "tokens": Tokens}, "convert", __doc__)
+    command, arguments = parse_command({"merge": Merge, "tokens": Tokens, "data": Data}, "convert", __doc__)
 
 import torch
 
+from bins import exchange
+from bins.foreign import NAMES, find
+from bins.pickled_rows import of_conversations
 from checkpoint import peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
@@ -75,6 +112,7 @@ from cli.progress import say
 from files import written_aside
 from hardware import DTYPES
 from model import Transformer
+from tokenizer import load_tokenizer
 from training.checksums import MOST_BYTES, check_model
 
 
@@ -122,6 +160,32 @@ def tokens(args: Tokens) -> dict[str, Any]:
     return {"model": str(args.out)}
 
 
+def data(args: Data) -> dict[str, Any]:
+    """Write token files in another format; returns the number of tokens by file."""
+    found = find(args.source)
+    check_free(args.out)
+    beside = (args.source if args.source.is_dir() else args.source.parent) / "tokenizer"
+    path = args.tokenizer or beside
+    tokenizer = load_tokenizer(path) if args.tokenizer or (found.form != "bins" and path.is_dir()) else None
+    if tokenizer is None and found.form != "bins":
+        raise ValueError(f"--source {args.source} is {NAMES[found.form]}, which names no tokenizer: give --tokenizer")
+    vocabulary = exchange.of_tokenizer(tokenizer, path) if tokenizer else exchange.of_bins(found)
+    if found.form == "bins" and tokenizer and vocabulary.sha256 != exchange.of_bins(found).sha256:
+        raise ValueError(f"--source {args.source} was made with another tokenizer than --tokenizer {args.tokenizer}")
+    say(f"{args.source} is {NAMES[found.form]}")
+    with written_aside(args.out) as aside:
+        if found.form == "lite_trainer" and of_conversations(found.groups[0].paths[0]):
+            if args.format != "bins":
+                raise ValueError(f"--source {args.source} has questions and answers, no documents: remove --format")
+            done = exchange.write_answers(found, aside, tokenizer)
+        else:
+            settings = Settings(args.format, args.separator, args.tokens_per_file, args.chunk_tokens)
+            done = exchange.exchange(found, aside, vocabulary, settings)
+        exchange.copy_tokenizer(tokenizer, beside, aside)
+    print(*(f"{args.out}/{line}" for line in exchange.lines(done)), sep="\n", flush=True)
+    return {counts.files: counts.tokens for counts in done}
+
+
 def check_free(out: Path) -> None:
     """Raise ValueError where `out` exists: nothing is overwritten."""
     if out.exists():
@@ -152,7 +216,7 @@ def check_ties(model: torch.nn.Module, args: Merge) -> None:
         )
 
 
-COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
+COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens), "data": (data, Data)}
 
 
 if __name__ == "__main__":
