@@ -59,6 +59,11 @@ class TrainArgs:
     metric: str = "loss"
     """held-out metric that decides which checkpoint is the best. loss: every token counts the same; bits_per_byte; with
     several tasks also task_mean: every task counts the same, or loss/NAME: the loss of one task"""
+    prompts: tuple[str, ...] = ()
+    """texts that the model continues (or questions that it answers) at every evaluation, for samples.jsonl in the run
+    directory; default: the first ones of the held-out data, or of the training data where nothing is held out"""
+    sample_tokens: Annotated[int, (0, 1000000)] = 48
+    """largest number of tokens of such a sample; 0: no samples"""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint in the run directory; never: start anew and replace it"""
 
@@ -94,5 +99,6 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
     Needs("train.epochs", "train.max_steps", (0,), "that many steps are trained, whatever the epochs; keep one"),
     Needs("train.s2_min_len", "train.s2_group", ABOVE_0, "without groups, attention is full for all rows; remove it"),
     Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
+    Needs("train.prompts", "train.sample_tokens", ABOVE_0, "nothing would be written after them; remove it"),
     Needs("train.eval_batches", "train.eval_interval", ABOVE_0, "the evaluation at the end takes all; remove it"),
 )
