@@ -159,7 +159,7 @@ from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
 from model import Transformer
 from tokenizer import load_tokenizer
-from training.checksums import MOST_BYTES, check_model
+from training.checksums import MOST_BYTES, check_models
 
 
 def merge(args: Merge) -> dict[str, Any]:
@@ -168,8 +168,7 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = with_values(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    for each in (args.adapter, args.model):
-        check_model(each, MOST_BYTES)
+    check_models((args.adapter, args.model), MOST_BYTES)
     warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
@@ -188,7 +187,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")
@@ -209,7 +208,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
 def export(args: Export) -> dict[str, Any]:
     """Write the model in another format; returns the path that was written."""
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
 
 
@@ -221,7 +220,8 @@ def import_(args: Import) -> dict[str, Any]:
         checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
         if checkpoint.tokenizer is None:
             checkpoint.tokenizer = load_tokenizer(args.tokenizer)
-    say(f"{args.source} is {found.title}")
+    if checkpoint.tokenizer is None and checkpoint.folder is None:
+        say(f"there is no tokenizer in or beside {args.source}: name it with --tokenizer")
     return write(checkpoint, registry.FORMATS["huggingface"], args)
 
 
@@ -235,7 +235,8 @@ def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict
         return {"model": None}
     check_free(args.out)
     target.write(checkpoint, entries, args.out, args)
-    print(f"{checkpoint.where} is {target.title} now, {len(entries)} tensors: {args.out}", flush=True)
+    source = registry.detect(checkpoint.where)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
     return {"model": str(args.out)}
 
 

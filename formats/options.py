@@ -10,6 +10,9 @@ DTYPES = ("auto", *FLOATS)  # values of --dtype
 # name of --format -> the dtypes that it can hold besides auto
 EXPORTS = {
     "huggingface": FLOATS,
+    "llama2c": (),
+    "llama2c_v1": (),
+    "llama2c_q8": (),
 }
 
 
