@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from cli.progress import Progress, say
+from files import read_rows
 from training.state import TrainState
 
 
@@ -125,19 +126,30 @@ class Clock:
     def __init__(self, state: TrainState, total_steps: int, flops_per_token: float, peak: float) -> None:
         self.total_steps, self.flops_per_token, self.peak = total_steps, flops_per_token, peak
         self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+        self.away = 0.0  # seconds since the last reading in which nothing was trained
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block, of an evaluation for one, out of the rate."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.away += time.perf_counter() - before
 
     def restart(self, state: TrainState) -> float:
         """Measure from here on; return the seconds since the last reading."""
         before = self.time
-        self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+        self.step, self.tokens, self.time, self.away = state.step, state.tokens, time.perf_counter(), 0.0
         return self.time - before
 
     def read(self, state: TrainState) -> tuple[float, float, float]:
-        """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call."""
+        """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call. Pauses
+        count for the time left only."""
         now = time.perf_counter()
         seconds, steps, tokens = now - self.time, state.step - self.step, state.tokens - self.tokens
-        self.step, self.tokens, self.time = state.step, state.tokens, now
-        rate = tokens / seconds
+        rate = tokens / max(1e-9, seconds - self.away)
+        self.step, self.tokens, self.time, self.away = state.step, state.tokens, now, 0.0
         return rate, seconds / max(1, steps) * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
 
 
@@ -157,14 +169,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`, without damaged lines; [] where there is no file."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):  # a line that a kill has cut off, or a disk has damaged
-            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
+    return read_rows(path)
 
 
 def draw_losses(runs: dict[str, Path], picture: Path) -> None:
