@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from attention import Choice
 from cli.flags import ABOVE_0, Needs
+from optim.args import GALORE, WITH_BETAS, WITH_EPS
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class TrainArgs:
     """passes over the data, when max_steps is 0"""
     micro_batch_size: Annotated[int, (0, 10000000)] = 0
     """rows that a process runs through the model at once (gradients are accumulated over a step); 0: all of its rows"""
+    z_loss: Annotated[float, (0, 1)] = 0.0
+    """add this times log(Z)² of each target to what is minimized, Z the sum of the exponentials of its logits: keeps
+    logits from drifting (PaLM: 1e-4). The logged losses leave it out"""
     grad_clip: Annotated[float, (0, 1e12)] = 1.0
     """largest gradient norm; larger gradients are scaled down to it; 0: no limit"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -92,8 +96,11 @@ class TrainArgs:
 
 
 NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others
-    Needs("optim.muon_lr", "optim.optimizer", ("muon",), "AdamW has one rate, --optim.lr; remove it"),
-    Needs("optim.momentum", "optim.optimizer", ("muon",), "AdamW's are --optim.betas; remove it"),
+    Needs("optim.muon_lr", "optim.optimizer", ("muon",), "the others have one rate, --optim.lr; remove it"),
+    Needs("optim.momentum", "optim.optimizer", ("muon",), "the others have --optim.betas or none; remove it"),
+    Needs("optim.betas", "optim.optimizer", WITH_BETAS, "Adafactor has no such rates; remove it"),
+    Needs("optim.eps", "optim.optimizer", WITH_EPS, "the others have no such flag; remove it"),
+    Needs("optim.galore_*", "optim.optimizer", GALORE, "the others have no subspace; remove it"),
     Needs("optim.decay_share", "optim.schedule", ("wsd",), "the other schedules have no such part; remove it"),
     Needs("optim.min_lr_ratio", "optim.schedule", ("wsd", "cosine", "linear"), "the rate never falls; remove it"),
     Needs("train.epochs", "train.max_steps", (0,), "that many steps are trained, whatever the epochs; keep one"),
