@@ -274,7 +274,8 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     """Open the log, say how large the run is and what its `mfu` means, and start the clock; dtype: of activations."""
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
-    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, evaluated=trainer.state.evaluated)
+    options = {"evaluated": trainer.state.evaluated, "loggers": trainer.args.loggers}
+    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, **options)
     log.compare(trainer.state.log)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(
