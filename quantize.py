@@ -12,12 +12,13 @@ eval.py, fine_tuning.py --lora.method and convert.py merge open the result like 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from checkpoint.locate import find_model, find_tokenizer
-from cli.args import parse_command, run
+from cli.args import parse_command, run, with_values
 from cli.progress import say
-from quant.kinds import METHODS
+from quant.kinds import BITNETS, METHODS
 from quantizing.args import Args
 from quantizing.ladder_args import LadderArgs
 
@@ -33,8 +34,9 @@ import time
 from checkpoint.directory import load_model
 from checkpoint.transformers_model import TransformersModel
 from hardware import choose_device
-from quant.bitnet import kind_of_bits
+from quant.qat import grid_of
 from quant.replace import refuse_quantized
+from quant.trained import kind_of_bits
 from quantizing.job import REPORT, begun_folder, quantize_in_place, write
 from quantizing.ladder import Ladder
 from quantizing.table import draw, header, line, markdown
@@ -52,13 +54,7 @@ def main(args: Args) -> dict[str, Any]:
     if isinstance(model, TransformersModel):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
     refuse_quantized(model, "quantizing them again would add to the error")
-    if (kind := kind_of_bits(model)) and args.method != "bitnet":
-        raise ValueError(f"--model {directory} is trained in few bits ({kind}): --method bitnet packs it")
-    if args.method == "bitnet" and not kind:
-        raise ValueError(
-            f"--method bitnet packs what pretrain.py --bitnet has trained, and --model {directory} was trained in "
-            "full: train it with --bitnet, or choose another method"
-        )
+    args = fit_training(args, kind_of_bits(model), directory)
     tokenizer, stop_ids = find_tokenizer(directory)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
@@ -78,6 +74,28 @@ def main(args: Args) -> dict[str, Any]:
         flush=True,
     )
     return {"model": str(args.out), "bytes": size, "layers": report}
+
+
+def fit_training(args: Args, kind: str | None, directory: Path) -> Args:
+    """Return the arguments with the bits of a model that was trained in few bits; kind: None for one that was not.
+
+    Raises ValueError for a method that does not go with the model.
+    """
+    packs = None if kind is None else "bitnet" if kind in BITNETS else "qat"
+    if kind and args.method != packs:
+        raise ValueError(f"--model {directory} is trained in few bits ({kind}): --method {packs} packs it")
+    if args.method in ("bitnet", "qat") and not kind:
+        flag = {"bitnet": "--bitnet", "qat": "--qat_bits"}[args.method]
+        raise ValueError(
+            f"--method {args.method} packs what pretrain.py {flag} has trained, and --model {directory} was trained in "
+            f"full: train it with {flag}, or choose another method"
+        )
+    if packs != "qat":
+        return args
+    grid = grid_of(kind)
+    if args.format == "awq" and grid.bits != 4:
+        raise ValueError(f"--format awq keeps 4 bits, and --model {directory} is trained in {grid.bits}")
+    return with_values(args, bits=grid.bits, group_size=grid.group_size)
 
 
 def notable(report: dict[str, dict[str, Any]], args: Args) -> list[str]:

@@ -36,7 +36,8 @@ class Args:
     """gptq: Frantar et al. 2022, with error propagation (QEP); awq: Lin et al. 2023; rtn: round to nearest, without
     any text; int8: likewise, a scale a row; smoothquant (Xiao et al. 2022): inputs in 8 bits, too; llm_int8
     (Dettmers et al. 2022): the same but for outliers; nf4, fp4 (Dettmers et al. 2023; needs bitsandbytes): 16 uneven
-    levels; bitnet: packs what pretrain.py --bitnet has trained, in 2 bits (b158) or 1 (b1)"""
+    levels; qat: packs what pretrain.py --qat_bits has trained, as it is; bitnet: what pretrain.py --bitnet has trained,
+    in 2 bits (b158) or 1 (b1)"""
     bits: Literal[2, 3, 4, 8] | None = None
     """bits of a weight. None: 4, or as many as the method has; awq's format has 4 only"""
     group_size: int = 128
@@ -77,6 +78,8 @@ class Args:
     def __post_init__(self) -> None:
         """Raise ValueError for flags that do not go together."""
         method = METHODS[self.method]
+        if self.method == "qat" and self.bits:
+            raise ValueError(f"--method qat packs the bits that were trained; remove --bits {self.bits}")
         object.__setattr__(self, "bits", self.bits or method.bits[0])
         object.__setattr__(self, "format", self.format or method.formats[0])
         for name in ("bits", "format"):

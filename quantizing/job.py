@@ -173,7 +173,7 @@ def make_stream(model: nn.Module, rows: torch.Tensor, keep_full: bool, batch_tok
 
 def check_shapes(model: nn.Module, args: Args) -> None:
     """Raise ValueError for layers that the format cannot keep, before anything is computed."""
-    grouped = "group_size" in METHODS[args.method].flags
+    grouped = "group_size" in METHODS[args.method].flags or args.method == "qat"
     for text in args.override:
         if not any(re.search(text.rpartition("=")[0], name) for name, _ in base_layers(model)):
             raise ValueError(f"--override {text} fits no layer; a name is, for instance, {base_layers(model)[0][0]}")

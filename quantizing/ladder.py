@@ -25,9 +25,9 @@ from cli.record import file_sha256, to_plain
 from evaluation.text_rows import draw_rows
 from files import read_json, write_json
 from model import Transformer
-from quant.bitnet import kind_of_bits
 from quant.kinds import KINDS, METHODS
 from quant.replace import base_layers, refuse_quantized
+from quant.trained import kind_of_bits
 from quantizing.args import Args
 from quantizing.job import quantize_in_place, write
 from quantizing.ladder_args import STEPS, LadderArgs, Step
