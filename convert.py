@@ -1,21 +1,32 @@
-"""Make a model directory from others: merge an adapter into a model, or add tokens to a model.
+"""Convert models: merge an adapter into a model, add tokens to a model, write and read the formats of other programs;
+token files likewise.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
 python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
+python convert.py export --model DIR --format gguf --dtype q8_0 --out FILE
+python convert.py import SRC --out DIR
+python convert.py data SRC --format megatron --out DIR
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
+from formats.options import EXPORTS, Options
 from quant.kinds import KINDS
 
 NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
+)
+EXPORT_NEEDS = (Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),)
+DATA_NEEDS = (
+    Needs("tokens_per_file", "format", ("bins",), "the others have no files of a largest size; remove it"),
+    Needs("chunk_tokens", "format", ("packed",), "the others have no chunks; remove it"),
 )
 
 
@@ -60,12 +71,82 @@ class Tokens:
     """round the vocabulary up to a multiple of this"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export(Options):
+    """Write a model in the format of another program, or as a directory with another dtype or other files."""
+
+    model: Path
+    """Hugging Face directory of the model"""
+    format: Literal[tuple(EXPORTS)]  # type: ignore[valid-type]
+    """what to write; docs/conversion.md says which programs read it, and what it cannot hold"""
+    out: Path
+    """file or directory to write"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a dtype that the format does not have, or a flag that does nothing there."""
+        check_flags(self, EXPORT_NEEDS)
+        if self.dtype not in ("auto", *EXPORTS[self.format]):
+            raise ValueError(
+                f"--dtype {self.dtype} is not one of --format {self.format}: choose auto or "
+                f"{', '.join(EXPORTS[self.format]) or 'nothing else'}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import(Options):
+    """Write a model of another program as a Hugging Face directory. Its format is detected from its contents."""
+
+    first_word: ClassVar[str] = "source"
+
+    source: Path
+    """file or directory to read; it may stand without its flag behind the word import"""
+    out: Path
+    """directory to write"""
+    tokenizer: Path | None = None
+    """tokenizer of the model (directory, .model or tokenizer.json); None: the one in or beside the source"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Write token files in another format: ours for Megatron-LM, lit-gpt and nanoGPT, and theirs as ours."""
+
+    first_word: ClassVar[str] = "source"
+
+    source: Path
+    """a .bin file, its name without .bin, or a directory of them: token bins of data_process.py, an indexed dataset of
+    Megatron-LM, packed chunks (lit-gpt, TinyLlama, LitHFT), data of llm-lite-trainer, uint16 ids without a header
+    (nanoGPT, baby-llama2). The format is detected;
+    the path may stand without its flag behind the word data"""
+    out: Path
+    """directory to write"""
+    format: Literal[TARGETS] = "bins"  # type: ignore[valid-type]
+    """what to write. bins: train_*.bin, heldout.bin and tokenizer/ for pretrain.py; megatron: .bin and .idx; packed:
+    chunks of lit-gpt; raw: train.bin and val.bin of nanoGPT"""
+    tokenizer: Path | None = None
+    """tokenizer of the ids (directory, .model or tokenizer.json), which only our bins name; None: tokenizer/ in
+    the directory of the source"""
+    separator: Literal["eos", "bos"] = "eos"
+    """what parts the documents of a source that has no index of them: eos after each, or bos before each (TinyLlama)"""
+    tokens_per_file: Annotated[int, (1, 4611686018427387904)] = Settings.tokens_per_file
+    """most tokens of a training bin"""
+    chunk_tokens: Annotated[int, (1, 1 << 32)] = Settings.chunk_tokens
+    """tokens of a packed chunk: a multiple of the length of a row and one more"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, DATA_NEEDS)
+
+
 if __name__ == "__main__":
     # before torch is loaded: --help and mistakes are answered at once
-    command, arguments = parse_command({"merge": Merge, "tokens": Tokens}, "convert", __doc__)
+    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import, "data": Data}
+    command, arguments = parse_command(classes, "convert", __doc__)
 
 import torch
 
+from bins import exchange
+from bins.foreign import NAMES, find
+from bins.pickled_rows import of_conversations
 from checkpoint import peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
@@ -73,9 +154,12 @@ from checkpoint.extend import grow_vocabulary
 from checkpoint.locate import find_model, find_tokenizer
 from cli.progress import say
 from files import written_aside
+from formats import registry
+from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
 from model import Transformer
-from training.checksums import MOST_BYTES, check_model
+from tokenizer import load_tokenizer
+from training.checksums import MOST_BYTES, check_models
 
 
 def merge(args: Merge) -> dict[str, Any]:
@@ -84,8 +168,7 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = with_values(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    for each in (args.adapter, args.model):
-        check_model(each, MOST_BYTES)
+    check_models((args.adapter, args.model), MOST_BYTES)
     warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
@@ -104,7 +187,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")
@@ -120,6 +203,67 @@ def tokens(args: Tokens) -> dict[str, Any]:
         save_model(aside, model.to(kept_dtype(args.model)), tokenizer, stop_ids)
     print(f"{args.out}: {changes}", flush=True)
     return {"model": str(args.out)}
+
+
+def export(args: Export) -> dict[str, Any]:
+    """Write the model in another format; returns the path that was written."""
+    args = with_values(args, model=find_model(args.model, "give --model a model directory"))
+    check_models([args.model], MOST_BYTES)
+    return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
+
+
+def import_(args: Import) -> dict[str, Any]:
+    """Write the model as a Hugging Face directory; returns its path."""
+    found = registry.detect(args.source)
+    checkpoint = found.read(args.source)
+    if args.tokenizer is not None:
+        checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
+        if checkpoint.tokenizer is None:
+            checkpoint.tokenizer = load_tokenizer(args.tokenizer)
+    if checkpoint.tokenizer is None and checkpoint.folder is None:
+        say(f"there is no tokenizer in or beside {args.source}: name it with --tokenizer")
+    return write(checkpoint, registry.FORMATS["huggingface"], args)
+
+
+def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict[str, Any]:
+    """Write a checkpoint, or with --dry_run print the map of its tensors; returns the path that was written."""
+    entries = target.lay_out(checkpoint, args)
+    for note in checkpoint.notes:
+        say(note)
+    if args.dry_run:
+        print(*map_lines(entries), f"{len(entries)} tensors; nothing is written", sep="\n", flush=True)
+        return {"model": None}
+    check_free(args.out)
+    target.write(checkpoint, entries, args.out, args)
+    source = registry.detect(checkpoint.where)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
+    return {"model": str(args.out)}
+
+
+def data(args: Data) -> dict[str, Any]:
+    """Write token files in another format; returns the number of tokens by file."""
+    found = find(args.source)
+    check_free(args.out)
+    beside = (args.source if args.source.is_dir() else args.source.parent) / "tokenizer"
+    path = args.tokenizer or beside
+    tokenizer = load_tokenizer(path) if args.tokenizer or (found.form != "bins" and path.is_dir()) else None
+    if tokenizer is None and found.form != "bins":
+        raise ValueError(f"--source {args.source} is {NAMES[found.form]}, which names no tokenizer: give --tokenizer")
+    vocabulary = exchange.of_tokenizer(tokenizer, path) if tokenizer else exchange.of_bins(found)
+    if found.form == "bins" and tokenizer and vocabulary.sha256 != exchange.of_bins(found).sha256:
+        raise ValueError(f"--source {args.source} was made with another tokenizer than --tokenizer {args.tokenizer}")
+    say(f"{args.source} is {NAMES[found.form]}")
+    with written_aside(args.out) as aside:
+        if found.form == "lite_trainer" and of_conversations(found.groups[0].paths[0]):
+            if args.format != "bins":
+                raise ValueError(f"--source {args.source} has questions and answers, no documents: remove --format")
+            done = exchange.write_answers(found, aside, tokenizer)
+        else:
+            settings = Settings(args.format, args.separator, args.tokens_per_file, args.chunk_tokens)
+            done = exchange.exchange(found, aside, vocabulary, settings)
+        exchange.copy_tokenizer(tokenizer, beside, aside)
+    print(*(f"{args.out}/{line}" for line in exchange.lines(done)), sep="\n", flush=True)
+    return {counts.files: counts.tokens for counts in done}
 
 
 def check_free(out: Path) -> None:
@@ -152,7 +296,13 @@ def check_ties(model: torch.nn.Module, args: Merge) -> None:
         )
 
 
-COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
+COMMANDS = {
+    "merge": (merge, Merge),
+    "tokens": (tokens, Tokens),
+    "export": (export, Export),
+    "import": (import_, Import),
+    "data": (data, Data),
+}
 
 
 if __name__ == "__main__":

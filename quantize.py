@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from checkpoint.locate import find_model, find_tokenizer
+from checkpoint.locate import find_model, find_tokenizer, read_from
 from cli.args import parse_command, run, with_values
 from cli.progress import say
 from quant.kinds import BITNETS, METHODS
@@ -40,13 +40,13 @@ from quant.trained import kind_of_bits
 from quantizing.job import REPORT, begun_folder, quantize_in_place, write
 from quantizing.ladder import Ladder
 from quantizing.table import draw, header, line, markdown
-from training.checksums import MOST_BYTES, check_model
+from training.checksums import MOST_BYTES, check_models
 
 
 def main(args: Args) -> dict[str, Any]:
     """Quantize every linear layer but the head, and write the directory; returns a report per layer."""
     directory = find_model(args.model, "give --model a model directory")
-    check_model(directory, MOST_BYTES)
+    check_models(read_from(directory), MOST_BYTES)
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)
@@ -55,7 +55,7 @@ def main(args: Args) -> dict[str, Any]:
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
     refuse_quantized(model, "quantizing them again would add to the error")
     args = fit_training(args, kind_of_bits(model), directory)
-    tokenizer, stop_ids = find_tokenizer(directory)
+    tokenizer, stop_ids = find_tokenizer(*read_from(directory))
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
     if args.format == "compressed-tensors" and "group_size" in METHODS[args.method].flags and not args.symmetric:

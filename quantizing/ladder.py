@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from checkpoint.directory import load_model, save_model
-from checkpoint.locate import find_model, find_tokenizer
-from checkpoint.safetensors_files import weight_files
+from checkpoint.locate import find_model, find_tokenizer, read_from
 from checkpoint.transformers_model import TransformersModel
 from cli.progress import Progress, say
 from cli.record import file_sha256, to_plain
@@ -46,7 +45,7 @@ class Ladder:
         self.args = args = args.chosen()
         self.directory = find_model(args.model, "give --model a model directory")
         self.full = checked(load_model(self.directory, "cpu"), self.directory).float().eval()
-        self.tokenizer, self.stop_ids = find_tokenizer(self.directory)
+        self.tokenizer, self.stop_ids = find_tokenizer(*read_from(self.directory))
         if self.tokenizer is None:
             raise FileNotFoundError(f"--model {self.directory} has no tokenizer to read text with")
         self.length = min(args.seq_len or 512, self.full.args.max_seq_len)
@@ -63,7 +62,9 @@ class Ladder:
         same = ("group_size", "draws", "calib_tokens", "heldout_tokens", "seq_len")
         texts = [draw_rows(self.args.calib, self.tokenizer, self.length, self.args.calib_tokens, 0), self.rows_of_text]
         depends = {name: getattr(self.args, name) for name in same} | {
-            "model": [file_sha256(path) for path in weight_files(self.directory)],
+            "model": [
+                file_sha256(path) for each in read_from(self.directory) for path in sorted(each.glob("*.safetensors"))
+            ],
             "texts": [hashlib.sha256(rows.numpy().tobytes()).hexdigest() for rows in texts],
         }
         before = read_json(self.folder / DESCRIPTION)
