@@ -161,6 +161,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=2).encode("utf8", "backslashreplace"))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, or replace it in one step."""
+    with _replacing(path) as file:
+        file.write(text.encode("utf8", "backslashreplace"))
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file to write bytes into, which becomes `path` when the block ends without an error."""
