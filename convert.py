@@ -3,7 +3,7 @@ token files likewise.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
 python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
-python convert.py export --model DIR --format huggingface --dtype bf16 --out DIR
+python convert.py export --model DIR --format gguf --dtype q8_0 --out FILE
 python convert.py import SRC --out DIR
 python convert.py data SRC --format megatron --out DIR
 python convert.py card --model DIR --license apache-2.0 --language zh en
