@@ -117,6 +117,7 @@ from model import Transformer
 from optim.optimizers import build_optimizer
 from quant.bitnet import kind_of_bits, train_in_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.state import check_outside
@@ -140,7 +141,7 @@ def main(args: Args) -> dict[str, Any]:
     check_saving(tokenizer)
     data, eval_data = make_data(args, bins, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
         model.to(backend.device)
         stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(
