@@ -1,22 +1,26 @@
-"""Make a model directory from others: merge an adapter into a model, or add tokens to a model.
+"""Convert models: merge an adapter into a model, add tokens to a model, write and read the formats of other programs.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
 python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
+python convert.py export --model DIR --format huggingface --dtype bf16 --out DIR
+python convert.py import SRC --out DIR
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
+from formats.options import EXPORTS, Options
 from quant.kinds import KINDS
 
 NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
 )
+EXPORT_NEEDS = (Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),)
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,45 @@ class Tokens:
     """round the vocabulary up to a multiple of this"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export(Options):
+    """Write a model in the format of another program, or as a directory with another dtype or other files."""
+
+    model: Path
+    """Hugging Face directory of the model"""
+    format: Literal[tuple(EXPORTS)]  # type: ignore[valid-type]
+    """what to write; docs/conversion.md says which programs read it, and what it cannot hold"""
+    out: Path
+    """file or directory to write"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a dtype that the format does not have, or a flag that does nothing there."""
+        check_flags(self, EXPORT_NEEDS)
+        if self.dtype not in ("auto", *EXPORTS[self.format]):
+            raise ValueError(
+                f"--dtype {self.dtype} is not one of --format {self.format}: choose auto or "
+                f"{', '.join(EXPORTS[self.format]) or 'nothing else'}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import(Options):
+    """Write a model of another program as a Hugging Face directory. Its format is detected from its contents."""
+
+    first_word: ClassVar[str] = "source"
+
+    source: Path
+    """file or directory to read; it may stand without its flag behind the word import"""
+    out: Path
+    """directory to write"""
+    tokenizer: Path | None = None
+    """tokenizer of the model (directory, .model or tokenizer.json); None: the one in or beside the source"""
+
+
 if __name__ == "__main__":
     # before torch is loaded: --help and mistakes are answered at once
-    command, arguments = parse_command({"merge": Merge, "tokens": Tokens}, "convert", __doc__)
+    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import}
+    command, arguments = parse_command(classes, "convert", __doc__)
 
 import torch
 
@@ -73,9 +113,12 @@ from checkpoint.extend import grow_vocabulary
 from checkpoint.locate import find_model, find_tokenizer
 from cli.progress import say
 from files import written_aside
+from formats import registry
+from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
 from model import Transformer
-from training.checksums import MOST_BYTES, check_model
+from tokenizer import load_tokenizer
+from training.checksums import MOST_BYTES, check_models
 
 
 def merge(args: Merge) -> dict[str, Any]:
@@ -84,8 +127,7 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = with_values(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    for each in (args.adapter, args.model):
-        check_model(each, MOST_BYTES)
+    check_models((args.adapter, args.model), MOST_BYTES)
     warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
@@ -104,7 +146,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")
@@ -119,6 +161,41 @@ def tokens(args: Tokens) -> dict[str, Any]:
     with written_aside(args.out) as aside:
         save_model(aside, model.to(kept_dtype(args.model)), tokenizer, stop_ids)
     print(f"{args.out}: {changes}", flush=True)
+    return {"model": str(args.out)}
+
+
+def export(args: Export) -> dict[str, Any]:
+    """Write the model in another format; returns the path that was written."""
+    args = with_values(args, model=find_model(args.model, "give --model a model directory"))
+    check_models([args.model], MOST_BYTES)
+    return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
+
+
+def import_(args: Import) -> dict[str, Any]:
+    """Write the model as a Hugging Face directory; returns its path."""
+    found = registry.detect(args.source)
+    checkpoint = found.read(args.source)
+    if args.tokenizer is not None:
+        checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
+        if checkpoint.tokenizer is None:
+            checkpoint.tokenizer = load_tokenizer(args.tokenizer)
+    if checkpoint.tokenizer is None and checkpoint.folder is None:
+        say(f"there is no tokenizer in or beside {args.source}: name it with --tokenizer")
+    return write(checkpoint, registry.FORMATS["huggingface"], args)
+
+
+def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict[str, Any]:
+    """Write a checkpoint, or with --dry_run print the map of its tensors; returns the path that was written."""
+    entries = target.lay_out(checkpoint, args)
+    for note in checkpoint.notes:
+        say(note)
+    if args.dry_run:
+        print(*map_lines(entries), f"{len(entries)} tensors; nothing is written", sep="\n", flush=True)
+        return {"model": None}
+    check_free(args.out)
+    target.write(checkpoint, entries, args.out, args)
+    source = registry.detect(checkpoint.where)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
     return {"model": str(args.out)}
 
 
@@ -152,7 +229,12 @@ def check_ties(model: torch.nn.Module, args: Merge) -> None:
         )
 
 
-COMMANDS = {"merge": (merge, Merge), "tokens": (tokens, Tokens)}
+COMMANDS = {
+    "merge": (merge, Merge),
+    "tokens": (tokens, Tokens),
+    "export": (export, Export),
+    "import": (import_, Import),
+}
 
 
 if __name__ == "__main__":

@@ -56,6 +56,29 @@ def written_aside(directory: Path) -> Iterator[Path]:
         tidy()
 
 
+@contextmanager
+def files_aside(*paths: Path) -> Iterator[list[Path]]:
+    """Yield a path to write for each of `paths`, which it becomes when the block ends without an error.
+
+    After an error none of them is there. Raises FileExistsError where one exists, and OSError when the disk is full.
+    """
+    if there := [path for path in paths if path.exists()]:
+        raise FileExistsError(f"{there[0]} exists already: choose another, or remove it")
+    asides = [path.with_name(f".{path.name}.writing") for path in paths]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield asides
+        for aside, path in zip(asides, paths):
+            sync(aside)
+            aside.replace(path)
+        sync(paths[0].parent)
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"could not write {paths[0]}: {error}") from error
+    finally:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+
+
 def umask() -> int:
     """Return the bits that this process leaves out of the mode of new files."""
     mask = os.umask(0)  # the system has no call that only reads it

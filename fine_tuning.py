@@ -85,12 +85,14 @@ from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.precision import check_length, training_dtype
+from training.samples import Prompt, Sampler
 from training.state import check_outside
 from training.trainer import Trainer
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
 from tuning.describe import counts, describe, lengths, not_used, number, sample_texts, too_long
 from tuning.objectives import make_objective
+from tuning.prompts import questions_of
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -131,6 +133,7 @@ def main(args: Args) -> dict[str, Any]:
             token_bytes=template.tokenizer.token_bytes() if objective.of_tokens else None,
             group_names=names if len(names) > 1 else (),
             adaptive=coba,
+            sampler=make_sampler(args, model, template, split.heldout or split.trained),
         )
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
@@ -161,7 +164,7 @@ def show(args: Args) -> dict[str, Any]:
         print(*sample_texts(samples, args.show, objective.kind, tokenizer, colour), sep="\n")
         found[task.name] = statistics(samples) | {"broken": len(split.broken[task.path]), "template": template.name}
         broken, unit = split.broken[task.path], objective.kind.records
-        about = [f"--- {task.path}", counts(samples, unit), lengths(samples)]
+        about = ["---", f"{task.path}:", counts(samples, unit), lengths(samples)]
         about += filter(None, [too_long(task.path, samples, unit, args.data.seq_len)])
         about += [f"Chat template: {template.name}.", *not_used(task.path, split.left_out[task.path])]
         about += [f"{number(len(broken), 'records')} cannot be read; the first:"] * bool(broken)
@@ -180,6 +183,21 @@ def make_template(args: Args, model: Transformer | TransformersModel, began: dat
     check_saving(tokenizer)
     set_date(template, began)  # a run that goes on another day has the same ids
     return template, grown
+
+
+def make_sampler(
+    args: Args, model: Transformer | TransformersModel, template: ChatTemplate, samples: list[Samples]
+) -> Sampler:
+    """Return what lets the model answer --train.prompts, or else questions of the data."""
+    tokenizer, questions = template.tokenizer, [[{"role": "user", "content": text}] for text in args.train.prompts]
+    prompts = [
+        Prompt(messages[0]["content"], template.encode(messages, add_generation_prompt=True)[0])
+        for messages in questions
+    ]
+    if not prompts:
+        prompts = questions_of(samples, len(make_objective(args.objective, args.preference).kind.texts), tokenizer)
+    ends = {"stop_ids": all_stops(template, args.init_from), "n_ids": tokenizer.vocab_size}
+    return Sampler(model, prompts, args.train.sample_tokens, decode=tokenizer.decode, **ends)
 
 
 def all_stops(template: ChatTemplate, directory: Path) -> list[int]:

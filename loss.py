@@ -21,6 +21,7 @@ def linear_cross_entropy(
     loss_weights: torch.Tensor | None = None,
     block_rows: int = 0,
     token_losses: bool = False,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets
     or, with `token_losses`, the loss of each target.
@@ -28,14 +29,16 @@ def linear_cross_entropy(
     hidden (..., d) in the compute dtype, weight (V, d), targets (...) int64 with -100 where ignored, loss_weights (...)
     float32 or None. block_rows: rows of logits that exist at a time; 0: as many as make BLOCK_SIZE of them. The sum is
     a float32 scalar, differentiable in hidden and weight. The number is an int64 scalar; the losses are float32 (...),
-    unweighted, detached, 0 where the target is ignored.
+    unweighted, detached, 0 where the target is ignored. With `z_loss`, gradients are those of the sum of
+    `loss_weight * z_loss * log(Z)²` besides, Z the sum of exp(logits) (PaLM, arXiv:2204.02311, section 5); the values
+    leave it out, so that losses with and without it compare.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     is_target = targets != IGNORE
     scale = is_target.float() if loss_weights is None else is_target * loss_weights.float()
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # a frozen head needs none
     flat = hidden.flatten(0, -2), weight, targets.clamp(min=0).flatten(), scale.flatten()  # (N, d), (V, d), (N,), (N,)
-    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *needs_grad)
+    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *needs_grad, z_loss)
     return loss, losses.view_as(targets) * is_target if token_losses else is_target.sum()
 
 
@@ -43,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted sum of the losses of N tokens, and the loss of each; both gradients are computed in `forward`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, block_rows, needs_hidden, needs_weight):
+    def forward(ctx, hidden, weight, targets, scale, block_rows, needs_hidden, needs_weight, z_loss):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)  # (V, d)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -57,8 +60,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(-log_p[:, 0])
             if needs_hidden or needs_weight:
                 # d loss / d logits = s * (softmax - onehot), the target's column separately: p - 1 needs float32
+                of_target = log_p.expm1() * s  # (n, 1)
+                if z_loss:  # d log(Z)² / d logits = 2 log(Z) softmax
+                    of_z = 2 * z_loss * lse * s
+                    of_target, s = of_target + log_p.exp() * of_z, s + of_z
                 d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # (n, V), in the memory of the logits
-                d.scatter_(1, t, (log_p.expm1() * s).to(h.dtype))
+                d.scatter_(1, t, of_target.to(h.dtype))
                 if needs_hidden:
                     grad_hidden.append(d @ w)  # (n, d)
                 if needs_weight:
@@ -73,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, _):
         # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
         of_hidden, of_weight = (None if grad is None else grad * upstream for grad in ctx.saved_tensors)
-        return of_hidden, of_weight, None, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None, None
 
 
 def linear_log_probs(

@@ -148,6 +148,7 @@ class Transformer(nn.Module):
         self.args = args
         self.compute_dtype: torch.dtype | None = None  # dtype of activations; None: that of the parameters
         self.gradient_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.z_loss = 0.0  # weight of log(Z)² in the gradient of the loss; see loss.py
         self.shifted_sparse: ShiftedSparse | None = None  # attend in groups while training on long rows
         self.model = Decoder(args)
         self.lm_head = Linear(args.dim, args.vocab_size, bias=False)
@@ -194,7 +195,8 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(hidden)
         # Head and cross-entropy in one, block by block: the logits of all tokens never exist at once.
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_weights, token_losses=token_losses)
+        how = {"token_losses": token_losses, "z_loss": self.z_loss}
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_weights, **how)
 
     def hidden(
         self,

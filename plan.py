@@ -20,6 +20,7 @@ from cli.flags import SET, Needs, check_flags
 from cli.memory import check_memory
 from files import write_json
 from model_args import ModelArgs
+from optim.args import OPTIMIZERS, OptimArgs
 from planning import cluster, devices, measure, memory, published, runs, scaling, single
 from planning.devices import GIB, Device
 from planning.memory import Step
@@ -79,7 +80,7 @@ class Args:
     """rows of an optimizer step over all GPUs; 0: as the preset says, else about 4 M tokens"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of activations; auto: bf16 on a GPU, and on a CPU that has instructions for it"""
-    optimizer: Literal["auto", "muon", "adamw"] = "auto"
+    optimizer: Literal[("auto", *OPTIMIZERS)] = "auto"  # type: ignore[valid-type]
     """auto: that of the preset, else adamw"""
     lora_r: Annotated[int, (1, 65536)] = 8
     """rank of the adapters in the rows on LoRA"""
@@ -166,6 +167,7 @@ def choose_step(args: Args, source: Source) -> Step:
         seq_len=seq_len,
         dtype=args.dtype,
         optimizer=optimizer if args.optimizer == "auto" else args.optimizer,
+        galore_rank=recipe.optim.galore_rank if recipe else OptimArgs.galore_rank,
         checkpointing=bool(recipe and recipe.train.gradient_checkpointing),
     )
 

@@ -120,6 +120,7 @@ from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
+from training.samples import Prompt, Sampler, beginnings
 from training.state import check_outside
 from training.trainer import Trainer
 
@@ -157,6 +158,7 @@ def main(args: Args) -> dict[str, Any]:
             identity=identity(args, bins, model),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
+            sampler=make_sampler(args, model, tokenizer, heldout or bins),
         )
         with alone_in(args.out) if backend.main else contextlib.nullcontext():
             if backend.main:
@@ -184,6 +186,18 @@ def make_data(
         rows["headerless_eos_id"] = tokenizer.eos_id
     data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
     return data, PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
+
+
+def make_sampler(
+    args: Args, model: Transformer | TransformersModel, tokenizer: Tokenizer, bins: list[TokenBin]
+) -> Sampler:
+    """Return what lets the model continue --train.prompts, or else the beginnings of documents of the first bin."""
+    before = tokenizer.begins or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    prompts = [Prompt(text, [*before, *tokenizer.encode(text)]) for text in args.train.prompts]
+    if not prompts:
+        prompts = beginnings(bins[0], tokenizer.decode, tokenizer.eos_id)
+    ends = {"stop_ids": [] if tokenizer.eos_id is None else [tokenizer.eos_id], "n_ids": tokenizer.vocab_size}
+    return Sampler(model, prompts, args.train.sample_tokens, decode=tokenizer.decode, **ends)
 
 
 def tokenizer_directory(args: Args) -> Path:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer
+from checkpoint.locate import DEFAULT_MODEL, find_model, find_tokenizer, read_from
 from cli.args import parse, run
 from cli.flags import Needs, check_flags
 from cli.progress import Progress, say
@@ -158,7 +158,7 @@ from quant.linear import QuantizedLinear
 from quant.methods import make_scaling, make_solver, pad_feed_forward
 from quant.replace import base_layers, need_package, refuse_quantized
 from tokenizer import Tokenizer
-from training.checksums import MOST_BYTES, check_model
+from training.checksums import MOST_BYTES, check_models
 from training.signals import caught_signals
 
 REPORT = "quantization_report.json"
@@ -167,7 +167,7 @@ REPORT = "quantization_report.json"
 def main(args: Args) -> dict[str, Any]:
     """Quantize every linear layer but the head, and write the directory; returns a report per layer."""
     directory = find_model(args.model, "give --model a model directory")
-    check_model(directory, MOST_BYTES)
+    check_models(read_from(directory), MOST_BYTES)
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)
@@ -182,7 +182,7 @@ def main(args: Args) -> dict[str, Any]:
             f"--method bitnet packs what pretrain.py --bitnet has trained, and --model {directory} was trained in "
             "full: train it with --bitnet, or choose another method"
         )
-    tokenizer, stop_ids = find_tokenizer(directory)
+    tokenizer, stop_ids = find_tokenizer(*read_from(directory))
     if tokenizer is None:
         raise FileNotFoundError(f"--model {directory} has no tokenizer to read the calibration text with")
     began = time.monotonic()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention import Choice
-from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter
+from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter, read_from
 from cli.args import parse, run
 from cli.extras import need
 from cli.memory import check_memory, memory_bytes, size
@@ -97,6 +97,7 @@ from serving.api import make_app
 from serving.assistant import Assistant, load_assistant
 from serving.engine import Engine
 from serving.service import Service
+from training.checksums import MOST_BYTES, check_models
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -155,6 +156,7 @@ def named(args: Args) -> dict[str, Path]:
 def open_service(args: Args, name: str, directory: Path, device: torch.device, dtype: torch.dtype, n: int) -> Service:
     """Load one of n models."""
     base = args.base if is_adapter(directory) else None
+    check_models(read_from(directory, base), MOST_BYTES)
     assistant = load_assistant(directory, device, dtype, base=base, stop=args.stop, system=args.system)
     if args.max_seq_len is not None:
         set_length(assistant.model, args.max_seq_len)

@@ -73,19 +73,33 @@ def read_index(index: Path, suffix: str) -> list[str]:
 def read_tensors(
     directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str], elsewhere: Container[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a model directory with their names, mapped, on the CPU, in the file's dtype.
+    """Yield the tensors of a model directory with their names, mapped, on the CPU, in the file's dtype; tied ones once.
+
+    Arguments and errors as of `find_tensors`; the errors are raised before the first tensor is yielded.
+    """
+    found = find_tensors(directory, shapes, tied, elsewhere)
+    for path in sorted(set(found.values())):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if found.get(name) == path and name not in tied:
+                    yield name, file.get_tensor(name)
+
+
+def find_tensors(
+    directory: Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str], elsewhere: Container[str] = ()
+) -> dict[str, Path]:
+    """Return the file of each tensor of a model directory, by name.
 
     shapes: name -> shape of every tensor that must be there. tied: second name -> first name of a tied tensor; the
-    second may be in the files, too, with the same numbers. elsewhere: names that the caller reads itself. Before the
-    first tensor is yielded, ValueError names all that are missing, unknown, of another shape or no floating-point
-    numbers; nothing is skipped silently.
+    second may be in the files, too, with the same numbers. elsewhere: names that the caller reads itself. ValueError
+    names all that are missing, unknown, of another shape or no floating-point numbers; nothing is skipped silently.
     """
     found: dict[str, Path] = {}
     unknown, misshaped, unusable = [], [], []
     wanted = {**shapes, **{second: shapes[first] for second, first in tied.items()}}
     for path in weight_files(directory):
         with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
+            for name in file.keys():  # noqa: SIM118
                 if name.endswith(ANGLES) or name in elsewhere:
                     continue
                 found[name] = path
@@ -108,11 +122,7 @@ def read_tensors(
                 f"{directory} contradicts itself: config.json makes {second} the same as {first}, and the files hold "
                 "other numbers for it; set tie_word_embeddings to false there, or remove one of the two"
             )
-    for path in sorted(set(found.values())):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if found.get(name) == path and name not in tied:
-                    yield name, file.get_tensor(name)
+    return found
 
 
 def read_one(path: Path, name: str) -> torch.Tensor:
@@ -225,7 +235,7 @@ def write_model(
     """Write `config.json` and the tensors: as one file, or above `max_shard_bytes` as shards with an index."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards = split(state, max_shard_bytes)
+    shards = split({name: tensor.nbytes for name, tensor in state.items()}, max_shard_bytes)
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for file, names in zip(files, shards):
@@ -242,14 +252,17 @@ def write_model(
     (directory / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def split(state: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
-    """Return the names of tensors in runs of at most `max_bytes` together; a larger tensor makes a run of its own."""
+def split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Return the names of tensors in runs of at most `max_bytes` together; a larger tensor makes a run of its own.
+
+    sizes: name -> bytes.
+    """
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
+    for name, n_bytes in sizes.items():
+        if shards[-1] and size + n_bytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
+        size += n_bytes
     return shards

@@ -26,6 +26,7 @@ from cli.progress import Progress, say
 FREE = ("out", "init_from", "show", "model.*", "data.dir", "data.train", "data.heldout")
 FREE += tuple(f"train.{name}_interval" for name in ("log", "save", "eval"))
 FREE += tuple(f"train.{name}" for name in ("keep", "resume", "metric", "patience", "eval_batches", "backend", "device"))
+FREE += ("train.prompts", "train.sample_tokens")
 FREE += tuple(f"train.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "compile", "attention"))
 
 

@@ -12,19 +12,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim.adafactor import adafactor
 from optim.adamw import adamw
 from optim.args import OptimArgs
+from optim.eight_bit import adamw8bit
+from optim.galore import galore_adafactor, galore_adamw, galore_adamw8bit
+from optim.lion import lion
 from optim.muon import muon
 
 # name -> function of (parameters by role, args) that returns optimizers over all of them
-OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"muon": muon, "adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {
+    "muon": muon,
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "lion": lion,
+    "adafactor": adafactor,
+    "galore_adamw": galore_adamw,
+    "galore_adamw8bit": galore_adamw8bit,
+    "galore_adafactor": galore_adafactor,
+}
+# a rate of its own -> the role that it is of, and what a message says is missing
+RATIOS = {
+    "lora_lr_ratio": ("lora_B", "an adapter, found no trainable lora_B"),
+    "embed_lr_ratio": ("outer", "an embedding or a head to train, found none"),
+    "norm_lr_ratio": ("vector", "1-D parameters to train, found none"),
+}
 
 
 def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
     """Return the optimizers of a model's trainable parameters.
 
     A tied parameter is updated once; weight decay is not used on 1-D parameters. Raises ValueError when nothing
-    trains, and for --optim.lora_lr_ratio without an adapter.
+    trains, and for a rate of parameters that do not train, such as --optim.lora_lr_ratio without an adapter.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
@@ -34,10 +53,9 @@ def build_optimizer(model: nn.Module, args: OptimArgs) -> Optimizers:
     parameters = defaultdict(list)  # role -> parameters
     for name, p in trainable.items():
         parameters["outer" if p in tables else role(name, p)].append(p)
-    if args.lora_lr_ratio != 1.0 and not parameters["lora_B"]:
-        raise ValueError(
-            f"--optim.lora_lr_ratio {args.lora_lr_ratio:g} needs an adapter, found no trainable lora_B: remove it"
-        )
+    for name, (kind, what) in RATIOS.items():
+        if getattr(args, name) != 1.0 and not parameters[kind]:
+            raise ValueError(f"--optim.{name} {getattr(args, name):g} needs {what}: remove it")
     return Optimizers(OPTIMIZERS[args.optimizer](parameters, args))
 
 

@@ -14,6 +14,9 @@ def lr_factor(step: int, total_steps: int, args: OptimArgs) -> float:
         return (step + 1) / args.warmup_steps
     if args.schedule == "constant":
         return 1.0
+    if args.schedule == "inverse_sqrt":  # Vaswani et al. 2017, equation 3
+        scale = max(1, args.warmup_steps)
+        return math.sqrt(scale / (step - args.warmup_steps + scale))
     # wsd stays at the peak until its last `decay_share`; the others decay from the end of the warm-up
     flat_until = total_steps * (1 - args.decay_share) if args.schedule == "wsd" else 0
     begin = max(args.warmup_steps, flat_until)

@@ -65,7 +65,7 @@ class Stepper:
         device = choose_device("auto")
         self.model = Transformer(args).to(device)
         self.model.compute_dtype, self.model.gradient_checkpointing = DTYPES[step.dtype], step.checkpointing
-        self.optimizer = build_optimizer(self.model, OptimArgs(step.optimizer))
+        self.optimizer = build_optimizer(self.model, OptimArgs(step.optimizer, galore_rank=step.galore_rank))
         self.tokens = torch.randint(0, args.vocab_size, (step.rows, step.seq_len), device=device)
         self.clock = clock
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

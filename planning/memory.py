@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from model_args import ModelArgs
+from optim.args import OPTIMIZERS, OptimArgs
+from planning.optimizer import states
 
 BLOCK_LOGITS = 2**22  # logits that exist at a time, as loss.py cuts them
 BITS = {  # bits of a stored weight: in 4 bits with quantized scales (0.127), or with a scale and zero for 128 weights
@@ -43,8 +45,10 @@ class Step:
     """tokens of a row"""
     dtype: Literal["auto", "fp32", "bf16"] = "bf16"
     """dtype of activations; auto is decided by the device"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     """Muon keeps one number for each weight of a matrix in the blocks, AdamW two"""
+    galore_rank: int = OptimArgs.galore_rank
+    """dimensions in which GaLore sees a gradient"""
     checkpointing: bool = False
     """recompute each block in the backward pass"""
     fused: bool = True
@@ -179,12 +183,10 @@ def training(args: ModelArgs, step: Step) -> dict[str, int]:
     if adapter is not None:
         own = step.dtype
         weights = int(stored(args, own if adapter.base == "full" else adapter.base, own)) + 4 * n_trained
-    # AdamW has two moments; Muon one for the matrices of the blocks, and AdamW for the rest
-    moments = 2 * n_trained
-    if step.optimizer == "muon" and adapter is None:
-        moments -= args.n_layers * matrices(args)
+    adapter_rank = None if adapter is None else adapter.r
+    moments = states(args, linears(args), step.optimizer, step.galore_rank, adapter_rank)
     saved = saved_bytes(args, step)
-    parts = {"weights": weights, "gradients": 4 * n_trained, "optimizer": 4 * moments, "activations": saved}
+    parts = {"weights": weights, "gradients": 4 * n_trained, "optimizer": moments, "activations": saved}
     if step.checkpointing:
         parts["one recomputed block"] = saved_by_block(args, step) + cast_weights(args, step)
     return parts | {"logits, block by block": logits_block(args, step)}

@@ -7,11 +7,13 @@ import functools
 import math
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
-from helpers.oracle_row import differing, room, row
+from helpers.oracle_row import apart, differing, room, row
 
 # ---- decoding
 
@@ -216,6 +218,44 @@ def muon() -> float:
                     worst = max(worst, ((p - q).norm() / (p - old).norm()).item())
                     q.copy_(p)
     return worst
+
+
+def steps_apart(make: Callable[[ModuleType, list, bool], torch.optim.Optimizer], n_shapes: int = 6) -> float:
+    """Largest difference of two optimizers over 8 steps; `make(test module, parameters, whether ours)` makes them."""
+    tests, worst = room("test_optim_small_states"), 0.0
+    ours = tests.parameters(tests.SHAPES[:n_shapes])
+    theirs = copy.deepcopy(ours)
+    pairs = [(params, make(tests, params, params is ours)) for params in (ours, theirs)]
+    for step in range(8):
+        for params, optimizer in pairs:
+            tests.set_random_grads(params, step)
+            optimizer.step()
+        worst = max(worst, *(apart(p, q) for p, q in zip(ours, theirs)))
+    return worst
+
+
+@row("Lion", "bitsandbytes, fp32", "6 shapes, 8 steps, decay 0.2", 1e-5)
+def lion() -> float:
+    how = {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.2}
+    return steps_apart(lambda t, ps, ours: (t.Lion if ours else t.bitsandbytes.optim.Lion32bit)(ps, **how))
+
+
+@row("Adafactor", "torch.optim.Adafactor, fp32", "6 shapes, 8 steps, decay 0.1", 1e-5)
+def adafactor() -> float:
+    how = {"lr": 0.02, "weight_decay": 0.1}
+    return steps_apart(lambda t, ps, ours: (t.Adafactor if ours else torch.optim.Adafactor)(ps, **how))
+
+
+@row("GaLore with AdamW and with Adafactor", "galore_torch, fp32", "3 shapes, rank 4, 8 steps, 3 subspaces", 2e-5)
+def galore() -> float:
+    how = {"rank": 4, "every": 3, "scale": 0.25}
+    return max(
+        steps_apart(
+            lambda t, ps, ours, k=kind: t.GaLore(ps, t.inner_of(k), 0.02, 0.0, **how) if ours else t.galore_peer(k, ps),
+            n_shapes=3,
+        )
+        for kind in ("adamw", "adafactor")
+    )
 
 
 @row(

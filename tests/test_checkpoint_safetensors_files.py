@@ -284,7 +284,7 @@ def test_a_model_that_is_larger_than_memory_is_refused_where_it_is_converted(tmp
 
 
 def test_split():
-    state = {name: torch.zeros(n, dtype=torch.int8) for name, n in {"a": 3, "b": 3, "c": 9, "d": 1, "e": 5}.items()}
+    state = {"a": 3, "b": 3, "c": 9, "d": 1, "e": 5}  # bytes
     assert safetensors_files.split(state, 6) == [["a", "b"], ["c"], ["d", "e"]]
     assert safetensors_files.split(state, 100) == [list("abcde")]
 

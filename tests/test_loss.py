@@ -156,3 +156,20 @@ def test_the_loss_of_each_target(block):
     loss.backward()
     gradient = torch.autograd.grad((expected * weights).sum(), weight)[0]
     torch.testing.assert_close(weight.grad, gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_z_loss_is_in_the_gradient_and_not_in_the_value(dtype, tolerance):
+    hidden, weight, targets, weights = random_problem(20, 30, 8, 3)
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    value = linear_cross_entropy(hidden, weight, targets, weights, 7)[0]
+    loss, _ = linear_cross_entropy(hidden, weight, targets, weights, 7, z_loss=0.3)
+    assert torch.equal(loss, value)
+    ours = torch.autograd.grad(loss, (hidden, weight))
+    log_z = (hidden @ weight.T).logsumexp(-1)
+    scale = (targets != -100) * (1.0 if weights is None else weights)
+    theirs = torch.autograd.grad(
+        plain(hidden, weight, targets, weights) + 0.3 * (scale * log_z**2).sum(), (hidden, weight)
+    )
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

@@ -240,6 +240,7 @@ def test_schedules_equal_transformers_after_warmup(warmup, rest, floor):
             o, warmup, rest - rest // 2, num_training_steps=total, decay_type="linear", min_lr_ratio=floor
         ),
         "constant": lambda o: transformers.get_constant_schedule_with_warmup(o, warmup),
+        "inverse_sqrt": lambda o: transformers.get_inverse_sqrt_schedule(o, warmup, timescale=max(1, warmup)),
     }
     if floor == 0:
         peers["linear"] = lambda o: transformers.get_linear_schedule_with_warmup(o, warmup, total)

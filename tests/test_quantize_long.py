@@ -1,7 +1,6 @@
 """quantize.py: widths of single layers, a report of each, interruptions, unusual weights and files."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -161,7 +160,7 @@ def stopped_after(monkeypatch, layers: int) -> None:
         add(self, amount)
         done.append(amount)
         if len(done) == layers:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(quantize.Progress, "add", count)
 

@@ -62,6 +62,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.added = tuple(token.content for token in added.values() if token.content not in special)
         self.chat_template, self.begins = self._config.get("chat_template"), self.ids_before_text(self._config)
 
+    @property
+    def model(self) -> bytes | None:
+        """The bytes of the `tokenizer.model` beside the `tokenizer.json`; None where there is none."""
+        return self._model
+
     def guarding(self, names: Iterable[str]) -> HuggingFaceTokenizer:
         other = copy.copy(self)
         other._read(Path("tokenizer.json"), set(names))

@@ -83,6 +83,10 @@ class SentencePieceTokenizer(Tokenizer):
         model = self._processor.serialized_model_proto()
         return SentencePieceTokenizer(model, config=self._config, added=self._beside | more)
 
+    def serialized(self) -> bytes:
+        """Return the model as the bytes of a `.model`, with the names of special tokens that stand beside it."""
+        return self._processor.serialized_model_proto()
+
     def pieces(self) -> dict[str, int]:
         """Return the ids of all pieces of the model, and of the special tokens beside it, by name."""
         return {self._processor.id_to_piece(i): i for i in range(self._processor.get_piece_size())} | self.special

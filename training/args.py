@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from attention import Choice
 from cli.flags import ABOVE_0, Needs
+from optim.args import GALORE, WITH_BETAS, WITH_EPS
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class TrainArgs:
     """passes over the data, when max_steps is 0"""
     micro_batch_size: Annotated[int, (0, 10000000)] = 0
     """rows that a process runs through the model at once (gradients are accumulated over a step); 0: all of its rows"""
+    z_loss: Annotated[float, (0, 1)] = 0.0
+    """add this times log(Z)² of each target to what is minimized, Z the sum of the exponentials of its logits: keeps
+    logits from drifting (PaLM: 1e-4). The logged losses leave it out"""
     grad_clip: Annotated[float, (0, 1e12)] = 1.0
     """largest gradient norm; larger gradients are scaled down to it; 0: no limit"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -70,6 +74,11 @@ class TrainArgs:
     metric: str = "loss"
     """held-out metric that decides which checkpoint is the best. loss: every token counts the same; bits_per_byte; with
     several tasks also task_mean: every task counts the same, or loss/NAME: the loss of one task"""
+    prompts: tuple[str, ...] = ()
+    """texts that the model continues (or questions that it answers) at every evaluation, for samples.jsonl in the run
+    directory; default: the first ones of the held-out data, or of the training data where nothing is held out"""
+    sample_tokens: Annotated[int, (0, 1000000)] = 48
+    """largest number of tokens of such a sample; 0: no samples"""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint in the run directory; never: start anew and replace it"""
 
@@ -100,8 +109,11 @@ class TrainArgs:
 SEVERAL = ("ddp", "fsdp", "deepspeed")  # backends of several processes
 SHARDED = ("fsdp", "deepspeed")  # backends whose processes hold parts of the model
 NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others
-    Needs("optim.muon_lr", "optim.optimizer", ("muon",), "AdamW has one rate, --optim.lr; remove it"),
-    Needs("optim.momentum", "optim.optimizer", ("muon",), "AdamW's are --optim.betas; remove it"),
+    Needs("optim.muon_lr", "optim.optimizer", ("muon",), "the others have one rate, --optim.lr; remove it"),
+    Needs("optim.momentum", "optim.optimizer", ("muon",), "the others have --optim.betas or none; remove it"),
+    Needs("optim.betas", "optim.optimizer", WITH_BETAS, "Adafactor has no such rates; remove it"),
+    Needs("optim.eps", "optim.optimizer", WITH_EPS, "the others have no such flag; remove it"),
+    Needs("optim.galore_*", "optim.optimizer", GALORE, "the others have no subspace; remove it"),
     Needs("optim.decay_share", "optim.schedule", ("wsd",), "the other schedules have no such part; remove it"),
     Needs("optim.min_lr_ratio", "optim.schedule", ("wsd", "cosine", "linear"), "the rate never falls; remove it"),
     Needs("train.epochs", "train.max_steps", (0,), "that many steps are trained, whatever the epochs; keep one"),
@@ -128,5 +140,6 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
         is_set=SHARDED.__contains__,
     ),
     Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
+    Needs("train.prompts", "train.sample_tokens", ABOVE_0, "nothing would be written after them; remove it"),
     Needs("train.eval_batches", "train.eval_interval", ABOVE_0, "the evaluation at the end takes all; remove it"),
 )

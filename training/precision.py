@@ -61,6 +61,10 @@ def prepare(model: TrainableModel, args: TrainArgs, backend: SingleProcess, data
                 "--train.s2_group needs a LLaMA with two heads or more, since it shifts half of them: remove it"
             )
         model.shifted_sparse = ShiftedSparse(args.s2_group, args.s2_min_len)
+    if args.z_loss:
+        if not isinstance(model, Transformer):
+            raise ValueError("--train.z_loss needs a LLaMA and a loss of tokens (no pairs of answers): remove it")
+        model.z_loss = args.z_loss
     model.to(device)
     model.train()
     model.compute_dtype = dtype

@@ -34,6 +34,7 @@ from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
 from training.precision import check_length, compile_seconds, compiles, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
+from training.samples import Sampler
 from training.signals import caught_signals
 from training.state import Checkpoints, Diverged, TrainState
 
@@ -43,7 +44,8 @@ class Trainer:
 
     save(directory) writes the trained weights, load(directory) copies them back into the model. `identity` names what
     determines the order of the losses (data, seed, batch size): a checkpoint of another identity is not resumed.
-    `group_names` are the names of the groups of the batches; their losses are logged as loss/NAME.
+    `group_names` are the names of the groups of the batches; their losses are logged as loss/NAME. `sampler` writes
+    what the model says to fixed prompts at every evaluation.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Trainer:
         token_bytes: np.ndarray | None = None,
         group_names: Sequence[str] = (),
         adaptive: Adaptive | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         check_length(data.seq_len, model)
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
         self.args, self.optim, self.run, self.adaptive = args, optim, run, adaptive
+        self.sampler = sampler if args.sample_tokens else None
         self.eval_data, self.group_names = eval_data, group_names
         if eval_data is None and args.patience:
             raise ValueError(f"--train.patience {args.patience} needs held-out data, and there are none: remove it")
@@ -118,6 +122,8 @@ class Trainer:
                 log_averages(self, norm)
             if state.step == first and args.log_interval:  # the next line measures without it, for it compiles
                 self.log.say(f"step {first}/{self.total_steps} took {self.clock.restart(state):.0f} s")
+                if args.log_interval > 1 and state.step == 1 and state.targets:  # near ln V for a new model
+                    self.log.write(1, {"first_step": state.averages(())["loss"]})
             if at_end:
                 return
             if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
@@ -162,9 +168,14 @@ class Trainer:
         self.log.write(state.step, {f"eval_{name}": value for name, value in metrics.items()})
         is_best = state.judge(metrics[self.args.metric])
         note = f" (first {n_batches} batches)" * (n_batches > 0) + ", best so far" * is_best
+        self._sample()
         self.log.draw()
         self.log.say(f"step {state.step}: held-out {format_metrics(metrics)}{note}")
         self._save(is_best)
+
+    def _sample(self) -> None:
+        if self.sampler is not None:
+            self.sampler.write(self.run, self.state.step, self.backend)
 
     def _stop(self) -> None:
         """Save, and end the process as the signal asks."""
@@ -178,6 +189,7 @@ class Trainer:
         state, checkpoints = self.state, self.checkpoints
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "model": str(self.run / "last")}
         if self.eval_data is None:
+            self._sample()
             self._save(is_best=True)
         else:
             if state.evaluated != state.step:  # else stopped early, or killed just before the end

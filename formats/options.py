@@ -1,0 +1,28 @@
+"""The formats that `convert.py export` writes, and the settings of a conversion. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+FLOATS = ("fp32", "bf16", "fp16")
+DTYPES = ("auto", *FLOATS)  # values of --dtype
+# name of --format -> the dtypes that it can hold besides auto
+EXPORTS = {
+    "huggingface": FLOATS,
+    "llama2c": (),
+    "llama2c_v1": (),
+    "llama2c_q8": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings that the readers and writers of all formats see."""
+
+    dtype: Literal[DTYPES] = "auto"  # type: ignore[valid-type]
+    """dtype of the weights that are written; auto: that of the source, or what the format always has"""
+    shard_size: Annotated[float, (1e-6, 1e6)] = 5.0
+    """largest file of a Hugging Face directory, in GB (10^9 bytes)"""
+    dry_run: bool = False
+    """write nothing; print the map of the tensors: name in the source, name in the target, shape, dtype"""
