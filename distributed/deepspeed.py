@@ -162,8 +162,8 @@ class Zero(ProcessGroup):
             utils.safe_set_local_optimizer_state(p, part, key)
 
     def _link_moments(self) -> None:
-        """Let each parameter know its part of the flat moments. DeepSpeed does so in the step of the first group, before
-        the other groups have any."""
+        """Let each parameter know its part of the flat moments. DeepSpeed does so in the step of the first group,
+        before the other groups have any."""
         if self.stage < 3 and self.optimizer.parts[0].state:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -4,6 +4,7 @@ float64 where the backend has it; one run that goes on from process to processes
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def alone(tmp_path_factory, environment) -> Path:
     """A folder with the cases on one process, and a run that was stopped after four steps."""
     folder = tmp_path_factory.mktemp("backends")
     more = {"whole": {"wide": True, "micro": 1}, "chain": {"wide": True, "stop": 3}}
+    more |= {"narrow": {"micro": 2}, "stopped": {"stop": 3}}
     status, err = finish(start(folder, environment, "single", CASES | more), LONG)
     assert status == 0, err
     return folder
@@ -85,6 +87,22 @@ def test_fsdp_equals_one_process(alone, environment):
     # one process, then two, then one: the moments go with the parameters, and no row is left out or used twice
     assert "going on from step 7" in run(alone, environment, "single", {"chain": {"wide": True, "micro": 1}})
     assert weights_apart(alone, "whole", "chain") < 1e-14
+
+
+@pytest.mark.parametrize("stage, names", [("2", ["ragged", "dpo"]), ("3", ["ragged", "dora"])])
+def test_zero_equals_one_process(stage, names, alone, environment):
+    pytest.importorskip("deepspeed")
+    zero = {"train": {"zero_stage": stage}}
+    narrow = {name: CASES[name] | zero | {"wide": False} for name in names}  # DeepSpeed knows no float64
+    ours = {f"zero{stage} {name}": case for name, case in narrow.items()}
+    goes_on = f"chain {stage}"
+    shutil.copytree(alone / "stopped", alone / goes_on, symlinks=True)
+    err = run(alone, environment, "deepspeed", ours | {goes_on: {"micro": 1} | zero})
+    assert "going on from step 4" in err
+    for name in names:
+        loss, norm, apart = difference(alone, name, f"zero{stage} {name}")
+        assert loss < 1e-6 and norm < 1e-5 and apart < 1e-6, name  # float32, with another order of sums
+    assert weights_apart(alone, "narrow", goes_on) < 1e-6
 
 
 def test_a_rank_that_dies_or_hangs_ends_the_run_with_its_name(tmp_path, environment):

@@ -132,12 +132,15 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
         "its loss scale needs whole gradients; use bf16",
         is_set=SHARDED.__contains__,
     ),
-    Needs(
-        "train.backend",
-        "optim.optimizer",
-        ("muon", "adamw"),
-        "the others need whole matrices; use one of these",
-        is_set=SHARDED.__contains__,
+    *(
+        Needs(
+            "train.backend",
+            "optim.optimizer",
+            able,
+            "the others need whole matrices; use one of these",
+            {name}.__contains__,
+        )
+        for name, able in {"fsdp": ("muon", "adamw", "lion"), "deepspeed": ("adamw", "muon")}.items()
     ),
     Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
     Needs("train.prompts", "train.sample_tokens", ABOVE_0, "nothing would be written after them; remove it"),
