@@ -43,7 +43,12 @@ NEEDS = (
     Needs("demo", "input", (None,), "either that is answered or the demo prompts"),
     Needs("demo_prompts", "demo", (True,), "they are its prompts; add it"),
     Needs("output", "input or task", SET, "other answers are printed and not written to a file; remove it"),
-    Needs("output", "task", tuple(name for name in TASKS if name != "loss"), "loss writes no file; remove it"),
+    Needs(
+        "output",
+        "task",
+        tuple(name for name in TASKS if name != "loss"),
+        "loss writes MODEL.loss.json beside the model; remove it",
+    ),
     *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
     Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
     Needs("shots", "task", (*EXAMS, "gsm8k"), "only examinations have solved examples; remove it"),

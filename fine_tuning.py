@@ -87,10 +87,10 @@ from training.log import summary
 from training.precision import check_length, training_dtype
 from training.samples import Prompt, Sampler
 from training.state import check_outside
-from training.trainer import Trainer
+from training.trainer import Trainer, about
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
-from tuning.describe import counts, describe, lengths, not_used, number, sample_texts, too_long
+from tuning.describe import composition, counts, describe, lengths, not_used, number, sample_texts, too_long
 from tuning.objectives import make_objective
 from tuning.prompts import questions_of
 
@@ -138,7 +138,9 @@ def main(args: Args) -> dict[str, Any]:
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]
-                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do, began)
+                record = {"training": about(trainer), "data": composition(args.data, split)}
+                step, over = trainer.state.step, trainer.nothing_to_do
+                record_training(args.out, "fine_tuning", args, inputs, step, over, began, record)
                 about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)

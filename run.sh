@@ -27,6 +27,7 @@ skipped; an interrupted stage continues where it stopped.
                     eval            eval.py --task loss and --task poems
                     chat            eval.py; without a terminal it prints a few example answers instead
                     quant           quantize.py: the model in 4 bits, then a chat with it; not part of all
+                  after pretrain, sft, eval and quant, report.py writes out/NAME/report.html about all runs so far
   --use HOW       processes of pretrain and sft:
                     single          one (default)
                     ddp             several, each with the whole model
@@ -191,6 +192,17 @@ run_stage() {
   esac
 }
 
+write_report() { # writes a page about all runs of the preset; no run fails by it
+  local page=$out/report.html
+  if execute "$py" report.py "$out" --out "$page"; then
+    if [ -z "$dry_run" ]; then echo "report of all stages, a page for your browser: $page"; fi
+  elif [ -n "$stopped" ]; then
+    exit "$stopped"
+  else
+    echo "no report was written (details above)" >&2
+  fi
+}
+
 chat() { # replaces this script by the chat, which then gets the terminal and its signals
   local command=("$py" eval.py --config "$config" "$@" ${extra[@]+"${extra[@]}"})
   if [ ${#extra[@]} -eq 0 ] && ! { [ -t 0 ] && [ -t 1 ]; }; then command+=(--demo true); fi
@@ -347,9 +359,11 @@ main() {
     if contains "$stage" all "$name"; then make "$name"; fi
   done
   if [ "$stage" = all ] && [ -z "$dry_run" ]; then print_times; fi
+  if contains "$stage" all pretrain sft eval; then write_report; fi
   if contains "$stage" all chat; then chat; fi
   if [ "$stage" = quant ]; then
     work_on quant none
+    write_report
     extra=() # they were for quantize.py
     chat --model "$out/quant"
   fi

@@ -1,6 +1,6 @@
-"""Serve a model over HTTP, for every client that knows OpenAI's API.
+"""Serve a model over HTTP: a page to chat on, and OpenAI's API for every client that knows it.
 
-python serve.py                                    the newest fine-tuned model at http://127.0.0.1:8000/v1
+python serve.py                                    the newest fine-tuned model: a page at http://127.0.0.1:8000
 python serve.py --model DIR --port 8001            another model, another port
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
     "messages": [{"role": "user", "content": "以《江上》为题写一首五言绝句"}]}'
@@ -29,7 +29,7 @@ MOST_ROWS = 16
 
 @dataclass(frozen=True)
 class Args:
-    """Serve a model over HTTP, for every client that knows OpenAI's API."""
+    """Serve a model over HTTP: a page to chat on, and OpenAI's API for every client that knows it."""
 
     model: Path = DEFAULT_MODEL
     """directory of a model, an adapter or a run (then its best); if the default is missing: the newest below out/"""
@@ -196,6 +196,7 @@ def announce(services: list[Service], listener: socket.socket, key: str | None) 
             say("without the compiled step, answers depend on the load by the rounding of batched products")
         if service.assistant.template is None:
             say("the model has no chat template: it continues texts (/v1/completions)")
+    say(f"a page to chat on: http://{host}:{port}")
     if host not in ("127.0.0.1", "[::1]") and key is None:
         say(f"everybody who reaches {host} may use it: --api_key asks for a key")
 

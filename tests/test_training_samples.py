@@ -7,8 +7,13 @@ import torch
 from helpers.tiny_training_run import EOS, VOCAB, quick, rows, toy_bin, toy_data, toy_trainer  # noqa: F401
 
 from bins.token_bin import TokenBin
+from files import read_rows
 from training.log import read_metrics
-from training.samples import Prompt, Sampler, beginnings, read_samples
+from training.samples import FILE, Prompt, Sampler, beginnings
+
+
+def read_samples(run):
+    return read_rows(run / FILE)
 
 
 def words(ids):

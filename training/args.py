@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from attention import Choice
+from cli.extras import install_command
 from cli.flags import ABOVE_0, Needs
 from optim.args import GALORE, WITH_BETAS, WITH_EPS
+
+LOGGERS = ("tensorboard", "wandb", "swanlab")  # keys of training.loggers.LOGGERS; here for the parser, without torch
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class TrainArgs:
     metric: str = "loss"
     """held-out metric that decides which checkpoint is the best. loss: every token counts the same; bits_per_byte; with
     several tasks also task_mean: every task counts the same, or loss/NAME: the loss of one task"""
+    loggers: tuple[Literal[LOGGERS], ...] = ("tensorboard",)  # type: ignore[valid-type]
+    """where numbers go beside metrics.jsonl: tensorboard, wandb (Weights & Biases), swanlab; WANDB_MODE=offline and
+    SWANLAB_MODE=offline need no network. One that fails does not stop the run"""
     prompts: tuple[str, ...] = ()
     """texts that the model continues (or questions that it answers) at every evaluation, for samples.jsonl in the run
     directory; default: the first ones of the held-out data, or of the training data where nothing is held out"""
@@ -94,6 +101,11 @@ class TrainArgs:
                 raise ValueError(
                     f"--train.{name} should be a whole number of steps, a share of an epoch between 0 and 1, or 0, "
                     f"found {value}"
+                )
+        for name in self.loggers:
+            if name != "tensorboard" and find_spec(name) is None:
+                raise ValueError(
+                    f"--train.loggers {name} needs {name}, which is not installed: {install_command(name)}"
                 )
         if self.s2_group % 2:
             raise ValueError(
