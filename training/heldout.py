@@ -37,6 +37,7 @@ def evaluate(
     `take_metrics`. Every rank takes its rows, `micro_batch_size` at once (0: all), and the sums are over all ranks.
     """
     backend = backend or SingleProcess(next(model.parameters()).device)
+    forward = backend.evaluation(model)
     was_training = model.training
     model.eval()
     nats, targets, n_bytes, n_groups = 0.0, 0, 0, len(group_names)
@@ -48,9 +49,8 @@ def evaluate(
         batch = source.batch(step % source.steps_per_epoch, backend.data_rank, backend.data_world)
         for part in batch.split(micro_batch_size):
             micro = part.to(backend.device)
-            # .forward: not through torch.compile, which would compile a second graph for a few batches
             options = {"positions": micro.positions, "doc_ids": micro.doc_ids, "token_losses": n_groups > 0}
-            loss, losses = model.forward(micro.tokens, micro.targets, **options)
+            loss, losses = forward(micro.tokens, micro.targets, **options)
             nats, targets = nats + loss.item(), targets + micro.n_targets
             groups += sums_by_group(losses, micro, n_groups)
         if with_error:
