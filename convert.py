@@ -6,6 +6,7 @@ python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_e
 python convert.py export --model DIR --format gguf --dtype q8_0 --out FILE
 python convert.py import SRC --out DIR
 python convert.py data SRC --format megatron --out DIR
+python convert.py card --model DIR --license apache-2.0 --language zh en
 """
 
 from __future__ import annotations
@@ -137,9 +138,29 @@ class Data:
         check_flags(self, DATA_NEEDS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Write README.md, the model card of the Hugging Face Hub, from what the runs of a model have recorded."""
+
+    model: Path
+    """directory of the model or adapter"""
+    run: Path | None = None
+    """directory of the run that made it, where the model does not lie in it"""
+    out: Path | None = None
+    """file to write; None: README.md in --model"""
+    name: str | None = None
+    """name of the model on the Hub, such as owner/model; None: that of its directory"""
+    license: str | None = None
+    """licence of the model, such as apache-2.0; only you can say it"""
+    language: tuple[str, ...] = ()
+    """languages of the model by their codes, such as zh en"""
+    base_model: str | None = None
+    """name on the Hub of the model that this one was made from; None: as the record says"""
+
+
 if __name__ == "__main__":
     # before torch is loaded: --help and mistakes are answered at once
-    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import, "data": Data}
+    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import, "data": Data, "card": Card}
     command, arguments = parse_command(classes, "convert", __doc__)
 
 import torch
@@ -147,13 +168,15 @@ import torch
 from bins import exchange
 from bins.foreign import NAMES, find
 from bins.pickled_rows import of_conversations
-from checkpoint import peft
+from checkpoint import card as model_card
+from checkpoint import history, peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
 from checkpoint.extend import grow_vocabulary
 from checkpoint.locate import find_model, find_tokenizer
 from cli.progress import say
-from files import written_aside
+from corpora import CORPORA
+from files import write_text, written_aside
 from formats import registry
 from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
@@ -266,6 +289,24 @@ def data(args: Data) -> dict[str, Any]:
     return {counts.files: counts.tokens for counts in done}
 
 
+def card(args: Card) -> dict[str, Any]:
+    """Write the model card; returns its path, and what the record lacks."""
+    model = find_model(args.model, "give --model a model directory")
+    out = args.out or model / "README.md"
+    check_free(out)
+    if args.run is not None and history.run_of(args.run) is None:
+        raise FileNotFoundError(f"--run {args.run} has no config.yaml and run.json: it is no directory of a run")
+    own = model_card.Own(args.name or model.name, args.license, args.language, args.base_model)
+    licences = {name: corpus.licence for name, corpus in CORPORA.items()}
+    stages, base = history.history(model, args.run, licences)
+    text, missing = model_card.card(model, stages, base, own)
+    write_text(out, text)
+    for each in missing:
+        say(f"not recorded: {each}")
+    print(f"{out}: the card of {model}, from {len(stages)} recorded runs", flush=True)
+    return {"card": str(out), "missing": missing}
+
+
 def check_free(out: Path) -> None:
     """Raise ValueError where `out` exists: nothing is overwritten."""
     if out.exists():
@@ -302,6 +343,7 @@ COMMANDS = {
     "export": (export, Export),
     "import": (import_, Import),
     "data": (data, Data),
+    "card": (card, Card),
 }
 
 

@@ -112,7 +112,8 @@ class Benchmark(Task):
             say(f"{window} took fewer shots for {fewer} items, and lacks {self.lost} of {cut}")
         result |= {"fewer_shots": fewer, "cut": cut, "bad_rows": len(self.broken)}
         report.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-        print(f"{self.name}, {self.n_shots} shots, {len(records)} items of {self.data or "texts made up"}\n{table(result)}\n")
+        origin = self.data or "texts made up"
+        print(f"{self.name}, {self.n_shots} shots, {len(records)} items of {origin}\n{table(result)}\n")
         print(f"all numbers: {report}; item by item: {report.with_suffix('.items.jsonl')}")
         keep_aside(self.broken, report.with_suffix(".bad.jsonl"))
         return result
