@@ -18,13 +18,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
-from formats.options import EXPORTS, Options
+from formats.options import EXPORTS, ExportOptions, Options
 from quant.kinds import KINDS
 
 NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
 )
-EXPORT_NEEDS = (Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),)
+EXPORT_NEEDS = (
+    Needs("shards", "format", ("meta",), "the other formats have no ranks; remove it"),
+    Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),
+)
 DATA_NEEDS = (
     Needs("tokens_per_file", "format", ("bins",), "the others have no files of a largest size; remove it"),
     Needs("chunk_tokens", "format", ("packed",), "the others have no chunks; remove it"),
@@ -73,15 +76,17 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Options):
+class Export(ExportOptions):
     """Write a model in the format of another program, or as a directory with another dtype or other files."""
 
     model: Path
-    """Hugging Face directory of the model"""
+    """Hugging Face directory of the model; for --format gguf also an adapter"""
     format: Literal[tuple(EXPORTS)]  # type: ignore[valid-type]
     """what to write; docs/conversion.md says which programs read it, and what it cannot hold"""
     out: Path
     """file or directory to write"""
+    base: Path | None = None
+    """with --model an adapter: directory of the model that it belongs to; None: the one that its config names"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a dtype that the format does not have, or a flag that does nothing there."""
@@ -173,7 +178,7 @@ from checkpoint import history, peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
 from checkpoint.extend import grow_vocabulary
-from checkpoint.locate import find_model, find_tokenizer
+from checkpoint.locate import find_model, find_tokenizer, is_adapter
 from cli.progress import say
 from corpora import CORPORA
 from files import write_text, written_aside
@@ -232,12 +237,18 @@ def export(args: Export) -> dict[str, Any]:
     """Write the model in another format; returns the path that was written."""
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_models([args.model], MOST_BYTES)
+    if is_adapter(args.model) and args.format in registry.ADAPTERS:
+        target = registry.ADAPTERS[args.format]
+        return write(target.read(args.model, args.base), target, args)
+    if args.base is not None:
+        raise ValueError(f"--base is for an adapter that goes to --format gguf, and --model is {args.model}: remove it")
     return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
 
 
 def import_(args: Import) -> dict[str, Any]:
     """Write the model as a Hugging Face directory; returns its path."""
     found = registry.detect(args.source)
+    say(f"{args.source} is {found.title}")
     checkpoint = found.read(args.source)
     if args.tokenizer is not None:
         checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
@@ -258,8 +269,7 @@ def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict
         return {"model": None}
     check_free(args.out)
     target.write(checkpoint, entries, args.out, args)
-    source = registry.detect(checkpoint.where)
-    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, made of {checkpoint.where}", flush=True)
     return {"model": str(args.out)}
 
 
