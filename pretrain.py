@@ -30,12 +30,15 @@ UNMEASURED = (
     "--held_out 0.01 or more, and with a smaller --part_chars if the text is one long document"
 )
 WIDTH = "a checkpoint has its width; remove it"
+QAT = ("qat_bits", "qat_group_size")
 NEEDS = (
     *TRAINING_NEEDS,
     Needs("rope.*", "init_from", SET, OF_CHECKPOINT),
     Needs("add_tokens", "init_from", SET, OF_CHECKPOINT),
     Needs("add_special_tokens", "init_from", SET, OF_CHECKPOINT),
     Needs("vocab_multiple_of", "init_from", SET, OF_CHECKPOINT),
+    Needs("qat_group_size", "qat_bits", (2, 3, 4, 8), "weights that are not rounded have no groups; remove it"),
+    Needs("qat_bits", "bitnet", ("none",), "a weight is rounded in one way; remove one of the two"),
     Needs("model.vocab_size", "init_from", SET, "a new model has the ids of the tokenizer; remove it", only_named=True),
     Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
     Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
@@ -77,6 +80,11 @@ class Args:
     bitnet: Literal[("none", *BITNETS)] = "none"  # type: ignore[valid-type]
     """train linear layers but the head with weights of few bits and inputs of 8. b158 (Ma et al. 2024): -1, 0, 1; b1
     (Wang et al. 2023): -1, 1. quantize.py --method bitnet packs the result"""
+    qat_bits: Literal[0, 2, 3, 4, 8] = 0
+    """train linear layers but the head with weights that are rounded to so many bits in every step; 0: they are not.
+    quantize.py --method qat packs the result, without any further loss"""
+    qat_group_size: Annotated[int, (-1, 1048576)] = 128
+    """weights of a row that share a scale, with --qat_bits; -1: the whole row"""
     rope: RopeArgs = field(default_factory=RopeArgs)
     add_tokens: tuple[str, ...] = ()
     """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
@@ -88,6 +96,8 @@ class Args:
     def __post_init__(self) -> None:
         """Raise ValueError where a flag needs another one to have another value."""
         check_flags(self, NEEDS)
+        if self.qat_group_size == 0:
+            raise ValueError("--qat_group_size should be -1 (the whole row) or at least 1, found 0")
 
 
 if __name__ == "__main__":
@@ -115,13 +125,16 @@ from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
-from quant.bitnet import kind_of_bits, train_in_bits
+from quant.qat import kind_of
+from quant.train_bits import train_in_bits
+from quant.trained import kind_of_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.samples import Prompt, Sampler, beginnings
 from training.state import check_outside
-from training.trainer import Trainer
+from training.trainer import Trainer, about
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -141,7 +154,7 @@ def main(args: Args) -> dict[str, Any]:
     check_saving(tokenizer)
     data, eval_data = make_data(args, bins, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
         model.to(backend.device)
         stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(
@@ -163,7 +176,9 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 over = trainer.nothing_to_do
-                record_training(args.out, "pretrain", resolved(args, model), described, trainer.state.step, over)
+                record = {"training": about(trainer), "data": composition(args.data, bins, heldout)}
+                settings, step = resolved(args, model), trainer.state.step
+                record_training(args.out, "pretrain", settings, described, step, over, about=record)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
                 if eval_data is None:
@@ -185,6 +200,17 @@ def make_data(
         rows["headerless_eos_id"] = tokenizer.eos_id
     data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
     return data, PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
+
+
+def composition(data: DataArgs, bins: list[TokenBin], heldout: list[TokenBin]) -> list[dict[str, Any]]:
+    """Return what the bins hold, for the record of the run: tokens, documents, tokens or documents by source."""
+    weights = [*(data.weights or [1.0] * len(bins)), *[None] * len(heldout)]
+    kept = ("documents", "text_bytes", "sources")
+    return [
+        {"name": str(each.path), "tokens": len(each), "weight": weight, "held_out": weight is None}
+        | {name: each.meta[name] for name in kept if name in each.meta}
+        for each, weight in zip([*bins, *heldout], weights)
+    ]
 
 
 def make_sampler(
@@ -242,17 +268,21 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
 
 
 def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
-    """Make the linear layers of a model those of --bitnet; returns the change in words."""
-    if args.bitnet == "none":
+    """Make the linear layers of a model those of --bitnet or --qat_bits; returns the change in words."""
+    if args.bitnet == "none" and not args.qat_bits:
         return []
+    flag, kind = f"--bitnet {args.bitnet}", args.bitnet
+    words = "-1, 0, 1" if kind == "b158" else "-1, 1"
+    if args.qat_bits:
+        flag, kind = f"--qat_bits {args.qat_bits}", kind_of(args.qat_bits, args.qat_group_size)
+        whole = args.qat_group_size == -1
+        words = f"{args.qat_bits} bits, {'a scale for each row' if whole else f'in groups of {args.qat_group_size}'}"
     if isinstance(model, TransformersModel):
-        raise ValueError(f"--bitnet is for models of the LLaMA family, and {args.init_from} is none: remove it")
-    if (kind := kind_of_bits(model)) not in (None, args.bitnet):
-        raise ValueError(f"--bitnet {args.bitnet} does not fit {args.init_from}, which was trained with {kind}")
-    train_in_bits(model, args.bitnet)
-    return [
-        f"linear layers but the head are trained with weights of {'-1, 0, 1' if args.bitnet == 'b158' else '-1, 1'}"
-    ]
+        raise ValueError(f"{flag} is for models of the LLaMA family, and {args.init_from} is none: remove it")
+    if (found := kind_of_bits(model)) not in (None, kind):
+        raise ValueError(f"{flag} does not fit {args.init_from}, which was trained with {found}")
+    train_in_bits(model, kind)
+    return [f"linear layers but the head are trained with weights of {words}"]
 
 
 def length_so_far(args: Args) -> int | None:
@@ -287,7 +317,7 @@ def identity(args: Args, bins: list[TokenBin], model: Transformer | Transformers
     }
     changes = {
         name: getattr(args, name)
-        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet")
+        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet", *QAT)
     }
     changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
     return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named
