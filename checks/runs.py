@@ -1,0 +1,28 @@
+"""The directory of a run: its checkpoints and what its log says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checks.check import FAULT, OK, WARNING, Check, attempt, judged
+from training.checksums import damage
+from training.state import checkpoints, newest
+
+LEVELS = {"error": FAULT, "warning": WARNING, "note": OK}
+OLDER = "let `last` lead to a whole checkpoint (ln -sfn step_N last), or restore the files from a copy"
+
+
+def run_directory(run: Path) -> list[Check]:
+    """Return the checks of the checkpoints of a run."""
+    found = attempt("last checkpoint", "a link `last` to a checkpoint", OLDER, lambda: _last(run))
+    for path in checkpoints(run):
+        wrong = damage(path)
+        found.append(judged(path.name, "files with the SHA-256 that was saved", wrong or "whole", OLDER, bool(wrong)))
+    return found
+
+
+def _last(run: Path) -> list[Check]:
+    last = newest(run)
+    if last is None:
+        return [Check(WARNING, "last checkpoint", "a checkpoint", f"none in {run}", "start the run, or check --run")]
+    return [Check(OK, "last checkpoint", "a checkpoint", last.resolve().name)]
