@@ -1,9 +1,11 @@
-"""Convert models: merge an adapter into a model, add tokens to a model, write and read the formats of other programs.
+"""Convert models: merge an adapter into a model, add tokens to a model, write and read the formats of other programs;
+token files likewise.
 
 python convert.py merge --model DIR --adapter DIR --out DIR
 python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_end|>" --out DIR
-python convert.py export --model DIR --format huggingface --dtype bf16 --out DIR
+python convert.py export --model DIR --format gguf --dtype q8_0 --out FILE
 python convert.py import SRC --out DIR
+python convert.py data SRC --format megatron --out DIR
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
 from formats.options import EXPORTS, Options
@@ -21,6 +24,10 @@ NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
 )
 EXPORT_NEEDS = (Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),)
+DATA_NEEDS = (
+    Needs("tokens_per_file", "format", ("bins",), "the others have no files of a largest size; remove it"),
+    Needs("chunk_tokens", "format", ("packed",), "the others have no chunks; remove it"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,47 @@ class Import(Options):
     """tokenizer of the model (directory, .model or tokenizer.json); None: the one in or beside the source"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Write token files in another format: ours for Megatron-LM, lit-gpt and nanoGPT, and theirs as ours."""
+
+    first_word: ClassVar[str] = "source"
+
+    source: Path
+    """a .bin file, its name without .bin, or a directory of them: token bins of data_process.py, an indexed dataset of
+    Megatron-LM, packed chunks (lit-gpt, TinyLlama, LitHFT), data of llm-lite-trainer, uint16 ids without a header
+    (nanoGPT, baby-llama2). The format is detected;
+    the path may stand without its flag behind the word data"""
+    out: Path
+    """directory to write"""
+    format: Literal[TARGETS] = "bins"  # type: ignore[valid-type]
+    """what to write. bins: train_*.bin, heldout.bin and tokenizer/ for pretrain.py; megatron: .bin and .idx; packed:
+    chunks of lit-gpt; raw: train.bin and val.bin of nanoGPT"""
+    tokenizer: Path | None = None
+    """tokenizer of the ids (directory, .model or tokenizer.json), which only our bins name; None: tokenizer/ in
+    the directory of the source"""
+    separator: Literal["eos", "bos"] = "eos"
+    """what parts the documents of a source that has no index of them: eos after each, or bos before each (TinyLlama)"""
+    tokens_per_file: Annotated[int, (1, 4611686018427387904)] = Settings.tokens_per_file
+    """most tokens of a training bin"""
+    chunk_tokens: Annotated[int, (1, 1 << 32)] = Settings.chunk_tokens
+    """tokens of a packed chunk: a multiple of the length of a row and one more"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a flag needs another one to have another value."""
+        check_flags(self, DATA_NEEDS)
+
+
 if __name__ == "__main__":
     # before torch is loaded: --help and mistakes are answered at once
-    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import}
+    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import, "data": Data}
     command, arguments = parse_command(classes, "convert", __doc__)
 
 import torch
 
+from bins import exchange
+from bins.foreign import NAMES, find
+from bins.pickled_rows import of_conversations
 from checkpoint import peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
@@ -118,7 +159,7 @@ from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
 from model import Transformer
 from tokenizer import load_tokenizer
-from training.checksums import MOST_BYTES, check_model
+from training.checksums import MOST_BYTES, check_models
 
 
 def merge(args: Merge) -> dict[str, Any]:
@@ -127,8 +168,7 @@ def merge(args: Merge) -> dict[str, Any]:
     read_adapter_config(adapter)  # refuse a broken adapter before the model is loaded
     args = with_values(args, adapter=adapter, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    for each in (args.adapter, args.model):
-        check_model(each, MOST_BYTES)
+    check_models((args.adapter, args.model), MOST_BYTES)
     warn_of_another_base(args)
     kind = peft.base_kind(args.adapter) if args.base == "auto" else (args.base, args.double_quant)
     model = load_adapted(args.adapter, args.model, kind, separate=args.untie)
@@ -147,7 +187,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
         raise ValueError("--add_tokens and --add_special_tokens are both empty: name the tokens to add")
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_free(args.out)
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     model, (tokenizer, stop_ids) = load_whole_model(args.model), find_tokenizer(args.model)
     if tokenizer is None:
         raise FileNotFoundError(f"--model {args.model} has no tokenizer to add tokens to")
@@ -168,7 +208,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
 def export(args: Export) -> dict[str, Any]:
     """Write the model in another format; returns the path that was written."""
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
-    check_model(args.model, MOST_BYTES)
+    check_models([args.model], MOST_BYTES)
     return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
 
 
@@ -198,6 +238,32 @@ def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict
     source = registry.detect(checkpoint.where)
     print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
     return {"model": str(args.out)}
+
+
+def data(args: Data) -> dict[str, Any]:
+    """Write token files in another format; returns the number of tokens by file."""
+    found = find(args.source)
+    check_free(args.out)
+    beside = (args.source if args.source.is_dir() else args.source.parent) / "tokenizer"
+    path = args.tokenizer or beside
+    tokenizer = load_tokenizer(path) if args.tokenizer or (found.form != "bins" and path.is_dir()) else None
+    if tokenizer is None and found.form != "bins":
+        raise ValueError(f"--source {args.source} is {NAMES[found.form]}, which names no tokenizer: give --tokenizer")
+    vocabulary = exchange.of_tokenizer(tokenizer, path) if tokenizer else exchange.of_bins(found)
+    if found.form == "bins" and tokenizer and vocabulary.sha256 != exchange.of_bins(found).sha256:
+        raise ValueError(f"--source {args.source} was made with another tokenizer than --tokenizer {args.tokenizer}")
+    say(f"{args.source} is {NAMES[found.form]}")
+    with written_aside(args.out) as aside:
+        if found.form == "lite_trainer" and of_conversations(found.groups[0].paths[0]):
+            if args.format != "bins":
+                raise ValueError(f"--source {args.source} has questions and answers, no documents: remove --format")
+            done = exchange.write_answers(found, aside, tokenizer)
+        else:
+            settings = Settings(args.format, args.separator, args.tokens_per_file, args.chunk_tokens)
+            done = exchange.exchange(found, aside, vocabulary, settings)
+        exchange.copy_tokenizer(tokenizer, beside, aside)
+    print(*(f"{args.out}/{line}" for line in exchange.lines(done)), sep="\n", flush=True)
+    return {counts.files: counts.tokens for counts in done}
 
 
 def check_free(out: Path) -> None:
@@ -235,6 +301,7 @@ COMMANDS = {
     "tokens": (tokens, Tokens),
     "export": (export, Export),
     "import": (import_, Import),
+    "data": (data, Data),
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from attention import CACHES, Choice
-from checkpoint.locate import DEFAULT_MODEL, find_model
+from checkpoint.locate import DEFAULT_MODEL, find_model, read_from
 from cli.args import parse, run
 from cli.flags import ABOVE_0, SET, Needs, Wanted, check_flags
 from cli.progress import say
@@ -192,7 +192,7 @@ from serving.answer_file import answer_file
 from serving.assistant import Assistant, load_assistant, open_draft
 from serving.single import answer_scored, demonstrate
 from serving.terminal import chat, print_pieces, read_examples
-from training.checksums import MOST_BYTES, check_model
+from training.checksums import MOST_BYTES, check_models
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def main(args: Args) -> dict[str, Any]:
 
     def load(directory: Path, **options: Any) -> Assistant:
         directory = find_model(directory)
-        check_model(directory, MOST_BYTES)
+        check_models(read_from(directory, options.get("base")), MOST_BYTES)
         assistant = load_assistant(directory, device, dtype, **options)
         if args.max_seq_len is not None:
             set_length(assistant.model, args.max_seq_len)
@@ -229,6 +229,8 @@ def with_decoder(assistant: Assistant, args: Args) -> Assistant:
     if args.num_beams != 1:
         return dataclasses.replace(assistant, decoder=Beam(assistant.model, args.num_beams, args.length_penalty))
     if args.draft is not None:
+        if args.draft != "lookup":
+            check_models(read_from(find_model(Path(args.draft))), MOST_BYTES)
         return dataclasses.replace(assistant, decoder=open_draft(assistant, args.draft, args.draft_tokens))
     return assistant
 

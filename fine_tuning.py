@@ -171,7 +171,7 @@ def show(args: Args) -> dict[str, Any]:
         print(*sample_texts(samples, args.show, objective.kind, tokenizer, colour), sep="\n")
         found[task.name] = statistics(samples) | {"broken": len(split.broken[task.path]), "template": template.name}
         broken, unit = split.broken[task.path], objective.kind.records
-        about = [f"--- {task.path}", counts(samples, unit), lengths(samples)]
+        about = ["---", f"{task.path}:", counts(samples, unit), lengths(samples)]
         about += filter(None, [too_long(task.path, samples, unit, args.data.seq_len)])
         about += [f"Chat template: {template.name}.", *not_used(task.path, split.left_out[task.path])]
         about += [f"{number(len(broken), 'records')} cannot be read; the first:"] * bool(broken)

@@ -30,12 +30,15 @@ UNMEASURED = (
     "--held_out 0.01 or more, and with a smaller --part_chars if the text is one long document"
 )
 WIDTH = "a checkpoint has its width; remove it"
+QAT = ("qat_bits", "qat_group_size")
 NEEDS = (
     *TRAINING_NEEDS,
     Needs("rope.*", "init_from", SET, OF_CHECKPOINT),
     Needs("add_tokens", "init_from", SET, OF_CHECKPOINT),
     Needs("add_special_tokens", "init_from", SET, OF_CHECKPOINT),
     Needs("vocab_multiple_of", "init_from", SET, OF_CHECKPOINT),
+    Needs("qat_group_size", "qat_bits", (2, 3, 4, 8), "weights that are not rounded have no groups; remove it"),
+    Needs("qat_bits", "bitnet", ("none",), "a weight is rounded in one way; remove one of the two"),
     Needs("model.vocab_size", "init_from", SET, "a new model has the ids of the tokenizer; remove it", only_named=True),
     Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
@@ -80,6 +83,11 @@ class Args:
     (Wang et al. 2023): -1, 1. quantize.py --method bitnet packs the result"""
     check: bool = False
     """look at the machine, the data and the first steps of this run, say what is wrong, and do not train"""
+    qat_bits: Literal[0, 2, 3, 4, 8] = 0
+    """train linear layers but the head with weights that are rounded to so many bits in every step; 0: they are not.
+    quantize.py --method qat packs the result, without any further loss"""
+    qat_group_size: Annotated[int, (-1, 1048576)] = 128
+    """weights of a row that share a scale, with --qat_bits; -1: the whole row"""
     rope: RopeArgs = field(default_factory=RopeArgs)
     add_tokens: tuple[str, ...] = ()
     """words or other pieces of text to add to the vocabulary of --init_from, or a file with one per line"""
@@ -91,6 +99,8 @@ class Args:
     def __post_init__(self) -> None:
         """Raise ValueError where a flag needs another one to have another value."""
         check_flags(self, NEEDS)
+        if self.qat_group_size == 0:
+            raise ValueError("--qat_group_size should be -1 (the whole row) or at least 1, found 0")
 
 
 if __name__ == "__main__":
@@ -120,7 +130,9 @@ from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
-from quant.bitnet import kind_of_bits, train_in_bits
+from quant.qat import kind_of
+from quant.train_bits import train_in_bits
+from quant.trained import kind_of_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.checksums import check_model
 from training.log import summary
@@ -251,17 +263,21 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
 
 
 def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
-    """Make the linear layers of a model those of --bitnet; returns the change in words."""
-    if args.bitnet == "none":
+    """Make the linear layers of a model those of --bitnet or --qat_bits; returns the change in words."""
+    if args.bitnet == "none" and not args.qat_bits:
         return []
+    flag, kind = f"--bitnet {args.bitnet}", args.bitnet
+    words = "-1, 0, 1" if kind == "b158" else "-1, 1"
+    if args.qat_bits:
+        flag, kind = f"--qat_bits {args.qat_bits}", kind_of(args.qat_bits, args.qat_group_size)
+        whole = args.qat_group_size == -1
+        words = f"{args.qat_bits} bits, {'a scale for each row' if whole else f'in groups of {args.qat_group_size}'}"
     if isinstance(model, TransformersModel):
-        raise ValueError(f"--bitnet is for models of the LLaMA family, and {args.init_from} is none: remove it")
-    if (kind := kind_of_bits(model)) not in (None, args.bitnet):
-        raise ValueError(f"--bitnet {args.bitnet} does not fit {args.init_from}, which was trained with {kind}")
-    train_in_bits(model, args.bitnet)
-    return [
-        f"linear layers but the head are trained with weights of {'-1, 0, 1' if args.bitnet == 'b158' else '-1, 1'}"
-    ]
+        raise ValueError(f"{flag} is for models of the LLaMA family, and {args.init_from} is none: remove it")
+    if (found := kind_of_bits(model)) not in (None, kind):
+        raise ValueError(f"{flag} does not fit {args.init_from}, which was trained with {found}")
+    train_in_bits(model, kind)
+    return [f"linear layers but the head are trained with weights of {words}"]
 
 
 def length_so_far(args: Args) -> int | None:
@@ -296,7 +312,7 @@ def identity(args: Args, bins: list[TokenBin], model: Transformer | Transformers
     }
     changes = {
         name: getattr(args, name)
-        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet")
+        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet", *QAT)
     }
     changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
     return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named

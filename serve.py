@@ -1,6 +1,6 @@
-"""Serve a model over HTTP, for every client that knows OpenAI's API.
+"""Serve a model over HTTP: a page to chat on, and OpenAI's API for every client that knows it.
 
-python serve.py                                    the newest fine-tuned model at http://127.0.0.1:8000/v1
+python serve.py                                    the newest fine-tuned model: a page at http://127.0.0.1:8000
 python serve.py --model DIR --port 8001            another model, another port
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
     "messages": [{"role": "user", "content": "以《江上》为题写一首五言绝句"}]}'
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention import Choice
-from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter
+from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter, read_from
 from cli.args import parse, run
 from cli.extras import need
 from cli.memory import check_memory, memory_bytes, size
@@ -29,7 +29,7 @@ MOST_ROWS = 16
 
 @dataclass(frozen=True)
 class Args:
-    """Serve a model over HTTP, for every client that knows OpenAI's API."""
+    """Serve a model over HTTP: a page to chat on, and OpenAI's API for every client that knows it."""
 
     model: Path = DEFAULT_MODEL
     """directory of a model, an adapter or a run (then its best); if the default is missing: the newest below out/"""
@@ -97,6 +97,7 @@ from serving.api import make_app
 from serving.assistant import Assistant, load_assistant
 from serving.engine import Engine
 from serving.service import Service
+from training.checksums import MOST_BYTES, check_models
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -155,6 +156,7 @@ def named(args: Args) -> dict[str, Path]:
 def open_service(args: Args, name: str, directory: Path, device: torch.device, dtype: torch.dtype, n: int) -> Service:
     """Load one of n models."""
     base = args.base if is_adapter(directory) else None
+    check_models(read_from(directory, base), MOST_BYTES)
     assistant = load_assistant(directory, device, dtype, base=base, stop=args.stop, system=args.system)
     if args.max_seq_len is not None:
         set_length(assistant.model, args.max_seq_len)
@@ -194,6 +196,7 @@ def announce(services: list[Service], listener: socket.socket, key: str | None) 
             say("without the compiled step, answers depend on the load by the rounding of batched products")
         if service.assistant.template is None:
             say("the model has no chat template: it continues texts (/v1/completions)")
+    say(f"a page to chat on: http://{host}:{port}")
     if host not in ("127.0.0.1", "[::1]") and key is None:
         say(f"everybody who reaches {host} may use it: --api_key asks for a key")
 

@@ -7,6 +7,7 @@
 #     bnb            NF4 and FP4: QLoRA, quantize.py, bitsandbytes' files
 #     eval           python -m evaluation.harness, which is lm-evaluation-harness
 #     transformers   models outside the LLaMA family
+#     gguf           convert.py: GGUF files, for llama.cpp and Ollama
 #     bench          every script in bench/
 #     dev            the test suite; --dev is short for it
 #
@@ -111,8 +112,8 @@ while [ $# -gt 0 ]; do # first, so that a wrong argument changes nothing
     --dev) requirements+=(requirements-dev.txt) ;;
     --extra)
       case "${2:-}" in
-        bench | bnb | dev | eval | serve | transformers) requirements+=("requirements-$2.txt") ;;
-        *) fail "--extra expects bench, bnb, dev, eval, serve or transformers, found ${2:-nothing}" ;;
+        bench | bnb | dev | eval | gguf | serve | transformers) requirements+=("requirements-$2.txt") ;;
+        *) fail "--extra expects bench, bnb, dev, eval, gguf, serve or transformers, found ${2:-nothing}" ;;
       esac
       shift
       ;;

@@ -19,8 +19,8 @@ from checkpoint.transformers_model import TransformersModel
 from cli.memory import check_memory
 from lora import adapters
 from model import Transformer
-from quant.bitnet import train_in_bits
 from quant.replace import refuse_quantized
+from quant.train_bits import train_in_bits
 from tokenizer import Tokenizer
 
 

@@ -103,6 +103,11 @@ def find_base(adapter: Path, base: Path | None = None) -> Path:
     return Path(name)
 
 
+def read_from(directory: Path, base: Path | None = None) -> list[Path]:
+    """Return the directories that a model is read from: `directory`, and that of the base where it holds an adapter."""
+    return [directory, find_base(directory, base)] if is_adapter(directory) else [directory]
+
+
 def find_tokenizer(*directories: Path) -> tuple[Tokenizer | None, list[int] | None]:
     """Return the tokenizer of the first of `directories` that has one, and the ids that end an answer (None: not
     stated); (None, None) where no directory has one."""

@@ -19,11 +19,12 @@ from torch import nn
 from checkpoint import config_json, safetensors_files
 from checkpoint.locate import read_config
 from model import Transformer
-from quant.bitnet import kind_of_bits
+from quant import qat
 from quant.formats import FORMATS, Scheme, bitnet_config
 from quant.kinds import BITNETS
 from quant.linear import QuantizedLinear
 from quant.replace import base_layers, need_package, replace
+from quant.trained import kind_of_bits
 
 KEY = "quantization_config"
 BITNET_METHODS = {bitnet_config(kind, online=False)["quant_method"]: kind for kind in BITNETS}
@@ -69,10 +70,12 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
 
 
 def trained_bits(config: dict[str, Any]) -> str | None:
-    """Return the kind of a `config.json`'s layers that are rounded as they are used (BitNet in training), else None."""
+    """Return the kind of a `config.json`'s layers that are rounded as they are used (BitNet, QAT), else None."""
     settings = config.get(KEY)
     if not isinstance(settings, dict) or settings.get("quantization_mode") != "online":
         return None
+    if settings.get("quant_method") == qat.METHOD:
+        return qat.kind_of_config(settings)
     if settings.get("quant_method") in BITNET_METHODS and settings.get("use_rms_norm"):
         raise ValueError("config.json: BitNet layers with norms of their own (use_rms_norm) are not read here")
     return BITNET_METHODS.get(settings.get("quant_method"))
@@ -81,7 +84,9 @@ def trained_bits(config: dict[str, Any]) -> str | None:
 def bits_of(model: nn.Module) -> dict[str, Any]:
     """Return what `config.json` says of layers that are trained in few bits; nothing where there are none."""
     kind = kind_of_bits(model)
-    return {KEY: bitnet_config(kind, online=True)} if kind else {}
+    if kind is None:
+        return {}
+    return {KEY: bitnet_config(kind, online=True) if kind in BITNETS else qat.config_of(kind)}
 
 
 def layers_of_gptq(dynamic: Any, scheme: Scheme) -> tuple[tuple[str, Scheme], ...]:

@@ -177,13 +177,16 @@ class Capture(io.StringIO):
 def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str, Any]:
     """Return the first word of the command line, a command, and the parsed flags after it.
 
-    commands: name of a command -> dataclass of its flags; doc: text that --help prints.
+    commands: name of a command -> dataclass of its flags; with the name "", which a script may have, there is no such
+    word. doc: text that --help prints.
     Exits with an error message when the command is missing or unknown.
     """
     expect_interrupts()
     open_closed_streams()
     words = sys.argv[1:]
     command = words[0] if words else ""
+    if "" in commands and command.startswith("-"):
+        command, words = "", ["", *words]
     if command in ("-h", "--help"):
         print(f"{doc.strip()}\n\n{script}.py {next(iter(commands))} --help explains each flag.", file=sys.stdout)
         sys.exit()

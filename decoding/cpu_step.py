@@ -18,7 +18,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,11 +30,10 @@ from attention import backends
 from attention.cache import KVCache
 from cli.progress import say
 from cli.record import file_sha256
+from decoding.cpu_weights import Weight, in_8_bits, is_read, weight_of
 from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
 from model_args import ModelArgs
-from quant.gptq import solve_nearest
-from quant.grid import GridOptions
-from quant.grouped import GroupedLinear
+from quant.linear import QuantizedLinear
 
 PLAIN = {Transformer, Decoder, Block, Attention, FeedForward, Linear, RMSNorm, nn.Embedding, nn.ModuleList}
 # fields of ModelArgs that cpu_step.cpp supports; all others must have their defaults
@@ -44,7 +42,6 @@ KNOWN = {
     *("ffn_dim_multiplier", "norm_eps", "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings"),
     *("attention_bias", "qk_norm", "sliding_window"),
 }
-CHUNK = 32  # inputs that the step unpacks at once; groups are multiples of it
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # A step of more tokens is limited by arithmetic, where PyTorch is faster: it uses the processor's bfloat16 products.
 MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
@@ -71,19 +68,10 @@ TABLES = ("cos", "sin")
 Step = Callable[..., torch.Tensor]
 
 
-class _Weight(ctypes.Structure):
-    """`Weight` in cpu_grouped.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("bits", "group", "groups")),
-    )
-
-
 class _Layer(ctypes.Structure):
     """`Layer` in cpu_step.cpp."""
 
-    _fields_ = (*((name, _Weight) for name in LINEAR), *((name, ctypes.c_void_p) for name in VECTORS))
+    _fields_ = (*((name, Weight) for name in LINEAR), *((name, ctypes.c_void_p) for name in VECTORS))
 
 
 class _Model(ctypes.Structure):
@@ -93,7 +81,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in INTEGERS),
         ("norm_eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in POINTERS),
-        ("head", _Weight),
+        ("head", Weight),
         *((name, ctypes.c_void_p) for name in TABLES),
     )
 
@@ -117,10 +105,10 @@ def stepper(model: Transformer, cache: KVCache) -> Step | None:
     layers = (_Layer * a.n_layers)()
     for layer, block in zip(layers, model.model.layers):
         for name in LINEAR:
-            setattr(layer, name, _weight(block.get_submodule(name), kept))
+            setattr(layer, name, weight_of(block.get_submodule(name), kept))
         for name in VECTORS:
             setattr(layer, name, _address(block, name))
-    head = _weight(in_8_bits(model.lm_head) if is_quantized(model) else model.lm_head, kept)
+    head = weight_of(in_8_bits(model.lm_head) if is_quantized(model) else model.lm_head, kept)
     struct = _Model(
         *(DTYPES[weight.dtype], a.n_layers, a.dim, a.n_heads, a.n_kv_heads, a.head_dim, a.hidden_dim, a.vocab_size),
         *(cache.window or cache.max_len, 0, a.norm_eps),
@@ -192,8 +180,8 @@ def most_tokens(model: Transformer) -> int:
 
 
 def is_quantized(model: Transformer) -> bool:
-    """Return whether a model has layers whose weights are codes in groups."""
-    return any(isinstance(module, GroupedLinear) for module in model.modules())
+    """Return whether a model has quantized layers."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def supports(model: Transformer, cache: KVCache) -> bool:
@@ -209,17 +197,12 @@ def supports(model: Transformer, cache: KVCache) -> bool:
         weight.dtype in DTYPES
         and model.compute_dtype in (None, weight.dtype)
         and all(getattr(model.args, f.name) == f.default for f in fields(ModelArgs) if f.name not in KNOWN)
-        and all((type(m) in PLAIN or is_grouped(m, weight.dtype)) and not is_modified(m) for m in model.modules())
+        and all((type(m) in PLAIN or is_read(m, weight.dtype)) and not is_modified(m) for m in model.modules())
         and all(p.device.type == "cpu" and p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
         and cache.rotated
         and cache.keys.device.type == "cpu"
         and cache.keys.dtype == weight.dtype
     )
-
-
-def is_grouped(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether a module is a quantized layer that the compiled step reads, in a model of `dtype`."""
-    return type(module) is GroupedLinear and dtype != torch.float64 and module.group_size(CHUNK) is not None
 
 
 def is_modified(module: nn.Module) -> bool:
@@ -292,30 +275,6 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def in_8_bits(head: nn.Linear) -> GroupedLinear:
-    """Return a copy of the head rounded to 8 bits: it is a model's largest matrix once the others are quantized. It is
-    made once for each head, as long as its weight stays."""
-    weight = head.weight
-    state = (weight.data_ptr(), weight._version)
-    if head not in _heads or _heads[head][0] != state:
-        grid = GridOptions(8, 64, search=False)
-        _heads[head] = state, GroupedLinear(head, solve_nearest(weight.detach().float(), grid), 8)
-    return _heads[head][1]
-
-
-_heads: weakref.WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], GroupedLinear]] = weakref.WeakKeyDictionary()
-
-
-def _weight(layer: nn.Module, kept: list[torch.Tensor]) -> _Weight:
-    """Return what the compiled step reads of a linear layer; tensors that have to live as long are added to `kept`."""
-    if not isinstance(layer, GroupedLinear):
-        return _Weight(data=layer.weight.data_ptr())
-    bits, size, codes = layer.in_bytes(CHUNK)
-    scales = layer.scale.view(torch.float32)  # (out, groups)
-    kept += codes, scales, layer.zero
-    return _Weight(codes.data_ptr(), scales.data_ptr(), layer.zero.data_ptr(), bits, size, scales.shape[1])
 
 
 def _address(block: nn.Module, name: str) -> int | None:

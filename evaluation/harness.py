@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from checkpoint.extend import set_length
-from checkpoint.locate import find_model
+from checkpoint.locate import find_model, read_from
 from cli.extras import need
 from cli.progress import Progress
 from decoding.params import SamplingParams, shared_length
@@ -26,6 +26,7 @@ from hardware import DTYPES, choose_device
 from model import Transformer
 from serving.assistant import Assistant, first_id, load_assistant
 from serving.streaming import StopStrings
+from training.checksums import MOST_BYTES, check_models
 
 NAME = "little-llama"
 BLOCK = 8  # batches that are handed to `log_likelihoods` at a time
@@ -150,7 +151,9 @@ def load(
 ) -> Assistant:
     """Load a model by the arguments that the harness was given."""
     options = {"base": Path(base) if base else None, "raw": True}
-    assistant = load_assistant(find_model(Path(pretrained)), choose_device(device), DTYPES[dtype], **options)
+    directory = find_model(Path(pretrained))
+    check_models(read_from(directory, options["base"]), MOST_BYTES)
+    assistant = load_assistant(directory, choose_device(device), DTYPES[dtype], **options)
     if max_length is not None:
         set_length(assistant.model, int(max_length))
     return assistant

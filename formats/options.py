@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 FLOATS = ("fp32", "bf16", "fp16")
-DTYPES = ("auto", *FLOATS)  # values of --dtype
+DTYPES = ("auto", *FLOATS, "q8_0", "q4_0", "q4_k")  # values of --dtype
 # name of --format -> the dtypes that it can hold besides auto
 EXPORTS = {
     "huggingface": FLOATS,
+    "gguf": (*FLOATS, "q8_0", "q4_0", "q4_k"),
     "llama2c": (),
     "llama2c_v1": (),
     "llama2c_q8": (),
@@ -21,7 +22,8 @@ class Options:
     """Settings that the readers and writers of all formats see."""
 
     dtype: Literal[DTYPES] = "auto"  # type: ignore[valid-type]
-    """dtype of the weights that are written; auto: that of the source, or what the format always has"""
+    """dtype of the weights that are written; auto: that of the source, or what the format always has. For gguf
+    there are also q8_0 (8.5 bits a weight), q4_0 and q4_k (4.5 bits)"""
     shard_size: Annotated[float, (1e-6, 1e6)] = 5.0
     """largest file of a Hugging Face directory, in GB (10^9 bytes)"""
     dry_run: bool = False

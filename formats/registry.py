@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from formats import huggingface, llama2c
+from formats import gguf, huggingface, llama2c
 from formats.base import Format
 
 ALL = (
     huggingface.FORMAT,
     *llama2c.FORMATS,
+    gguf.FORMAT,
 )
 FORMATS: dict[str, Format] = {each.name: each for each in ALL}
 

@@ -21,9 +21,9 @@ from lora.low_rank import EmbeddingLowRank, LowRank
 from lora.pissa import Pissa
 from lora.spec import LoraSpec
 from lora.targets import matching
-from quant.bitnet import BitLinear
 from quant.linear import QuantizedLinear
 from quant.replace import dense_weight, is_head, replace
+from quant.trained import RoundedLinear
 
 BASE = "base"  # key of the original parameters in `full_copies`
 CLASSES: dict[str, type[LowRank]] = {"dora": Dora, "pissa": Pissa}  # field of LoraSpec -> class; LowRank without any
@@ -109,7 +109,7 @@ def fully_trained(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def check_layer(model: nn.Module, path: str, spec: LoraSpec) -> None:
     """Raise ValueError when the layer `path` cannot have an adapter of `spec`."""
     layer, cls = model.get_submodule(path), adapter_class(spec)
-    if isinstance(layer, BitLinear):
+    if isinstance(layer, RoundedLinear):
         raise ValueError(f"{path} is trained in few bits ({layer.kind}), and an adapter would not be: train it in full")
     if cls.changes_base and isinstance(layer, QuantizedLinear):
         raise ValueError(f"pissa changes the base weights, and {path} is quantized: use lora or dora")

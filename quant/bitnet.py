@@ -9,34 +9,29 @@ the same layer afterwards, which keeps nothing but codes; both give the same num
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from quant.linear import QuantizedLinear
 from quant.packing import pack, unpack
-from quant.replace import base_layers, replace
+from quant.trained import RoundedLinear, Straight
 
 
-class BitLinear(nn.Linear):
-    """A linear layer in training; its weight (out, in) is the full one."""
+class BitLinear(RoundedLinear):
+    """A linear layer in training; its weight (out, in) is the full one, its kind b158 or b1."""
 
-    def __init__(self, base: nn.Linear, kind: str) -> None:
-        """Take over the parameters of `base`; kind: b158 or b1."""
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias, self.kind = base.weight, base.bias, kind
+    @property
+    def bits(self) -> int:
+        """Width of a packed weight."""
+        return {"b158": 2, "b1": 1}[self.kind]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., out) for x (..., in), in the dtype of x."""
         codes, scale = round_weight(self.weight.detach(), self.kind)
-        weight = _Straight.apply(self.weight, (codes / scale).to(self.weight.dtype)).to(x.dtype)
-        out = F.linear(_Straight.apply(x, round_inputs(x.detach())), weight)
+        weight = Straight.apply(self.weight, (codes / scale).to(self.weight.dtype)).to(x.dtype)
+        out = F.linear(Straight.apply(x, round_inputs(x.detach())), weight)
         return out if self.bias is None else out + self.bias.to(out.dtype)  # added as PackedBitLinear adds it
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, kind={self.kind}"
 
 
 class PackedBitLinear(QuantizedLinear):
@@ -69,18 +64,6 @@ class PackedBitLinear(QuantizedLinear):
         return F.linear(round_inputs(x), self.dequantize(x.dtype))
 
 
-class _Straight(torch.autograd.Function):
-    """The rounded value, with the gradient of the value as it was."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
 def round_weight(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes (out, in) of -1, 0 and 1 as floating-point numbers, and the scale () by which they are divided."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -108,14 +91,3 @@ def unpack_ternary(packed: torch.Tensor, n_outputs: int) -> torch.Tensor:
     """Return codes -1, 0, 1 (out, in) int8."""
     codes = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
     return codes[:n_outputs].to(torch.int8) - 1
-
-
-def train_in_bits(model: nn.Module, kind: str) -> None:
-    """Make every linear layer of a model but the head a BitLinear, which trains the parameters that it has."""
-    for path, layer in base_layers(model):
-        replace(model, path, BitLinear(layer, kind))
-
-
-def kind_of_bits(model: nn.Module) -> str | None:
-    """Return the kind of the BitLinear layers in a model, None where there are none."""
-    return next((module.kind for module in model.modules() if isinstance(module, BitLinear)), None)

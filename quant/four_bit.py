@@ -49,6 +49,13 @@ class FourBitLinear(QuantizedLinear):
         kind = {"quant_type": self.kind, "blocksize": self.block, "dtype": dtype, "code": levels}
         return bnb.QuantState(absmax, shape=shape, offset=offset, state2=nested, **kind)
 
+    def scales(self) -> torch.Tensor:
+        """Return the scale of each block, (out * in / 64,) float32."""
+        if not self.double:
+            return self.absmax.view(torch.float32)
+        state = self.state(torch.Size((1, 2 * self.packed.numel())))
+        return functional().dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight (out, in) in `dtype`, computed in float32."""
         # as one row: bitsandbytes' CPU kernel would begin a new block with every row of a matrix, unlike its quantizer
@@ -63,6 +70,11 @@ def functional() -> Any:
     from bitsandbytes import functional
 
     return functional
+
+
+def levels_of(kind: str) -> torch.Tensor:
+    """Return the 16 levels of nf4 or fp4, (16,) float32."""
+    return functional().get_4bit_type(kind, device="cpu").float()
 
 
 def scale_levels(device: torch.device) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from quant.grid import Quantized
@@ -20,7 +19,6 @@ class GroupedLinear(QuantizedLinear):
 
     kind = "grouped"
     bits: int
-    _copy: torch.Tensor | None = None  # of the codes, in another form; see `in_bytes`
 
     def __init__(self, base: nn.Linear, quantized: Quantized, bits: int) -> None:
         super().__init__(base)
@@ -47,20 +45,6 @@ class GroupedLinear(QuantizedLinear):
             size += -size % multiple
         inputs = torch.arange(self.in_features, dtype=torch.int32, device=self.group.device)
         return size if size and size % multiple == 0 and torch.equal(self.group, inputs // size) else None
-
-    def in_bytes(self, multiple: int) -> tuple[int, int, torch.Tensor]:
-        """Return what compiled code reads: bits (4 or 8), the group size, and the codes (out, words), from the lowest
-        bit on. They are the layer's own where that is possible: codes of 2 and 3 bits are copied as 4, and a row that
-        ends inside of its last group is filled up."""
-        size = self.group_size(multiple)
-        missing = size * self.zero.shape[1] - self.in_features
-        if self.bits >= 4 and not missing:
-            return self.bits, size, self.packed
-        bits = max(4, self.bits)
-        if self._copy is None:
-            codes = unpack(self.packed, self.bits, self.in_features)
-            self._copy = pack(F.pad(codes, (0, missing)), bits)
-        return bits, size, self._copy
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.zero.shape[1]}"

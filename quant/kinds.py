@@ -45,6 +45,7 @@ METHODS = {
     "int8": Method((8,), ("gptq", "gptq_v2", "compressed-tensors")),
     "smoothquant": Method((8,), ("compressed-tensors",), frozenset({"alpha"}), text=True),
     "llm_int8": Method((8,), ("bnb",), frozenset({"threshold"})),
+    "qat": Method(WIDTHS, PACKED),
     "bitnet": Method((2,), ("bitnet",)),
     "nf4": Method((4,), ("bnb",), frozenset({"double_quant"})),
     "fp4": Method((4,), ("bnb",), frozenset({"double_quant"})),

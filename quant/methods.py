@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant import awq, smooth
+from quant import awq, qat, smooth
 from quant.bitnet import PackedBitLinear
 from quant.calibrate import Solve, Stream, inputs_of
 from quant.four_bit import FourBitLinear
@@ -57,6 +57,7 @@ def make_solver(args: Any, grid_of: Callable[[str], GridOptions]) -> Solve:
     without_text: dict[str, Callable[[str, nn.Linear], QuantizedLinear]] = {
         "rtn": by_rounding,
         "int8": lambda _, layer: GroupedLinear(layer, solve_rows(layer.weight.detach().float()), 8),
+        "qat": lambda _, layer: GroupedLinear(layer, qat.nearest_grid(layer), layer.grid.bits),
         "bitnet": lambda _, layer: PackedBitLinear(layer, layer.kind),
         "llm_int8": lambda _, layer: LLMInt8Linear(layer, args.threshold),
         "nf4": lambda _, layer: FourBitLinear(layer, "nf4", args.double_quant),

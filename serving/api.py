@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -25,7 +25,9 @@ from serving.api_requests import (
     read_body,
 )
 from serving.guard import Guard
+from serving.page import read_page
 from serving.service import Service
+from serving.terminal import read_examples
 
 MOST_BODY = 16 << 20  # bytes of a request
 SECONDS_FOR_BODY = 60.0
@@ -130,8 +132,11 @@ async def completions(request: Request) -> Response:
 
 
 def model_card(service: Service) -> dict[str, Any]:
+    """Return what OpenAI's API tells of a model, and what the page needs besides."""
     card = {"id": service.name, "object": "model", "created": service.created, "owned_by": "little-llama"}
-    return card | {"max_model_len": service.context}
+    assistant = service.assistant
+    more = {"has_template": assistant.template is not None, "sampling": vars(service.defaults)}
+    return card | {"max_model_len": service.context} | more | {"examples": read_examples(assistant)}
 
 
 async def models(request: Request) -> Response:
@@ -196,9 +201,9 @@ async def metrics(request: Request) -> Response:
 
 
 async def root(request: Request) -> Response:
-    """GET /"""
-    names = list(request.app.state.services)
-    return JSONResponse({"models": names, "api": "/v1", "health": "/health", "metrics": "/metrics"})
+    """GET /: the page to chat on."""
+    page = read_page()
+    return HTMLResponse(page.html, headers=page.headers)
 
 
 async def tell_error(request: Request, error: Exception) -> Response:

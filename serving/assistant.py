@@ -13,7 +13,7 @@ from attention.cache import KVCache, cache_class
 from chat.messages import check_messages
 from chat.template import ChatTemplate, load_template
 from checkpoint.directory import load_model
-from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter, read_stop_ids
+from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter, read_from, read_stop_ids
 from cli.progress import say
 from decoding.decoder import Decoder
 from decoding.generate import Sampled
@@ -147,7 +147,8 @@ def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
     if draft == "lookup":
         return Speculative(model, PromptLookup(assistant.tokenizer.vocab_size), n_draft)
     directory = find_model(Path(draft))
-    if load_tokenizer(directory).sha256() != assistant.tokenizer.sha256():
+    home = next(filter(has_tokenizer, read_from(directory)), directory)
+    if load_tokenizer(home).sha256() != assistant.tokenizer.sha256():
         raise ValueError(
             f"the draft in {directory} has another tokenizer than {assistant.directory}: "
             "a draft needs the vocabulary of the model it guesses for"

@@ -11,6 +11,8 @@ import eval
 import fine_tuning
 import pretrain
 import quantize
+import quantizing.args
+import quantizing.ladder_args
 import train_tokenizer
 import tuning.args
 from cli.args import parse
@@ -21,7 +23,11 @@ SCRIPTS = {  # its settings, without which it does not start; its table
     "pretrain": (pretrain.Args(), pretrain.NEEDS),
     "fine_tuning": (fine_tuning.Args(), tuning.args.NEEDS),
     "eval": (eval.Args(), eval.NEEDS),
-    "quantize": (quantize.Args(out=Path("q"), calib=(Path("c"),)), quantize.NEEDS),
+    "quantize": (quantize.Args(out=Path("q"), calib=(Path("c"),)), quantizing.args.NEEDS),
+    "quantize ladder": (
+        quantizing.ladder_args.LadderArgs((Path("c"),), (Path("h"),), Path("o")),
+        quantizing.ladder_args.NEEDS,
+    ),
     "convert": (convert.Merge(model=Path("m"), adapter=Path("a"), out=Path("o")), convert.NEEDS),
     "train_tokenizer": (train_tokenizer.Args(), corpora.NEEDS),
 }

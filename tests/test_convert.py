@@ -130,8 +130,8 @@ def test_nothing_is_replaced(trained, tmp_path):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "convert.py expects a command (merge, tokens, export, import) and its flags"),
-        (["shrink"], "convert.py expects a command (merge, tokens, export, import)"),
+        ([], "convert.py expects a command (merge, tokens, export, import, data"),
+        (["shrink"], "convert.py expects a command (merge, tokens"),
         (["merge", "--model", "m", "--adapter", "nowhere", "--out", "o"], "nowhere does not exist; give --adapter"),
     ],
 )

@@ -23,6 +23,7 @@ from model_args import NewModelArgs
 from optim.args import OptimArgs
 from quant import bitnet
 from quant.bitnet import BitLinear, PackedBitLinear
+from quant.trained import kind_of_bits
 from training.args import TrainArgs
 from tuning.args import DataArgs
 
@@ -123,7 +124,7 @@ def logits(model) -> torch.Tensor:
 def test_training_packing_loading_give_equal_logits(trained, tmp_path):
     _, result, kind = trained
     model = load_model(result["model"])
-    assert bitnet.kind_of_bits(model) == kind
+    assert kind_of_bits(model) == kind
     assert sum(isinstance(module, BitLinear) for module in model.modules()) == 14
     assert not isinstance(model.lm_head, BitLinear)
     quantize.main(quantize.Args(model=result["model"], out=tmp_path / "packed", method="bitnet", device="cpu"))
@@ -157,7 +158,7 @@ def test_a_run_goes_on_and_a_model_is_trained_further(trained, tmp_path):
         data=args.data, optim=args.optim, train=args.train, out=tmp_path / "run", init_from=result["model"]
     )
     again = load_model(pretrain.main(more)["model"])
-    assert bitnet.kind_of_bits(again) == kind and not torch.equal(logits(again), logits(before))
+    assert kind_of_bits(again) == kind and not torch.equal(logits(again), logits(before))
     other = "b1" if kind == "b158" else "b158"
     with pytest.raises(ValueError, match=f"--bitnet {other} does not fit .* trained with {kind}"):
         pretrain.main(dataclasses.replace(more, bitnet=other, out=tmp_path / "other"))

@@ -21,6 +21,7 @@ from model import Transformer
 from quant.grouped import GroupedLinear
 from quant.kinds import PACKED
 from quant.linear import QuantizedLinear
+from quantizing import job
 from tokenizer import load_tokenizer
 from tuning.args import DataArgs
 
@@ -76,9 +77,9 @@ def apart(a, b) -> float:
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_is_written_computes_what_was_quantized(folder, tmp_path, method, form, monkeypatch):
     kept = {}
-    save = quantize.quantized.save
+    save = job.quantized.save
     monkeypatch.setattr(
-        quantize.quantized, "save", lambda d, model, *a, **k: kept.update(m=model) or save(d, model, *a, **k)
+        job.quantized, "save", lambda d, model, *a, **k: kept.update(m=model) or save(d, model, *a, **k)
     )
     result = run(folder, tmp_path / "out", method=method, format=form)
     again = load_model(tmp_path / "out")

@@ -1,7 +1,6 @@
 """quantize.py: widths of single layers, a report of each, interruptions, unusual weights and files."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import quantize
 from checkpoint.directory import load_model
 from quant.grouped import GroupedLinear
 from quant.kinds import METHODS
+from quantizing import job
 
 MIXED = ("down_proj=8", r"layers\.0\.=3", "down_proj=2")  # the last one comes too late
 
@@ -155,15 +155,15 @@ def test_dead_inputs_and_more_damping_are_told():
 
 def stopped_after(monkeypatch, layers: int) -> None:
     """Let a signal arrive when so many layers are done."""
-    add, done = quantize.Progress.add, []
+    add, done = job.Progress.add, []
 
     def count(self, amount: int = 1) -> None:
         add(self, amount)
         done.append(amount)
         if len(done) == layers:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(quantize.Progress, "add", count)
+    monkeypatch.setattr(job.Progress, "add", count)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])

@@ -41,9 +41,10 @@ def ask(port: int, body: dict | None, path: str = "/v1/completions", **headers: 
 
 def test_sigterm_finishes_what_runs(directory):
     process = start("--model", str(directory), "--port", "0", "--rows", "2", LITTLE_LLAMA_API_KEY="secret")
-    lines = [process.stderr.readline() for _ in range(2)]
+    lines = [process.stderr.readline() for _ in range(3)]
     name, port = re.match(r"(.+), 0\.\d\d M parameters, at http://127\.0\.0\.1:(\d+)/v1", lines[0]).groups()
     assert name == directory.parent.name and re.match(r"2 texts of 3000 tokens together: at most 3\.1 MB", lines[1])
+    assert lines[2] == f"a page to chat on: http://127.0.0.1:{port}\n"
     body = {"prompt": "月", "max_tokens": 1500, "ignore_eos": True}
     assert ask(int(port), body)[0] == 401
     answers = {}

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = (
     *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan", "doctor"),
-    *("convert merge", "convert tokens", "convert export", "convert import"),
+    *("convert merge", "convert tokens", "convert export", "convert import", "convert data", "quantize ladder"),
 )
 # Runs a script with its own --help, and tells on stderr whether torch was loaded.
 PROBE = """

@@ -93,12 +93,12 @@ def test_targets_are_marked(folder, init_from, capsys, monkeypatch):
     found = show(folder, "chats", "--show", "2", init_from=init_from)
     said = capsys.readouterr().out
     assert "<s><|user|>moon 0?<|end|><|assistant|>⟦the </s><|end|>⟧" in said and "\x1b" not in said
-    assert "moon 1?" in said and "moon 2?" not in said and "--- conversation 2: " in said
+    assert "moon 1?" in said and "moon 2?" not in said and "--- sample 2: " in said
     assert found["chats"]["samples"] == 3
     tokens, targets = found["chats"]["tokens"], found["chats"]["targets"]
     each = tokens // 3
-    assert said[said.index(f"--- {folder}") :] == (
-        f"--- {folder / 'chats.jsonl'}\n"
+    assert said[said.index(f"---\n{folder}") :] == (
+        f"---\n{folder / 'chats.jsonl'}:\n"
         f"3 conversations, {tokens} tokens, of which {targets} are answers and are trained on.\n"
         f"The shortest sample has {each} tokens, half have at most {each}, nine in ten at most {each}, "
         f"the longest has {each}.\n"
@@ -121,10 +121,10 @@ def test_each_task_is_shown_with_its_broken_records(folder, capsys):
 def test_both_answers_of_a_pair_are_shown(folder, capsys):
     found = show(folder, "pairs", "--show", "1", "--objective", "dpo")
     said = capsys.readouterr().out
-    chosen, rejected = said.index("--- pair 1 chosen: "), said.index("--- pair 1 rejected: ")
+    chosen, rejected = said.index("--- sample 1 chosen: "), said.index("--- sample 1 rejected: ")
     assert chosen < said.index("⟦the moon<|end|>⟧") < rejected < said.index("⟦river<|end|>⟧")
     assert "pair 2" not in said and found["pairs"]["pairs"] == 2
-    assert f"--- {folder / 'pairs.jsonl'}\n2 pairs, " in said
+    assert f"---\n{folder / 'pairs.jsonl'}:\n2 pairs, " in said
     with pytest.raises(ValueError, match=r"use a preference objective, such as --objective dpo"):
         show(folder, "pairs", "--show", "1")
 

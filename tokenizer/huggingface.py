@@ -63,6 +63,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.chat_template, self.begins = self._config.get("chat_template"), self.ids_before_text(self._config)
 
     @property
+    def text(self) -> str:
+        """The content of the `tokenizer.json`."""
+        return self._json
+
+    @property
     def model(self) -> bytes | None:
         """The bytes of the `tokenizer.model` beside the `tokenizer.json`; None where there is none."""
         return self._model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from cli.progress import say
@@ -48,6 +49,12 @@ def damage(directory: Path) -> str | None:
     except ValueError:
         return f"{PROGRESS} is damaged"
     return None
+
+
+def check_models(directories: Iterable[Path], most_bytes: float = math.inf) -> None:
+    """Compare the files of models, or of an adapter and its base, as `check_model` does."""
+    for directory in directories:
+        check_model(directory, most_bytes)
 
 
 def check_model(directory: Path, most_bytes: float = math.inf) -> None:

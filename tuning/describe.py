@@ -121,6 +121,6 @@ def sample_texts(samples: Samples, n_records: int, kind: Kind, tokenizer: Tokeni
         record, text = divmod(n, len(kind.texts))
         here = np.s_[int(samples.offsets[n]) : int(samples.offsets[n + 1])]
         ids, mask = samples.ids[here], samples.mask[here]
-        title = " ".join(filter(None, [kind.records.removesuffix("s"), str(record + 1), kind.texts[text]]))
+        title = " ".join(filter(None, ["sample", str(record + 1), kind.texts[text]]))
         yield f"--- {title}: {number(len(ids), 'tokens')}, of which {mask.sum():,} are trained"
         yield marked(tokenizer, ids, mask, colour)
