@@ -36,7 +36,7 @@ def training_checks(trainer: Trainer, new: bool) -> list[Check]:
     if worst(batch) == FAULT:
         return found
     trainer.args = args = type(args)(**vars(args) | {"compile": "off"})  # a few steps are not worth the minutes
-    prepare(trainer.model, args, device, trainer.data)
+    prepare(trainer.model, args, trainer.backend, trainer.data)
     call = trainer.backend.wrap(trainer.model, trainer.optimizer)
     rows = trainer.data.batch(0, 0, 1).split(ROWS)[0].to(device)
     found += first_loss(trainer, call, rows, new)

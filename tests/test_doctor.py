@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.patients import QUESTIONS, save_chats, save_data, save_patient
+from helpers.tiny_training_run import toy_data, toy_trainer
 from safetensors.torch import load_file, save_file
 
 import doctor
-from checks import machine, vocabulary, weights
+from checks import machine, runs, vocabulary, weights
 from checks.check import FAULT, OK, WARNING, Check, attempt, judged, lines, worst
 from dataset import Batch
 from model_args import ModelArgs
@@ -295,6 +296,27 @@ def test_held_out_conversations_that_are_trained_on(patient):
 def test_conversations_longer_than_a_row(patient):
     assert examine(patient, "model", "chats", seq_len=10)["chats.jsonl"].level == FAULT  # no answer begins so early
     assert examine(patient, "model", "chats", seq_len=41)["chats.jsonl: whole"].level in (WARNING, FAULT)
+
+
+# ---- faults of a run
+
+
+def test_a_damaged_checkpoint_and_a_loss_that_is_no_number(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=6, save_interval=3, loggers=()).fit()
+    levels = {each.name: each.level for each in runs.run_directory(tmp_path / "run")}
+    assert {levels[name] for name in ("last checkpoint", "step_00000003", "step_00000006")} == {OK}
+    with (tmp_path / "run/step_00000003/model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"abcd")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": NaN}\n')
+    (tmp_path / "run/guards").mkdir()
+    found = runs.run_directory(tmp_path / "run")
+    faults = {each.name for each in found if each.level == FAULT}
+    assert faults == {"step_00000003", "log"} and "guards" in {each.name for each in found}
+    (missing,) = runs.run_directory(tmp_path / "nowhere")
+    assert missing.level == FAULT
 
 
 # ---- faults of the machine

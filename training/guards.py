@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +26,7 @@ from training.log import RunLog
 from training.protocols import take_metrics
 from training.state import MOST_SKIPPED, Diverged
 
-if TYPE_CHECKING:
-    from training.trainer import Trainer
-
+Trainer = Any  # training.trainer.Trainer, which imports this file
 RECENT, ENOUGH = 32, 16  # steps that a loss is compared with, and the least number of them
 MOST_DUMPS = 5  # files of a kind in a run
 FOLDER = "guards"

@@ -29,13 +29,21 @@ class Norms:
     Optimizers call their hooks before they update; the gradients are then clipped, which `values` undoes.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizers) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizers, interval: int) -> None:
+        """interval: steps between two measurements; 0: none."""
+        self.model, self.interval, self.on = model, interval, False
+        if not interval:
+            return
         names = {p: name for name, p in model.named_parameters()}
-        self.model, self.on = model, False
         self.squares: dict[str, float] = defaultdict(float)
         self.places = {p: place_of(names[p]) for p in optimizer.parameters}
         for part in optimizer.parts:
             part.register_step_pre_hook(self._look)
+
+    def before(self, step: int, inputs: dict[str, Any]) -> dict[str, float]:
+        """Return the sizes of the activations of the first micro-batch where step `step` is measured, else {}."""
+        self.on = self.interval > 0 and step % self.interval == 0
+        return activations(self.model, inputs) if self.on else {}
 
     def _look(self, part: torch.optim.Optimizer, *_: Any) -> None:
         if self.on:

@@ -33,7 +33,7 @@ from training.flops import train_flops_per_token
 from training.guards import inputs_of
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
-from training.norms import Norms, activations
+from training.norms import Norms
 from training.precision import check_length, compile_seconds, compiles, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.samples import Sampler
@@ -103,9 +103,9 @@ class Trainer:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return json.loads((self.run / "result.json").read_text())
-        dtype = prepare(self.model, self.args, backend.device, self.data)
+        dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
-        self.norms = Norms(self.model, self.optimizer)
+        self.norms = Norms(self.model, self.optimizer, self.args.log_norms)
         self.checkpoints.resume()
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
         self.log, self.clock = start_log(self, dtype)
@@ -135,15 +135,15 @@ class Trainer:
             if at_end:
                 return
             if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
-                self._evaluate_and_save()
+                with self.clock.paused():
+                    self._evaluate_and_save()
                 if self.finished:
                     if args.log_interval and state.targets:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
-            elif (
-                is_due(args.save_interval, state.step, epoch) and not state.skipped
-            ):  # else nothing could be gone back to
-                self._save()
+            elif is_due(args.save_interval, state.step, epoch) and not state.skipped:  # a run goes back to good weights
+                with self.clock.paused():
+                    self._save()
 
     def _save(self, is_best: bool = False) -> None:
         self.state.log = self.log.contents()
@@ -157,7 +157,7 @@ class Trainer:
         guards.set_rate(self)
         micro_batches = [part.to(backend.device) for part in batch.split(self.args.micro_batch_size)]
         inputs = [inputs_of(micro, token_losses=n_groups > 0) for micro in micro_batches]
-        measured = self._norms_are_due() and activations(self.model, inputs[0])
+        measured = self.norms.before(state.step + 1, inputs[0])
         outputs = backend.forward_backward(self.forward, inputs, n_targets)
         norm = backend.step(self.args.grad_clip)
         groups = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
@@ -171,10 +171,6 @@ class Trainer:
         totals = sums["loss"], sums["groups"], dict(zip(metrics, sums["metrics"]))
         state.add(norm, backend.data_world * batch.tokens.numel(), n_targets, *totals)
         return norm
-
-    def _norms_are_due(self) -> bool:
-        self.norms.on = is_due(self.args.log_norms, self.state.step + 1, self.data.steps_per_epoch)
-        return self.norms.on
 
     def _evaluate_and_save(self) -> None:
         """Evaluate on the way, log it and save; the checkpoint is the `best` if none was better."""
@@ -212,13 +208,30 @@ class Trainer:
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
-            metrics = self.evaluate()
+            metrics = self.evaluate(with_error=True)
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
         if self.backend.main:
             (self.run / "result.json").write_text(json.dumps(result, indent=2))
         return result
+
+
+def about(trainer: Trainer) -> dict[str, Any]:
+    """Return the size of a run, for its record: steps, tokens, parameters, processes."""
+    model, data, heldout, backend = trainer.model, trainer.data, trainer.eval_data, trainer.backend
+    return {
+        "steps": trainer.total_steps,
+        "steps_per_epoch": data.steps_per_epoch,
+        "tokens_per_step": data.batch_size * data.seq_len,
+        "held_out_positions": heldout and heldout.steps_per_epoch * heldout.batch_size * heldout.seq_len,
+        "parameters": model.n_parameters(),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "vocab_size": model.args.vocab_size,
+        "context": model.args.max_seq_len,
+        "device": backend.device.type,
+        "processes": backend.world,
+    }
 
 
 @contextlib.contextmanager
@@ -264,7 +277,8 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     """Open the log, say how large the run is and what its `mfu` means, and start the clock; dtype: of activations."""
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
-    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, evaluated=trainer.state.evaluated)
+    options = {"evaluated": trainer.state.evaluated, "loggers": trainer.args.loggers}
+    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, **options)
     log.compare(trainer.state.log)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(
