@@ -1,6 +1,6 @@
 """Measure tokens a second of greedy decoding against llama.cpp, with the same weights at the same widths.
 
-    python3 -m venv .venv-llama && .venv-llama/bin/pip install llama_cpp_py_sync numpy
+    python3 -m venv .venv-llama && .venv-llama/bin/pip install llama-cpp-python
     python bench/llama_cpp.py --tokenizer data/tiny/tokenizer                  # 15, 27 and 60 million random parameters
     python bench/llama_cpp.py --model DIR --text held_out.txt                  # a model of yours, with the loss beside
 
@@ -66,7 +66,7 @@ class Args:
     tokenizer: Path = Path("data/tiny/tokenizer")
     """directory of a tokenizer for the files of random models"""
     llama_python: Path = Path(".venv-llama/bin/python")
-    """Python of the environment that has llama_cpp_py_sync"""
+    """Python of the environment that has llama-cpp-python"""
     tokens: int = 48
     """tokens in an answer"""
     repeats: int = 7

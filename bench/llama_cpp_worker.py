@@ -1,6 +1,6 @@
 """llama.cpp behind a pipe, for bench/llama_cpp.py: a JSON object a line in, one out.
 
-It runs in an environment of its own, with the package llama_cpp_py_sync, and imports nothing of this project.
+It runs in an environment of its own, with the package llama-cpp-python, and imports nothing of this project.
 
 {"load": FILE, "threads": 2}                     -> {"system": what the library was built for}
 {"decode": FILE, "prompt": ids, "tokens": n}     -> {"moments": seconds, "ids": ids}: greedy, one token after another
@@ -13,36 +13,35 @@ import sys
 import time
 from itertools import pairwise
 
+import llama_cpp as lib
 import numpy as np
-from llama_cpp_py_sync._cffi_bindings import ffi, get_lib
 
-lib = get_lib()
 CONTEXT = 1024  # tokens
 opened = {}  # file -> model, context, size of the vocabulary
 
 
 def load(path, threads):
-    settings = lib.llama_model_default_params()
-    model = lib.llama_model_load_from_file(path.encode(), settings)
-    if model == ffi.NULL:
+    """Open a file; raise SystemExit where llama.cpp cannot."""
+    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+    if not model:
         raise SystemExit(f"llama.cpp cannot open {path}")
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, threads, threads
     context = lib.llama_init_from_model(model, settings)
     opened[path] = model, context, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    return {"system": ffi.string(lib.llama_print_system_info()).decode()}
+    return {"system": lib.llama_print_system_info().decode()}
 
 
 def feed(context, ids, size):
-    """Logits (size,) after some more ids."""
-    array = ffi.new("int32_t[]", ids)
+    """Return the logits (size,) after some more ids."""
+    array = (lib.llama_token * len(ids))(*ids)
     if lib.llama_decode(context, lib.llama_batch_get_one(array, len(ids))):
         raise SystemExit("llama_decode failed")
-    pointer = lib.llama_get_logits_ith(context, -1)
-    return np.frombuffer(ffi.buffer(pointer, 4 * size), np.float32)
+    return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (size,))
 
 
 def decode(path, prompt, tokens):
+    """Decode greedily, without an end."""
     _, context, size = opened[path]
     lib.llama_memory_clear(lib.llama_get_memory(context), True)
     moments, ids, run = [time.perf_counter()], [], prompt
@@ -54,6 +53,7 @@ def decode(path, prompt, tokens):
 
 
 def loss(path, ids):
+    """Return the mean loss of all ids but the first."""
     _, context, size = opened[path]
     lib.llama_memory_clear(lib.llama_get_memory(context), True)
     total = 0.0
