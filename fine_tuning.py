@@ -81,6 +81,7 @@ from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import check_saving, load_tokenizer
+from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.precision import check_length, training_dtype
@@ -105,7 +106,7 @@ def main(args: Args) -> dict[str, Any]:
     objective = make_objective(args.objective, args.preference)
     names = [task.name for task in args.data.tasks]
     torch.manual_seed(args.train.seed)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
         model = load_whole_model(args.init_from, to_train=args.lora.method == "none")
         check_length(args.data.seq_len, model)
         began = beginning(args.out, fresh=args.train.resume == "never")

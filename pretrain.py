@@ -129,6 +129,7 @@ from quant.qat import kind_of
 from quant.train_bits import train_in_bits
 from quant.trained import kind_of_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.samples import Prompt, Sampler, beginnings
@@ -153,7 +154,7 @@ def main(args: Args) -> dict[str, Any]:
     check_saving(tokenizer)
     data, eval_data = make_data(args, bins, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
         model.to(backend.device)
         stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(

@@ -196,6 +196,12 @@ def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str
     return command, parse(commands[command], script, words[1:])
 
 
+def own_words(argv: list[str]) -> list[str]:
+    """Return the words of the command line without the one that the deepspeed launcher adds for every process."""
+    launched = "LOCAL_RANK" in os.environ
+    return [word for word in argv if not (launched and word.startswith("--local_rank="))]
+
+
 def dataclass_error(stop: SystemExit) -> ValueError | None:
     """Return the error that the `__post_init__` of a dataclass raised, if that is why tyro exits; else None.
 
@@ -300,7 +306,7 @@ def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a
     """
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # torchrun and the deepspeed launcher set it
         end_with_parent(os.getppid())
     for stream in (sys.stdout, sys.stderr):  # None where it is closed
         if getattr(stream, "errors", "") == "strict":  # the name of a file may be bytes that are not UTF-8

@@ -11,6 +11,7 @@ DTYPES = ("auto", *FLOATS, "q8_0", "q4_0", "q4_k")  # values of --dtype
 EXPORTS = {
     "huggingface": FLOATS,
     "gguf": (*FLOATS, "q8_0", "q4_0", "q4_k"),
+    "meta": FLOATS,
     "llama2c": (),
     "llama2c_v1": (),
     "llama2c_q8": (),
@@ -28,3 +29,11 @@ class Options:
     """largest file of a Hugging Face directory, in GB (10^9 bytes)"""
     dry_run: bool = False
     """write nothing; print the map of the tensors: name in the source, name in the target, shape, dtype"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Settings that only some writers have."""
+
+    shards: Annotated[int, (1, 99)] = 1
+    """number of files of --format meta, one for each rank of its tensor parallelism"""

@@ -49,11 +49,20 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
         (["--preset", "huge"], "presets are base, tiny"),
         (["--preset", "tin"], "presets are base, tiny"),
         (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat, quant"),
-        (["--use", "fsdp"], "single or ddp"),
-        (["--use", "deepspeed"], "single or ddp"),  # not built yet, so not offered
+        (["--use", "zero"], "single, ddp, fsdp or deepspeed, found zero"),
+        (["--nnodes", "2"], "--nnodes 2 needs --use ddp, fsdp or deepspeed"),
+        (["--use", "fsdp", "--nnodes", "2"], "needs --stage pretrain or sft: the other stages run on one machine"),
+        (
+            ["--use", "fsdp", "--nnodes", "2", "--stage", "sft"],
+            "needs --node_rank 0 to 1, another one on every machine",
+        ),
+        (["--use=fsdp", "--nnodes=2", "--stage=sft", "--node_rank=2"], "found 2"),
+        (["--use=fsdp", "--nnodes=2", "--stage=sft", "--node_rank=1"], "needs --master with the name or address"),
+        (["--use=fsdp", "--master=a"], "--node_rank and --master need --nnodes above 1"),
+        (["--use=fsdp", "--nnodes=two"], "--nnodes expects a positive number, found two"),
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
         (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
-        (["--nproc", "2"], "--use ddp"),
+        (["--nproc", "2"], "--use ddp, fsdp or deepspeed"),
         (["--stage"], "--stage expects a value"),
         (["--", "--train.max_steps", "1"], "--stage"),
     ],
@@ -99,6 +108,26 @@ def test_processes_are_started_by_torchrun(stubs: StubScripts) -> None:
     launcher = [".venv/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "ddp", "--note", "a b"]
     assert words[2:] == launcher + script
+
+
+def test_deepspeed_is_installed_by_the_switch_and_trains_with_adamw(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--dry_run", "--use", "deepspeed", "--nproc", "2")
+    found = commands(answer.stdout)
+    (tuning,) = [words for words in found if "fine_tuning.py" in words]
+    assert found[0] == ["bash", "setup.sh", "--extra", "deepspeed"]
+    assert tuning[-4:] == ["--train.backend", "deepspeed", "--optim.optimizer", "adamw"]
+
+
+def test_a_machine_among_several_is_told_its_number_and_the_first_one(stubs: StubScripts) -> None:
+    words = ["--stage", "sft", "--use", "fsdp", "--nproc", "4", "--nnodes", "2", "--node_rank", "1", "--master", "a.b"]
+    command = commands(stubs.bash("run.sh", "--dry_run", *words).stdout)[1]
+    nodes = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "a.b", "--master_port", "29500"]
+    assert command[5:] == [*nodes, "--nproc_per_node", "4", *FINE_TUNING, "fsdp"]
+    again = stubs.bash("run.sh", "--dry_run", "--background", *words).stdout
+    assert "--nnodes 2 --node_rank 1 --master a.b" in again
+
+
+FINE_TUNING = ["fine_tuning.py", "--config", "configs/tiny.yaml", "--train.backend"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ FROM_FOLDER = "--no-deps --no-index torch==2.13.0+cpu"
 FROM_INDEX = "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
 FROM_PYPI = "-c requirements.txt torch==2.13.0,!=2.13.0+cpu"
 PINS = "-r requirements.txt"
-EXTRAS = ["bench", "bnb", "dev", "eval", "gguf", "serve", "swanlab", "transformers", "wandb"]
+EXTRAS = ["bench", "bnb", "deepspeed", "dev", "eval", "gguf", "serve", "swanlab", "transformers", "wandb"]
 
 
 class SetUp(StubScripts):
@@ -126,7 +126,7 @@ def test_an_extra_is_installed_once_and_torch_stays(set_up: SetUp) -> None:
     [
         (
             ["--extra", "server"],
-            "--extra expects bench, bnb, dev, eval, gguf, serve, swanlab, transformers or wandb, found server",
+            "expects bench, bnb, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found server",
         ),
         (["--extra", "autogptq"], "found autogptq"),
         (["--extra"], "found nothing"),

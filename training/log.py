@@ -147,9 +147,11 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Return metrics as one line, `loss 4.4594, bits per byte 2.0841`; names of tasks (loss/NAME) stay as they are."""
-    names = [name if "/" in name else name.replace("_", " ") for name in metrics]
-    return ", ".join(f"{name} {value:.4f}" for name, value in zip(names, metrics.values()))
+    """Return metrics as one line, `loss 4.4594 (standard error 0.0123), bits per byte 2.0841`; loss/NAME stays."""
+    shown = {name: f"{value:.4f}" for name, value in metrics.items() if name != "loss_error"}
+    if "loss_error" in metrics:
+        shown["loss"] += f" (standard error {metrics['loss_error']:.4f})"
+    return ", ".join(f"{name if '/' in name else name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import torch
 from attention import backends
 from attention.shifted_sparse import ShiftedSparse
 from dataset import BatchSource
+from distributed.single import SingleProcess
 from hardware import DTYPES, can_compile, has_bfloat16
 from model import Transformer
 from training.args import TrainArgs
@@ -72,9 +73,10 @@ def about_compiling(model: TrainableModel, args: TrainArgs, device: torch.device
     return f"Not compiled: torch.compile needs {needs} and Python's headers, and not all of that is here{saving}."
 
 
-def prepare(model: TrainableModel, args: TrainArgs, device: torch.device, data: BatchSource) -> torch.dtype:
+def prepare(model: TrainableModel, args: TrainArgs, backend: SingleProcess, data: BatchSource) -> torch.dtype:
     """Set precision, attention, checkpointing and compilation of a model on its device; return the dtype of its
     activations. data: what it trains on. Raises ValueError where the requested attention cannot run here."""
+    device = backend.device
     torch.set_float32_matmul_precision(args.float32_matmul)
     dtype = training_dtype(args, device)
     backends.check(args.attention, dtype, device, training=True)
@@ -93,5 +95,5 @@ def prepare(model: TrainableModel, args: TrainArgs, device: torch.device, data: 
     model.compute_dtype = dtype
     model.gradient_checkpointing = args.gradient_checkpointing
     if compiles(model, args, device, data):
-        model.compile()
+        backend.compile(model)
     return dtype

@@ -101,7 +101,7 @@ class Trainer:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return json.loads((self.run / "result.json").read_text())
-        dtype = prepare(self.model, self.args, backend.device, self.data)
+        dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.checkpoints.resume()
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
@@ -199,7 +199,7 @@ class Trainer:
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
-            metrics = self.evaluate()
+            metrics = self.evaluate(with_error=True)
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
