@@ -31,12 +31,13 @@ from helpers.damage_files import damages  # noqa: E402
 from helpers.damage_inputs import inputs  # noqa: E402
 from helpers.damage_kills import kills  # noqa: E402
 from helpers.damage_markers import forgeries  # noqa: E402
+from helpers.damage_ranks import rank_kills  # noqa: E402
 from helpers.damage_runs import VERDICTS, Kind, build, load_libraries  # noqa: E402
 
 
 def kinds() -> dict[str, Kind]:
     """Return every kind of trial by name."""
-    return kills() | damages() | inputs() | forgeries()
+    return kills() | rank_kills() | damages() | inputs() | forgeries()
 
 
 def main() -> None:
