@@ -6,6 +6,7 @@ python convert.py tokens --model DIR --add_special_tokens "<|im_start|>" "<|im_e
 python convert.py export --model DIR --format gguf --dtype q8_0 --out FILE
 python convert.py import SRC --out DIR
 python convert.py data SRC --format megatron --out DIR
+python convert.py card --model DIR --license apache-2.0 --language zh en
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
-from formats.options import EXPORTS, Options
+from formats.options import EXPORTS, ExportOptions, ImportOptions
 from quant.kinds import KINDS
 
 NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
 )
-EXPORT_NEEDS = (Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),)
+EXPORT_NEEDS = (
+    Needs("shards", "format", ("meta",), "the other formats have no ranks; remove it"),
+    Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),
+)
 DATA_NEEDS = (
     Needs("tokens_per_file", "format", ("bins",), "the others have no files of a largest size; remove it"),
     Needs("chunk_tokens", "format", ("packed",), "the others have no chunks; remove it"),
@@ -72,28 +76,33 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Options):
+class Export(ExportOptions):
     """Write a model in the format of another program, or as a directory with another dtype or other files."""
 
     model: Path
-    """Hugging Face directory of the model"""
+    """Hugging Face directory of the model; for --format gguf also an adapter"""
     format: Literal[tuple(EXPORTS)]  # type: ignore[valid-type]
     """what to write; docs/conversion.md says which programs read it, and what it cannot hold"""
     out: Path
     """file or directory to write"""
+    base: Path | None = None
+    """with --model an adapter: directory of the model that it belongs to; None: the one that its config names"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a dtype that the format does not have, or a flag that does nothing there."""
         check_flags(self, EXPORT_NEEDS)
-        if self.dtype not in ("auto", *EXPORTS[self.format]):
-            raise ValueError(
-                f"--dtype {self.dtype} is not one of --format {self.format}: choose auto or "
-                f"{', '.join(EXPORTS[self.format]) or 'nothing else'}"
-            )
+        check_dtype(self.dtype, self.format)
+
+
+def check_dtype(dtype: str, target: str) -> None:
+    """Raise ValueError for a dtype that a format does not have."""
+    if dtype not in ("auto", *EXPORTS[target]):
+        others = f"auto or {', '.join(EXPORTS[target])}" if EXPORTS[target] else "auto"
+        raise ValueError(f"--dtype {dtype} is not one of the format {target}, which has {others}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import(Options):
+class Import(ImportOptions):
     """Write a model of another program as a Hugging Face directory. Its format is detected from its contents."""
 
     first_word: ClassVar[str] = "source"
@@ -104,6 +113,10 @@ class Import(Options):
     """directory to write"""
     tokenizer: Path | None = None
     """tokenizer of the model (directory, .model or tokenizer.json); None: the one in or beside the source"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a dtype that a Hugging Face directory does not have."""
+        check_dtype(self.dtype, "huggingface")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +150,29 @@ class Data:
         check_flags(self, DATA_NEEDS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Write README.md, the model card of the Hugging Face Hub, from what the runs of a model have recorded."""
+
+    model: Path
+    """directory of the model or adapter"""
+    run: Path | None = None
+    """directory of the run that made it, where the model does not lie in it"""
+    out: Path | None = None
+    """file to write; None: README.md in --model"""
+    name: str | None = None
+    """name of the model on the Hub, such as owner/model; None: that of its directory"""
+    license: str | None = None
+    """licence of the model, such as apache-2.0; only you can say it"""
+    language: tuple[str, ...] = ()
+    """languages of the model by their codes, such as zh en"""
+    base_model: str | None = None
+    """name on the Hub of the model that this one was made from; None: as the record says"""
+
+
 if __name__ == "__main__":
     # before torch is loaded: --help and mistakes are answered at once
-    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import, "data": Data}
+    classes = {"merge": Merge, "tokens": Tokens, "export": Export, "import": Import, "data": Data, "card": Card}
     command, arguments = parse_command(classes, "convert", __doc__)
 
 import torch
@@ -147,13 +180,15 @@ import torch
 from bins import exchange
 from bins.foreign import NAMES, find
 from bins.pickled_rows import of_conversations
-from checkpoint import peft
+from checkpoint import card as model_card
+from checkpoint import history, peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
 from checkpoint.extend import grow_vocabulary
-from checkpoint.locate import find_model, find_tokenizer
+from checkpoint.locate import find_model, find_tokenizer, is_adapter
 from cli.progress import say
-from files import written_aside
+from corpora import CORPORA
+from files import write_text, written_aside
 from formats import registry
 from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
@@ -209,13 +244,26 @@ def export(args: Export) -> dict[str, Any]:
     """Write the model in another format; returns the path that was written."""
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_models([args.model], MOST_BYTES)
+    if is_adapter(args.model) and args.format in registry.ADAPTERS:
+        target = registry.ADAPTERS[args.format]
+        return write(target.read(args.model, args.base), target, args)
+    if args.base is not None:
+        raise ValueError(f"--base is for an adapter that goes to --format gguf, and --model is {args.model}: remove it")
     return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
 
 
 def import_(args: Import) -> dict[str, Any]:
     """Write the model as a Hugging Face directory; returns its path."""
     found = registry.detect(args.source)
-    checkpoint = found.read(args.source)
+    say(f"{args.source} is {found.title}")
+    if found.name == "pth":
+        checkpoint = found.read(args.source, args)
+    elif args.known():
+        raise ValueError(
+            f"--{next(iter(args.known()))} has no effect with {found.title}, which says so itself; remove it"
+        )
+    else:
+        checkpoint = found.read(args.source)
     if args.tokenizer is not None:
         checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
         if checkpoint.tokenizer is None:
@@ -235,8 +283,7 @@ def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict
         return {"model": None}
     check_free(args.out)
     target.write(checkpoint, entries, args.out, args)
-    source = registry.detect(checkpoint.where)
-    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, made of {checkpoint.where}", flush=True)
     return {"model": str(args.out)}
 
 
@@ -264,6 +311,24 @@ def data(args: Data) -> dict[str, Any]:
         exchange.copy_tokenizer(tokenizer, beside, aside)
     print(*(f"{args.out}/{line}" for line in exchange.lines(done)), sep="\n", flush=True)
     return {counts.files: counts.tokens for counts in done}
+
+
+def card(args: Card) -> dict[str, Any]:
+    """Write the model card; returns its path, and what the record lacks."""
+    model = find_model(args.model, "give --model a model directory")
+    out = args.out or model / "README.md"
+    check_free(out)
+    if args.run is not None and history.run_of(args.run) is None:
+        raise FileNotFoundError(f"--run {args.run} has no config.yaml and run.json: it is no directory of a run")
+    own = model_card.Own(args.name or model.name, args.license, args.language, args.base_model)
+    licences = {name: corpus.licence for name, corpus in CORPORA.items()}
+    stages, base = history.history(model, args.run, licences)
+    text, missing = model_card.card(model, stages, base, own)
+    write_text(out, text)
+    for each in missing:
+        say(f"not recorded: {each}")
+    print(f"{out}: the card of {model}, from {len(stages)} recorded runs", flush=True)
+    return {"card": str(out), "missing": missing}
 
 
 def check_free(out: Path) -> None:
@@ -302,6 +367,7 @@ COMMANDS = {
     "export": (export, Export),
     "import": (import_, Import),
     "data": (data, Data),
+    "card": (card, Card),
 }
 
 

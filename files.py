@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -161,6 +161,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=2).encode("utf8", "backslashreplace"))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, or replace it in one step."""
+    with _replacing(path) as file:
+        file.write(text.encode("utf8", "backslashreplace"))
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file to write bytes into, which becomes `path` when the block ends without an error."""
@@ -205,6 +211,21 @@ def json_line(value: dict[str, Any]) -> bytes:
     except (TypeError, ValueError, RecursionError):  # keys that are no texts, lists in themselves, too deep
         text = json.dumps({str(key): each if isinstance(each, str) else repr(each) for key, each in value.items()})
     return (text + "\n").encode("utf8", "backslashreplace")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file of ours that name a "step"; [] where there is no file.
+
+    Lines that a kill has cut off or a disk has damaged are left out.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf8", errors="replace").split("\n"):
+        with suppress(ValueError, RecursionError):
+            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 def write_json_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:

@@ -81,15 +81,16 @@ from lora import adapters
 from model import Transformer
 from optim.optimizers import build_optimizer
 from tokenizer import check_saving, load_tokenizer
+from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.samples import Prompt, Sampler
 from training.state import check_outside
-from training.trainer import Trainer
+from training.trainer import Trainer, about
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
-from tuning.describe import counts, describe, lengths, not_used, number, sample_texts, too_long
+from tuning.describe import composition, counts, describe, lengths, not_used, number, sample_texts, too_long
 from tuning.objectives import make_objective
 from tuning.prompts import questions_of
 
@@ -105,7 +106,7 @@ def main(args: Args) -> dict[str, Any]:
     objective = make_objective(args.objective, args.preference)
     names = [task.name for task in args.data.tasks]
     torch.manual_seed(args.train.seed)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
         model = load_whole_model(args.init_from, to_train=args.lora.method == "none")
         check_length(args.data.seq_len, model)
         began = beginning(args.out, fresh=args.train.resume == "never")
@@ -137,7 +138,9 @@ def main(args: Args) -> dict[str, Any]:
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]
-                record_training(args.out, "fine_tuning", args, inputs, trainer.state.step, trainer.nothing_to_do, began)
+                record = {"training": about(trainer), "data": composition(args.data, split)}
+                step, over = trainer.state.step, trainer.nothing_to_do
+                record_training(args.out, "fine_tuning", args, inputs, step, over, began, record)
                 about_data = describe(args.data, split, objective.kind, data, model.args.max_seq_len)
                 say("\n".join(filter(None, [about_data, unmeasured, grown, adapters.describe(model)])))
                 keep_aside(split.broken, args.out)

@@ -129,11 +129,12 @@ from quant.qat import kind_of
 from quant.train_bits import train_in_bits
 from quant.trained import kind_of_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
+from training.backend import options_of
 from training.checksums import check_model
 from training.log import summary
 from training.samples import Prompt, Sampler, beginnings
 from training.state import check_outside
-from training.trainer import Trainer
+from training.trainer import Trainer, about
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def main(args: Args) -> dict[str, Any]:
     check_saving(tokenizer)
     data, eval_data = make_data(args, bins, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
-    with make_backend(args.train.backend, args.train.device, fp16=args.train.dtype == "fp16") as backend:
+    with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
         model.to(backend.device)
         stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(
@@ -175,7 +176,9 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 over = trainer.nothing_to_do
-                record_training(args.out, "pretrain", resolved(args, model), described, trainer.state.step, over)
+                record = {"training": about(trainer), "data": composition(args.data, bins, heldout)}
+                settings, step = resolved(args, model), trainer.state.step
+                record_training(args.out, "pretrain", settings, described, step, over, about=record)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, size, sep="\n", flush=True)
                 if eval_data is None:
@@ -197,6 +200,17 @@ def make_data(
         rows["headerless_eos_id"] = tokenizer.eos_id
     data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
     return data, PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
+
+
+def composition(data: DataArgs, bins: list[TokenBin], heldout: list[TokenBin]) -> list[dict[str, Any]]:
+    """Return what the bins hold, for the record of the run: tokens, documents, tokens or documents by source."""
+    weights = [*(data.weights or [1.0] * len(bins)), *[None] * len(heldout)]
+    kept = ("documents", "text_bytes", "sources")
+    return [
+        {"name": str(each.path), "tokens": len(each), "weight": weight, "held_out": weight is None}
+        | {name: each.meta[name] for name in kept if name in each.meta}
+        for each, weight in zip([*bins, *heldout], weights)
+    ]
 
 
 def make_sampler(

@@ -27,8 +27,16 @@ skipped; an interrupted stage continues where it stopped.
                     eval            eval.py --task loss and --task poems
                     chat            eval.py; without a terminal it prints a few example answers instead
                     quant           quantize.py: the model in 4 bits, then a chat with it; not part of all
-  --use HOW       processes of pretrain and sft: single (one, default) or ddp (several)
-  --nproc N       number of processes for ddp (default: one per GPU; 2 on a CPU)
+                  after pretrain, sft, eval and quant, report.py writes out/NAME/report.html about all runs so far
+  --use HOW       processes of pretrain and sft:
+                    single          one (default)
+                    ddp             several, each with the whole model
+                    fsdp            several, each with a part of weights, gradients and moments (FSDP2)
+                    deepspeed       likewise with DeepSpeed's ZeRO, which the setup installs; trains with AdamW
+  --nproc N       number of processes for these on this machine (default: one per GPU; 2 on a CPU)
+  --nnodes N      number of machines; run the same command on each, for --stage pretrain or sft, with
+  --node_rank R   its number, 0 on the first, and with
+  --master HOST   the name or address of the first one
   --background    keep running after the terminal is closed; the log is out/NAME/run.log
   --dry_run       print the commands instead of running them
   --help          print this text
@@ -76,20 +84,20 @@ gpus() { # prints the number of GPUs that this process may use; 0 without a work
 }
 
 parse_switches() {
-  preset=tiny stage=all use=single nproc='' background='' dry_run='' extra=()
+  preset=tiny stage=all use=single nproc='' nnodes='' node_rank='' master='' background='' dry_run='' extra=()
   while [ $# -gt 0 ]; do
     case $1 in
-      --preset | --stage | --use | --nproc)
+      --preset | --stage | --use | --nproc | --nnodes | --node_rank | --master)
         [ $# -gt 1 ] || misused "$1 expects a value"
         printf -v "${1#--}" %s "$2"
         shift
         ;;
-      --preset=* | --stage=* | --use=* | --nproc=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --preset=* | --stage=* | --use=* | --nproc=* | --nnodes=* | --node_rank=* | --master=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --background) background=yes ;;
       --dry_run) dry_run=yes ;;
       -h | --help) usage && exit ;;
       --) shift && extra=("$@") && break ;;
-      *) misused "unknown switch $1; switches are --preset, --stage, --use, --nproc, --background, --dry_run, --help, and --" ;;
+      *) misused "unknown switch $1; switches are --preset, --stage, --use, --nproc, --nnodes, --node_rank, --master, --background, --dry_run, --help, and --" ;;
     esac
     shift
   done
@@ -102,12 +110,27 @@ check_switches() {
   presets=("${presets[@]%.yaml}")
   contains "$preset" "${presets[@]}" || misused "unknown preset $preset; presets are $(list "${presets[@]}")"
   contains "$stage" all "${stages[@]}" quant || misused "unknown stage $stage; stages are $(list all "${stages[@]}" quant)"
-  contains "$use" single ddp || misused "--use should be single or ddp, found $use"
+  contains "$use" single ddp fsdp deepspeed || misused "--use should be single, ddp, fsdp or deepspeed, found $use"
   [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
-  if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp"; fi
+  if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp, fsdp or deepspeed"; fi
+  check_nodes
   if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
     misused "arguments after -- go to one script; name its stage with --stage: one of $(list "${stages[@]:1}" quant)"
   fi
+}
+
+check_nodes() { # several machines: which one is this, and do they know each other?
+  [[ "$nnodes" =~ ^([1-9][0-9]*)?$ ]] || misused "--nnodes expects a positive number, found $nnodes"
+  if [ "${nnodes:-1}" = 1 ]; then
+    [ -z "$node_rank$master" ] || misused "--node_rank and --master need --nnodes above 1"
+    return
+  fi
+  [ "$use" != single ] || misused "--nnodes $nnodes needs --use ddp, fsdp or deepspeed"
+  contains "$stage" pretrain sft || misused "--nnodes $nnodes needs --stage pretrain or sft: the other stages run on one machine"
+  if ! [[ "$node_rank" =~ ^[0-9]+$ ]] || [ "$node_rank" -ge "$nnodes" ]; then
+    misused "--nnodes $nnodes needs --node_rank 0 to $((nnodes - 1)), another one on every machine, found ${node_rank:-none}"
+  fi
+  [ -n "$master" ] || misused "--nnodes $nnodes needs --master with the name or address of the machine of --node_rank 0"
 }
 
 # Runs a command with the terminal's input and Ctrl-C, and passes SIGTERM on to it, because training saves before it ends.
@@ -146,16 +169,20 @@ train() {
   if [ "$use" = single ]; then
     script "$1" --train.backend single
   else
-    local threads=$(($(getconf _NPROCESSORS_ONLN) / nproc))
+    local threads=$(($(getconf _NPROCESSORS_ONLN) / nproc)) nodes=(--standalone) optimizer=()
+    if [ "${nnodes:-1}" -gt 1 ]; then
+      nodes=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master" --master_port "${MASTER_PORT:-29500}")
+    fi
+    if [ "$use" = deepspeed ]; then optimizer=(--optim.optimizer adamw); fi # Muon needs whole matrices
     execute env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" \
-      "$py" -m torch.distributed.run --standalone --nproc_per_node "$nproc" \
-      "$1" --config "$config" --train.backend "$use" ${extra[@]+"${extra[@]}"}
+      "$py" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$nproc" \
+      "$1" --config "$config" --train.backend "$use" ${optimizer[@]+"${optimizer[@]}"} ${extra[@]+"${extra[@]}"}
   fi
 }
 
 run_stage() {
   case $1 in
-    setup) execute bash setup.sh ;;
+    setup) if [ "$use" = deepspeed ]; then execute bash setup.sh --extra deepspeed; else execute bash setup.sh; fi ;;
     tokenizer) script train_tokenizer.py ;;
     data) script data_process.py ;;
     pretrain) train pretrain.py ;;
@@ -163,6 +190,17 @@ run_stage() {
     eval) script eval.py --task loss && script eval.py --task poems ;;
     quant) execute rm -rf "$out/quant" && script quantize.py ;; # quantize.py replaces no model
   esac
+}
+
+write_report() { # writes a page about all runs of the preset; no run fails by it
+  local page=$out/report.html
+  if execute "$py" report.py "$out" --out "$page"; then
+    if [ -z "$dry_run" ]; then echo "report of all stages, a page for your browser: $page"; fi
+  elif [ -n "$stopped" ]; then
+    exit "$stopped"
+  else
+    echo "no report was written (details above)" >&2
+  fi
 }
 
 chat() { # replaces this script by the chat, which then gets the terminal and its signals
@@ -254,7 +292,7 @@ print_times() {
 }
 
 writes() { # does this call write to files that another run would write, too?
-  ! contains "$stage" setup eval chat
+  ! contains "$stage" setup eval chat && [ "${node_rank:-0}" = 0 ] # the lock is that of the first machine
 }
 
 check_lock() { # fails if another run writes to the same folders, because both results would be damaged
@@ -278,6 +316,8 @@ drop_lock() {
 
 go_background() {
   local command=(nohup bash run.sh --preset "$preset" --stage "$stage" --use "$use" ${nproc:+--nproc "$nproc"})
+  if [ -n "$nnodes" ]; then command+=(--nnodes "$nnodes"); fi
+  if [ -n "$master" ]; then command+=(--node_rank "$node_rank" --master "$master"); fi
   if [ ${#extra[@]} -gt 0 ]; then command+=(-- "${extra[@]}"); fi
   if [ -n "$dry_run" ]; then
     echo "$(show "${command[@]}") >>$(show "$log") 2>&1 </dev/null &"
@@ -319,9 +359,11 @@ main() {
     if contains "$stage" all "$name"; then make "$name"; fi
   done
   if [ "$stage" = all ] && [ -z "$dry_run" ]; then print_times; fi
+  if contains "$stage" all pretrain sft eval; then write_report; fi
   if contains "$stage" all chat; then chat; fi
   if [ "$stage" = quant ]; then
     work_on quant none
+    write_report
     extra=() # they were for quantize.py
     chat --model "$out/quant"
   fi

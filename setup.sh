@@ -5,9 +5,12 @@
 #   bash setup.sh --extra serve --extra eval    also packages that only some commands need; torch stays as it is:
 #     serve          serve.py                                      (requirements-serve.txt, and so on)
 #     bnb            NF4 and FP4: QLoRA, quantize.py, bitsandbytes' files
+#     deepspeed      --train.backend deepspeed
 #     eval           python -m evaluation.harness, which is lm-evaluation-harness
 #     transformers   models outside the LLaMA family
 #     gguf           convert.py: GGUF files, for llama.cpp and Ollama
+#     wandb          --train.loggers wandb, which is Weights & Biases
+#     swanlab        --train.loggers swanlab
 #     bench          every script in bench/
 #     dev            the test suite; --dev is short for it
 #
@@ -112,8 +115,8 @@ while [ $# -gt 0 ]; do # first, so that a wrong argument changes nothing
     --dev) requirements+=(requirements-dev.txt) ;;
     --extra)
       case "${2:-}" in
-        bench | bnb | dev | eval | gguf | serve | transformers) requirements+=("requirements-$2.txt") ;;
-        *) fail "--extra expects bench, bnb, dev, eval, gguf, serve or transformers, found ${2:-nothing}" ;;
+        bench | bnb | deepspeed | dev | eval | gguf | serve | swanlab | transformers | wandb) requirements+=("requirements-$2.txt") ;;
+        *) fail "--extra expects bench, bnb, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found ${2:-nothing}" ;;
       esac
       shift
       ;;

@@ -44,7 +44,7 @@ T = TypeVar("T")
 SECONDS_FOR_RANK_0 = 5.0
 LONGEST = 1200  # characters of a message, which may quote a file
 MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan", "report")
 
 
 def fail(message: str) -> NoReturn:
@@ -94,7 +94,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     if argv is None:
         expect_interrupts()
         open_closed_streams()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = own_words(sys.argv[1:]) if argv is None else list(argv)
     if (first := getattr(cls, "first_word", "")) and argv and not argv[0].startswith("-"):
         argv.insert(0, f"--{first}")  # `import SRC` for `import --source SRC`
     try:
@@ -194,6 +194,12 @@ def parse_command(commands: dict[str, type], script: str, doc: str) -> tuple[str
         first = next(iter(commands))
         fail(f"{script}.py expects a command ({', '.join(commands)}) and its flags, see {script}.py {first} --help")
     return command, parse(commands[command], script, words[1:])
+
+
+def own_words(argv: list[str]) -> list[str]:
+    """Return the words of the command line without the one that the deepspeed launcher adds for every process."""
+    launched = "LOCAL_RANK" in os.environ
+    return [word for word in argv if not (launched and word.startswith("--local_rank="))]
 
 
 def dataclass_error(stop: SystemExit) -> ValueError | None:
@@ -300,7 +306,7 @@ def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a
     """
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "LOCAL_RANK" in os.environ:  # torchrun and the deepspeed launcher set it
         end_with_parent(os.getppid())
     for stream in (sys.stdout, sys.stderr):  # None where it is closed
         if getattr(stream, "errors", "") == "strict":  # the name of a file may be bytes that are not UTF-8

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from cli.progress import Progress, say
 FREE = ("out", "init_from", "show", "model.*", "data.dir", "data.train", "data.heldout")
 FREE += tuple(f"train.{name}_interval" for name in ("log", "save", "eval"))
 FREE += tuple(f"train.{name}" for name in ("keep", "resume", "metric", "patience", "eval_batches", "backend", "device"))
-FREE += ("train.prompts", "train.sample_tokens")
+FREE += ("train.prompts", "train.sample_tokens", "train.loggers")
 FREE += tuple(f"train.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "compile", "attention"))
 
 
@@ -67,12 +68,13 @@ def record_training(
     step: int,
     over: bool,
     began: datetime | None = None,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Record a training run that starts (`step` 0) or goes on after `step`; `over`: nothing is left to train.
 
     A setting that changes the losses and differs from the record of the steps so far is told, and kept under `changes`
-    in run.json, as is the time at which the run `began`. Raises ValueError for such a setting where the run is over: it
-    would not be used.
+    in run.json, as is the time at which the run `began`. about: more entries of run.json. Raises ValueError for such a
+    setting where the run is over: it would not be used.
     """
     changes = changed_settings(out, section, args) if step else {}
     told = ", ".join(f"--{name} {new} (before: {old})" for name, (old, new) in changes.items())
@@ -92,7 +94,7 @@ def record_training(
     if changes:
         say(f"{out} goes on after step {step} with other settings: {told}")
         earlier = [*earlier, {"after_step": step, "settings": changes}]
-    more = {"changes": earlier} if earlier else {}
+    more = (about or {}) | ({"changes": earlier} if earlier else {})
     record_run(out, section, args, inputs, more | ({"began": began.isoformat()} if began else {}))
 
 
@@ -142,7 +144,24 @@ def record_run(
         "git": git or None,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "system": system(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "sentencepiece", "safetensors")},
         "inputs": {str(path): file_sha256(path) for path in inputs},
     }
     (out / "run.json").write_text(json.dumps(record | (more or {}), indent=2), encoding="utf8")
+
+
+def system() -> dict[str, Any]:
+    """Return what is known of this machine: its system, processor, cores, memory in bytes, and GPUs."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):  # Linux
+        text = Path("/proc/cpuinfo").read_text(encoding="utf8", errors="replace")
+        processor = text.partition("model name")[2].splitlines()[0].partition(":")[2].strip() or processor
+    found: dict[str, Any] = {"system": platform.platform(), "processor": processor}
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    torch = sys.modules.get("torch")  # a script without it, such as data_process.py, does not load it for this
+    if torch is not None and torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found

@@ -3,25 +3,78 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from distributed.ddp import DataParallel
+import torch
+
+from cli.extras import need
 from distributed.single import SingleProcess
 from hardware import choose_device
 
 
-def make_backend(name: str, device: str, fp16: bool = False) -> SingleProcess:
-    """Return the backend called `name` on `device` ("auto": cuda, else mps, else cpu), with a loss scale for `fp16`.
+@dataclass(frozen=True)
+class Options:
+    """How the steps of a run are done, for the backends that have to know."""
+
+    timeout: float = 600.0  # seconds after which a rank that the others wait for ends the run
+    batch_size: int = 0  # rows of a step over all ranks
+    micro_batch_size: int = 0
+    grad_clip: float = 0.0
+    dtype: str = "auto"  # of activations, as --train.dtype has it
+    zero_stage: str = "auto"  # of DeepSpeed, and the following two
+    zero_offload: bool = False
+    deepspeed: Path | None = None
+
+
+def ddp(device: torch.device, options: Options) -> SingleProcess:
+    """Return the backend of processes that hold the whole model each."""
+    from distributed.ddp import DataParallel
+
+    return DataParallel(device, options.dtype == "fp16", options.timeout)
+
+
+def fsdp(device: torch.device, options: Options) -> SingleProcess:
+    """Return the backend of processes that hold parts of the model."""
+    from distributed.fsdp import FullyShard  # takes seconds to import
+
+    return FullyShard(device, False, options.timeout)
+
+
+def deepspeed(device: torch.device, options: Options) -> SingleProcess:
+    """Return the backend of processes under DeepSpeed."""
+    need("--train.backend deepspeed", "deepspeed", "deepspeed")
+    from distributed.deepspeed import Zero
+
+    names = ("batch_size", "micro_batch_size", "grad_clip", "dtype")
+    flags = {name: getattr(options, name) for name in names} | {"stage": options.zero_stage}
+    return Zero(device, options.timeout, **flags, offload=options.zero_offload, file=options.deepspeed)
+
+
+SEVERAL: dict[str, Callable[[torch.device, Options], SingleProcess]] = {
+    "ddp": ddp,
+    "fsdp": fsdp,
+    "deepspeed": deepspeed,
+}
+NAMES = ("single", *SEVERAL)
+
+
+def make_backend(name: str, device: str, options: Options | None = None) -> SingleProcess:
+    """Return the backend called `name` on `device` ("auto": cuda, else mps, else cpu).
 
     Raises ValueError when it does not fit how the processes were started, or is unknown.
     """
-    if name not in ("single", "ddp"):
-        raise ValueError(f"--train.backend should be single or ddp, found {name!r}")
-    if name == "single" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
-    if name == "ddp" and "RANK" not in os.environ:
-        raise ValueError("--train.backend ddp is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
-    backend = SingleProcess if name == "single" else DataParallel
-    return backend(choose_device(device), fp16)
+    options = options or Options()
+    if name not in NAMES:
+        raise ValueError(f"--train.backend should be {' or '.join(NAMES)}, found {name!r}")
+    if name == "single":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
+        return SingleProcess(choose_device(device), options.dtype == "fp16")
+    if "RANK" not in os.environ:
+        raise ValueError(f"--train.backend {name} is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
+    return SEVERAL[name](choose_device(device), options)
 
 
 def refuse_slow_dtype(dtype: str, device: str) -> None:

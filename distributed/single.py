@@ -52,6 +52,14 @@ class SingleProcess:
         self.optimizer = optimizer
         return model
 
+    def compile(self, model: nn.Module) -> None:
+        """Let torch.compile run the forward pass of a model that `wrap` has not had yet."""
+        model.compile()
+
+    def evaluation(self, model: nn.Module) -> Callable:
+        """Return what to call for a forward pass on held-out data."""
+        return model.forward  # not through torch.compile, which would compile a second graph for a few batches
+
     def forward_backward(
         self, call: Callable, micro_batches: Sequence[dict[str, Any]], n_targets: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -82,7 +90,7 @@ class SingleProcess:
         finite. Return the norm over all parameters before clipping."""
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
-        norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm or float("inf"))
+        norm = self.clip(max_norm or float("inf"))
         if norm.isfinite():
             for part in self.optimizer.parts:
                 self.scaler.step(part)
@@ -90,17 +98,42 @@ class SingleProcess:
         self.optimizer.zero_grad()
         return norm.item()
 
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to `max_norm`; return the norm over all parameters before that."""
+        return nn.utils.clip_grad_norm_(self.optimizer.parameters, max_norm)
+
     # ---- checkpoints
 
     def state(self, model: nn.Module, optimizer: Optimizers) -> dict[str, Any] | None:
-        """Return the optimizer's moments and the loss scale on the main rank, None on the others."""
-        return {"optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict()} if self.main else None
+        """Return the optimizer's moments by name of the parameter, and the loss scale, on the main rank; None on the
+        others. It is the same for every backend, so that each can go on from what another one has saved."""
+        moments = {
+            name: {key: self.whole(value) for key, value in values.items()}
+            for name, values in optimizer.by_name(model, optimizer.state_dict()).items()
+        }
+        return {"moments": moments, "scaler": self.scaler.state_dict()} if self.main else None
 
     def load_state(self, model: nn.Module, optimizer: Optimizers, state: dict[str, Any]) -> None:
-        """Restore what `state` returned; every rank passes the whole of it."""
-        optimizer.load_state_dict(state["optimizer"])
+        """Restore what `state` returned on any backend and any number of ranks; every rank passes the whole of it."""
+        # older versions saved the moments by position, under another name
+        moments = state["moments"] if "moments" in state else optimizer.by_name(model, state["optimizer"])
+        parameters = dict(model.named_parameters())
+        mine = {
+            name: {key: self.part(parameters[name], value) for key, value in values.items()}
+            for name, values in moments.items()
+            if name in parameters  # `by_position` names the others
+        }
+        optimizer.load_state_dict(optimizer.by_position(model, moments | mine))
         if state["scaler"]:  # empty where the loss was not scaled, in another dtype than float16
             self.scaler.load_state_dict(state["scaler"])
+
+    def whole(self, value: Any) -> Any:
+        """Return a whole moment of a parameter from this rank's part; collective. Only the main rank uses it."""
+        return value
+
+    def part(self, parameter: nn.Parameter, value: Any) -> Any:
+        """Return this rank's part of a whole moment of `parameter`."""
+        return value
 
     def save(self, model: nn.Module, write: Callable[[Path], None], directory: Path | None) -> None:
         """Call `write(directory)` on the main rank, while the model there holds whole weights; on others, `directory`

@@ -12,6 +12,7 @@ from corpora.registry import BadRecord
 from dataset import BatchSource, PretrainData
 from dataset_sft import SFTData
 from evaluation.task import Task
+from files import write_json
 from serving.assistant import Assistant
 from training.heldout import evaluate
 
@@ -39,6 +40,7 @@ class HeldoutLoss(Task):
             values = evaluate(assistant.model, source, assistant.tokenizer.token_bytes())
             print(f"{path}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
             measures[path.stem] = values
+        record(assistant.directory, measures)
         return measures
 
     def sources(self, assistant: Assistant) -> dict[Path, BatchSource]:
@@ -57,3 +59,14 @@ class HeldoutLoss(Task):
                 say(f"{self.sft_heldout}: records that cannot be read are left out: {len(broken)}; {first}")
             sources[self.sft_heldout] = SFTData(samples, seq_len, self.batch_size, seed=0, shuffle=False)
         return sources
+
+
+def record(directory: Path | None, measures: dict[str, dict[str, float]]) -> None:
+    """Write the measures beside the model, as MODEL.loss.json, for its report; say so where that cannot be done."""
+    if directory is None:
+        return
+    path = directory.parent / f"{directory.name}.loss.json"
+    try:
+        write_json(path, {"task": "loss", "model_directory": str(directory.resolve()), "measures": measures})
+    except OSError as error:
+        say(f"{path} cannot be written, the numbers stand above: {error.strerror or error}")

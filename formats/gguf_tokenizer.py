@@ -61,6 +61,8 @@ def write_pieces(proto: ModelProto, vocab_size: int) -> dict[str, Field]:
     norm, unigram = proto.normalizer_spec, proto.trainer_spec.model_type == TrainerSpec.UNIGRAM
     if not unigram and (norm.precompiled_charsmap or norm.remove_extra_whitespaces):
         say("the tokenizer normalises texts, and llama.cpp's of SentencePiece BPE does not: ids of such texts differ")
+    if unigram and proto.trainer_spec.byte_fallback:
+        say("llama.cpp's unigram tokenizer has <unk> for unknown characters, and that of the model their bytes")
     n_more = vocab_size - len(proto.pieces)
     fields = {
         "model": Field("string", "t5" if unigram else "llama"),

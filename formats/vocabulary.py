@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from tokenizer.sentencepiece_model import read_model
 
+ADDED = -1000.0  # score of a token beside the model: no text should be joined to it, whatever its type
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -28,9 +29,8 @@ def proto_of(tokenizer: Tokenizer) -> ModelProto | None:
         added = next((name for name, at in tokenizer.special.items() if at == i), None)
         kind = ModelProto.SentencePiece.CONTROL if added else ModelProto.SentencePiece.USER_DEFINED
         text = added or tokenizer.id_to_bytes(i).decode(errors="replace")
-        proto.pieces.add(
-            piece=text or f"<unused_{i}>", score=0.0, type=kind if text else ModelProto.SentencePiece.UNUSED
-        )
+        piece = proto.pieces.add(piece=text or f"<unused_{i}>", type=kind if text else ModelProto.SentencePiece.UNUSED)
+        piece.score = ADDED
     return proto
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -26,7 +26,13 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix (r, c) is scaled by 0.2 sqrt(max(r, c)), which gives it the root mean square of a typical
     AdamW update (Liu et al. 2025, arXiv:2502.16982), so that AdamW's learning rates and decay carry over. Matrices of
     one shape are orthogonalized together.
+
+    `gather` makes a whole matrix of the part that this process holds, and `part(p, matrix)` the part of a whole matrix
+    that belongs to `p`. Both do nothing where every process holds whole parameters; a backend sets them where not.
     """
+
+    gather: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda matrix: matrix)
+    part: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = staticmethod(lambda p, matrix: matrix)
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
@@ -48,12 +54,12 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                updates = torch.stack([self._momentum(p, group["momentum"]) for p in params])  # (n, r, c)
+                updates = torch.stack([self.gather(self._momentum(p, group["momentum"])) for p in params])  # (n, r, c)
                 updates = orthogonalize(updates).to(params[0].dtype)
                 # an orthogonal (r, c) has root mean square 1 / sqrt(max(r, c)); AdamW's updates have about 0.2
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(self.part(p, update), alpha=-scale)
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
         """Update the running mean of the gradients of `p`; return Nesterov's look-ahead of it, in the shape of `p`."""

@@ -104,6 +104,31 @@ class Optimizers:
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}
 
+    def by_name(self, model: nn.Module, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the moments in what `state_dict` returned, as name of the parameter in `model` -> name -> value."""
+        names = {p: name for name, p in model.named_parameters()}
+        pairs = ((part, saved["state"]) for part, saved in zip(self.parts, state["parts"]))
+        return {names[p]: saved[i] for part, saved in pairs for i, p in enumerate(parameters_of(part)) if i in saved}
+
+    def by_position(self, model: nn.Module, moments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return what `load_state_dict` takes from the moments of the parameters of `model` by name.
+
+        Raises ValueError where they are those of other parameters.
+        """
+        names = {p: name for name, p in model.named_parameters()}
+        if strangers := sorted(moments.keys() - {names[p] for p in self.parameters}):
+            raise ValueError(f"the saved optimizer state has moments of {strangers[0]}, which is not trained here")
+        parts = []
+        for part in self.parts:
+            numbered = {i: moments[names[p]] for i, p in enumerate(parameters_of(part)) if names[p] in moments}
+            parts.append({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
+        return {"parts": parts}
+
+    def replace(self, new: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Train other parameters in place of those that are keys of `new`; only before the first step."""
+        for group in self.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the moments of `state`; learning rates, decay and other settings keep their present values.
 
@@ -120,3 +145,8 @@ class Optimizers:
             part.load_state_dict(saved)
             for group, own in zip(part.param_groups, settings):
                 group.update(own)
+
+
+def parameters_of(part: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of one optimizer in the order of the numbers in its `state_dict`."""
+    return [p for group in part.param_groups for p in group["params"]]

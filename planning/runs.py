@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from files import read_rows
 from planning.tables import count, duration, table
 
 
@@ -41,11 +42,7 @@ def read(directory: Path) -> Progress:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"--run {directory} has no metrics.jsonl; expected the directory of a training run")
-    rows = []
-    for line in path.read_text(encoding="utf8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a line that a kill has cut off
-            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+    rows = read_rows(path)
     rates = {row["step"]: row["tokens_per_second"] for row in rows if row.get("tokens_per_second")}
     tokens = {row["step"]: row["tokens"] for row in rows if row.get("tokens")}
     if not rates or not tokens:
@@ -66,9 +63,12 @@ def read(directory: Path) -> Progress:
 
 
 def steps_of(directory: Path) -> int | None:
-    """Return the steps of a whole run: those of its result, or of --train.max_steps; None where neither says them."""
+    """Return the steps of a whole run: those of its result, of its record, or of --train.max_steps; None where none of
+    them says so."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads((directory / "result.json").read_text(encoding="utf8"))["steps"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((directory / "run.json").read_text(encoding="utf8"))["training"]["steps"])
     with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
         whole = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf8"))
         for section in whole.values():

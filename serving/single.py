@@ -51,6 +51,7 @@ def demonstrate(assistant: Assistant, questions: Sequence[str], params: Sampling
     run = assistant.directory.parent
     places = {"model": assistant.directory.resolve(), "measures": run / "metrics.jsonl"}
     places |= {"loss picture": run / "loss.png", "settings": run / "config.yaml", "poems it wrote": run / "poems.txt"}
+    places |= {"report": run.parent / "report.html"}  # of run.sh, about all stages
     for name, path in places.items():
         if path.exists():
             print(f"{name:15} {path}")

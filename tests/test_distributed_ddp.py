@@ -106,8 +106,10 @@ def test_backends_that_cannot_run_here_say_why(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="is started by torchrun: torchrun --nproc_per_node 2"):
         make_backend("ddp", "cpu")
-    with pytest.raises(ValueError, match=r"--train\.backend should be single or ddp, found 'deepspeed'"):
-        make_backend("deepspeed", "cpu")
+    with pytest.raises(
+        ValueError, match=r"--train\.backend should be single or ddp or fsdp or deepspeed, found 'megatron'"
+    ):
+        make_backend("megatron", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"--train\.backend is single, but torchrun started several processes"):
         make_backend("single", "cpu")

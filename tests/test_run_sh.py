@@ -49,11 +49,20 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
         (["--preset", "huge"], "presets are base, tiny"),
         (["--preset", "tin"], "presets are base, tiny"),
         (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat, quant"),
-        (["--use", "fsdp"], "single or ddp"),
-        (["--use", "deepspeed"], "single or ddp"),  # not built yet, so not offered
+        (["--use", "zero"], "single, ddp, fsdp or deepspeed, found zero"),
+        (["--nnodes", "2"], "--nnodes 2 needs --use ddp, fsdp or deepspeed"),
+        (["--use", "fsdp", "--nnodes", "2"], "needs --stage pretrain or sft: the other stages run on one machine"),
+        (
+            ["--use", "fsdp", "--nnodes", "2", "--stage", "sft"],
+            "needs --node_rank 0 to 1, another one on every machine",
+        ),
+        (["--use=fsdp", "--nnodes=2", "--stage=sft", "--node_rank=2"], "found 2"),
+        (["--use=fsdp", "--nnodes=2", "--stage=sft", "--node_rank=1"], "needs --master with the name or address"),
+        (["--use=fsdp", "--master=a"], "--node_rank and --master need --nnodes above 1"),
+        (["--use=fsdp", "--nnodes=two"], "--nnodes expects a positive number, found two"),
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
         (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
-        (["--nproc", "2"], "--use ddp"),
+        (["--nproc", "2"], "--use ddp, fsdp or deepspeed"),
         (["--stage"], "--stage expects a value"),
         (["--", "--train.max_steps", "1"], "--stage"),
     ],
@@ -83,6 +92,7 @@ def test_dry_run_prints_the_commands_and_does_nothing(stubs: StubScripts) -> Non
         [py, "fine_tuning.py", *config, "--train.backend", "single"],
         [py, "eval.py", *config, "--task", "loss"],
         [py, "eval.py", *config, "--task", "poems"],
+        [py, "report.py", "out/base", "--out", "out/base/report.html"],
         [py, "eval.py", *config, "--demo", "true"],
     ]
     assert stubs.calls() == [] and not (stubs.root / "out").exists()
@@ -92,11 +102,32 @@ def test_processes_are_started_by_torchrun(stubs: StubScripts) -> None:
     answer = stubs.bash(
         "run.sh", "--dry_run", "--stage", "pretrain", "--use", "ddp", "--nproc", "2", "--", "--note", "a b"
     )
-    _, words = commands(answer.stdout)
+    _, words, report = commands(answer.stdout)
+    assert report[1] == "report.py"
     assert words[0] == "env" and words[1].startswith("OMP_NUM_THREADS=") and int(words[1].partition("=")[2]) >= 1
     launcher = [".venv/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "ddp", "--note", "a b"]
     assert words[2:] == launcher + script
+
+
+def test_deepspeed_is_installed_by_the_switch_and_trains_with_adamw(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--dry_run", "--use", "deepspeed", "--nproc", "2")
+    found = commands(answer.stdout)
+    (tuning,) = [words for words in found if "fine_tuning.py" in words]
+    assert found[0] == ["bash", "setup.sh", "--extra", "deepspeed"]
+    assert tuning[-4:] == ["--train.backend", "deepspeed", "--optim.optimizer", "adamw"]
+
+
+def test_a_machine_among_several_is_told_its_number_and_the_first_one(stubs: StubScripts) -> None:
+    words = ["--stage", "sft", "--use", "fsdp", "--nproc", "4", "--nnodes", "2", "--node_rank", "1", "--master", "a.b"]
+    command = commands(stubs.bash("run.sh", "--dry_run", *words).stdout)[1]
+    nodes = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "a.b", "--master_port", "29500"]
+    assert command[5:] == [*nodes, "--nproc_per_node", "4", *FINE_TUNING, "fsdp"]
+    again = stubs.bash("run.sh", "--dry_run", "--background", *words).stdout
+    assert "--nnodes 2 --node_rank 1 --master a.b" in again
+
+
+FINE_TUNING = ["fine_tuning.py", "--config", "configs/tiny.yaml", "--train.backend"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +144,7 @@ def test_processes_default_to_the_gpus(stubs: StubScripts, gpus: int, env: dict[
     lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(gpus))
     program(stubs.root / "bin/nvidia-smi", lines or "exit 9")
     answer = stubs.bash("run.sh", "--dry_run", "--stage", "sft", "--use", "ddp", OMP_NUM_THREADS="5", **env)
-    words = commands(answer.stdout)[-1]
+    words = commands(answer.stdout)[-2]
     assert words[words.index("--nproc_per_node") + 1] == nproc
     assert words[1] == "OMP_NUM_THREADS=5"
 
@@ -122,7 +153,7 @@ def test_arguments_reach_the_script_unchanged(stubs: StubScripts) -> None:
     words = ["--a", "b c", "*", "it's", "", "$HOME", "--stage", "\\n", "写诗"]
     answer = stubs.bash("run.sh", "--stage", "pretrain", "--", *words)
     assert answer.returncode == 0, answer.stderr
-    (call,) = stubs.calls()
+    call, _ = stubs.calls()
     assert call == ["pretrain.py", "--config", "configs/tiny.yaml", "--train.backend", "single", *words]
 
 
@@ -147,7 +178,7 @@ def test_a_whole_run_ends_in_the_chat_and_a_second_one_only_chats(stubs: StubScr
     assert stubs.stages_called() == STAGES
     assert "total" in first.stdout and "out/tiny/times.tsv" in first.stdout
     second = stubs.bash("run.sh")
-    assert second.returncode == 0 and stubs.stages_called() == ["chat"]
+    assert second.returncode == 0 and stubs.stages_called() == ["report", "chat"]
     assert second.stdout.count("done earlier") == 5
     assert "# == pretrain: done earlier" in stubs.bash("run.sh", "--dry_run").stdout
 
@@ -157,7 +188,7 @@ def test_the_model_is_made_in_4_bits_and_chats(stubs: StubScripts) -> None:
     for _ in range(2):  # a named stage runs again
         answer = stubs.bash("run.sh", "--stage", "quant", "--", "--bits", "3")
         assert answer.returncode == 0, answer.stderr
-        made, chat = stubs.calls()[-2:]
+        made, _, chat = stubs.calls()[-3:]
         assert made == ["quantize.py", *config, "--bits", "3"]
         assert chat == ["eval.py", *config, "--model", "out/tiny/quant", "--demo", "true"]
     stubs.behave(quant="fail")
@@ -173,7 +204,7 @@ def test_on_a_terminal_the_chat_is_interactive(stubs: StubScripts) -> None:
     subprocess.run(["bash", stubs.root / "run.sh"], env=stubs.env, stdin=theirs, stdout=theirs, check=True, timeout=60)
     os.close(theirs)
     os.close(ours)
-    assert stubs.calls() == [["eval.py", "--config", "configs/tiny.yaml"]]
+    assert stubs.calls()[1:] == [["eval.py", "--config", "configs/tiny.yaml"]]
 
 
 def test_a_changed_config_calls_every_stage_again(stubs: StubScripts) -> None:
@@ -182,6 +213,18 @@ def test_a_changed_config_calls_every_stage_again(stubs: StubScripts) -> None:
     (stubs.root / "configs/tiny.yaml").write_text("pretrain: {seed: 1}\n")
     stubs.bash("run.sh")
     assert stubs.stages_called() == STAGES
+
+
+def test_a_report_is_written_and_named_and_no_run_fails_by_it(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--stage", "sft")
+    assert answer.stdout.splitlines()[-1] == "report of all stages, a page for your browser: out/tiny/report.html"
+    assert stubs.calls()[-1] == ["report.py", "out/tiny", "--out", "out/tiny/report.html"]
+    stubs.behave(report="fail")
+    answer = stubs.bash("run.sh", "--stage", "sft")
+    assert answer.returncode == 0 and "no report was written" in answer.stderr
+    stubs.stages_called()
+    stubs.bash("run.sh", "--stage", "data")  # which trains nothing
+    assert stubs.stages_called() == ["data"]
 
 
 def test_a_removed_output_calls_its_stage_and_what_follows(stubs: StubScripts) -> None:
@@ -196,7 +239,7 @@ def test_a_stage_asked_for_by_name_runs_alone_though_it_is_done(stubs: StubScrip
     stubs.bash("run.sh")
     stubs.stages_called()
     stubs.bash("run.sh", "--stage", "eval")
-    assert stubs.stages_called() == ["eval", "eval"]
+    assert stubs.stages_called() == ["eval", "eval", "report"]
     # with arguments of its own the result is not the preset's, so a whole run looks at it and at what follows again
     stubs.bash("run.sh", "--stage", "sft", "--", "--train.max_steps", "1")
     stubs.stages_called()

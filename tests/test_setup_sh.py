@@ -26,7 +26,7 @@ FROM_FOLDER = "--no-deps --no-index torch==2.13.0+cpu"
 FROM_INDEX = "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
 FROM_PYPI = "-c requirements.txt torch==2.13.0,!=2.13.0+cpu"
 PINS = "-r requirements.txt"
-EXTRAS = ["bench", "bnb", "dev", "eval", "gguf", "serve", "transformers"]
+EXTRAS = ["bench", "bnb", "deepspeed", "dev", "eval", "gguf", "serve", "swanlab", "transformers", "wandb"]
 
 
 class SetUp(StubScripts):
@@ -124,7 +124,10 @@ def test_an_extra_is_installed_once_and_torch_stays(set_up: SetUp) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--extra", "server"], "--extra expects bench, bnb, dev, eval, gguf, serve or transformers, found server"),
+        (
+            ["--extra", "server"],
+            "expects bench, bnb, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found server",
+        ),
         (["--extra", "autogptq"], "found autogptq"),
         (["--extra"], "found nothing"),
         (["--extra", "bnb", "serve"], "setup.sh expects --extra NAME, --dev or no argument, found serve"),

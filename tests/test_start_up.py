@@ -11,8 +11,16 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = (
-    *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan"),
-    *("convert merge", "convert tokens", "convert export", "convert import", "convert data", "quantize ladder"),
+    *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan", "report"),
+    *(
+        "convert merge",
+        "convert tokens",
+        "convert export",
+        "convert import",
+        "convert data",
+        "convert card",
+        "quantize ladder",
+    ),
 )
 # Runs a script with its own --help, and tells on stderr whether torch was loaded.
 PROBE = """
@@ -44,9 +52,10 @@ def test_a_mistyped_flag_is_refused_before_torch_is_loaded(script):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "fine_tuning"])
-def test_a_backend_that_is_not_built_is_not_offered(script):
-    done = probe(script, "--train.backend", "deepspeed")
-    assert done.stderr.startswith("False error: --train.backend expects one of single, ddp, found 'deepspeed'")
+def test_a_backend_that_does_not_exist_is_refused(script):
+    done = probe(script, "--train.backend", "megatron")
+    expected = "False error: --train.backend expects one of single, ddp, fsdp, deepspeed, found 'megatron'"
+    assert done.stderr.startswith(expected)
 
 
 def test_the_compiler_is_not_loaded_with_the_scripts():

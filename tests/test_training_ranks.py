@@ -89,15 +89,16 @@ def test_every_rank_takes_part_in_resuming(four):
 def test_a_sum_counts_the_ranks_of_a_data_rank_once(tmp_path):
     data = toy_data(tmp_path, batch_size=8)
     model = toy_trainer(tmp_path, data).model
-    expected = evaluate(model, data)["loss"]
+    expected = evaluate(model, data, with_error=True)
 
     def work(rank, exchange):
         backend = ThreadRank(rank, exchange)
         alone = {"only_here": float(rank == 3), "groups": torch.full((2, 3), 1.5, dtype=torch.float64)}
-        return evaluate(model, data, backend=backend)["loss"], backend.sum_named(alone)
+        return evaluate(model, data, backend=backend, with_error=True), backend.sum_named(alone)
 
-    for loss, sums in on_every_rank(work, 4):
-        assert loss == pytest.approx(expected, rel=1e-6)
+    for found, sums in on_every_rank(work, 4):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert found["loss_error"] == pytest.approx(expected["loss_error"], rel=1e-4)  # of differences in float32
         assert sums["only_here"] > 0  # what a single rank has received reaches all of them
         assert sums["groups"] == [[3.0] * 3] * 2
 

@@ -7,8 +7,13 @@ import torch
 from helpers.tiny_training_run import EOS, VOCAB, quick, rows, toy_bin, toy_data, toy_trainer  # noqa: F401
 
 from bins.token_bin import TokenBin
+from files import read_rows
 from training.log import read_metrics
-from training.samples import Prompt, Sampler, beginnings, read_samples
+from training.samples import FILE, Prompt, Sampler, beginnings
+
+
+def read_samples(run):
+    return read_rows(run / FILE)
 
 
 def words(ids):
@@ -96,10 +101,14 @@ def test_without_held_out_data_there_is_a_sample_at_the_end(runs, tmp_path):
     assert [row["step"] for row in read_samples(tmp_path)] == [2, 2]
 
 
-def test_none_are_written_where_a_rank_holds_a_part_of_the_model(runs, tmp_path):
+@pytest.mark.parametrize("of", ["weight", "module"])
+def test_none_are_written_where_a_rank_holds_a_part_of_the_model(runs, tmp_path, of):
     _, data, *_ = runs
     trainer = make(toy_trainer(tmp_path, data, max_steps=2))
-    trainer.model.embedding.weight.placements = "as a DTensor has them"
+    if of == "weight":
+        trainer.model.embedding.weight.placements = "as a DTensor has them"
+    else:
+        trainer.model.model.layers[0].unshard = "as FSDP2 has it"
     trainer.fit()
     assert read_samples(tmp_path) == []
 

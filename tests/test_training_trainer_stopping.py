@@ -149,6 +149,21 @@ def test_time_left_and_rate():
     assert mfu == pytest.approx(0.05, rel=0.01)
 
 
+def test_evaluations_do_not_count_for_the_rate(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    state = TrainState(step=10, tokens=1000)
+    clock = Clock(state, total_steps=30, flops_per_token=500.0, peak=2e6)
+    now[0] += 4
+    with clock.paused():
+        now[0] += 6
+    state.step, state.tokens = 15, 1800
+    assert clock.read(state) == (200, 30, 0.05)  # 15 steps more: with their evaluations 2 seconds each
+    now[0] += 1
+    state.tokens += 100
+    assert clock.read(state)[0] == 100  # the pause was before
+
+
 def test_nothing_to_train_and_numbers_that_are_none_are_refused():
     with pytest.raises(ValueError, match="nothing to train"):
         TrainArgs(max_steps=0, epochs=0.0)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Literal
 
 from attention import Choice
+from cli.extras import install_command
 from cli.flags import ABOVE_0, Needs
 from optim.args import GALORE, WITH_BETAS, WITH_EPS
+
+LOGGERS = ("tensorboard", "wandb", "swanlab")  # keys of training.loggers.LOGGERS; here for the parser, without torch
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,18 @@ class TrainArgs:
     """use s2_group only for rows of at least this many tokens"""
     float32_matmul: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
-    backend: Literal["single", "ddp"] = "single"
-    """single: one process; ddp: several, started with torchrun"""
+    backend: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
+    """single: one process; the others: several, started with torchrun. ddp: each holds the whole model; fsdp: each
+    holds a part of the weights, gradients and moments (FSDP2); deepspeed: ZeRO, see zero_stage"""
+    zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
+    """what DeepSpeed divides over the processes. 0: nothing, 1: the moments, 2: also the gradients, 3: also the
+    weights; auto: that of `deepspeed`, else 2"""
+    zero_offload: bool = False
+    """keep the moments, and update, in the memory of the CPU (DeepSpeed's optimizer offload)"""
+    deepspeed: Path | None = None
+    """JSON file with more settings of DeepSpeed; what contradicts another flag is refused with its name"""
+    rank_timeout: Annotated[float, (1, 1000000)] = 600.0
+    """seconds that the processes wait for one of them before they end the run with its name; saving has to be faster"""
     device: str = "auto"
     """cpu, cuda or mps; auto: cuda, else mps, else cpu"""
     seed: Annotated[int, (0, 9223372036854775807)] = 0
@@ -63,6 +78,9 @@ class TrainArgs:
     metric: str = "loss"
     """held-out metric that decides which checkpoint is the best. loss: every token counts the same; bits_per_byte; with
     several tasks also task_mean: every task counts the same, or loss/NAME: the loss of one task"""
+    loggers: tuple[Literal[LOGGERS], ...] = ("tensorboard",)  # type: ignore[valid-type]
+    """where numbers go beside metrics.jsonl: tensorboard, wandb (Weights & Biases), swanlab; WANDB_MODE=offline and
+    SWANLAB_MODE=offline need no network. One that fails does not stop the run"""
     prompts: tuple[str, ...] = ()
     """texts that the model continues (or questions that it answers) at every evaluation, for samples.jsonl in the run
     directory; default: the first ones of the held-out data, or of the training data where nothing is held out"""
@@ -84,6 +102,11 @@ class TrainArgs:
                     f"--train.{name} should be a whole number of steps, a share of an epoch between 0 and 1, or 0, "
                     f"found {value}"
                 )
+        for name in self.loggers:
+            if name != "tensorboard" and find_spec(name) is None:
+                raise ValueError(
+                    f"--train.loggers {name} needs {name}, which is not installed: {install_command(name)}"
+                )
         if self.s2_group % 2:
             raise ValueError(
                 "--train.s2_group should be an even number of tokens, since groups are shifted by half of one, "
@@ -95,6 +118,8 @@ class TrainArgs:
         return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
 
 
+SEVERAL = ("ddp", "fsdp", "deepspeed")  # backends of several processes
+SHARDED = ("fsdp", "deepspeed")  # backends whose processes hold parts of the model
 NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others
     Needs("optim.muon_lr", "optim.optimizer", ("muon",), "the others have one rate, --optim.lr; remove it"),
     Needs("optim.momentum", "optim.optimizer", ("muon",), "the others have --optim.betas or none; remove it"),
@@ -105,6 +130,30 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
     Needs("optim.min_lr_ratio", "optim.schedule", ("wsd", "cosine", "linear"), "the rate never falls; remove it"),
     Needs("train.epochs", "train.max_steps", (0,), "that many steps are trained, whatever the epochs; keep one"),
     Needs("train.s2_min_len", "train.s2_group", ABOVE_0, "without groups, attention is full for all rows; remove it"),
+    Needs(
+        "train.rank_timeout", "train.backend", ("ddp", "fsdp", "deepspeed"), "one process waits for no other; remove it"
+    ),
+    *(
+        Needs(f"train.{name}", "train.backend", ("deepspeed",), "the others do not read it; remove it")
+        for name in ("zero_stage", "zero_offload", "deepspeed")
+    ),
+    Needs(
+        "train.backend",
+        "train.dtype",
+        ("auto", "fp32", "bf16"),
+        "its loss scale needs whole gradients; use bf16",
+        is_set=SHARDED.__contains__,
+    ),
+    *(
+        Needs(
+            "train.backend",
+            "optim.optimizer",
+            able,
+            "the others need whole matrices; use one of these",
+            {name}.__contains__,
+        )
+        for name, able in {"fsdp": ("muon", "adamw", "lion"), "deepspeed": ("adamw", "muon")}.items()
+    ),
     Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
     Needs("train.prompts", "train.sample_tokens", ABOVE_0, "nothing would be written after them; remove it"),
     Needs("train.eval_batches", "train.eval_interval", ABOVE_0, "the evaluation at the end takes all; remove it"),

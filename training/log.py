@@ -1,4 +1,4 @@
-"""Log a run: console lines, `metrics.jsonl`, TensorBoard events and a picture of the loss."""
+"""Log a run: console lines, `metrics.jsonl`, TensorBoard and other loggers, and a picture of the loss."""
 
 from __future__ import annotations
 
@@ -6,34 +6,14 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from cli.progress import Progress, say
+from files import read_rows
+from training.loggers import Loggers
 from training.state import TrainState
-
-
-def open_board(directory: Path, first_step: int, kept: list[dict]) -> SummaryWriter:
-    """Return a writer of TensorBoard events; what older files have of steps after `first_step` is not shown any more.
-
-    TensorBoard reads the files in the order of the seconds in their names. Where that is not the order in which they
-    were written, since the clock was set back or a second has not passed, they are replaced by the rows in `kept`.
-    """
-    older = sorted(directory.glob("events.out.tfevents.*"))
-    seconds = [path.name.split(".")[3] for path in older]
-    if all(each.isdigit() and int(each) < int(time.time()) for each in seconds):
-        return SummaryWriter(directory, purge_step=first_step + 1)
-    for path in older:
-        path.unlink()
-    board = SummaryWriter(directory)
-    for row in kept:
-        for name, value in row.items():
-            if name != "step":
-                board.add_scalar(name, value, row["step"])
-    return board
 
 
 class RunLog:
@@ -41,10 +21,17 @@ class RunLog:
 
     A run that resumes after `first_step` removes the rows of later steps, so that `metrics.jsonl` reads as if there had
     been no interruption. `evaluated`: the last step whose evaluation the checkpoint knows; None: `first_step`.
+    loggers: names of --train.loggers.
     """
 
     def __init__(
-        self, directory: Path, first_step: int, total_steps: int, active: bool = True, evaluated: int | None = None
+        self,
+        directory: Path,
+        first_step: int,
+        total_steps: int,
+        active: bool = True,
+        evaluated: int | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
     ) -> None:
         self.active = active
         if not active:
@@ -62,17 +49,16 @@ class RunLog:
         aside.replace(self.path)
         self._count("".join(self.kept), len(kept))
         self.file = self.path.open("a", buffering=1)
-        self.board = open_board(directory / "tensorboard", first_step, kept)
+        self.loggers = Loggers(loggers, directory, first_step, kept)
         self.progress_bar = Progress("training", "step", total_steps, first_step, note_only=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write one row of `metrics.jsonl`, and the same numbers to TensorBoard."""
+        """Write one row of `metrics.jsonl`, and give the same numbers to the loggers."""
         if self.active:
             line = json.dumps({"step": step, **values}) + "\n"
             self.file.write(line)
             self._count(line)
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            self.loggers.write(step, values)
 
     def _count(self, text: str, rows: int = 1) -> None:
         self.rows += rows
@@ -112,7 +98,7 @@ class RunLog:
         if self.active:
             self.progress_bar.close()
             self.file.close()
-            self.board.close()
+            self.loggers.close()
             self.draw()
 
 
@@ -125,19 +111,30 @@ class Clock:
     def __init__(self, state: TrainState, total_steps: int, flops_per_token: float, peak: float) -> None:
         self.total_steps, self.flops_per_token, self.peak = total_steps, flops_per_token, peak
         self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+        self.away = 0.0  # seconds since the last reading in which nothing was trained
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block, of an evaluation for one, out of the rate."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.away += time.perf_counter() - before
 
     def restart(self, state: TrainState) -> float:
         """Measure from here on; return the seconds since the last reading."""
         before = self.time
-        self.step, self.tokens, self.time = state.step, state.tokens, time.perf_counter()
+        self.step, self.tokens, self.time, self.away = state.step, state.tokens, time.perf_counter(), 0.0
         return self.time - before
 
     def read(self, state: TrainState) -> tuple[float, float, float]:
-        """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call."""
+        """Return tokens a second, seconds left and model flops utilisation, of the steps since the last call. Pauses
+        count for the time left only."""
         now = time.perf_counter()
         seconds, steps, tokens = now - self.time, state.step - self.step, state.tokens - self.tokens
-        self.step, self.tokens, self.time = state.step, state.tokens, now
-        rate = tokens / seconds
+        rate = tokens / max(1e-9, seconds - self.away)
+        self.step, self.tokens, self.time, self.away = state.step, state.tokens, now, 0.0
         return rate, seconds / max(1, steps) * (self.total_steps - state.step), rate * self.flops_per_token / self.peak
 
 
@@ -150,21 +147,16 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Return metrics as one line, `loss 4.4594, bits per byte 2.0841`; names of tasks (loss/NAME) stay as they are."""
-    names = [name if "/" in name else name.replace("_", " ") for name in metrics]
-    return ", ".join(f"{name} {value:.4f}" for name, value in zip(names, metrics.values()))
+    """Return metrics as one line, `loss 4.4594 (standard error 0.0123), bits per byte 2.0841`; loss/NAME stays."""
+    shown = {name: f"{value:.4f}" for name, value in metrics.items() if name != "loss_error"}
+    if "loss_error" in metrics:
+        shown["loss"] += f" (standard error {metrics['loss_error']:.4f})"
+    return ", ".join(f"{name if '/' in name else name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`, without damaged lines; [] where there is no file."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):  # a line that a kill has cut off, or a disk has damaged
-            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
+    return read_rows(path)
 
 
 def draw_losses(runs: dict[str, Path], picture: Path) -> None:

@@ -5,11 +5,9 @@ Sampling has random states of its own and changes no weight, so a run has the sa
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +17,7 @@ from cli.progress import say
 from decoding.generate import generate
 from decoding.params import Ids, SamplingParams, Stop
 from distributed.single import SingleProcess
-from files import write_json_lines
+from files import read_rows, write_json_lines
 
 FILE = "samples.jsonl"
 MOST_PROMPTS = 4  # where the user has named none
@@ -65,7 +63,7 @@ class Sampler:
             return
         try:
             texts = self.texts()
-            before = [row for row in read_samples(run) if row["step"] < step]
+            before = [row for row in read_rows(run / FILE) if row["step"] < step]
             rows = [
                 {"step": step, "prompt": prompt.text, "text": text} | ({"real": prompt.real} if prompt.real else {})
                 for prompt, text in zip(self.prompts, texts)
@@ -85,22 +83,10 @@ class Sampler:
 
 def is_whole(model: torch.nn.Module, backend: SingleProcess) -> bool:
     """Return whether this rank holds all weights: neither parts of layers, nor some of the layers, nor shards."""
-    # parameters of FSDP2 and tensor parallelism are DTensors; those of ZeRO stage 3 have an id of DeepSpeed
+    # FSDP2 makes parameters DTensors and gives modules `unshard`; ZeRO's stage 3 gives parameters an id of DeepSpeed
     sharded = any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())
+    sharded = sharded or any(hasattr(module, "unshard") for module in model.modules())
     return backend.data_world == backend.world and not sharded
-
-
-def read_samples(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of `run/samples.jsonl`, without damaged lines; [] where there is no file."""
-    rows, path = [], run / FILE
-    if not path.is_file():
-        return []
-    for line in path.read_text(encoding="utf8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
 
 
 def beginnings(tokens: TokenBin, decode: Callable[[Ids], str], eos_id: int | None) -> list[Prompt]:

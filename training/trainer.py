@@ -32,7 +32,7 @@ from training.args import TrainArgs
 from training.flops import train_flops_per_token
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
-from training.precision import check_length, compile_seconds, compiles, prepare
+from training.precision import about_compiling, check_length, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.samples import Sampler
 from training.signals import caught_signals
@@ -101,7 +101,7 @@ class Trainer:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return json.loads((self.run / "result.json").read_text())
-        dtype = prepare(self.model, self.args, backend.device, self.data)
+        dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.checkpoints.resume()
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
@@ -127,13 +127,15 @@ class Trainer:
             if at_end:
                 return
             if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
-                self._evaluate_and_save()
+                with self.clock.paused():
+                    self._evaluate_and_save()
                 if self.finished:
                     if args.log_interval and state.targets:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
             elif is_due(args.save_interval, state.step, epoch):
-                self._save()
+                with self.clock.paused():
+                    self._save()
 
     def _save(self, is_best: bool = False) -> None:
         self.state.log = self.log.contents()
@@ -197,13 +199,30 @@ class Trainer:
                 self._evaluate_and_save()
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
-            metrics = self.evaluate()
+            metrics = self.evaluate(with_error=True)
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
         if self.backend.main:
             (self.run / "result.json").write_text(json.dumps(result, indent=2))
         return result
+
+
+def about(trainer: Trainer) -> dict[str, Any]:
+    """Return the size of a run, for its record: steps, tokens, parameters, processes."""
+    model, data, heldout, backend = trainer.model, trainer.data, trainer.eval_data, trainer.backend
+    return {
+        "steps": trainer.total_steps,
+        "steps_per_epoch": data.steps_per_epoch,
+        "tokens_per_step": data.batch_size * data.seq_len,
+        "held_out_positions": heldout and heldout.steps_per_epoch * heldout.batch_size * heldout.seq_len,
+        "parameters": model.n_parameters(),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "vocab_size": model.args.vocab_size,
+        "context": model.args.max_seq_len,
+        "device": backend.device.type,
+        "processes": backend.world,
+    }
 
 
 @contextlib.contextmanager
@@ -255,7 +274,8 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     """Open the log, say how large the run is and what its `mfu` means, and start the clock; dtype: of activations."""
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
-    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, evaluated=trainer.state.evaluated)
+    options = {"evaluated": trainer.state.evaluated, "loggers": trainer.args.loggers}
+    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, **options)
     log.compare(trainer.state.log)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(
@@ -263,9 +283,8 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
         f":\n{steps:,} steps of {data.batch_size * data.seq_len:,} tokens "
         f"({steps / data.steps_per_epoch:.3g} epochs of {data.steps_per_epoch:,} steps)."
     )
-    if compiles(trainer.model, trainer.args, backend.device, data):
-        seconds = compile_seconds(trainer.model)
-        log.say(f"The first step compiles the model: about {seconds:.0f} s on two idle cores.")
+    if compiling := about_compiling(trainer.model, trainer.args, backend.device, data):
+        log.say(compiling)
     log.say(f"(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)")
     if steps <= optim.warmup_steps:
         longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +109,17 @@ def evaluated(data: DataArgs, split: Split, kind: Kind) -> str:
         f"{text}\n{few} to tell a small gain from chance, {ENOUGH_HELD_OUT} or more would do: "
         "raise --data.heldout_share, or name a file with --data.heldout"
     )
+
+
+def composition(data: DataArgs, split: Split) -> list[dict[str, Any]]:
+    """Return what each task has to train on and what is held out of it, for the record of the run."""
+    rows = []
+    for task, trained, heldout in zip(data.tasks, split.trained, split.heldout or [None] * len(split.trained)):
+        names = {"name": task.name, "path": str(task.path), "broken": len(split.broken.get(task.path, []))}
+        rows.append(names | {"held_out": False} | trained.stats)
+        if heldout is not None:
+            rows.append({"name": task.name, "path": str(task.heldout or task.path), "held_out": True} | heldout.stats)
+    return rows
 
 
 def number(n: int, unit: str) -> str:

@@ -92,7 +92,7 @@ class Pairwise:
         """Return `model` with this loss; the file `cache` keeps the reference's log-probabilities of the pairs."""
         tuned = PreferenceModel(model, self)
         if self.has_reference:
-            prepare(tuned, args, backend.device, sources[0])  # the reference computes in the dtype of the training
+            prepare(tuned, args, backend, sources[0])  # the reference computes in the dtype of the training
             with backends.use(args.attention):
                 tuned.reference = reference(tuned, sources, backend, cache, args.micro_batch_size)
         return tuned

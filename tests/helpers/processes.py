@@ -12,10 +12,10 @@ def kill_all(process: subprocess.Popen) -> None:
         each.kill()
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit status and stderr, after at most two minutes; nothing is left running."""
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    """Exit status and stderr, after at most two minutes, or `seconds`; nothing is left running."""
     try:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill_all(process)
         raise

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-STAGES = ["tokenizer", "data", "pretrain", "sft", "eval", "eval", "chat"]  # as calls: eval runs two tasks
+STAGES = ["tokenizer", "data", "pretrain", "sft", "eval", "eval", "report", "chat"]  # as calls: eval runs two tasks
 SCRIPTS = {
     "train_tokenizer.py": ("tokenizer", "data/tiny/tokenizer"),
     "data_process.py": ("data", "data/tiny/heldout.bin"),
@@ -16,6 +16,7 @@ SCRIPTS = {
     "fine_tuning.py": ("sft", "out/tiny/sft/last"),
     "eval.py": ("eval", None),
     "quantize.py": ("quant", "out/tiny/quant"),
+    "report.py": ("report", None),
 }
 # variables that the shell scripts read; they are removed, so that those of the caller do not matter
 SWITCHING = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHON", "PIP_FIND_LINKS", "UV_FIND_LINKS", "TORCH_ALLOW_PYPI"}

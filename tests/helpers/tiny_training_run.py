@@ -21,6 +21,7 @@ from optim.args import OptimArgs
 from optim.optimizers import build_optimizer
 from training import log as training_log
 from training import trainer
+from training.backend import options_of
 from training.log import read_metrics
 from training.trainer import TrainArgs, Trainer
 
@@ -57,7 +58,7 @@ def toy_trainer(
         model,
         build_optimizer(model, optim),
         data,
-        backend or make_backend(args.backend, args.device, fp16=args.dtype == "fp16"),
+        backend or make_backend(args.backend, args.device, options_of(args, data.batch_size)),
         args,
         optim,
         run,

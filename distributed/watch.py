@@ -1,0 +1,116 @@
+"""Notice that another process of a run has ended or hangs, and say which one.
+
+A thread of every rank writes a sign of life to the store that the launcher keeps, and reads those of the others. A
+process that waits for another one in gloo or nccl knows only that a message is missing, not whose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+SECONDS = 0.5  # between two signs of life
+SILENT = 5.0  # seconds without a sign of life from a rank whose connection is lost: it has ended
+END = "watch/end"  # key in the store: all ranks shall end
+WORDS = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connection refused", "remote error")
+
+
+def lost_connection(error: BaseException | None) -> bool:
+    """Return whether an error says that another process is gone."""
+    texts = [str(error).lower(), type(error).__name__.lower()]
+    return isinstance(error, RuntimeError) and any(word in text for text in texts for word in WORDS)
+
+
+class Watch:
+    """The signs of life of the ranks of one run.
+
+    A sign is "beat calls where": a count that the thread raises, the number of exchanges that the main thread has
+    begun, and host and process. A rank hangs when the others have waited `limit` seconds for an exchange that it has
+    not begun.
+    """
+
+    def __init__(self, rank: int, world: int, limit: float) -> None:
+        self.rank, self.world, self.limit = rank, world, limit
+        self.calls, self.since = 0, None  # exchanges begun; when the present one began to wait
+        self.seen: dict[int, tuple[str, float]] = {}  # rank -> last sign, and when it was first read
+        self.ended = threading.Event()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+        self.where = f"process {os.getpid()} on {socket.gethostname()}"
+        self.lost_store = False
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count an exchange, and the time that the main thread waits in it."""
+        self.calls += 1
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.ended.set()
+
+    def explain(self) -> None:
+        """End this process with a sentence that names the rank that has ended; return where all ranks live."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would come before the sentence
+        until = time.monotonic() + SILENT + 4 * SECONDS
+        while time.monotonic() < until and not self.ended.is_set():
+            if self.lost_store and self.rank != 0:
+                self._end("rank 0 has ended, and with it the store of the launcher")
+            now = time.monotonic()
+            silent = [rank for rank, (_, at) in self.seen.items() if rank != self.rank and now - at > SILENT]
+            if silent:
+                self._end(f"{self._name(silent[0])} has ended", first=min(set(range(self.world)) - set(silent)))
+            time.sleep(SECONDS)
+
+    def _run(self) -> None:
+        beat = 0
+        while not self.ended.wait(SECONDS):
+            beat += 1
+            try:
+                self.store.set(f"watch/{self.rank}", f"{beat} {self.calls} {self.where}")
+                if self.store.check([END]):  # another rank has said why; this one may be the one that hangs
+                    os._exit(1)
+                for rank in range(self.world):
+                    sign = self.store.get(f"watch/{rank}").decode() if self.store.check([f"watch/{rank}"]) else ""
+                    if sign and self.seen.get(rank, ("", 0.0))[0] != sign:
+                        self.seen[rank] = sign, time.monotonic()
+            except Exception:  # the store has ended with the launcher, or with rank 0
+                self.lost_store = True
+                return
+            since = self.since
+            if since is not None and time.monotonic() - since > self.limit:
+                behind = [rank for rank in self.seen if self._calls(rank) < self.calls]
+                if behind:
+                    what = f"{self._name(behind[0])} hangs: the others have waited {self.limit:g} s for it"
+                    self._end(f"{what} (--train.rank_timeout)", first=min(set(self.seen) - set(behind)))
+
+    def _calls(self, rank: int) -> int:
+        return int(self.seen[rank][0].split()[1])
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self.seen[rank][0].split(' ', 2)[2]})"
+
+    def _end(self, what: str, first: int | None = None) -> None:
+        """End this process at once; the rank `first` (None: every one) says why."""
+        if first in (None, self.rank):
+            sys.stderr.write(f"error: {what}; the same command goes on from the newest checkpoint\n")
+            sys.stderr.flush()
+            with contextlib.suppress(Exception):  # the store may have ended
+                self.store.set(END, "")
+        else:
+            time.sleep(4 * SECONDS)  # so that the rank that speaks is not ended by the launcher before
+        os._exit(1)

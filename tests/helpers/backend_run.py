@@ -1,0 +1,164 @@
+"""A toy run on one backend, as test_distributed_backends.py and tests/backends.py start it, alone or under torchrun:
+
+    backend_run.py FOLDER '{"name": "a", "backend": "fsdp", ...}' ...
+
+Each JSON object (fields of `Case`) is one run in FOLDER/NAME; the numbers of its steps go to FOLDER/NAME.json.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import optim.muon
+from chat.samples import Samples
+from checkpoint import directory, peft
+from dataset import BatchSource
+from dataset_sft import PairData, SFTData
+from distributed.backend import make_backend
+from distributed.single import SingleProcess
+from helpers.tiny_training_run import SHAPE, VOCAB, toy_data
+from lora import adapters
+from lora.spec import LoraArgs
+from model import Transformer
+from model_args import ModelArgs
+from optim.args import OptimArgs
+from optim.optimizers import build_optimizer
+from training import log, precision, trainer
+from training.args import TrainArgs
+from training.backend import options_of
+from training.state import TrainState
+from training.trainer import Trainer
+from tuning.args import PreferenceArgs
+from tuning.objectives import make_objective
+
+# an epsilon this large keeps AdamW from blowing up the last bit of small gradients
+EPS = 0.01
+ADD = TrainState.add
+
+
+@dataclasses.dataclass
+class Case:
+    """One run."""
+
+    name: str
+    backend: str = "single"
+    data: str = "bin"  # bin: rows of 16 tokens; ragged: one sample a row, of unequal lengths, with few targets
+    micro: int = 0  # rows of a micro-batch; 0: all rows of a rank
+    wide: bool = False  # float64, also in Muon's iteration
+    optimizer: str = "adamw"
+    steps: int = 9
+    stop: int = 0  # step after which every rank gets a SIGTERM; 0: never
+    die: int = 0  # step after which rank 1 gets a SIGKILL; 0: never
+    hang: int = 0  # step after which rank 1 waits for ever; 0: never
+    shape: dict = dataclasses.field(default_factory=dict)
+    train: dict = dataclasses.field(default_factory=dict)  # more fields of TrainArgs
+    lora: dict = dataclasses.field(default_factory=dict)  # fields of LoraArgs
+    dpo: bool = False  # pairs of answers
+
+
+def samples(count: int) -> Samples:
+    """Samples of unequal lengths, the last quarter or half of each a target."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 40, count)
+    ids = [(rng.integers(VOCAB) + 3 * np.arange(n)) % VOCAB for n in lengths]
+    mask = np.concatenate([np.arange(n) >= n - max(1, n // rng.integers(2, 5)) for n in lengths])
+    return Samples(np.concatenate(ids).astype(np.int32), mask, np.cumsum([0, *lengths]).astype(np.uint64), {})
+
+
+def make_data(folder: Path, case: Case) -> BatchSource:
+    """The batches of a case, 8 rows each."""
+    if case.dpo:
+        return PairData(samples(80), 40, 8, 0, packing="none")
+    if case.data == "ragged":
+        return SFTData(samples(68), 40, 8, 0, packing="none")
+    return toy_data(folder / f"data{os.environ.get('RANK', '0')}", batch_size=8)
+
+
+def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
+    """The trainer of a case."""
+    torch.manual_seed(0)
+    data = make_data(folder, case)
+    changes = {"max_steps": case.steps, "micro_batch_size": case.micro, "save_interval": 3, "keep": 20}
+    changes |= {"dtype": "fp32", "compile": "off", "device": "cpu", "log_interval": 1}
+    changes |= {"eval_interval": 4, "eval_batches": 2, "grad_clip": 0.2, "backend": case.backend}
+    args = TrainArgs(**changes | case.train)
+    optim = OptimArgs(optimizer=case.optimizer, lr=0.01, muon_lr=0.01, eps=EPS, warmup_steps=3)
+    model = Transformer(ModelArgs(**SHAPE | {"n_layers": 3, "max_seq_len": 80} | case.shape))
+    model = model.double() if case.wide else model
+    save, load = partial(directory.save_model, model=model), partial(directory.load_weights, model)
+    if case.lora:
+        for p in model.parameters():  # an adapter of a model that knows nothing would have small gradients
+            torch.nn.init.normal_(p, mean=p.dim() == 1, std=0.2)
+        adapters.apply(model, LoraArgs(**case.lora), model.dtype)
+        save, load = partial(peft.save, model=model, base="base"), partial(peft.restore, model)
+    trained = model
+    if case.dpo:
+        wrap = make_objective("dpo", PreferenceArgs()).wrap
+        trained = wrap(model, [data], backend, args, folder / f"{case.name}.npz")
+    optimizer = build_optimizer(model, optim)
+    run, identity = folder / case.name, {"seed": 0}
+    everything = {"save": save, "load": load, "identity": identity, "eval_data": data}
+    return Trainer(trained, optimizer, data, backend, args, optim, run, **everything)
+
+
+def orthogonalize_wide(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Muon's iteration in the dtype of the matrices: in bfloat16 the order of a sum alone would move its result."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def run(folder: Path, case: Case, backend: SingleProcess) -> None:
+    """Train; write FOLDER/NAME.json with the loss, the rate, the norm and the number of targets of every step."""
+    trainer.peak_flops = lambda *_: (1e12, "not measured")
+    log.draw_losses = lambda *_: None
+    if case.wide:
+        precision.DTYPES = {"fp32": torch.float64}
+        optim.muon.orthogonalize = orthogonalize_wide
+    ours = make(folder, case, backend)
+    steps: list = []
+
+    def recorded(state: TrainState, norm: float, n_tokens: int, n_targets: int, loss: float, *more: Any) -> None:
+        steps.append([loss / n_targets, ours.optimizer.param_groups[0]["lr"], norm, n_targets])
+        ADD(state, norm, n_tokens, n_targets, loss, *more)
+        if case.stop and ours.state.step == case.stop:
+            ours.signals.append(signal.SIGTERM)
+        if backend.rank == 1 and ours.state.step == case.die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if backend.rank == 1 and ours.state.step == case.hang:
+            time.sleep(1000)
+
+    TrainState.add = recorded
+    trainer.sum_of_losses = lambda outputs: sum(loss.item() for loss, _ in outputs)  # not rounded to float32
+    try:
+        result = ours.fit()
+    except SystemExit:
+        result = {}
+    inner = ours.model.model if case.dpo else ours.model
+    tied = inner.lm_head.weight is inner.model.embed_tokens.weight
+    if ours.backend.main:
+        found = {"steps": steps, "tied": tied, "loss": result.get("loss")}
+        (folder / f"{case.name}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = [Case(**json.loads(text)) for text in sys.argv[2:]]
+    flags = TrainArgs(**{"grad_clip": 0.2} | cases[0].train)
+    backend = make_backend(cases[0].backend, "cpu", options_of(flags, batch_size=8))
+    with backend:
+        for case in cases:
+            run(Path(sys.argv[1]), case, backend)
+            backend.barrier()
