@@ -207,9 +207,11 @@ def main(args: Args) -> list[dict[str, Any]]:
                 f"{'best':>7}{'of read rate':>14}{'loss':>9}"
             )
             for row in rows:
+                loss = float("nan") if row["loss"] is None else row["loss"]
                 print(
                     f"{name:8}{row['width']:6}{row['side']:11}{row['tokens_per_second']:8.0f}{row['of_llama_cpp']:13.2f}"
-                    f"{row['best_of_llama_cpp']:7.2f}{row['of_fp32']:12.2f}{row['best_of_fp32']:7.2f}{row['of_read_rate']:14.0%}{row['loss'] or float('nan'):9.4f}",
+                    f"{row['best_of_llama_cpp']:7.2f}{row['of_fp32']:12.2f}{row['best_of_fp32']:7.2f}"
+                    f"{row['of_read_rate']:14.0%}{loss:9.4f}",
                     flush=True,
                 )
     if args.out:
