@@ -18,13 +18,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
-from formats.options import EXPORTS, Options
+from formats.options import EXPORTS, ExportOptions, ImportOptions
 from quant.kinds import KINDS
 
 NEEDS = (
     Needs("double_quant", "base", ("nf4", "fp4"), "auto follows the adapter's file, the others have no such scales"),
 )
-EXPORT_NEEDS = (Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),)
+EXPORT_NEEDS = (
+    Needs("shards", "format", ("meta",), "the other formats have no ranks; remove it"),
+    Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),
+)
 DATA_NEEDS = (
     Needs("tokens_per_file", "format", ("bins",), "the others have no files of a largest size; remove it"),
     Needs("chunk_tokens", "format", ("packed",), "the others have no chunks; remove it"),
@@ -73,28 +76,33 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Options):
+class Export(ExportOptions):
     """Write a model in the format of another program, or as a directory with another dtype or other files."""
 
     model: Path
-    """Hugging Face directory of the model"""
+    """Hugging Face directory of the model; for --format gguf also an adapter"""
     format: Literal[tuple(EXPORTS)]  # type: ignore[valid-type]
     """what to write; docs/conversion.md says which programs read it, and what it cannot hold"""
     out: Path
     """file or directory to write"""
+    base: Path | None = None
+    """with --model an adapter: directory of the model that it belongs to; None: the one that its config names"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a dtype that the format does not have, or a flag that does nothing there."""
         check_flags(self, EXPORT_NEEDS)
-        if self.dtype not in ("auto", *EXPORTS[self.format]):
-            raise ValueError(
-                f"--dtype {self.dtype} is not one of --format {self.format}: choose auto or "
-                f"{', '.join(EXPORTS[self.format]) or 'nothing else'}"
-            )
+        check_dtype(self.dtype, self.format)
+
+
+def check_dtype(dtype: str, target: str) -> None:
+    """Raise ValueError for a dtype that a format does not have."""
+    if dtype not in ("auto", *EXPORTS[target]):
+        others = f"auto or {', '.join(EXPORTS[target])}" if EXPORTS[target] else "auto"
+        raise ValueError(f"--dtype {dtype} is not one of the format {target}, which has {others}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import(Options):
+class Import(ImportOptions):
     """Write a model of another program as a Hugging Face directory. Its format is detected from its contents."""
 
     first_word: ClassVar[str] = "source"
@@ -105,6 +113,10 @@ class Import(Options):
     """directory to write"""
     tokenizer: Path | None = None
     """tokenizer of the model (directory, .model or tokenizer.json); None: the one in or beside the source"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a dtype that a Hugging Face directory does not have."""
+        check_dtype(self.dtype, "huggingface")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +185,7 @@ from checkpoint import history, peft
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.directory import kept_dtype, load_adapted, load_whole_model, save_model
 from checkpoint.extend import grow_vocabulary
-from checkpoint.locate import find_model, find_tokenizer
+from checkpoint.locate import find_model, find_tokenizer, is_adapter
 from cli.progress import say
 from corpora import CORPORA
 from files import write_text, written_aside
@@ -232,13 +244,26 @@ def export(args: Export) -> dict[str, Any]:
     """Write the model in another format; returns the path that was written."""
     args = with_values(args, model=find_model(args.model, "give --model a model directory"))
     check_models([args.model], MOST_BYTES)
+    if is_adapter(args.model) and args.format in registry.ADAPTERS:
+        target = registry.ADAPTERS[args.format]
+        return write(target.read(args.model, args.base), target, args)
+    if args.base is not None:
+        raise ValueError(f"--base is for an adapter that goes to --format gguf, and --model is {args.model}: remove it")
     return write(registry.FORMATS["huggingface"].read(args.model), registry.FORMATS[args.format], args)
 
 
 def import_(args: Import) -> dict[str, Any]:
     """Write the model as a Hugging Face directory; returns its path."""
     found = registry.detect(args.source)
-    checkpoint = found.read(args.source)
+    say(f"{args.source} is {found.title}")
+    if found.name == "pth":
+        checkpoint = found.read(args.source, args)
+    elif args.known():
+        raise ValueError(
+            f"--{next(iter(args.known()))} has no effect with {found.title}, which says so itself; remove it"
+        )
+    else:
+        checkpoint = found.read(args.source)
     if args.tokenizer is not None:
         checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
         if checkpoint.tokenizer is None:
@@ -258,8 +283,7 @@ def write(checkpoint: Checkpoint, target: Format, args: Export | Import) -> dict
         return {"model": None}
     check_free(args.out)
     target.write(checkpoint, entries, args.out, args)
-    source = registry.detect(checkpoint.where)
-    print(f"{args.out}: {target.title} of {len(entries)} tensors, from {checkpoint.where}, {source.title}", flush=True)
+    print(f"{args.out}: {target.title} of {len(entries)} tensors, made of {checkpoint.where}", flush=True)
     return {"model": str(args.out)}
 
 

@@ -22,7 +22,7 @@ from cli.args import parse, run
 from cli.flags import ABOVE_0, SET, Needs, Wanted, check_flags
 from cli.progress import say
 from decoding.params import SamplingParams
-from evaluation.registry import BENCHMARKS, EXAMS, WITH_DATA, make_task
+from evaluation.registry import BENCHMARKS, EXAMS, LONG, WITH_DATA, make_task
 
 TASKS = ("chat", *BENCHMARKS)
 ITEM_FLAGS = ("data", "subjects", "limit", "against")
@@ -51,6 +51,7 @@ NEEDS = (
     ),
     *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
     Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
+    Needs("cut", "task", LONG, "the other tasks leave out the beginning; remove it"),
     Needs("shots", "task", (*EXAMS, "gsm8k"), "only examinations have solved examples; remove it"),
     Needs("form", "task", EXAMS, "only questions with options have a form; remove it"),
     Needs("split", "task", EXAMS[:-1], "the data of the other tasks have no splits; remove it"),
@@ -148,6 +149,9 @@ class Args:
     form: Literal["letters", "answers"] = "letters"
     """letters: the options stand in the prompt and the model names a letter; answers: they do not, and the model says
     the whole answer"""
+    cut: Literal["middle", "left"] = "middle"
+    """what a long prompt loses that does not fit the model's window. middle: as LongBench is published; left: its
+    beginning, as in lm-evaluation-harness"""
     limit: int | None = None
     """number of items of each subject; None: all"""
     stride: int | None = None

@@ -62,6 +62,7 @@ class Benchmark(Task):
     source: ClassVar[str]
     usual_shots: ClassVar[int] = 0
     new_tokens: ClassVar[int] = 1  # tokens of the context that an answer needs
+    lost = "the beginning"  # of a prompt that does not fit
 
     def __post_init__(self) -> None:
         """Raise FileNotFoundError where there are no data."""
@@ -91,8 +92,11 @@ class Benchmark(Task):
         blocks = [list(islice(block, self.limit)) for block in self.blocks()]
         blocks = [block for block in blocks if block]
         if not blocks:
-            first = f"; the first of {len(self.broken)} bad rows, {self.broken[0].where}: {self.broken[0].reason}"
-            raise ValueError(f"{self.data} has no items: expected {self.source}{first if self.broken else ''}")
+            bad_rows = ""
+            if self.broken:
+                first = self.broken[0]
+                bad_rows = f"; the first of {len(self.broken)} bad rows, {first.where}: {first.reason}"
+            raise ValueError(f"{self.data} has no items: expected {self.source}{bad_rows}")
         return blocks
 
     def run(self, assistant: Assistant) -> dict[str, Any]:
@@ -100,18 +104,23 @@ class Benchmark(Task):
         blocks, assistant = self.chosen(), self.check(assistant)
         report = self.report_path(assistant)
         records = self.records(assistant, blocks, report.with_suffix(".items.jsonl"))
-        result = self.about(assistant, blocks) | summarize(records)
+        result = self.about(assistant, blocks) | self.summary(records)
         fewer = sum(record.get("shots", self.n_shots) < self.n_shots for record in records)
         cut = sum(record.get("cut", False) for record in records)
         if fewer or cut:
             window = f"the model's window of {assistant.model.args.max_seq_len} tokens"
-            say(f"{window} took fewer shots for {fewer} items, and lacks the beginning of {cut}")
+            say(f"{window} took fewer shots for {fewer} items, and lacks {self.lost} of {cut}")
         result |= {"fewer_shots": fewer, "cut": cut, "bad_rows": len(self.broken)}
         report.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-        print(f"{self.name}, {self.n_shots} shots, {len(records)} items of {self.data}\n{table(result)}\n")
+        origin = self.data or "texts made up"
+        print(f"{self.name}, {self.n_shots} shots, {len(records)} items of {origin}\n{table(result)}\n")
         print(f"all numbers: {report}; item by item: {report.with_suffix('.items.jsonl')}")
         keep_aside(self.broken, report.with_suffix(".bad.jsonl"))
         return result
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the estimates of all records and of their groups."""
+        return summarize(records)
 
     def report_path(self, assistant: Assistant) -> Path:
         """Return where the report goes: --output, else beside the model."""

@@ -25,9 +25,23 @@ BENCHMARKS = {  # value of --task -> module and class
     "gsm8k": ("evaluation.generated", "GSM8K"),
     "answers": ("evaluation.generated", "OwnAnswers"),
     "perplexity": ("evaluation.perplexity", "Perplexity"),
+    "longbench": ("evaluation.long_context", "LongBench"),
+    "longbench_e": ("evaluation.long_context", "LongBenchE"),
+    "longeval": ("evaluation.long_context", "LongEval"),
+    "passkey": ("evaluation.passkey", "Passkey"),
 }
 EXAMS = ("ceval", "cmmlu", "aclue", "mmlu", "choices")  # questions with options, after solved examples
-WITH_DATA = (*EXAMS, "blimp", "zhoblimp", "gsm8k", "answers", "perplexity")  # benchmarks of items that lie at --data
+LONG = ("longbench", "longbench_e", "longeval", "passkey")  # answers to prompts that may be longer than the window
+WITH_DATA = (
+    *EXAMS,
+    "blimp",
+    "zhoblimp",
+    "gsm8k",
+    "answers",
+    "perplexity",
+    *LONG,
+)  # benchmarks of items; all but passkey
+# have them at --data
 
 
 def make_task(name: str, settings: object) -> Task:

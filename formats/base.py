@@ -84,7 +84,7 @@ class Format(NamedTuple):
     """what a message calls it"""
     detect: Callable[[Path], bool]
     """whether a path is of this kind, by its contents; raises nothing"""
-    read: Callable[[Path], Checkpoint]
+    read: Callable[..., Checkpoint]
     """a path of this kind to a checkpoint; ValueError or OSError in one sentence otherwise"""
     lay_out: Callable[[Checkpoint, Options], Entries] | None = None
     """entries of the target, by the target's names, in the order of the file; None: this format is only read"""

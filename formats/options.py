@@ -11,6 +11,7 @@ DTYPES = ("auto", *FLOATS, "q8_0", "q4_0", "q4_k")  # values of --dtype
 EXPORTS = {
     "huggingface": FLOATS,
     "gguf": (*FLOATS, "q8_0", "q4_0", "q4_k"),
+    "meta": FLOATS,
     "llama2c": (),
     "llama2c_v1": (),
     "llama2c_q8": (),
@@ -28,3 +29,30 @@ class Options:
     """largest file of a Hugging Face directory, in GB (10^9 bytes)"""
     dry_run: bool = False
     """write nothing; print the map of the tensors: name in the source, name in the target, shape, dtype"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """What a source may not say of its model."""
+
+    n_heads: Annotated[int | None, (1, 65536)] = None
+    """query heads of the model in a .pth that does not say; None: as the file or one beside it says"""
+    norm_eps: Annotated[float | None, (0, 1)] = None
+    """epsilon of RMSNorm, likewise"""
+    rope_theta: Annotated[float | None, (1, 1e12)] = None
+    """base of the rotary encoding, likewise"""
+    max_seq_len: Annotated[int | None, (1, 2**24)] = None
+    """longest text in tokens, likewise"""
+
+    def known(self) -> dict[str, int | float]:
+        """Return those that are set, by name."""
+        values = {name: getattr(self, name) for name in ("n_heads", "norm_eps", "rope_theta", "max_seq_len")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Settings that only some writers have."""
+
+    shards: Annotated[int, (1, 99)] = 1
+    """number of files of --format meta, one for each rank of its tensor parallelism"""

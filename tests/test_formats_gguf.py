@@ -9,8 +9,11 @@ import torch
 from helpers.small_checkpoints import KINDS, TOKENS, saved
 
 import convert
+from checkpoint import peft
 from checkpoint.directory import load_model
 from convert import Export, Import
+from lora import adapters
+from lora.adapters import LoraArgs
 
 gguf = pytest.importorskip("gguf")
 
@@ -226,8 +229,25 @@ def test_a_tensor_that_is_left_over_or_missing_is_named(tmp_path):
         convert.import_(Import(source=tmp_path / "less.gguf", out=tmp_path / "out"))
 
 
+def test_an_adapter_that_gguf_does_not_hold_is_refused(tmp_path):
+    saved(tmp_path / "in")
+    refused = {"lora_magnitude": LoraArgs("dora", r=2), "norm": LoraArgs("lora", r=2, train_embed_norm=True)}
+    for what, args in refused.items():
+        model = load_model(tmp_path / "in")
+        adapters.apply(model, args)
+        peft.save(tmp_path / "adapter", model, base=str(tmp_path / "in"))
+        with pytest.raises(ValueError, match=f"trains .*{what}.*, which adapters of llama.cpp do not hold: merge it"):
+            convert.export(Export(model=tmp_path / "adapter", format="gguf", out=tmp_path / "x.gguf"))
+    with pytest.raises(FileNotFoundError, match="holds an adapter, not a model: put it into its model with"):
+        convert.export(Export(model=tmp_path / "adapter", format="llama2c", out=tmp_path / "x.bin"))
+    with pytest.raises(ValueError, match="--base is for an adapter"):
+        convert.export(Export(model=tmp_path / "in", format="gguf", out=tmp_path / "x.gguf", base=tmp_path))
+
+
 def test_the_dtype_has_to_be_one_of_the_format(tmp_path):
-    with pytest.raises(ValueError, match="--dtype q4_k is not one of --format huggingface: choose auto or fp32"):
+    with pytest.raises(ValueError, match="--dtype q4_k is not one of the format huggingface, which has auto or fp32"):
         Export(model=tmp_path, format="huggingface", out=tmp_path / "x", dtype="q4_k")
-    with pytest.raises(ValueError, match="--dtype fp16 is not one of --format llama2c: choose auto or nothing else"):
+    with pytest.raises(ValueError, match="--dtype q4_k is not one of the format huggingface"):
+        Import(source=tmp_path, out=tmp_path / "x", dtype="q4_k")
+    with pytest.raises(ValueError, match="--dtype fp16 is not one of the format llama2c, which has auto"):
         Export(model=tmp_path, format="llama2c", out=tmp_path / "x", dtype="fp16")

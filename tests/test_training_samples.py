@@ -101,10 +101,14 @@ def test_without_held_out_data_there_is_a_sample_at_the_end(runs, tmp_path):
     assert [row["step"] for row in read_samples(tmp_path)] == [2, 2]
 
 
-def test_none_are_written_where_a_rank_holds_a_part_of_the_model(runs, tmp_path):
+@pytest.mark.parametrize("of", ["weight", "module"])
+def test_none_are_written_where_a_rank_holds_a_part_of_the_model(runs, tmp_path, of):
     _, data, *_ = runs
     trainer = make(toy_trainer(tmp_path, data, max_steps=2))
-    trainer.model.embedding.weight.placements = "as a DTensor has them"
+    if of == "weight":
+        trainer.model.embedding.weight.placements = "as a DTensor has them"
+    else:
+        trainer.model.model.layers[0].unshard = "as FSDP2 has it"
     trainer.fit()
     assert read_samples(tmp_path) == []
 

@@ -83,8 +83,9 @@ class Sampler:
 
 def is_whole(model: torch.nn.Module, backend: SingleProcess) -> bool:
     """Return whether this rank holds all weights: neither parts of layers, nor some of the layers, nor shards."""
-    # parameters of FSDP2 and tensor parallelism are DTensors; those of ZeRO stage 3 have an id of DeepSpeed
+    # FSDP2 makes parameters DTensors and gives modules `unshard`; ZeRO's stage 3 gives parameters an id of DeepSpeed
     sharded = any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())
+    sharded = sharded or any(hasattr(module, "unshard") for module in model.modules())
     return backend.data_world == backend.world and not sharded
 
 
