@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from bins.exchange import TARGETS, Settings
 from cli.args import parse_command, run, with_values
 from cli.flags import Needs, check_flags
-from formats.options import EXPORTS, ExportOptions, Options
+from formats.options import EXPORTS, ExportOptions, ImportOptions
 from quant.kinds import KINDS
 
 NEEDS = (
@@ -91,15 +91,18 @@ class Export(ExportOptions):
     def __post_init__(self) -> None:
         """Raise ValueError for a dtype that the format does not have, or a flag that does nothing there."""
         check_flags(self, EXPORT_NEEDS)
-        if self.dtype not in ("auto", *EXPORTS[self.format]):
-            raise ValueError(
-                f"--dtype {self.dtype} is not one of --format {self.format}: choose auto or "
-                f"{', '.join(EXPORTS[self.format]) or 'nothing else'}"
-            )
+        check_dtype(self.dtype, self.format)
+
+
+def check_dtype(dtype: str, target: str) -> None:
+    """Raise ValueError for a dtype that a format does not have."""
+    if dtype not in ("auto", *EXPORTS[target]):
+        others = f"auto or {', '.join(EXPORTS[target])}" if EXPORTS[target] else "auto"
+        raise ValueError(f"--dtype {dtype} is not one of the format {target}, which has {others}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import(Options):
+class Import(ImportOptions):
     """Write a model of another program as a Hugging Face directory. Its format is detected from its contents."""
 
     first_word: ClassVar[str] = "source"
@@ -110,6 +113,10 @@ class Import(Options):
     """directory to write"""
     tokenizer: Path | None = None
     """tokenizer of the model (directory, .model or tokenizer.json); None: the one in or beside the source"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a dtype that a Hugging Face directory does not have."""
+        check_dtype(self.dtype, "huggingface")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +256,14 @@ def import_(args: Import) -> dict[str, Any]:
     """Write the model as a Hugging Face directory; returns its path."""
     found = registry.detect(args.source)
     say(f"{args.source} is {found.title}")
-    checkpoint = found.read(args.source)
+    if found.name == "pth":
+        checkpoint = found.read(args.source, args)
+    elif args.known():
+        raise ValueError(
+            f"--{next(iter(args.known()))} has no effect with {found.title}, which says so itself; remove it"
+        )
+    else:
+        checkpoint = found.read(args.source)
     if args.tokenizer is not None:
         checkpoint.tokenizer, checkpoint.stop_ids = find_tokenizer(args.tokenizer)
         if checkpoint.tokenizer is None:

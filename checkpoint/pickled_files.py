@@ -10,6 +10,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,24 +22,31 @@ NAMES = {  # dtypes by safetensors' names
 }
 
 
+def load_pickle(path: Path) -> Any:
+    """Return what a file of `torch.save` holds, tensors mapped into memory.
+
+    Raises ValueError where it asks for more than tensors, numbers, texts and containers, or is damaged.
+    """
+    try:
+        # files of PyTorch before 1.6 are no zip archives, and are read as a whole
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} is refused: it is a pickle that asks for {asked[1] if asked else 'more than tensors'} when it "
+            "is read, and nothing of it was run; take the model's safetensors files"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as PyTorch weights (truncated or damaged): {reason}") from None
+
+
 class PickledFile:
     """The tensors of a `.bin` file, with the methods of an opened safetensors file."""
 
     def __init__(self, path: Path) -> None:
         """Map the file into memory. Raises ValueError where it holds anything but tensors by name, or is damaged."""
-        try:
-            # files of PyTorch before 1.6 are no zip archives, and are read as a whole
-            mapped = zipfile.is_zipfile(path)
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            raise ValueError(
-                f"{path} is refused: it is a pickle that asks for {asked[1] if asked else 'more than tensors'} when it "
-                "is read, and nothing of it was run; take the model's safetensors files"
-            ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{path} cannot be read as PyTorch weights (truncated or damaged): {reason}") from None
+        state = load_pickle(path)
         if not isinstance(state, dict) or not all(torch.is_tensor(each) for each in state.values()):
             raise ValueError(f"{path} should hold tensors by name, found something else: is it a file of weights?")
         self.state: dict[str, torch.Tensor] = state

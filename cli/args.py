@@ -94,7 +94,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     if argv is None:
         expect_interrupts()
         open_closed_streams()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = own_words(sys.argv[1:]) if argv is None else list(argv)
     if (first := getattr(cls, "first_word", "")) and argv and not argv[0].startswith("-"):
         argv.insert(0, f"--{first}")  # `import SRC` for `import --source SRC`
     try:

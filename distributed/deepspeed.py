@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -185,6 +186,7 @@ def load_library() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names that it calls
     if "deepspeed_shm_comm" in getattr(ops, "__compatible_ops__", {}):  # messages go through gloo
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

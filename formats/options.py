@@ -32,6 +32,25 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """What a source may not say of its model."""
+
+    n_heads: Annotated[int | None, (1, 65536)] = None
+    """query heads of the model in a .pth that does not say; None: as the file or one beside it says"""
+    norm_eps: Annotated[float | None, (0, 1)] = None
+    """epsilon of RMSNorm, likewise"""
+    rope_theta: Annotated[float | None, (1, 1e12)] = None
+    """base of the rotary encoding, likewise"""
+    max_seq_len: Annotated[int | None, (1, 2**24)] = None
+    """longest text in tokens, likewise"""
+
+    def known(self) -> dict[str, int | float]:
+        """Return those that are set, by name."""
+        values = {name: getattr(self, name) for name in ("n_heads", "norm_eps", "rope_theta", "max_seq_len")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
     """Settings that only some writers have."""
 

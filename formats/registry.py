@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from formats import gguf, gguf_lora, huggingface, llama2c, meta
+from formats import gguf, gguf_lora, huggingface, llama2c, meta, pth
 from formats.base import Format
 
 ALL = (
@@ -12,6 +12,7 @@ ALL = (
     *llama2c.FORMATS,
     gguf.FORMAT,
     meta.FORMAT,
+    pth.FORMAT,
 )
 FORMATS: dict[str, Format] = {each.name: each for each in ALL}
 ADAPTERS = {"gguf": gguf_lora.FORMAT}  # formats of adapters, which are read from PEFT directories

@@ -26,6 +26,7 @@ import torch
 
 import eval as eval_script
 from checkpoint.directory import load_model, save_model
+from cli.extras import need
 from evaluation.exam_subjects import CEVAL, MMLU
 from evaluation.exams import LETTERS, CEval, MMLUExam
 from evaluation.generated import GSM8K
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--server", action="store_true", help="ask through our server, too")
     parser.add_argument("--random", type=int, default=0, help="seed of a model of transformers; 0: that of --model")
     args = parser.parse_args()
+    need("tests.harness_table", "eval", "lm_eval")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     from lm_eval.models.huggingface import HFLM
 

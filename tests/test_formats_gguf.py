@@ -245,7 +245,9 @@ def test_an_adapter_that_gguf_does_not_hold_is_refused(tmp_path):
 
 
 def test_the_dtype_has_to_be_one_of_the_format(tmp_path):
-    with pytest.raises(ValueError, match="--dtype q4_k is not one of --format huggingface: choose auto or fp32"):
+    with pytest.raises(ValueError, match="--dtype q4_k is not one of the format huggingface, which has auto or fp32"):
         Export(model=tmp_path, format="huggingface", out=tmp_path / "x", dtype="q4_k")
-    with pytest.raises(ValueError, match="--dtype fp16 is not one of --format llama2c: choose auto or nothing else"):
+    with pytest.raises(ValueError, match="--dtype q4_k is not one of the format huggingface"):
+        Import(source=tmp_path, out=tmp_path / "x", dtype="q4_k")
+    with pytest.raises(ValueError, match="--dtype fp16 is not one of the format llama2c, which has auto"):
         Export(model=tmp_path, format="llama2c", out=tmp_path / "x", dtype="fp16")
