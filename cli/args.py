@@ -44,7 +44,8 @@ T = TypeVar("T")
 SECONDS_FOR_RANK_0 = 5.0
 LONGEST = 1200  # characters of a message, which may quote a file
 MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan", "report")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan")
+SECTIONS += ("report", "doctor")
 
 
 def fail(message: str) -> NoReturn:
@@ -94,7 +95,7 @@ def parse(cls: type[T], section: str, argv: list[str] | None = None) -> T:
     if argv is None:
         expect_interrupts()
         open_closed_streams()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = own_words(sys.argv[1:]) if argv is None else list(argv)
     if (first := getattr(cls, "first_word", "")) and argv and not argv[0].startswith("-"):
         argv.insert(0, f"--{first}")  # `import SRC` for `import --source SRC`
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,8 @@ from optim.optimizers import Optimizers
 
 class Zero(ProcessGroup):
     """The processes of a DeepSpeed engine."""
+
+    replicated = False
 
     def __init__(self, device: torch.device, timeout: float, **flags: Any) -> None:
         """Join the process group; flags: fields of `Wanted` but the number of processes."""
@@ -185,6 +188,7 @@ def load_library() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names that it calls
     if "deepspeed_shm_comm" in getattr(ops, "__compatible_ops__", {}):  # messages go through gloo
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

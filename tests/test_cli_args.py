@@ -397,3 +397,12 @@ def test_odd_presets_are_one_sentence(tmp_path, text, sentence):
     with pytest.raises(SystemExit, match=sentence) as refused:
         cli_args.parse(pretrain.Args, "pretrain", ["--config", str(tmp_path / "p.yaml")])
     assert "\n" not in refused.value.code
+
+
+def test_the_word_that_the_deepspeed_launcher_adds_is_left_out(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--local_rank=1", "--train.seed", "3"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli_args.parse(pretrain.Args, "pretrain").train.seed == 3
+    monkeypatch.delenv("LOCAL_RANK")  # typed by hand it is a flag that does not exist
+    with pytest.raises(SystemExit, match="--local_rank is no flag"):
+        cli_args.parse(pretrain.Args, "pretrain")

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.damage_kills import OTHERS, contents_differ, logged, small_batches, undisturbed
-from helpers.damage_runs import TRAININGS, Kind, Result, World, computed, difference, tree
+from helpers.damage_kills import OTHERS, contents_differ, small_batches, undisturbed
+from helpers.damage_runs import TRAININGS, Kind, Result, World, computed, difference, logged, tree
 from helpers.forked import Ended
 
 HARMS = ("a flipped bit", "a block of zeros", "cut off", "missing")

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from helpers.damage_runs import TRAININGS, Kind, Result, World, computed, difference, tree
 from helpers.forked import Child, Ended, script
 
-REPOSITORY = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # what is killed besides training: the command, with OUT for the place of the result
 OTHERS = {
     "data_process, one process": "data_process --input texts.jsonl --tokenizer data/tokenizer --out OUT --held_out 0.1"
@@ -132,69 +124,6 @@ def contents_differ(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
     """Return which files differ, in words; "" where all are equal."""
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     return f"{', '.join(wrong[:3])} differ" if wrong else ""
-
-
-# ---- two processes
-
-
-def torchrun(world: World, command: str) -> subprocess.Popen:
-    """Start a script on two processes."""
-    name, *words = command.split()
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    with (world.folder / "said.txt").open("wb") as said:
-        return subprocess.Popen(
-            [*TORCHRUN, str(REPOSITORY / f"{name}.py"), *words, "--train.backend", "ddp"],
-            cwd=world.folder, env=environment, stdout=said, stderr=said,
-        )  # fmt: skip
-
-
-def kill_two(name: str) -> Callable[[World, random.Random], Result]:
-    """Return a trial that kills both processes of a run, or torchrun alone, and lets it go on."""
-
-    def trial(world: World, rng: random.Random) -> Result:
-        out = world.fresh() / "run"
-        command = f"{TRAININGS[name]} --out {out}"
-
-        def undisturbed() -> tuple[dict[str, Any], float]:
-            began, whole = time.monotonic(), world.folder / f"two_{list(TRAININGS).index(name)}"
-            status = torchrun(world, f"{TRAININGS[name]} --out {whole}").wait(600)
-            if status:
-                raise SystemExit((world.folder / "said.txt").read_text())
-            return computed(whole), time.monotonic() - began
-
-        expected, _ = world.once(f"two: {name}", undisturbed)
-        number, step = rng.choice([signal.SIGKILL, signal.SIGTERM]), rng.randint(0, 18)
-        first = torchrun(world, command)
-        while first.poll() is None and logged(out) < step:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
-        processes = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
-        whom = processes if number == signal.SIGKILL and rng.random() < 0.5 else processes[:1]
-        for process in whom:
-            process.send_signal(number)
-        status = first.wait(120)
-        said = (world.folder / "said.txt").read_text(errors="replace")
-        left = psutil.wait_procs(processes[1:], timeout=15)[1]
-        for process in left:
-            process.kill()
-        if left:
-            return Result("lost", f"{len(left)} ranks live 15 s after {signal.Signals(number).name} to torchrun")
-        again = torchrun(world, command).wait(300)
-        more = (world.folder / "said.txt").read_text(errors="replace")
-        ours = [Ended(status, said, 0, 0), Ended(again, more, 0, 0)]
-        ours[0].said = (
-            said.partition("Traceback")[0] if number == signal.SIGTERM else said
-        )  # torchrun's own, of a signal
-        return after_kill(*ours, lambda: difference(expected, computed(out)), number, step / 20)
-
-    return trial
-
-
-def logged(out: Path) -> int:
-    """Return the last step in the log of a run."""
-    from training.log import read_metrics
-
-    return max((row["step"] for row in read_metrics(out / "metrics.jsonl")), default=0)
 
 
 # ---- two at once
@@ -312,10 +241,6 @@ def kills() -> dict[str, Kind]:
     for name in OTHERS:
         found[f"kill: {name}"] = Kind(
             promise + " (data, tokenizer, models, answers)", counts.get(name, 10), kill_other(name)
-        )
-    for name in ("pretrain, Muon", "LoRA", "DPO"):
-        found[f"kill two: {name}"] = Kind(
-            promise + " (training, two processes), and no rank lives on", 6, kill_two(name)
         )
     for name in ("pretrain, Muon", "DPO", "data_process, one process", "train_tokenizer"):
         promise_of_lock = "Of two processes in one directory one is refused, and the other one is not disturbed"

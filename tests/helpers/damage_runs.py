@@ -147,6 +147,13 @@ def lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf8")
 
 
+def logged(out: Path) -> int:
+    """Return the last step in the log of a run."""
+    from training.log import read_metrics
+
+    return max((row["step"] for row in read_metrics(out / "metrics.jsonl")), default=0)
+
+
 def computed(run: Path) -> dict[str, Any]:
     """Return all that a training run computed: the rows of its log without the clock, its result, its weights."""
     from cli.record import file_sha256
