@@ -14,5 +14,6 @@ def install_command(extra: str) -> str:
 def need(what: str, extra: str, *packages: str) -> None:
     """Exit with status 1 and one sentence, whose subject is `what`, where one of `packages` is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
+        names = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
         verb = "is" if len(missing) == 1 else "are"
-        sys.exit(f"error: {what} needs {' and '.join(missing)}, which {verb} not installed: {install_command(extra)}")
+        sys.exit(f"error: {what} needs {names}, which {verb} not installed: {install_command(extra)}")

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from attention.cache import keep_prefix
+from chat.messages import check_messages
 from cli.progress import say
 from decoding.feeder import check_prompts
 from decoding.params import SamplingParams
@@ -46,6 +47,49 @@ class ChatSession:
         """Forget the conversation."""
         self.messages: list[dict] = []
         self.forgotten = 0
+
+    def set_system(self, text: str) -> None:
+        """Put a system message before the conversation; "": none. Raises ValueError where the template has no place for
+        one, or where nothing else would fit into the context."""
+        assistant, messages = replace(self.assistant, system=text), self.messages or [{"role": "user", "content": ""}]
+        prompt = assistant.encode(messages)
+        if text and prompt == replace(assistant, system="").encode(messages):
+            raise ValueError("the chat template of this model has no place for a system message")
+        check_prompts(assistant.model, [prompt], self.cache.max_len)
+        self.assistant = assistant
+
+    def all_messages(self) -> list[dict]:
+        """Return the conversation with the system message."""
+        system = self.assistant.system
+        return [{"role": "system", "content": system}] * bool(system) + self.messages
+
+    def restore(self, messages: list[dict]) -> None:
+        """Go on with another conversation, which ends with an answer. Raises ValueError, and leaves all as it is, where
+        this model cannot go on with it."""
+        check_messages(messages)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        assistant = self.assistant if system is None else replace(self.assistant, system=system)
+        messages = messages[system is not None :]
+        assistant.encode([*messages, {"role": "user", "content": ""}])
+        self.assistant, self.messages, self.forgotten = assistant, messages, 0
+
+    def retry(self, params: SamplingParams) -> Generator[str, None, None]:
+        """Yield another answer to the last question. It takes the place of the old one, which stays where none comes.
+        Raises ValueError where nothing was asked."""
+        if not self.messages:
+            raise ValueError("there is no question to answer again")
+        before = self.messages
+        at = max(i for i, message in enumerate(before) if message["role"] == "user")
+
+        def pieces() -> Generator[str, None, None]:
+            self.messages = before[:at]
+            try:
+                yield from self.reply(before[at]["content"], params)
+            finally:
+                if self.messages[-2:-1] != [before[at]]:  # no answer came
+                    self.messages = before
+
+        return pieces()
 
     def reply(self, text: str, params: SamplingParams) -> Generator[str, None, None]:
         """Yield the answer to `text` in pieces of text, with a notice when turns are forgotten; see `ask`."""

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from cli.args import nearest
 from cli.progress import say
 from decoding.params import SamplingParams
 from serving.assistant import Assistant
+from serving.commands import LEAVE, Talk, carry_out, is_command, words_of_commands
 from serving.session import ChatSession
 
-COMMANDS = ("/set", "/reset", "/help", "/quit")
 EXAMPLES = "examples.txt"
-LEAVE = ("/quit", "/exit", "quit", "exit")
-HELP = """\
-/set NAME VALUE   change how answers are drawn; now: {settings}
-/reset            forget the conversation
-/help             this text
-/quit             leave; so do quit, exit, Ctrl-D, and Ctrl-C twice
-Ctrl-C stops an answer.{examples}"""
-
-Ask = Callable[[str, SamplingParams], Generator[str, None, None]]
 
 
 def chat(assistant: Assistant, params: SamplingParams) -> int:
@@ -35,9 +24,9 @@ def chat(assistant: Assistant, params: SamplingParams) -> int:
         size = assistant.model.n_parameters() / 1e6
         print(f"{assistant.directory}, {size:.2f} M parameters: {what}; /help, /quit{examples}")
     if assistant.template is None:
-        return converse(assistant.reply, lambda: None, params)
+        return converse(Talk(assistant.reply, params))
     session = ChatSession(assistant)
-    return converse(session.reply, session.reset, params, examples)
+    return converse(Talk(session.reply, params, session, examples))
 
 
 def read_examples(assistant: Assistant) -> list[str]:
@@ -55,25 +44,21 @@ def suggestions(examples: list[str]) -> str:
     return "\n  ".join(["\nWhat it has learnt to answer, for example:", *examples]) if examples else ""
 
 
-def converse(ask: Ask, reset: Callable[[], None], params: SamplingParams, examples: str = "") -> int:
-    """Answer each line of standard input with the pieces of text that `ask` yields; return the number of answers.
-    examples: lines for /help.
+def converse(talk: Talk) -> int:
+    """Answer each message that is typed, or each line of standard input; return the number of answers.
 
-    A ValueError of `ask` is a notice about one line and not the end. Over a pipe, standard output gets nothing but
-    answers; notices and errors go to standard error. On a terminal, Ctrl-C stops an answer; over a pipe, the program.
+    A ValueError is a notice about one message and not the end. Over a pipe, standard output gets nothing but answers;
+    notices and errors go to standard error. On a terminal, Ctrl-C stops an answer; over a pipe, the program.
     """
     interactive, answered = sys.stdin.isatty(), 0
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    for line in lines_typed(interactive):
+    for text in typed_messages() if interactive else lines_given():
         try:
-            if line in LEAVE or line.startswith(("/quit ", "/exit ")):
+            if text in LEAVE or text.startswith(("/quit ", "/exit ")):
                 break
-            if line.startswith("/"):
-                params = command(line, params, reset, examples)
-            else:
+            pieces = carry_out(text, talk) if is_command(text) else talk.ask(text, talk.params)
+            if pieces is not None:
                 # Close the answer as soon as Ctrl-C stops it, so that its beginning enters the history now.
-                with contextlib.closing(ask(line, params)) as pieces:
+                with contextlib.closing(pieces):
                     print_pieces(pieces)
                 answered += 1
         except ValueError as error:
@@ -95,61 +80,24 @@ def print_pieces(pieces: Iterable[str]) -> str:
     return "".join(printed)
 
 
-def lines_typed(interactive: bool) -> Iterator[str]:
-    """Yield the lines that are not blank, up to the end of the input or two Ctrl-C in a row on an empty line."""
-    typed, interrupted = str, False  # typed(): the line so far; str() is empty, where readline cannot say
-    if interactive:
-        with contextlib.suppress(ImportError):  # not on Windows; it gives input() line editing and history
-            from readline import get_line_buffer as typed
+def typed_messages() -> Iterator[str]:
+    """Return an iterator over the messages that a person types at the terminal."""
+    from serving import typed  # not for a pipe
+
+    return typed.typed_messages(words_of_commands())
+
+
+def lines_given() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank, up to its end or Ctrl-C."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = input().strip()
         except EOFError:
-            if interactive:
-                print()
             return
         except KeyboardInterrupt:
             print()
-            if not interactive or (interrupted and not typed()):
-                return
-            interrupted = not typed()  # on a line that is not empty, Ctrl-C only clears it
-            if interrupted:
-                print("(Ctrl-C again leaves)")
-            continue
-        interrupted = False
+            return
         if line:
             yield line
-
-
-def command(line: str, params: SamplingParams, reset: Callable[[], None], examples: str = "") -> SamplingParams:
-    """Carry out a line that begins with a slash; return the settings from here on. Raises ValueError for an unknown
-    command or setting."""
-    name, *words = line.split()
-    if name == "/reset":
-        reset()
-        say("(forgotten)")
-    elif name == "/help":
-        settings = ", ".join(f"{key} {value}" for key, value in vars(params).items())
-        say(HELP.format(settings=settings, examples=examples))
-    elif name == "/set":
-        params = with_setting(params, words)
-        say(f"({words[0]} is {getattr(params, words[0])})")
-    else:
-        raise ValueError(f"unknown command {name}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}")
-    return params
-
-
-def with_setting(params: SamplingParams, words: list[str]) -> SamplingParams:
-    """Return `params` with one field changed; words: its name and its value."""
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(params)}
-    if len(words) != 2:
-        raise ValueError(f"/set expects a name and a value, as in /set temperature 0.7; names are {', '.join(kinds)}")
-    name, value = words
-    if name not in kinds:
-        raise ValueError(f"unknown setting {name}{nearest(name, kinds)}; settings are {', '.join(kinds)}")
-    try:
-        number = kinds[name](value)
-    except ValueError:
-        kind = {int: "a whole number", float: "a number"}[kinds[name]]
-        raise ValueError(f"{name} should be {kind}, found {value}") from None
-    return dataclasses.replace(params, **{name: number})

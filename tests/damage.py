@@ -23,6 +23,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from cli.extras import need  # noqa: E402
+
+need("tests.damage", "dev", "psutil", "pytest", "transformers")
+
 from helpers.damage_files import damages  # noqa: E402
 from helpers.damage_inputs import inputs  # noqa: E402
 from helpers.damage_kills import kills  # noqa: E402

@@ -35,6 +35,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from cli.extras import need  # noqa: E402
+
+need("tests.fuzz", "dev", "transformers")
+
 from helpers.fuzz_kinds import Trial, build, kinds  # noqa: E402
 
 SLOW, HANGS = 5.0, 30  # seconds: of computing, by the clock

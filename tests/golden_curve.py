@@ -62,6 +62,9 @@ def write_texts(folder: Path) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import random
 
+    from cli.extras import need
+
+    need("tests.golden_curve", "dev", "pytest")
     from helpers.miniature import EXCHANGES, conversations, note, verse, write
 
     generator = random.Random(0)

@@ -23,6 +23,7 @@ import torch
 
 import eval as eval_script
 from checkpoint.directory import load_model, save_model
+from cli.extras import need
 from evaluation.exam_subjects import CEVAL, MMLU
 from evaluation.exams import LETTERS, CEval, MMLUExam
 from evaluation.harness import adapter
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=3, help="number of subjects of each task")
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
+    need("tests.harness_table", "eval", "lm_eval")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     from lm_eval.models.huggingface import HFLM
 

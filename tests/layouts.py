@@ -17,6 +17,10 @@ TESTS = Path(__file__).parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # as pytest has it
 
+from cli.extras import need  # noqa: E402
+
+need("tests.layouts", "dev", "transformers")
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from helpers.published_layouts import LAYOUTS, Layout, with_blocks, write_layout  # noqa: E402

@@ -11,16 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 TESTS = Path(__file__).parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # as pytest has it
 
+from cli.extras import need  # noqa: E402
+
+need("tests.oracles", "dev", "peft", "pytest", "transformers")
+
 import oracle_rows_model  # noqa: E402, F401  (they fill ROWS)
 import oracle_rows_use  # noqa: E402, F401
 import oracle_rows_weights  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402
 from helpers.oracle_row import ROWS, Row  # noqa: E402
 
 DOCUMENT = TESTS.parent / "docs" / "oracles.md"

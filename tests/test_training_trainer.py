@@ -17,7 +17,7 @@ from model import Transformer
 from model_args import ModelArgs
 from optim.args import OptimArgs
 from optim.schedule import lr_factor
-from training import state
+from training import precision, state
 from training.heldout import evaluate
 from training.log import read_metrics
 from training.state import checkpoints, load_state
@@ -216,6 +216,35 @@ def test_first_lines_of_a_run(tmp_path, capsys):
     assert "(mfu below: share of 1,000 GFLOP/s, not measured.)" in said and "torch.compile" not in said
     assert f"The run has {2 * n} steps, and {2 * n} are for warming up" in said
     assert re.search(rf"step {n}: held-out loss \d\.\d{{4}} \(first 2 batches\), best so far\n", said)
+
+
+def test_whether_a_run_is_compiled_is_told_with_an_estimate(tmp_path, monkeypatch):
+    """20 s for two layers, against 30 % of the run's operations at 6e10 a second."""
+    ours = toy_trainer(tmp_path / "run", toy_data(tmp_path), compile="auto", max_steps=5)
+    cpu, n = torch.device("cpu"), sum(p.numel() for p in ours.model.parameters())
+
+    def told(flops: float, device: torch.device = cpu, can: bool = True, **changes: str) -> str | None:
+        monkeypatch.setattr(precision, "run_flops", lambda *_: flops)
+        monkeypatch.setattr(precision, "can_compile", lambda _: can)
+        args = dataclasses.replace(ours.args, **changes)
+        told = precision.about_compiling(ours.model, args, device, ours.data)
+        assert precision.compiles(ours.model, args, device, ours.data) == bool(told and told.startswith("The first"))
+        return told
+
+    tokens = 5 * ours.data.batch_size * ours.data.seq_len
+    assert precision.saved_seconds(ours.model, ours.args, ours.data) > 0.3 * 6 * n * 0.5 * tokens / 6e10
+    takes = "Not compiled: on two idle cores compiling takes about 20 s, and would save about"
+    assert told(6e11) == f"{takes} 3 s of the run." and told(6e11, can=False) == f"{takes} 3 s of the run."
+    assert told(6e12) == "The first step compiles the model: about 20 s on two idle cores."
+    assert told(6e14, can=False) == (
+        "Not compiled: torch.compile needs a C++ compiler and Python's headers, and not all of that is here; it would "
+        "save about 2,980 s of the run on two idle cores."
+    )
+    assert told(6e11, compile="on").startswith("The first step compiles") and told(6e14, compile="off") is None
+    assert told(1, torch.device("cuda"), can=False).endswith(
+        "Triton, a C compiler and Python's headers, and not all of that is here."
+    )
+    assert told(1, torch.device("mps"), can=False) is None
 
 
 @pytest.mark.parametrize("changes, steps", [({"epochs": 2.0}, 2), ({"epochs": 0.5}, 0.5), ({"max_steps": 3}, None)])

@@ -38,14 +38,39 @@ def compiles(model: TrainableModel, args: TrainArgs, device: torch.device, data:
 
     The whole run counts, and no measured rate does: a run that goes on decides as it did before, for the same losses.
     """
-    saved = COMPILED_SAVES * run_flops(model.args, data, args) / CPU_FLOPS
-    pays = device.type != "cpu" or compile_seconds(model) < saved
+    pays = device.type != "cpu" or compile_seconds(model) < saved_seconds(model, args, data)
     return args.compile == "on" or (args.compile == "auto" and pays and can_compile(device))
 
 
 def compile_seconds(model: TrainableModel) -> float:
     """Return about how long torch.compile takes on two idle CPU cores, in seconds."""
     return SECONDS_A_LAYER * model.args.n_layers
+
+
+def saved_seconds(model: TrainableModel, args: TrainArgs, data: BatchSource) -> float:
+    """Return by about how many seconds a compiled run is shorter on two idle CPU cores, compiling not counted."""
+    return COMPILED_SAVES * run_flops(model.args, data, args) / CPU_FLOPS
+
+
+def about_compiling(model: TrainableModel, args: TrainArgs, device: torch.device, data: BatchSource) -> str | None:
+    """Return a sentence on whether a run is compiled and what that takes or saves; None where it was turned off."""
+    takes, saves = compile_seconds(model), saved_seconds(model, args, data)
+    if compiles(model, args, device, data):
+        return f"The first step compiles the model: about {takes:,.0f} s on two idle cores."
+    if args.compile == "off":
+        return None
+    if device.type == "cpu" and takes >= saves:
+        return (
+            f"Not compiled: on two idle cores compiling takes about {takes:,.0f} s, and would save about "
+            f"{saves:,.0f} s of the run."
+        )
+    needs = {"cpu": "a C++ compiler", "cuda": "Triton, a C compiler"}.get(device.type)
+    if needs is None:
+        return None  # torch.compile is not tried on this device
+    saving = (
+        f"; it would save about {saves - takes:,.0f} s of the run on two idle cores" if device.type == "cpu" else ""
+    )
+    return f"Not compiled: torch.compile needs {needs} and Python's headers, and not all of that is here{saving}."
 
 
 def prepare(model: TrainableModel, args: TrainArgs, backend: SingleProcess, data: BatchSource) -> torch.dtype:

@@ -32,7 +32,7 @@ from training.args import TrainArgs
 from training.flops import train_flops_per_token
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
-from training.precision import check_length, compile_seconds, compiles, prepare
+from training.precision import about_compiling, check_length, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.samples import Sampler
 from training.signals import caught_signals
@@ -283,9 +283,8 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
         f":\n{steps:,} steps of {data.batch_size * data.seq_len:,} tokens "
         f"({steps / data.steps_per_epoch:.3g} epochs of {data.steps_per_epoch:,} steps)."
     )
-    if compiles(trainer.model, trainer.args, backend.device, data):
-        seconds = compile_seconds(trainer.model)
-        log.say(f"The first step compiles the model: about {seconds:.0f} s on two idle cores.")
+    if compiling := about_compiling(trainer.model, trainer.args, backend.device, data):
+        log.say(compiling)
     log.say(f"(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)")
     if steps <= optim.warmup_steps:
         longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"
