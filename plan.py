@@ -10,6 +10,8 @@ python plan.py --run out/tiny/pretrain
 from __future__ import annotations
 
 import dataclasses
+import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +20,10 @@ from typing import Annotated, Any, Literal
 from cli.args import parse, run
 from cli.flags import SET, Needs, check_flags
 from cli.memory import check_memory
-from files import write_json
+from files import write_json, write_text
 from model_args import ModelArgs
 from optim.args import OPTIMIZERS, OptimArgs
-from planning import cluster, devices, measure, memory, published, runs, scaling, single
+from planning import cluster, devices, launch, measure, memory, published, runs, scaling, single
 from planning.devices import GIB, Device
 from planning.memory import Step
 from planning.shapes import Source, find_shape, flags_of_shape
@@ -30,6 +32,7 @@ from training.flops import train_flops_per_token
 
 MANY = "it describes several GPUs; give their number, or remove it"
 ONE = "it belongs to the plan of one process; remove one of the two"
+MOST_COMMANDS = 3  # that are printed
 ALONE = "each prints a table of its own; remove one of the two"
 NEEDS = (
     Needs("shape.*", "model", (None,), "a model has its own shape; remove one of the two"),
@@ -44,6 +47,8 @@ NEEDS = (
     Needs("model", "published", (False,), ALONE),
     Needs("run", "published", (False,), ALONE),
     Needs("model", "run", ((),), ALONE),
+    Needs("launch", "gpus", SET, "one process needs no launch file; the plan prints its command"),
+    Needs("launch", "tokens", SET, "the file says for how many steps; give --tokens"),
     Needs("price", "tokens or run", SET, "an amount needs a number of tokens, or a run"),
 )
 
@@ -94,6 +99,8 @@ class Args:
     """measure steps of two small models on this machine for ten seconds, and predict the time of a step from them"""
     json: Path | None = None
     """file for all numbers of the plan"""
+    launch: Path | None = None
+    """launch file to write for the fastest strategy that runs here: .slurm or .sbatch for SLURM, else for bash"""
     published: bool = False
     """print published runs beside the formulas, and nothing else"""
     run: tuple[Path, ...] = ()
@@ -280,12 +287,18 @@ def plan_many(args: Args, source: Source, where: cluster.Cluster, step: Step) ->
     if fits:
         print(table(*strategy_rows(args, fits)), end="\n\n")
     if others:
-        too_large = ", ".join(f"{each.strategy.label} {gib(each.total)}" for each in others[:6])
+        too_large = ", ".join(f"{each.strategy.label} {each.size}" for each in others[:6])
         more = f" and {len(others) - 6} others" if len(others) > 6 else ""
         print(f"too large, with their smallest need: {too_large}{more}")
-    for line in conclusion(args, source, where, fits, others):
+    for line in conclusion(args, source, where, step, fits, others):
         print(line)
-    rows = [dataclasses.asdict(each) | {"total": each.total, "fits": each in fits} for each in [*fits, *others]]
+    if args.launch is not None:
+        write_launch(args, source, where, step, fits)
+    rows = []
+    for each in [*fits, *others]:
+        able = launch.runs_here(each.strategy, step.optimizer)
+        command = launch.Launch(source, where, step, each).command() if able else None
+        rows.append(dataclasses.asdict(each) | {"total": each.total, "fits": each in fits, "command": command})
     return {"device": dataclasses.asdict(device), "strategies": rows}
 
 
@@ -297,7 +310,8 @@ def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cl
         raise ValueError(
             f"--gpus {args.gpus} is not a multiple of --per_node {args.per_node}: a node has that many; change one"
         )
-    default = args.gpus * max(1, round(4e6 / step.seq_len / args.gpus))
+    rows = max(1.0, 4e6 / step.seq_len / args.gpus)  # for each GPU; a power of 2 divides into micro-batches
+    default = args.gpus * 2 ** round(math.log2(rows))
     batch_size = args.batch_size or source.batch_size or default
     return cluster.Cluster(device, args.gpus, args.per_node, args.node_link * 1e9, args.mfu, step.seq_len, batch_size)
 
@@ -324,6 +338,7 @@ def conclusion(
     args: Args,
     source: Source,
     where: cluster.Cluster,
+    step: Step,
     fits: list[cluster.Prediction],
     others: list[cluster.Prediction],
 ) -> Iterator[str]:
@@ -341,28 +356,39 @@ def conclusion(
     if args.tokens:
         seconds = args.tokens / best.tokens_per_second
         yield f"fastest, {best.strategy.label}: {count(args.tokens)} tokens take {spent(args, where.device, seconds)}"
-    here = next((each for each in fits if each.strategy.name == "DDP"), None)
-    if best.strategy.name != "DDP":
-        yield f"{best.strategy.label} cannot be run with this repository yet; DDP can."
-    if here is None:
-        needs = [gib(each.total) for each in others if each.strategy.name == "DDP"]
-        why = f"does not fit (it takes {needs[0]})" if needs else f"needs a multiple of {args.gpus} for --batch_size"
-        yield f"DDP, the only strategy for several GPUs that this repository runs, {why}."
-        return
+    able = [each for each in fits if launch.runs_here(each.strategy, step.optimizer)]
+    if best not in able:
+        why = "which divides data, not tensors or layers" if best.strategy.name == "3D" else f"with {step.optimizer}"
+        yield f"{best.strategy.label} cannot be run with this repository, {why}."
+    if not able:
+        known = [each for each in others if launch.runs_here(each.strategy, step.optimizer)]
+        needs = f": the nearest, {known[0].strategy.label}, takes {known[0].size}" if known else ""
+        yield f"Nothing that fits can be run with this repository{needs}."
     each_node = " (in each node)" * (args.gpus > args.per_node)
-    yield f"DDP is run by{each_node}:\n  {ddp_command(args, source, where, here)}"
+    for each in able[:MOST_COMMANDS]:
+        command = launch.Launch(source, where, step, each).command()
+        yield f"{each.strategy.label} is run by{each_node}:\n  {command}"
 
 
-def ddp_command(args: Args, source: Source, where: cluster.Cluster, here: cluster.Prediction) -> str:
-    """Return the command of DDP for one node, or for each of several nodes."""
-    nodes = -(-args.gpus // args.per_node)
-    several = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
-    flags = f"--data.seq_len {where.seq_len} --data.batch_size {where.batch_size} --train.micro_batch_size {here.rows}"
-    again = " --train.gradient_checkpointing True" * here.checkpointing
-    per_node = min(args.per_node, args.gpus)
-    return (
-        f"torchrun {several}--nproc_per_node {per_node} pretrain.py {source.command} --train.backend ddp {flags}{again}"
-    )
+def write_launch(
+    args: Args, source: Source, where: cluster.Cluster, step: Step, fits: list[cluster.Prediction]
+) -> None:
+    """Write the launch file of the fastest strategy that this repository runs. Raises ValueError where none fits."""
+    able = [each for each in fits if launch.runs_here(each.strategy, step.optimizer)]
+    if not able:
+        raise ValueError(f"--launch {args.launch}: no strategy that this repository runs fits; nothing is written")
+    own = [f"--{name} {shlex.quote(str(value))}" for name, value in changed(args) if name != "json"]
+    file = launch.Launch(source, where, step, able[0])
+    slurm = args.launch.suffix in (".slurm", ".sbatch")
+    write_text(args.launch, file.file(f"python plan.py {' '.join(own)}", args.tokens, slurm))
+    print(f"{args.launch}: {able[0].strategy.label}, by {'sbatch' if slurm else 'bash'}")
+
+
+def changed(args: Args) -> Iterator[tuple[str, Any]]:
+    """Yield the flags without a group that are not as by default, and their values."""
+    for each in dataclasses.fields(args):
+        if each.name != "shape" and (value := getattr(args, each.name)) != each.default:
+            yield each.name, f"{value:g}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ NEEDS = (
     Needs("qat_group_size", "qat_bits", (2, 3, 4, 8), "weights that are not rounded have no groups; remove it"),
     Needs("qat_bits", "bitnet", ("none",), "a weight is rounded in one way; remove one of the two"),
     Needs("model.vocab_size", "init_from", SET, "a new model has the ids of the tokenizer; remove it", only_named=True),
+    Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
     Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
 )
@@ -80,6 +81,8 @@ class Args:
     bitnet: Literal[("none", *BITNETS)] = "none"  # type: ignore[valid-type]
     """train linear layers but the head with weights of few bits and inputs of 8. b158 (Ma et al. 2024): -1, 0, 1; b1
     (Wang et al. 2023): -1, 1. quantize.py --method bitnet packs the result"""
+    check: bool = False
+    """look at the machine, the data and the first steps of this run, say what is wrong, and do not train"""
     qat_bits: Literal[0, 2, 3, 4, 8] = 0
     """train linear layers but the head with weights that are rounded to so many bits in every step; 0: they are not.
     quantize.py --method qat packs the result, without any further loss"""
@@ -120,6 +123,8 @@ from checkpoint.extend import (
 from checkpoint.locate import is_model, model_in, read_config, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
+from checks.check import conclude, lines
+from checks.learning import training_checks
 from dataset import PretrainData
 from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
@@ -172,6 +177,10 @@ def main(args: Args) -> dict[str, Any]:
             token_bytes=tokenizer.token_bytes(),
             sampler=make_sampler(args, model, tokenizer, heldout or bins),
         )
+        if args.check:
+            found = training_checks(trainer, new=args.init_from is None)
+            print(*lines(found), sep="\n", flush=True)
+            return conclude(found)
         with alone_in(args.out) if backend.main else contextlib.nullcontext():
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]

@@ -88,18 +88,14 @@ inline short16 look_up(byte16 codes, const int16_t *levels) {
 template <int BITS> inline void unpack(const uint8_t *codes, const int16_t *levels, short16 &even, short16 &odd) {
     if constexpr (BITS == 2) {
         typedef uint8_t byte8 __attribute__((vector_size(8)));
-        const byte8 quads = read<byte8>(codes);
-        // each byte twice; a product and a shift by 8 move a lane by its own number of bits
-#if defined(__AVX2__)
-        const __m128i once = (__m128i){(int64_t)read<int64_t>(codes), 0};
-        const ushort16 twice = (ushort16)_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(once, once));
-        (void)quads;
+        typedef uint32_t quad8 __attribute__((vector_size(32)));
+#if defined(__AVX2__)  // one instruction, which the compiler does not find
+        quad8 quads = (quad8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
 #else
-        ushort16 twice;
-        for (int i = 0; i < 16; i++) twice[i] = quads[i / 2];
+        quad8 quads = __builtin_convertvector(read<byte8>(codes), quad8);
 #endif
-        const ushort16 of_even = {256, 16, 256, 16, 256, 16, 256, 16, 256, 16, 256, 16, 256, 16, 256, 16};
-        even = (short16)((twice * of_even) >> 8 & 3), odd = (short16)((twice * (of_even >> 2)) >> 8 & 3);
+        quads |= quads << 12;  // a byte in each half of 16 bits: as it is, and 4 bits lower
+        even = (short16)(quads & 0x30003), odd = (short16)(quads >> 2 & 0x30003);
     } else if constexpr (BITS == LEVELS) {
         const byte16 pairs = read<byte16>(codes);
         even = look_up(pairs >> 4, levels), odd = look_up(pairs & 15, levels);

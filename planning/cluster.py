@@ -1,9 +1,10 @@
 """Many GPUs: what each strategy keeps on a GPU, how long a step takes, and which ones fit.
 
-States of a parameter on a GPU, as large runs keep them: bf16 weight 2 bytes, bf16 gradient 2, and 12 of the optimizer
-(float32 copy and two moments of AdamW). DDP is counted as this repository runs it: the same 16 in float32 (4 + 4 + 8),
-and a bf16 copy of the weights during a step. Messages go around a ring: r - 1 of r parts pass every
-GPU.
+States of a parameter on a GPU, as the backends of this repository keep them: float32 weight 4 bytes, float32 gradient
+4, and AdamW's two moments 8; DeepSpeed's ZeRO keeps a float32 copy of its part of the weights beside them, 12. Weights
+and gradients also travel in float32. 3D is counted as other programs run it: bf16 weight 2, bf16 gradient 2, and 12 of
+the optimizer. Messages go around a ring: r - 1 of r parts pass every GPU. Every process holds the whole model, in
+float32, before it is divided: `Prediction.start`.
 
 The time of a step is compute / (1 - bubble) + the communication that no compute hides:
     compute      model operations (4/3 of them when blocks are recomputed) / (GPUs x peak x `efficiency`)
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from model_args import ModelArgs
 from planning.devices import Device, usable
 from planning.memory import Step, logits_block, matrices, saved_by_block, saved_outside, training
+from planning.tables import gib
 from training.flops import train_flops_per_token
 
 MOST_ROWS = 64  # of a micro-batch
@@ -55,8 +57,7 @@ class Strategy:
     """One way to divide the work."""
 
     name: str
-    """DDP, ZeRO-1, ZeRO-2, ZeRO-3 (or FSDP2, which keeps and sends the same) or 3D (tensor x pipeline x data, with
-    ZeRO-1 over data)"""
+    """DDP, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3 (DeepSpeed) or 3D (tensor x pipeline x data, with ZeRO-1 over data)"""
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
@@ -67,8 +68,7 @@ class Strategy:
     def label(self) -> str:
         """Name for a table."""
         sizes = f" TP{self.tensor} PP{self.pipeline} DP{self.data}" if self.name == "3D" else ""
-        same = " (FSDP2)" * (self.name == "ZeRO-3" and not self.offload)
-        return self.name + same + sizes + ", offload" * self.offload
+        return self.name + sizes + ", offload" * self.offload
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,25 @@ class Prediction:
     """seconds of communication that no compute hides"""
     mfu: float
     tokens_per_second: float
+    start: float = 0.0
+    """bytes of the whole model on every GPU, before it is divided"""
 
     @property
     def total(self) -> float:
-        """Bytes on the fullest GPU."""
-        return sum(self.memory.values())
+        """The most bytes on the fullest GPU."""
+        return max(self.start, sum(self.memory.values()))
+
+    @property
+    def size(self) -> str:
+        """The same in words; says so where it is the start that takes most."""
+        at_start = " at the start, when every GPU holds the whole model" if self.total == self.start else ""
+        return gib(self.total) + at_start
 
 
 def strategies(args: ModelArgs, cluster: Cluster) -> Iterator[Strategy]:
     """Yield the strategies whose sizes divide the model and use every GPU."""
     n = cluster.gpus
-    for name in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+    for name in ("DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
         yield Strategy(name, data=n)
     yield Strategy("ZeRO-2", data=n, offload=True)
     yield Strategy("ZeRO-3", data=n, offload=True)
@@ -127,21 +135,27 @@ def share(args: ModelArgs, strategy: Strategy) -> float:
     return (blocks / strategy.pipeline + tables) / strategy.tensor + args.dim
 
 
-def states(args: ModelArgs, strategy: Strategy) -> dict[str, float]:
+def states(args: ModelArgs, strategy: Strategy, step: Step) -> dict[str, float]:
     """Return the bytes of weights, gradients and optimizer on a GPU, under any strategy but DDP."""
     p, n = share(args, strategy), strategy.data
-    stage = {"ZeRO-1": 1, "3D": 1, "ZeRO-2": 2, "ZeRO-3": 3}[strategy.name]
+    if strategy.name == "3D":  # ZeRO-1 over the data-parallel groups
+        return {"weights": 2 * p, "gradients": 2 * p, "optimizer": 12 * p / n}
+    stage = {"ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "FSDP2": 3}[strategy.name]
     sharded = {name: n if stage >= least else 1 for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
-    kept = {name: size * p / sharded[name] for name, size in (("weights", 2), ("gradients", 2), ("optimizer", 12))}
-    if stage == 3:  # two blocks are whole at a time: the present one, and the next that is gathered
-        kept["gathered blocks"] = 2 * 2 * matrices(args) + 2 * args.vocab_size * args.dim
+    whole = {"weights": 4 * p, "gradients": 4 * p, "optimizer": 12 * p}
+    if strategy.name == "FSDP2":
+        whole["optimizer"] = training(args, step)["optimizer"]
+    kept = {name: size / sharded[name] for name, size in whole.items()}
+    if stage == 3:  # whole at a time: the present block, the next that is gathered, one gradient; the tables
+        tables = args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
+        kept["gathered"] = 4 * (3 * matrices(args) + tables)
     if strategy.offload:
         kept["optimizer"] = 0
     return kept
 
 
 def activations(args: ModelArgs, strategy: Strategy, step: Step, micro_batches: int) -> dict[str, float]:
-    """Return the bytes of activations and logits on the first or last stage, whichever has more, tensors divided by TP
+    """Return the bytes of activations and logits of 3D on the first or last stage, whichever has more, divided by TP
     (with sequence parallelism). In 1F1B the first of p stages holds up to p micro-batches at once."""
     t, p = strategy.tensor, strategy.pipeline
     layers, in_flight = args.n_layers / p, min(p, micro_batches)
@@ -166,10 +180,13 @@ def communication(args: ModelArgs, strategy: Strategy, step: Step, micro_batches
     t, p, n = strategy.tensor, strategy.pipeline, strategy.data
     ring = (n - 1) / n
     rate = cluster.link(t * n)
-    gradient = (4 if strategy.name == "DDP" else 2) * share(args, strategy)
+    gradient = (2 if strategy.name == "3D" else 4) * share(args, strategy)
     kinds: list[tuple] = []
-    if strategy.name == "ZeRO-3":  # gather for forward and for backward, reduce gradients: every micro-batch
+    if strategy.name in ("ZeRO-3", "FSDP2"):  # gather for forward and backward, reduce gradients: every micro-batch
         kinds.append((3 * ring * gradient * micro_batches, rate, "all"))
+    elif strategy.name == "ZeRO-2":  # gradients of every micro-batch, because nobody keeps all; weights once
+        kinds.append((ring * gradient * micro_batches, rate, "all"))
+        kinds.append((ring * gradient, rate, ""))
     else:  # an all-reduce, or reduce-scatter and all-gather of the same size
         kinds.append((2 * ring * gradient, rate, "last"))
     hidden = step.itemsize * step.rows * step.seq_len * args.dim
@@ -179,7 +196,7 @@ def communication(args: ModelArgs, strategy: Strategy, step: Step, micro_batches
     if p > 1:
         kinds.append((2 * hidden / t * micro_batches, cluster.link(cluster.gpus), ""))
     if strategy.offload:  # gradients to the host, updated weights back
-        kinds.append((4 * share(args, strategy) / n, PCIE, ""))
+        kinds.append((8 * share(args, strategy) / n, PCIE, ""))
     return kinds
 
 
@@ -201,14 +218,15 @@ def predict(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -
         waiting += 4 * share(args, strategy) / strategy.data / HOST
     bubble = (strategy.pipeline - 1) / (micro_batches + strategy.pipeline - 1)
     seconds = compute / (1 - bubble) + waiting
-    if strategy.name == "DDP":  # as this repository runs it
-        memory: dict[str, float] = dict(training(args, step))
-    else:
-        memory = states(args, strategy) | activations(args, strategy, step, micro_batches)
+    if strategy.name == "3D":
+        memory: dict[str, float] = states(args, strategy, step) | activations(args, strategy, step, micro_batches)
+    else:  # activations as one process has them
+        memory = dict(training(args, step)) | ({} if strategy.name == "DDP" else states(args, strategy, step))
     mfu = flops / seconds / (cluster.gpus * cluster.device.peak)
     volume = sum(size for size, *_ in kinds)
+    start = 0.0 if strategy.name == "3D" else 4.0 * args.n_parameters()
     chosen = (strategy, step.rows, step.checkpointing, memory, seconds, bubble, volume, waiting, mfu, tokens / seconds)
-    return Prediction(*chosen)
+    return Prediction(*chosen, start)
 
 
 def best_of(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -> Prediction | None:

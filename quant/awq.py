@@ -63,7 +63,10 @@ def search_scale(
     for layer, weight in zip(fold.after, weights):
         layer.weight.copy_(weight)
     if best is None or not torch.isfinite(torch.tensor(best[0])):
-        raise ValueError("the output error of AWQ's scales is not finite: the calibration activations overflow")
+        raise ValueError(
+            "the error of AWQ's scales is not finite on the calibration text: the activations overflow, or the model "
+            "has diverged"
+        )
     return best[1], best[2]
 
 

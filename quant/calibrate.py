@@ -58,17 +58,28 @@ def quantize_block(
     """Put a quantized layer in the place of every layer of `stages`, and move the stream past the block.
 
     solve(name, layer, statistics of its inputs) returns the quantized layer and a report; names begin with `prefix`.
-    Yields the name and the report of each layer when it is done.
+    Yields the name and the report of each layer when it is done. Raises ValueError that begins with a layer's name.
     """
     original = copy.deepcopy(block) if stream.full is not None else None
     for names in stages:
-        statistics = measure(block, original, stream, names[0])
+        with named(prefix + names[0]):
+            statistics = measure(block, original, stream, names[0])
         for name in names:
             layer = block.get_submodule(name)
-            quantized, report = solve(prefix + name, layer, statistics)
+            with named(prefix + name):
+                quantized, report = solve(prefix + name, layer, statistics)
             replace(block, name, quantized)
             yield prefix + name, report
     stream.through(block, original)
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Let a ValueError of the block begin with the name of the layer or block that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def measure(block: nn.Module, original: nn.Module | None, stream: Stream, name: str) -> InputStatistics:

@@ -41,7 +41,10 @@ def search_scale(
         if best is None or error < best[0]:
             best = (error, scale, share)
     if not torch.isfinite(torch.tensor(best[0])):
-        raise ValueError("the output error of SmoothQuant's scales is not finite: the calibration activations overflow")
+        raise ValueError(
+            "the error of SmoothQuant's scales is not finite on the calibration text: the activations overflow, or the "
+            "model has diverged"
+        )
     return best[1], best[2]
 
 

@@ -30,7 +30,9 @@ class InputStatistics:
         """
         x = x.reshape(-1, x.shape[-1]).to(self.gram)  # (n, in)
         if not x.isfinite().all():
-            raise ValueError("the calibration inputs of a layer are not finite: the model's activations overflow")
+            raise ValueError(
+                "the inputs are not finite on the calibration text: the activations overflow, or the model has diverged"
+            )
         # Running means: the old sums are scaled down, so that nothing overflows however many tokens come.
         keep = self.n_tokens / (self.n_tokens + len(x))
         self.n_tokens += len(x)

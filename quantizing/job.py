@@ -21,7 +21,7 @@ from cli.record import file_sha256, to_plain
 from evaluation.text_rows import draw_rows
 from files import write_json, written_aside
 from quant.bitnet import PackedBitLinear
-from quant.calibrate import Stream, quantize_block
+from quant.calibrate import Stream, named, quantize_block
 from quant.formats import Scheme
 from quant.four_bit import BLOCK
 from quant.grid import GridOptions
@@ -135,7 +135,8 @@ def quantize_model(
                 report |= begun.load(number, block)
                 stream.through(block, original)
                 continue
-            scaling(model, block, stream)
+            with named(f"model.layers.{number}"):
+                scaling(model, block, stream)
             found = {}
             for name, layer_report in quantize_block(block, stream, solver, f"model.layers.{number}."):
                 layer = model.get_submodule(name)

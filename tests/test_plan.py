@@ -57,8 +57,8 @@ def test_a_shape_comes_from_flags_and_the_numbers_go_to_a_file(tmp_path):
 def test_only_what_runs_here_gets_a_command(capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     run("--model configs/base.yaml --gpu h100 --gpus 16 --tokens 1e10")
-    *_, said = capsys.readouterr().out.partition("DDP is run by")
-    command = next(line for line in said.splitlines() if "torchrun" in line).split()
+    said = capsys.readouterr().out
+    command = next(line for line in said.splitlines() if "--train.backend ddp" in line).split()
     at = command.index("pretrain.py")
     assert command[:6] == shlex.split("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint")
     import pretrain
@@ -67,7 +67,12 @@ def test_only_what_runs_here_gets_a_command(capsys, monkeypatch):
     assert args.train.backend == "ddp" and args.data.batch_size == 256 and 256 % (16 * args.train.micro_batch_size) == 0
     run("--model llama2-70b --gpu h100 --gpus 24 --per_node 4")
     said = capsys.readouterr().out
-    assert "torchrun" not in said and "cannot be run with this repository yet" in said
+    assert "torchrun" not in said and "cannot be run with this repository, which divides data" in said
+    assert "Nothing that fits can be run with this repository: the nearest, FSDP2, takes 257.0 GiB" in said
+    rows = run("--model llama2-7b --gpu h100 --gpus 16 --optimizer muon")["strategies"]
+    commands = {row["strategy"]["name"]: row["command"] for row in rows}
+    assert "--train.backend fsdp" in commands["FSDP2"] and "optim.optimizer" not in commands["FSDP2"]  # the default
+    assert commands["3D"] is None and commands["ZeRO-2"] is None  # DeepSpeed divides no Muon
 
 
 def test_published_runs_agree(capsys):
@@ -134,7 +139,7 @@ def test_flags_that_would_do_nothing_are_refused(flags, message):
 def test_a_cluster_that_nothing_fits_names_the_nearest(capsys):
     run("--model llama3-405b --gpu 4090 --gpus 8")
     said = capsys.readouterr().out
-    assert "Nothing fits: the nearest, ZeRO-3, offload with 1 row, needs" in said and "more than there are" in said
+    assert "Nothing fits: the nearest, 3D TP8 PP1 DP1 with 1 row, needs" in said and "more than there are" in said
 
 
 def test_a_plan_needs_no_torch(tmp_path):

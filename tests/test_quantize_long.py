@@ -249,3 +249,19 @@ def test_text_without_a_word_is_refused(folder, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"fewer than one row|no text|empty"):
         run(folder, tmp_path / "out", calib=(tmp_path / "empty.txt",))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.begun").exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+def test_activations_that_overflow_are_named_by_their_layer(folder, tmp_path, method):  # noqa: F811
+    shutil.copytree(folder / "model", tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    for name in ("up_proj", "gate_proj"):
+        tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e25  # finite, but their product is not
+    save_file(tensors, path, {"format": "pt"})
+    options = {"calib": (folder / "text.txt",), "calib_tokens": 500, "seq_len": 50, "device": "cpu"}
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1.* not finite on the calibration text: the activations overflow"
+    ):
+        quantize.main(quantize.Args(tmp_path / "out", tmp_path / "model", method, **options))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -1,0 +1,100 @@
+"""Commands and launch files: how a strategy of a plan is run by this repository."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from optim.args import OptimArgs
+from planning.cluster import Cluster, Prediction, Strategy
+from planning.memory import Step
+from planning.shapes import Source
+from planning.tables import count, duration, gib
+
+BACKENDS = {"DDP": "ddp", "FSDP2": "fsdp", "ZeRO-1": "deepspeed", "ZeRO-2": "deepspeed", "ZeRO-3": "deepspeed"}
+ABLE = {"FSDP2": ("muon", "adamw", "lion"), "ZeRO-1": ("adamw",), "ZeRO-2": ("adamw",), "ZeRO-3": ("adamw",)}
+PORT = 29500
+
+
+def runs_here(strategy: Strategy, optimizer: str) -> bool:
+    """Return whether this repository runs a strategy with this optimizer."""
+    return strategy.name in BACKENDS and optimizer in ABLE.get(strategy.name, (optimizer,))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One strategy on one cluster, as a command."""
+
+    source: Source
+    where: Cluster
+    step: Step
+    found: Prediction
+
+    @property
+    def nodes(self) -> int:
+        """Number of machines."""
+        return -(-self.where.gpus // self.where.per_node)
+
+    @property
+    def per_node(self) -> int:
+        """GPUs of each machine."""
+        return min(self.where.per_node, self.where.gpus)
+
+    def script(self) -> list[str]:
+        """Return the script and its flags, each with its values."""
+        strategy = self.found.strategy
+        flags = [f"pretrain.py {self.source.command}", f"--train.backend {BACKENDS[strategy.name]}"]
+        if strategy.name.startswith("ZeRO"):
+            flags.append(f"--train.zero_stage {strategy.name[-1]}" + " --train.zero_offload True" * strategy.offload)
+        default = self.source.recipe.optim.optimizer if self.source.recipe else OptimArgs().optimizer
+        if self.step.optimizer != default:
+            flags.append(f"--optim.optimizer {self.step.optimizer}")
+        flags.append(f"--data.seq_len {self.where.seq_len} --data.batch_size {self.where.batch_size}")
+        again = " --train.gradient_checkpointing True" * self.found.checkpointing
+        return [*flags, f"--train.micro_batch_size {self.found.rows}{again}"]
+
+    def command(self) -> str:
+        """Return the command for one node, or for each of several nodes."""
+        several = f"--nnodes {self.nodes} --rdzv_backend c10d --rdzv_endpoint HOST:{PORT} " if self.nodes > 1 else ""
+        return f"torchrun {several}--nproc_per_node {self.per_node} {' '.join(self.script())}"
+
+    def file(self, made_by: str, tokens: float, slurm: bool) -> str:
+        """Return the text of a launch file: for SLURM's sbatch, or for bash on each node.
+
+        made_by: the command that made it; tokens: of the whole training
+        """
+        steps = math.ceil(tokens / (self.where.batch_size * self.where.seq_len))
+        named = self.source.name.rpartition("/")[2].removesuffix(".yaml")
+        places = f'--data.dir "${{DATA:-data/mine}}" --out "${{OUT:-out/{named}}}"'
+        script = [*self.script(), f"--train.max_steps {steps}", places]
+        head = ["#!/usr/bin/env bash", *self.comments(made_by, tokens, slurm)]
+        nodes, several = f"--nnodes {self.nodes}", self.nodes > 1
+        if slurm:
+            head += [f"#SBATCH --job-name={named}", f"#SBATCH --nodes={self.nodes}", "#SBATCH --ntasks-per-node=1"]
+            head += [f"#SBATCH --gpus-per-node={self.per_node}", "#SBATCH --exclusive", "set -euo pipefail", ""]
+            head += ['nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")', "first=${nodes%%$'\\n'*}", ""]
+            start = (
+                f'srun torchrun {nodes} --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:{PORT}"'
+            )
+        else:
+            head += ["set -euo pipefail", ""]
+            start = "torchrun"
+            if several:
+                head += [f': "${{FIRST:?name or address of the first of the {self.nodes} nodes}}"', ""]
+                start += f' {nodes} --rdzv_backend c10d --rdzv_endpoint "$FIRST:{PORT}"'
+        lines = [f"{start} --nproc_per_node {self.per_node}", *script]
+        return "\n".join([*head, " \\\n  ".join(lines)]) + "\n"
+
+    def comments(self, made_by: str, tokens: float, slurm: bool) -> list[str]:
+        """Return what a reader of the file has to know, as comments."""
+        found = self.found
+        seconds = tokens / found.tokens_per_second
+        each_node = "" if self.nodes == 1 or slurm else " Start it on every node, with the same FIRST."
+        return [
+            f"# Made by: {made_by}",
+            f"# Predicted by formulas, not measured: {found.strategy.label} takes {gib(found.total)} of each "
+            f"{self.where.device.name}, {found.seconds:.3g} s a step,",
+            f"# {count(found.tokens_per_second)} tokens/s; {count(tokens)} tokens take {duration(seconds)}.",
+            "# DATA is a directory of data_process.py with the model's tokenizer. After a stop the same file goes on",
+            f"# from the newest checkpoint.{each_node}",
+        ]

@@ -1,0 +1,81 @@
+"""Launch files: examples/ are what their commands write, and their flags are those of pretrain.py."""
+
+import itertools
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import plan
+import pretrain
+from cli.args import parse
+from planning import launch
+from planning.cluster import Strategy
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").iterdir() if path.suffix != ".md")
+
+
+def made(words: list[str]) -> None:
+    plan.main(parse(plan.Args, "plan", words))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_what_its_command_writes(path, tmp_path, monkeypatch):
+    line = next(line for line in path.read_text().splitlines() if line.startswith("# Made by: "))
+    words = shlex.split(line.removeprefix("# Made by: "))
+    assert words[:2] == ["python", "plan.py"] and words[-1] == f"examples/{path.name}"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").mkdir()
+    made(words[2:])
+    assert (tmp_path / words[-1]).read_text() == path.read_text(), "make it anew: " + shlex.join(words)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_bash_whose_command_pretrain_understands(path):
+    assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
+    text = path.read_text().replace("\\\n", " ")
+    command = next(line for line in text.splitlines() if "torchrun" in line)
+    words = shlex.split(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command))
+    flags = words[words.index("pretrain.py") + 1 :]
+    args = parse(pretrain.Args, "pretrain", flags)
+    options = dict(itertools.pairwise(words))
+    nodes = int(options.get("--nnodes", 1))
+    world = nodes * int(options["--nproc_per_node"])
+    assert args.data.batch_size % (world * args.train.micro_batch_size) == 0
+    assert args.train.backend in ("fsdp", "deepspeed") and args.model.n_layers == 32
+    if path.suffix == ".slurm":
+        assert f"#SBATCH --nodes={nodes}" in text and words[0] == "srun"
+
+
+def test_slurm_and_bash_start_the_same_training():
+    both = [
+        (REPOSITORY / f"examples/llama2-7b_32xh100.{kind}").read_text().split("pretrain.py")[1]
+        for kind in ("sh", "slurm")
+    ]
+    assert both[0] == both[1]
+
+
+def test_the_steps_are_those_of_the_tokens(tmp_path):
+    words = f"--model tinyllama --gpu a100 --gpus 16 --tokens 3e9 --batch_size 512 --launch {tmp_path / 'a.sh'}"
+    made(shlex.split(words))
+    steps = int(re.search(r"--train.max_steps (\d+)", (tmp_path / "a.sh").read_text())[1])
+    assert steps == math.ceil(3e9 / (512 * 2048))
+
+
+def test_what_cannot_be_run_gets_no_file(tmp_path):
+    words = f"--model llama2-70b --gpu h100 --gpus 128 --tokens 1e12 --launch {tmp_path / 'a.slurm'}"
+    with pytest.raises(ValueError, match="no strategy that this repository runs fits; nothing is written"):
+        made(shlex.split(words))
+    assert not (tmp_path / "a.slurm").exists()
+
+
+def test_which_strategies_run_here():
+    assert launch.runs_here(Strategy("DDP", data=8), "adafactor")
+    assert launch.runs_here(Strategy("FSDP2", data=8), "muon")
+    assert not launch.runs_here(Strategy("FSDP2", data=8), "adafactor")
+    assert not launch.runs_here(Strategy("ZeRO-2", data=8), "muon")
+    assert not launch.runs_here(Strategy("3D", 2, 2, 2), "adamw")
