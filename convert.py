@@ -26,6 +26,8 @@ NEEDS = (
 )
 EXPORT_NEEDS = (
     Needs("shards", "format", ("meta",), "the other formats have no ranks; remove it"),
+    Needs("tensor_parallel", "format", ("megatron",), "the other formats have no such ranks; remove it"),
+    Needs("pipeline_parallel", "format", ("megatron",), "the other formats have no stages; remove it"),
     Needs("shard_size", "format", ("huggingface",), "only that is cut by size; remove it"),
 )
 DATA_NEEDS = (

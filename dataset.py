@@ -159,6 +159,24 @@ class PretrainData:
         arrays = (ids[:, :-1], targets, positions, doc_ids)
         return Batch(*(None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
+    def origins(self, step: int, rank: int = 0, world: int = 1) -> list[str]:
+        """Return where each row of `rank` in the global `step` comes from: its bin, tokens and documents, from 0 on."""
+        self.batch(step, rank, world)  # makes the order of the epoch
+        told = []
+        for window in rows_of_rank(self._order[1], step % self.steps_per_epoch, self.batch_size, rank, world):
+            i = int(np.searchsorted(self._first, window, side="right")) - 1
+            first = int(window - self._first[i]) * self.seq_len
+            if window < 0 or i < 0:
+                told.append("a row that fills the last step")
+                continue
+            bin, last = self.bins[i], min(first + self.seq_len, len(self.bins[i])) - 1
+            where = f"{bin.path.name}: tokens {first} to {last}"
+            if bin.offsets is not None:
+                a, b = np.searchsorted(np.asarray(bin.offsets, np.int64), [first, last], side="right") - 1
+                where += f", documents {a} to {b}"
+            told.append(where)
+        return told
+
     def _order_of(self, epoch: int) -> np.ndarray:
         """Return the window numbers of one epoch in the order of training, (windows,) int64."""
         parts = []

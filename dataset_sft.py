@@ -216,6 +216,13 @@ class SFTData:
         of_all_ranks = rows.order[step_of_epoch * self.batch_size : (step_of_epoch + 1) * self.batch_size]
         return self._fill([rows.row(number) for number in numbers], self._width(rows, of_all_ranks))
 
+    def origins(self, step: int, rank: int = 0, world: int = 1) -> list[str]:
+        """Return the numbers, from 0 on, of the samples in each row of `rank` in the global `step`."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        rows = self._rows(epoch)
+        numbers = rows_of_rank(rows.order, step_of_epoch, self.batch_size, rank, world)
+        return ["samples " + ", ".join(str(int(piece[0])) for piece in rows.row(number)) for number in numbers]
+
     def _rows(self, epoch: int) -> Rows:
         """Return the rows of an epoch; those of the last call are kept."""
         if self._epoch[0] != epoch:

@@ -52,6 +52,8 @@ class Args:
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
     show: Annotated[int, (0, 1000000)] = 0
     """print this many samples of each task with what is trained marked, and statistics, and do not train"""
+    check: bool = False
+    """look at the machine, the data and the first steps of this run, say what is wrong, and do not train"""
     out: Path = Path("out/tiny/sft")
     """run directory: checkpoints, logs, the resolved config"""
 
@@ -74,6 +76,8 @@ from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
 from checkpoint.locate import model_in, read_stop_ids
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
+from checks.check import conclude, lines
+from checks.learning import training_checks
 from cli.progress import say
 from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
@@ -135,6 +139,10 @@ def main(args: Args) -> dict[str, Any]:
             adaptive=coba,
             sampler=make_sampler(args, model, template, split.heldout or split.trained),
         )
+        if args.check:
+            found = training_checks(trainer, new=False)
+            print(*lines(found), sep="\n", flush=True)
+            return conclude(found)
         with alone_in(args.out) if backend.main else nullcontext():
             if backend.main:
                 inputs = [task.path for task in args.data.tasks if task.path.is_file()]

@@ -6,6 +6,7 @@ other before it is executed.
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -80,3 +81,40 @@ class PickledTensor:
     def get_dtype(self) -> str:
         """Return the name of the dtype."""
         return NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
+
+
+class Inert:
+    """Stands for any class or function of another program that a pickle names; it keeps nothing and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> Inert:
+        """Return an object without contents, whatever the arguments."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Take any arguments."""
+
+    def __setstate__(self, state: object) -> None:
+        """Take any state."""
+
+
+def read_training_file(path: Path) -> dict[str, Any]:
+    """Return the dict in a file of `torch.save` that holds more than tensors: settings in an argparse.Namespace, enums,
+    random states. Everything but tensors and plain values becomes `Inert`, so that nothing of the file is run.
+
+    Tensors are mapped. Raises ValueError for a file that is truncated, damaged or no zip archive.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins = [(Inert, name) for name in names if name != "argparse.Namespace"]
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, pickle.UnpicklingError) and (asked := re.search(r"(?:module|GLOBAL) (\S+)", str(error))):
+            raise ValueError(
+                f"{path} is refused: it is a pickle that asks for {asked[1]}, and nothing of it was run"
+            ) from None
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint (truncated or damaged): {reason}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} should hold a dict, found {type(state).__name__}")
+    return state

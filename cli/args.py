@@ -44,7 +44,8 @@ T = TypeVar("T")
 SECONDS_FOR_RANK_0 = 5.0
 LONGEST = 1200  # characters of a message, which may quote a file
 MOST_WORDS, MOST_DEPTH = 100_000, 8  # of one value of a preset; `&a [*a, *a]` would have no end
-SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan", "report")
+SECTIONS = ("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan")
+SECTIONS += ("report", "doctor")
 
 
 def fail(message: str) -> NoReturn:

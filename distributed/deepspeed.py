@@ -30,6 +30,8 @@ from optim.optimizers import Optimizers
 class Zero(ProcessGroup):
     """The processes of a DeepSpeed engine."""
 
+    replicated = False
+
     def __init__(self, device: torch.device, timeout: float, **flags: Any) -> None:
         """Join the process group; flags: fields of `Wanted` but the number of processes."""
         if device.type == "cpu":

@@ -28,6 +28,8 @@ from optim.optimizers import Optimizers
 class FullyShard(ProcessGroup):
     """Parameters, gradients and moments are divided over the ranks, each of which trains on its own rows."""
 
+    replicated = False
+
     def compile(self, model: nn.Module) -> None:
         """Compile every block by itself: what gathers its weights is not compiled."""
         for block in blocks_of(model):

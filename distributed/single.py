@@ -24,6 +24,7 @@ class SingleProcess:
     """One process on one device."""
 
     rank, world = 0, 1
+    replicated = True  # whether each rank holds the whole model
 
     def __init__(self, device: torch.device, fp16: bool = False) -> None:
         self.device = device

@@ -12,6 +12,7 @@ EXPORTS = {
     "huggingface": FLOATS,
     "gguf": (*FLOATS, "q8_0", "q4_0", "q4_k"),
     "meta": FLOATS,
+    "megatron": FLOATS,
     "llama2c": (),
     "llama2c_v1": (),
     "llama2c_q8": (),
@@ -56,3 +57,7 @@ class ExportOptions(Options):
 
     shards: Annotated[int, (1, 99)] = 1
     """number of files of --format meta, one for each rank of its tensor parallelism"""
+    tensor_parallel: Annotated[int, (1, 1024)] = 1
+    """ranks of tensor parallelism of --format megatron; they divide the heads and the feed-forward"""
+    pipeline_parallel: Annotated[int, (1, 1024)] = 1
+    """stages of pipeline parallelism of --format megatron; they divide the layers"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from formats import gguf, gguf_lora, huggingface, llama2c, meta, pth
+from formats import gguf, gguf_lora, huggingface, llama2c, megatron, meta, pth
 from formats.base import Format
 
 ALL = (
@@ -12,6 +12,7 @@ ALL = (
     *llama2c.FORMATS,
     gguf.FORMAT,
     meta.FORMAT,
+    megatron.FORMAT,
     pth.FORMAT,
 )
 FORMATS: dict[str, Format] = {each.name: each for each in ALL}

@@ -6,6 +6,7 @@ All text of a run is escaped by the template (Jinja's autoescape), and the page 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -216,7 +217,7 @@ def prompts(run: Run) -> list[dict[str, Any]]:
         by_prompt.setdefault(text + "\u200b" * (counts[row["step"], text] - 1), []).append(row)
     found = []
     for text, rows in by_prompt.items():
-        told = [(f"{row['step']:,}", str(row.get("text", "")) or "(empty)") for row in rows]
+        told = [(f"{row['step']:,}", shortened(str(row.get("text", "")))) for row in rows]
         n = len(told)
         kept = {round(i * (n - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)} if n > SHOWN_STEPS else range(n)
         real = next((str(row["real"]) for row in rows if row.get("real")), "")
@@ -224,3 +225,8 @@ def prompts(run: Run) -> list[dict[str, Any]]:
         hidden = [told[i] for i in range(n) if i not in kept]
         found.append({"text": text, "shown": shown, "hidden": hidden, "real": real})
     return found
+
+
+def shortened(text: str) -> str:
+    """Return a sample for the page: at most one empty line between two others, "(empty)" for none at all."""
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", text.strip("\n")) if text.strip() else "(empty)"

@@ -88,7 +88,7 @@ class Api {
     }
   }
 
-  // Yield what is new of an answer: { text, tokens, reason, usage }. input: { messages } of a chat, or { prompt }.
+  // Yield what is new of an answer: { text, tokens, reason, usage, timings }. input: { messages } of a chat, or { prompt }.
   async* answer(input, settings, alternatives, signal) {
     const chat = "messages" in input;
     const asked = chat ? { logprobs: true, top_logprobs: alternatives } : { logprobs: alternatives };
@@ -100,6 +100,7 @@ class Api {
         tokens: chat ? chatTokens(choice?.logprobs) : completionTokens(choice?.logprobs),
         reason: choice?.finish_reason,
         usage: event.usage,
+        timings: event.timings,
       };
     }
   }

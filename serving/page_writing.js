@@ -73,9 +73,10 @@ class Writing {
         Object.assign(node, { n, rate, wait: (first - asked) / 1000 });
       }
       if (part.usage) {
+        // the server counts tokens where we may have counted pieces, and knows when it wrote them
         const { completion_tokens: exact, total_tokens: used } = part.usage;
-        if (n > 1) node.rate *= (exact - 1) / (n - 1); // without probabilities, n counts pieces
-        Object.assign(node, { n: exact, used });
+        const seconds = (part.timings.total_ms - part.timings.first_token_ms) / 1000;
+        Object.assign(node, { n: exact, used, rate: exact > 1 && seconds > 0 ? (exact - 1) / seconds : 0 });
       }
       this.refresh(node);
     }

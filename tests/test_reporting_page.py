@@ -200,6 +200,14 @@ def test_pairs_have_their_curves(tmp_path):
     assert all(heading in text for heading in ("Margin", "Accuracy", "Rewards"))
 
 
+def test_samples_of_empty_lines_take_little_room(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [{"step": 1, "prompt": "p", "text": "a\n\n \n\n\nb\n"}, {"step": 2, "prompt": "p", "text": " \n"}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = shown(folder)
+    assert ">a\n\nb<" in text and ">(empty)<" in text
+
+
 # ---- curves
 
 

@@ -11,7 +11,18 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = (
-    *("train_tokenizer", "data_process", "pretrain", "fine_tuning", "quantize", "eval", "serve", "plan", "report"),
+    *(
+        "train_tokenizer",
+        "data_process",
+        "pretrain",
+        "fine_tuning",
+        "quantize",
+        "eval",
+        "serve",
+        "plan",
+        "report",
+        "doctor",
+    ),
     *(
         "convert merge",
         "convert tokens",

@@ -71,6 +71,11 @@ class TrainArgs:
     one with `metric` task_mean or loss/NAME"""
     save_interval: float = 500
     """steps between checkpoints; below 1: a share of an epoch; 0: only the best and the last, which are always saved"""
+    log_norms: Annotated[int, (0, 1000000000)] = 0
+    """steps between rows of the log with the gradient norm and the size of the activations of each layer; 0: none"""
+    rollbacks: Annotated[int, (0, 1000)] = 2
+    """times that the run goes back to its last checkpoint, with half the learning rate, after 20 steps in a row without
+    a finite gradient, before it ends"""
     keep: Annotated[int, (0, 1000000)] = 3
     """number of checkpoints to keep (the best and the last always stay)"""
     patience: Annotated[int, (0, 1000000000)] = 0
@@ -130,6 +135,7 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
     Needs("optim.min_lr_ratio", "optim.schedule", ("wsd", "cosine", "linear"), "the rate never falls; remove it"),
     Needs("train.epochs", "train.max_steps", (0,), "that many steps are trained, whatever the epochs; keep one"),
     Needs("train.s2_min_len", "train.s2_group", ABOVE_0, "without groups, attention is full for all rows; remove it"),
+    Needs("train.log_norms", "train.backend", ("single", "ddp"), "parameters are divided over ranks there; remove it"),
     Needs(
         "train.rank_timeout", "train.backend", ("ddp", "fsdp", "deepspeed"), "one process waits for no other; remove it"
     ),

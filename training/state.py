@@ -39,6 +39,9 @@ class TrainState:
     evals_since_best: int = 0
     evaluated: int = -1  # step of the last evaluation
     skipped: int = 0  # steps in a row, up to the last one, whose gradient was not finite
+    recent: list[float] = field(default_factory=list)  # losses of the last steps, for `guards.spike`
+    rollbacks: int = 0  # times that the run went back to a checkpoint; the rates are halved by each
+    avoid: list[int] = field(default_factory=list)  # numbers of the batches that are left out
     log: list | None = None  # number of rows of metrics.jsonl so far, and their SHA-256; older states have none
     # sums since the last reset
     loss_sum: float = 0.0
@@ -113,6 +116,7 @@ class Checkpoints:
     identity: dict[str, Any]
     adaptive: Adaptive | None = None
     saved_step: int = -1  # step of the checkpoint that `last` leads to
+    nothing_found: bool = True  # by `find`
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
 
     def find(self, metric: str) -> TrainState:
@@ -124,6 +128,7 @@ class Checkpoints:
         state = TrainState(metric=metric)
         # one rank reads all files of a checkpoint, and the others take the one that it chose
         last, damaged = self.backend.gather(newest_whole(self.run) if self.backend.main else None)[0]
+        self.nothing_found = last is None
         if last is not None:
             stored = load_state(last)
             check_identity(self.run, stored["identity"], self.identity, self.backend.main)

@@ -22,16 +22,18 @@ from tqdm import tqdm
 
 from attention import backends
 from cli.progress import say
-from dataset import Batch, BatchSource
+from dataset import BatchSource
 from distributed.single import SingleProcess
 from hardware import peak_flops
 from optim.args import OptimArgs
 from optim.optimizers import Optimizers
-from optim.schedule import lr_factor
+from training import guards
 from training.args import TrainArgs
 from training.flops import train_flops_per_token
+from training.guards import inputs_of
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
+from training.norms import Norms
 from training.precision import about_compiling, check_length, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.samples import Sampler
@@ -103,18 +105,24 @@ class Trainer:
             return json.loads((self.run / "result.json").read_text())
         dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
+        self.norms = Norms(self.model, self.optimizer, self.args.log_norms)
         self.checkpoints.resume()
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
         self.log, self.clock = start_log(self, dtype)
         catching = caught_signals(self.signals, backend.world)
-        with contextlib.closing(self.log), catching, backends.use(self.args.attention), explain_out_of_memory():
-            self._train()
+        with guards.closing_log(self), catching, backends.use(self.args.attention), explain_out_of_memory():
+            while True:
+                try:
+                    self._train()
+                    break
+                except Diverged as error:
+                    guards.roll_back(self, error)
             return self._stop() if self.stopping else self._finish()
 
     def _train(self) -> None:
         args, state, epoch, first = self.args, self.state, self.data.steps_per_epoch, self.state.step + 1
         while not self.finished and not self.stopping:
-            norm = self._step()
+            norm = guards.leave_out(self) if state.step in state.avoid else self._step()
             if self.adaptive is not None and (values := self.adaptive.after_step(state.step)):
                 self.log.write(state.step, values)
             at_end = state.step == self.total_steps
@@ -133,7 +141,7 @@ class Trainer:
                     if args.log_interval and state.targets:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
-            elif is_due(args.save_interval, state.step, epoch):
+            elif is_due(args.save_interval, state.step, epoch) and not state.skipped:  # a run goes back to good weights
                 with self.clock.paused():
                     self._save()
 
@@ -146,9 +154,10 @@ class Trainer:
         state, backend, n_groups = self.state, self.backend, len(self.group_names)
         batch = self.data.batch(state.step, backend.data_rank, backend.data_world)
         n_targets = int(backend.sum([batch.n_targets])[0])
-        self.optimizer.set_lr(lr_factor(state.step, self.total_steps, self.optim))
+        guards.set_rate(self)
         micro_batches = [part.to(backend.device) for part in batch.split(self.args.micro_batch_size)]
         inputs = [inputs_of(micro, token_losses=n_groups > 0) for micro in micro_batches]
+        measured = self.norms.before(state.step + 1, inputs[0])
         outputs = backend.forward_backward(self.forward, inputs, n_targets)
         norm = backend.step(self.args.grad_clip)
         groups = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
@@ -156,9 +165,9 @@ class Trainer:
         values = {"loss": sum_of_losses(outputs), "groups": groups, "metrics": list(metrics.values())}
         sums = backend.sum_named(values | {"stop": len(self.signals)})
         self.stopping = sums["stop"] > 0
-        if not math.isfinite(norm):
-            skipped = f"the step was skipped ({state.skipped + 1} in a row)"
-            self.log.say(f"step {state.step + 1}: gradient norm {norm}; {skipped}")
+        if measured:
+            self.log.write(state.step + 1, measured | self.norms.values(norm, self.args.grad_clip))
+        guards.after_step(self, sums["loss"] / max(1, n_targets), norm, micro_batches)
         totals = sums["loss"], sums["groups"], dict(zip(metrics, sums["metrics"]))
         state.add(norm, backend.data_world * batch.tokens.numel(), n_targets, *totals)
         return norm
@@ -249,12 +258,6 @@ def sum_of_losses(outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float
     for loss, _ in outputs:
         total += loss
     return total.item()
-
-
-def inputs_of(micro: Batch, token_losses: bool) -> dict[str, Any]:
-    """Return the keyword arguments of a model's forward pass over a micro-batch."""
-    names = ("tokens", "targets", "positions", "doc_ids", "loss_weights")
-    return {name: getattr(micro, name) for name in names} | {"token_losses": token_losses}
 
 
 def log_averages(trainer: Trainer, norm: float) -> None:

@@ -166,6 +166,8 @@ NEW_TOKENS = (
 NOT_EVALUATED = "without held-out data nothing is evaluated; remove it, or hold some out"
 NEEDS = (
     *TRAINING_NEEDS,
+    Needs("check", "show", (0,), "--show prints samples and looks at nothing else; keep one"),
+    Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs(
         "lora.*",
         "lora.method",
