@@ -8,7 +8,7 @@ python pretrain.py --init_from DIR --data.dir DATA --rope.type yarn --model.max_
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,10 @@ UNMEASURED = (
     "no held-out loss will tell whether the model learns or only memorizes. Make the data anew with data_process.py "
     "--held_out 0.01 or more, and with a smaller --part_chars if the text is one long document"
 )
+DIALLED = (
+    *("model.dim", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.hidden_dim"),
+    *("optim.lr", "optim.muon_lr", "optim.warmup_steps", "data.batch_size", "train.max_steps", "train.epochs"),
+)
 WIDTH = "a checkpoint has its width; remove it"
 QAT = ("qat_bits", "qat_group_size")
 NEEDS = (
@@ -40,6 +44,9 @@ NEEDS = (
     Needs("qat_group_size", "qat_bits", (2, 3, 4, 8), "weights that are not rounded have no groups; remove it"),
     Needs("qat_bits", "bitnet", ("none",), "a weight is rounded in one way; remove one of the two"),
     Needs("model.vocab_size", "init_from", SET, "a new model has the ids of the tokenizer; remove it", only_named=True),
+    Needs("tokens", "params", SET, "without it, --train.max_steps or --train.epochs say how long the run is"),
+    Needs("params", "init_from", (None,), "a checkpoint has its shape; remove it"),
+    *(Needs(name, "params", (None,), "it follows from it; remove one of the two", only_named=True) for name in DIALLED),
     Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
     Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
@@ -81,6 +88,11 @@ class Args:
     bitnet: Literal[("none", *BITNETS)] = "none"  # type: ignore[valid-type]
     """train linear layers but the head with weights of few bits and inputs of 8. b158 (Ma et al. 2024): -1, 0, 1; b1
     (Wang et al. 2023): -1, 1. quantize.py --method bitnet packs the result"""
+    params: str | None = None
+    """number of parameters of a new model, such as 15M: its shape, the batch, the rates and the number of steps follow
+    from it and from --tokens by the rules in docs/training.md"""
+    tokens: str | None = None
+    """tokens to train on with --params: a number such as 300M, or 20x for twenty a parameter, which is the default"""
     check: bool = False
     """look at the machine, the data and the first steps of this run, say what is wrong, and do not train"""
     qat_bits: Literal[0, 2, 3, 4, 8] = 0
@@ -130,6 +142,7 @@ from distributed.backend import make_backend, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
+from planning import dial
 from quant.qat import kind_of
 from quant.train_bits import train_in_bits
 from quant.trained import kind_of_bits
@@ -151,6 +164,7 @@ def main(args: Args) -> dict[str, Any]:
         check_model(args.init_from)
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
+    args, told = dialled(args, tokenizer.vocab_size)
     bins, heldout = open_bins(args.data)
     for each in [*bins, *heldout]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins, args.data.verify)
@@ -189,7 +203,7 @@ def main(args: Args) -> dict[str, Any]:
                 settings, step = resolved(args, model), trainer.state.step
                 record_training(args.out, "pretrain", settings, described, step, over, about=record)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
-                print(*changes, size, sep="\n", flush=True)
+                print(*changes, *filter(None, [told]), size, sep="\n", flush=True)
                 if eval_data is None:
                     say(f"{args.data.dir / 'heldout.bin'} is missing: {UNMEASURED}")
             result = trainer.fit()
@@ -198,6 +212,28 @@ def main(args: Args) -> dict[str, Any]:
                 hint = f"Try it: python eval.py --model {result['model']} --raw True"
                 print(summary(result), hint, sep="\n", flush=True)
             return result
+
+
+def dialled(args: Args, vocab_size: int) -> tuple[Args, str]:
+    """Return `args` with what --params and --tokens determine, these two removed, and a line about it."""
+    if args.params is None:
+        return args, ""
+    recipe = dial.turn(args.params, args.tokens or "20x", vocab_size, args.data.seq_len, args.model)
+    others = {name: value for name, value in vars(args.model).items() if name not in dial.OWN}
+    model = NewModelArgs(**others | recipe.model)
+    micro = args.train.micro_batch_size or recipe.micro_batch_size
+    changes = {
+        "model": model,
+        "optim": dial.changed_optim(args.optim, recipe),
+        "data": replace(args.data, batch_size=recipe.batch_size),
+        "train": replace(args.train, max_steps=recipe.max_steps, micro_batch_size=micro),
+    }
+    told = (
+        f"--params {args.params}: width {model.dim}, {model.n_layers} layers, {model.n_heads} heads; "
+        f"{recipe.tokens:,.0f} tokens in {recipe.max_steps:,} steps of {recipe.batch_size:,} rows; lr "
+        f"{recipe.optim['lr']:g}, muon_lr {recipe.optim['muon_lr']:g} (parameters with a vocabulary of {vocab_size:,})"
+    )
+    return with_values(args, params=None, tokens=None, **changes), told
 
 
 def make_data(

@@ -70,7 +70,9 @@ def make_backend(name: str, device: str, options: Options | None = None) -> Sing
         raise ValueError(f"--train.backend should be {' or '.join(NAMES)}, found {name!r}")
     if name == "single":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--train.backend is single, but torchrun started several processes: use ddp")
+            raise ValueError(
+                "--train.backend is single, but torchrun started several processes: use ddp, fsdp or deepspeed"
+            )
         return SingleProcess(choose_device(device), options.dtype == "fp16")
     if "RANK" not in os.environ:
         raise ValueError(f"--train.backend {name} is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")

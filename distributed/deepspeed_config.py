@@ -103,7 +103,7 @@ def check_dtype(users: dict[str, Any], wanted: Wanted, where: str) -> None:
 
 def check_sizes(users: dict[str, Any], wanted: Wanted, where: str) -> None:
     """Raise ValueError for a number in the user's file that is not that of the flags."""
-    rows = wanted.batch_size // wanted.world
+    rows = max(1, wanted.batch_size // wanted.world)  # the batches refuse a number that does not divide
     micro = min(wanted.micro_batch_size or rows, rows)
     numbers = {
         "train_batch_size": (wanted.batch_size, "--data.batch_size"),

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 SECONDS = 0.5  # between two signs of life
-SILENT = 5.0  # seconds without a sign of life from a rank whose connection is lost: it has ended
+SILENT = 5.0  # seconds without a sign of life after which a rank has ended, where a connection is lost
 END = "watch/end"  # key in the store: all ranks shall end
 WORDS = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connection refused", "remote error")
 
@@ -46,7 +46,7 @@ class Watch:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
         self.where = f"process {os.getpid()} on {socket.gethostname()}"
-        self.lost_store = False
+        self.lost_store = self.explaining = False
         threading.Thread(target=self._run, daemon=True).start()
 
     @contextlib.contextmanager
@@ -66,6 +66,7 @@ class Watch:
     def explain(self) -> None:
         """End this process with a sentence that names the rank that has ended; return where all ranks live."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would come before the sentence
+        self.explaining = True
         until = time.monotonic() + SILENT + 4 * SECONDS
         while time.monotonic() < until and not self.ended.is_set():
             if self.lost_store and self.rank != 0:
@@ -84,19 +85,28 @@ class Watch:
                 self.store.set(f"watch/{self.rank}", f"{beat} {self.calls} {self.where}")
                 if self.store.check([END]):  # another rank has said why; this one may be the one that hangs
                     os._exit(1)
-                for rank in range(self.world):
-                    sign = self.store.get(f"watch/{rank}").decode() if self.store.check([f"watch/{rank}"]) else ""
-                    if sign and self.seen.get(rank, ("", 0.0))[0] != sign:
-                        self.seen[rank] = sign, time.monotonic()
+                if self.explaining or self._waited() > SILENT:  # not always: every rank would read those of all others
+                    self._read()
             except Exception:  # the store has ended with the launcher, or with rank 0
                 self.lost_store = True
                 return
-            since = self.since
-            if since is not None and time.monotonic() - since > self.limit:
+            if self._waited() > self.limit:
                 behind = [rank for rank in self.seen if self._calls(rank) < self.calls]
                 if behind:
                     what = f"{self._name(behind[0])} hangs: the others have waited {self.limit:g} s for it"
                     self._end(f"{what} (--train.rank_timeout)", first=min(set(self.seen) - set(behind)))
+
+    def _read(self) -> None:
+        """Read the signs of all ranks, and note when each was new."""
+        for rank in range(self.world):
+            sign = self.store.get(f"watch/{rank}").decode() if self.store.check([f"watch/{rank}"]) else ""
+            if sign and self.seen.get(rank, ("", 0.0))[0] != sign:
+                self.seen[rank] = sign, time.monotonic()
+
+    def _waited(self) -> float:
+        """Return how long the main thread has waited in its present exchange, in seconds."""
+        since = self.since
+        return 0.0 if since is None else time.monotonic() - since
 
     def _calls(self, rank: int) -> int:
         return int(self.seen[rank][0].split()[1])

@@ -2,7 +2,7 @@
 
 python -m tests.backends                       print the table: every backend, 1, 2 and 4 processes
 python -m tests.backends --write               and keep it in docs/distributed.md
-python -m tests.backends --only fsdp --processes 2
+python -m tests.backends --only fsdp --processes 2 --results FILE      goes on where it was stopped
 
 The runs are those of tests/helpers/backend_run.py: nine steps of a small model with clipped gradients, on rows of a
 token bin and on conversations of unequal lengths, with and without accumulation. In float64 (also Muon's
@@ -81,36 +81,43 @@ def apart(folder: Path, one: str, other: str) -> dict[str, float]:
     return found
 
 
-def measure(only: str, processes: list[int]) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Return (backend, data) -> number of processes -> what `apart` returned."""
-    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+def measure(only: str, processes: list[int], results: list[dict[str, Any]], file: Path | None) -> None:
+    """Add to `results`, and to the JSON lines in `file`, what `apart` returns for each backend, data and number of
+    processes that they have not yet."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name, (backend, fields) in BACKENDS.items():
-            if only not in name:
-                continue
             of_one = {key: value for key, value in fields.items() if key != "train"}
-            key = json.dumps(of_one)
-            cases = {data: of_one | more for data, more in DATA.items()}
-            if not (folder / f"{key} token bin.json").exists():
-                start(folder, "single", 1, [case | {"name": f"{key} {data}"} for data, case in cases.items()])
+            alone = json.dumps(of_one)
             for world in processes:
-                named = [fields | DATA[data] | {"name": f"{name} {world} {data}"} for data in DATA]
+                if only not in name or any(row["backend"] == name and row["processes"] == world for row in results):
+                    continue
+                if not (folder / f"{alone} token bin.json").exists():
+                    named = [of_one | more | {"name": f"{alone} {data}"} for data, more in DATA.items()]
+                    start(folder, "single", 1, named)
+                named = [fields | more | {"name": f"{name} {world} {data}"} for data, more in DATA.items()]
                 start(folder, backend, world, named)
                 for data in DATA:
-                    difference = apart(folder, f"{key} {data}", f"{name} {world} {data}")
-                    found.setdefault((name, data), {})[world] = difference
-                    print(name, data, world, difference, file=sys.stderr, flush=True)
-    return found
+                    row = {"backend": name, "data": data, "processes": world}
+                    row |= apart(folder, f"{alone} {data}", f"{name} {world} {data}")
+                    results.append(row)
+                    line = json.dumps(row)
+                    print(line, file=sys.stderr, flush=True)
+                    if file is not None:
+                        with file.open("a", encoding="utf8") as out:
+                            out.write(line + "\n")
 
 
-def table(found: dict[tuple[str, str], dict[int, dict[str, float]]], processes: list[int]) -> str:
-    """Return the table in Markdown."""
-    heads = [f"{world} process{'es' * (world > 1)}: loss, norm, weights" for world in processes]
-    rows = ["| backend | rows | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(processes)]
-    for (name, data), by_world in found.items():
-        cells = [", ".join(f"{by_world[world][column]:.0e}" for column in COLUMNS) for world in processes]
-        rows.append(f"| {name} | {data} | " + " | ".join(cells) + " |")
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the table in Markdown: the largest difference over the numbers of processes that were tried."""
+    rows = ["| backend | rows of | processes | losses | norms | weights |", "|---|---|---|---:|---:|---:|"]
+    for name in BACKENDS:
+        for data in DATA:
+            found = [row for row in results if (row["backend"], row["data"]) == (name, data)]
+            if found:
+                worst = (f"{max(row[column] for row in found):.0e}" for column in COLUMNS)
+                numbers = ", ".join(str(row["processes"]) for row in sorted(found, key=lambda row: row["processes"]))
+                rows.append(f"| {name} | {data} | {numbers} | " + " | ".join(worst) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -120,8 +127,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only backends whose names contain this text")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--write", action="store_true", help="replace the table in docs/distributed.md")
+    parser.add_argument("--results", type=Path, help="JSON lines; what they have already is not measured again")
     args = parser.parse_args()
-    rows = table(measure(args.only, args.processes), args.processes)
+    results: list[dict[str, Any]] = []
+    if args.results is not None and args.results.is_file():
+        results = [json.loads(line) for line in args.results.read_text(encoding="utf8").splitlines()]
+    measure(args.only, args.processes, results, args.results)
+    rows = table(results)
     print(rows)
     if args.write:
         before, _, rest = DOCUMENT.read_text(encoding="utf8").partition(MARKS[0])

@@ -20,10 +20,11 @@ from training.args import NEEDS, TrainArgs
 SCRIPT = str(Path(__file__).parent / "helpers" / "backend_run.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LONG = 600  # seconds; on two idle cores, each start takes less than ten
+SIX = {"steps": 6, "count": 44}  # an epoch, whose last step has half of its rows
 # name -> fields of helpers.backend_run.Case
 CASES = {
-    "ragged": {"wide": True, "data": "ragged", "micro": 1, "train": {"gradient_checkpointing": True}},
-    "muon": {"wide": True, "micro": 2, "optimizer": "muon", "shape": {"tie_embeddings": False}},
+    "ragged": SIX | {"wide": True, "data": "ragged", "micro": 1, "train": {"gradient_checkpointing": True}},
+    "muon": {"wide": True, "micro": 2, "optimizer": "muon", "shape": {"tie_embeddings": False}, "steps": 4},
     "dora": {"lora": {"method": "dora", "train_embed_norm": True}, "steps": 4},
     "dpo": {"dpo": True, "micro": 2, "lora": {"method": "lora", "base": "int8"}, "steps": 4},
 }
@@ -39,10 +40,15 @@ def start(folder: Path, environment: dict[str, str], backend: str, cases: dict[s
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, environment) -> Path:
-    """A folder with the cases on one process, and a run that was stopped after four steps."""
+    """A folder with the cases on one process, and runs that were stopped after two steps."""
     folder = tmp_path_factory.mktemp("backends")
-    more = {"whole": {"wide": True, "micro": 1}, "chain": {"wide": True, "stop": 3}}
-    more |= {"narrow": {"micro": 2}, "stopped": {"stop": 3}}
+    wide, narrow = SIX | {"wide": True}, SIX | {"micro": 2}
+    more = {
+        "whole": wide | {"micro": 1},
+        "chain": wide | {"stop": 1},
+        "narrow": narrow,
+        "stopped": narrow | {"stop": 1},
+    }
     status, err = finish(start(folder, environment, "single", CASES | more), LONG)
     assert status == 0, err
     return folder
@@ -77,19 +83,19 @@ def run(folder: Path, environment: dict[str, str], backend: str, cases: dict[str
 
 def test_fsdp_equals_one_process(alone, environment):
     ours = {f"fsdp {name}": case for name, case in CASES.items()}
-    err = run(alone, environment, "fsdp", ours | {"chain": {"wide": True, "micro": 1, "stop": 6}})
-    assert "going on from step 4" in err and "stopped by SIGTERM after step 7" in err  # of one process, and its own
+    err = run(alone, environment, "fsdp", ours | {"chain": SIX | {"wide": True, "micro": 1, "stop": 3}})
+    assert "going on from step 2" in err and "stopped by SIGTERM after step 4" in err  # of one process, and its own
     for name, case in CASES.items():
         # float64 keeps 16 digits; float32 has 7, and sums in another order
         small, weights = (1e-13, 1e-14) if case.get("wide") else (1e-6, 1e-6)
         loss, norm, apart = difference(alone, name, f"fsdp {name}")
         assert loss < small and norm < 10 * small and apart < weights, name
     # one process, then two, then one: the moments go with the parameters, and no row is left out or used twice
-    assert "going on from step 7" in run(alone, environment, "single", {"chain": {"wide": True, "micro": 1}})
+    assert "going on from step 4" in run(alone, environment, "single", {"chain": SIX | {"wide": True, "micro": 1}})
     assert weights_apart(alone, "whole", "chain") < 1e-14
 
 
-@pytest.mark.parametrize("stage, names", [("2", ["ragged", "dpo"]), ("3", ["ragged", "dora"])])
+@pytest.mark.parametrize("stage, names", [("2", ["dpo"]), ("3", ["ragged"])])
 def test_zero_equals_one_process(stage, names, alone, environment):
     pytest.importorskip("deepspeed")
     zero = {"train": {"zero_stage": stage}}
@@ -97,8 +103,8 @@ def test_zero_equals_one_process(stage, names, alone, environment):
     ours = {f"zero{stage} {name}": case for name, case in narrow.items()}
     goes_on = f"chain {stage}"
     shutil.copytree(alone / "stopped", alone / goes_on, symlinks=True)
-    err = run(alone, environment, "deepspeed", ours | {goes_on: {"micro": 1} | zero})
-    assert "going on from step 4" in err
+    err = run(alone, environment, "deepspeed", ours | {goes_on: SIX | {"micro": 1} | zero})
+    assert "going on from step 2" in err
     for name in names:
         loss, norm, apart = difference(alone, name, f"zero{stage} {name}")
         assert loss < 1e-6 and norm < 1e-5 and apart < 1e-6, name  # float32, with another order of sums

@@ -74,6 +74,10 @@ def test_what_contradicts_a_flag_is_named(users, message, tmp_path):
         config(tmp_path, users)
 
 
+def test_fewer_rows_than_processes_are_left_to_the_batches(tmp_path):
+    assert config(tmp_path, {"gradient_clipping": 0.5}, batch_size=1, world=4)["gradient_clipping"] == 0.5
+
+
 def test_contradictions_of_flags(tmp_path):
     with pytest.raises(ValueError, match=r"zero_optimization.stage 1 contradicts --train.zero_stage 3"):
         config(tmp_path, {"zero_optimization": {"stage": 1}}, stage="3")
