@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from cli.memory import check_memory
 from files import write_json, write_text
 from model_args import ModelArgs
 from optim.args import OPTIMIZERS, OptimArgs
-from planning import cluster, devices, launch, measure, memory, published, runs, scaling, single
+from planning import cluster, devices, launch, measure, memory, picture, published, runs, scaling, single
 from planning.devices import GIB, Device
 from planning.memory import Step
 from planning.shapes import Source, find_shape, flags_of_shape
@@ -47,6 +46,8 @@ NEEDS = (
     Needs("model", "published", (False,), ALONE),
     Needs("run", "published", (False,), ALONE),
     Needs("model", "run", ((),), ALONE),
+    Needs("picture", "published", (False,), ALONE),
+    Needs("picture", "run", ((),), ALONE),
     Needs("launch", "gpus", SET, "one process needs no launch file; the plan prints its command"),
     Needs("launch", "tokens", SET, "the file says for how many steps; give --tokens"),
     Needs("price", "tokens or run", SET, "an amount needs a number of tokens, or a run"),
@@ -99,6 +100,8 @@ class Args:
     """measure steps of two small models on this machine for ten seconds, and predict the time of a step from them"""
     json: Path | None = None
     """file for all numbers of the plan"""
+    picture: Path | None = None
+    """picture to draw of the memory by part: .png, .svg or .pdf"""
     launch: Path | None = None
     """launch file to write for the fastest strategy that runs here: .slurm or .sbatch for SLURM, else for bash"""
     published: bool = False
@@ -119,6 +122,8 @@ def main(args: Args) -> dict[str, Any]:
     """Print what was asked for; return its numbers."""
     if args.json is not None and not args.json.parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: there is no directory {args.json.parent}; make it first")
+    if args.picture is not None:
+        picture.check_suffix(args.picture)
     if args.run:
         found = [runs.read(path) for path in args.run]
         print(runs.report(found, args.gpus, args.price or None))
@@ -144,6 +149,8 @@ def plan(args: Args) -> dict[str, Any]:
     result |= plan_many(args, source, where, step) if where else plan_one(args, source, device, step)
     if args.tokens:
         result |= expect_loss(source.args, args.tokens, step.seq_len)
+    if args.picture is not None:
+        picture.draw(args.picture, result["memory"], devices.usable(device), f"{source.name} on {device.name}")
     return result
 
 
@@ -213,6 +220,7 @@ def plan_one(args: Args, source: Source, device: Device, step: Step) -> dict[str
     print(single.verdict(found, decoding, available, source.command))
     result = {"device": dataclasses.asdict(device), "training": [dataclasses.asdict(way) for way in found]}
     result |= {"parts": parts, "decoding": decoding}
+    result["memory"] = {way.name: memory.training(source.args, way.step) for way in found}
     if args.measure:
         result |= measured(args, source, step)
     elif args.tokens:
@@ -299,7 +307,8 @@ def plan_many(args: Args, source: Source, where: cluster.Cluster, step: Step) ->
         able = launch.runs_here(each.strategy, step.optimizer)
         command = launch.Launch(source, where, step, each).command() if able else None
         rows.append(dataclasses.asdict(each) | {"total": each.total, "fits": each in fits, "command": command})
-    return {"device": dataclasses.asdict(device), "strategies": rows}
+    by_part = {each.strategy.label: each.memory for each in [*fits, *others]}
+    return {"device": dataclasses.asdict(device), "strategies": rows, "memory": by_part}
 
 
 def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cluster.Cluster:
@@ -377,18 +386,10 @@ def write_launch(
     able = [each for each in fits if launch.runs_here(each.strategy, step.optimizer)]
     if not able:
         raise ValueError(f"--launch {args.launch}: no strategy that this repository runs fits; nothing is written")
-    own = [f"--{name} {shlex.quote(str(value))}" for name, value in changed(args) if name != "json"]
     file = launch.Launch(source, where, step, able[0])
     slurm = args.launch.suffix in (".slurm", ".sbatch")
-    write_text(args.launch, file.file(f"python plan.py {' '.join(own)}", args.tokens, slurm))
+    write_text(args.launch, file.file(launch.made_by(args), args.tokens, slurm))
     print(f"{args.launch}: {able[0].strategy.label}, by {'sbatch' if slurm else 'bash'}")
-
-
-def changed(args: Args) -> Iterator[tuple[str, Any]]:
-    """Yield the flags without a group that are not as by default, and their values."""
-    for each in dataclasses.fields(args):
-        if each.name != "shape" and (value := getattr(args, each.name)) != each.default:
-            yield each.name, f"{value:g}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from training.args import TrainArgs
 OF_CHECKPOINT = "it changes a model that there is; name that one, or remove it"
 UNMEASURED = (
     "no held-out loss will tell whether the model learns or only memorizes. Make the data anew with data_process.py "
-    "--held_out 0.01 or more, and with a smaller --part_chars if the text is one long document"
+    "and a larger --held_out (its last lines name one), or a smaller --part_chars if the text is one long document"
 )
 DIALLED = (
     *("model.dim", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.hidden_dim"),

@@ -104,6 +104,8 @@ up_to_date() {
 
 install_requirements() {
   install -r "$1" || fail "$1 could not be installed (details above); fix the cause, then repeat the command"
+  # SwanLab asks for an older protobuf, with which sentencepiece cannot be loaded; it works with the pinned one
+  if [ "$1" = requirements-swanlab.txt ]; then install -r requirements.txt || fail "requirements.txt could not be installed"; fi
   "$py" -c 'import platform, torch; print(f"installed: Python {platform.python_version()}, torch {torch.__version__}")' ||
     fail "torch was installed but cannot be imported (details above); remove .venv, then repeat the command"
   printf '%s\n' "$torch_version $torch_build $python_version" "$(cat "$1")" >".venv/installed-$1"

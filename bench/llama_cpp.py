@@ -25,10 +25,11 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -77,6 +78,8 @@ class Args:
     """measured answers of each variant, after one warm-up"""
     threads: int = field(default_factory=torch.get_num_threads)
     """processor cores of each side"""
+    clock: Literal["wall", "processor"] = "wall"
+    """processor: seconds of this process in place of those of the clock, for a machine that is busy; with one thread"""
     out: Path | None = None
     """also write the rows as JSON"""
 
@@ -98,6 +101,16 @@ class LlamaCpp:
         request = urllib.request.Request(f"{self.server.listening_address}/completion", data, kind)
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read())["timings"]["predicted_per_token_ms"] / 1e3
+
+
+def used(decode: Callable[[list[int], int], Any], prompt: list[int], tokens: int) -> float:
+    """Return the seconds of this process for a token: what an answer takes more than one of two tokens."""
+    spent = []
+    for n in (2, tokens):
+        before = time.process_time()
+        decode(prompt, n)
+        spent.append(time.process_time() - before)
+    return (spent[1] - spent[0]) / (tokens - 2)
 
 
 def rounded(directory: Path, bits: int) -> Transformer:
@@ -145,7 +158,8 @@ def measure(name: str, directory: Path, args: Args, folder: Path) -> list[dict[s
     memory, rates = torch.ones(2**26), []
     for number in range(args.repeats + 1):
         for variant in [(side, width) for width in WIDTHS for side in ("ours", "llama.cpp")]:  # in turns
-            found = runs[variant](prompt, args.tokens)
+            decode = runs[variant]
+            found = decode(prompt, args.tokens) if args.clock == "wall" else used(decode, prompt, args.tokens)
             if number:  # the first one warms up
                 seconds[variant].append(found)
         rates.append(read_rate(memory))
@@ -188,8 +202,10 @@ def row_of(name: str, variant: tuple[str, str], seconds: dict, losses: dict, lea
 def main(args: Args) -> list[dict[str, Any]]:
     """Measure, print a table, and return its rows."""
     torch.set_num_threads(args.threads)
+    if args.clock == "processor" and args.threads > 1:
+        raise SystemExit("error: --clock processor needs --threads 1: threads that wait count, too")
     print(f"llama.cpp {xllamacpp.__version__}: {xllamacpp.get_system_info()}")
-    print(f"{args.threads} threads, {args.repeats} interleaved answers of {args.tokens} tokens, one row")
+    print(f"{args.threads} threads, {args.repeats} interleaved answers of {args.tokens} tokens, {args.clock} time")
     table = []
     with tempfile.TemporaryDirectory() as folder:
         directories = {args.model.name: find_model(args.model)} if args.model else {}

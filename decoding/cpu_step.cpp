@@ -44,7 +44,7 @@ struct Model {
 
 // Distance of prefetched weights. The processor's own prefetcher fails when much is computed between two loads: without
 // this, eight rows of x ran at a third of the speed.
-constexpr int AHEAD = 8192;  // bytes
+constexpr int AHEAD = 8192, NEARER = 2048;  // bytes; the second where rows are read one after another
 
 // Size of a vector register, and the number of registers for sums; the others hold the operands.
 #if defined(__AVX512F__)
@@ -165,6 +165,15 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
     // R * N running sums, all in registers: SUMS bounds the product
     V<A> total[N][R] = {};
     int64_t i = 0;
+    if constexpr (R == 1 && N == 1)  // one stream of weights: four vectors at once, and a prefetch that is nearer
+        for (; i + 4 * LANES<A> <= n; i += 4 * LANES<A>) {
+            __builtin_prefetch((const char *)(w + i) + NEARER);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const int64_t at = i + j * LANES<A>;
+                total[0][0] = add_product(total[0][0], load(w + at), load(x + at));
+            }
+        }
     for (; i + LANES<A> <= n; i += LANES<A>) {
         V<A> weights[R];
         for (int r = 0; r < R; r++) {
@@ -193,7 +202,8 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
 // The same for N rows of x and any number of rows of w.
 template <int N, class W, class A>
 inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64_t out_stride) {
-    constexpr int R = std::max(1, std::min(8, SUMS / N));
+    // Two bytes a weight are read faster row after row (1.3 times here), four bytes from eight rows at a time.
+    constexpr int R = N == 1 && sizeof(W) == 2 ? 1 : std::max(1, std::min(8, SUMS / N));
     int64_t row = 0;
     for (; row + R <= rows; row += R) tile<R, N>(w + row * n, x, n, out + row, out_stride);
     for (; row < rows; row++) tile<1, N>(w + row * n, x, n, out + row, out_stride);

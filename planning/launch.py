@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shlex
 from dataclasses import dataclass
+from typing import Any
 
 from optim.args import OptimArgs
 from planning.cluster import Cluster, Prediction, Strategy
@@ -19,6 +22,16 @@ PORT = 29500
 def runs_here(strategy: Strategy, optimizer: str) -> bool:
     """Return whether this repository runs a strategy with this optimizer."""
     return strategy.name in BACKENDS and optimizer in ABLE.get(strategy.name, (optimizer,))
+
+
+def made_by(args: Any) -> str:
+    """Return the command of a plan: plan.py with the flags without a group that are not as by default."""
+    words = ["python plan.py"]
+    for each in dataclasses.fields(args):
+        value = getattr(args, each.name)
+        if each.name not in ("shape", "json", "picture") and value != each.default:
+            words.append(f"--{each.name} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
+    return " ".join(words)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from quantizing.ladder_args import ROUNDING
 
 Row = dict[str, Any]
 COLUMNS = (  # heading and width
-    *(("method", 13), ("bits", 5), ("calib", 7), ("loss", 17), ("more nats", 18), ("of rounding", 12)),
+    *(("method", 13), ("bits", 5), ("calib", 7), ("loss", 17), ("more nats", 18), ("of rounding", 14)),
     *(("bits/byte", 16), ("KL", 8), ("top-1", 7), ("MB", 7), ("bits/w", 7), ("bits/lin", 9), ("RSS MB", 7)),
     *(("prefill/s", 10), ("of fp32", 8), ("decode/s", 9), ("of fp32", 8), ("seconds", 8)),
 )

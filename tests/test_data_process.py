@@ -233,7 +233,17 @@ def test_a_novel_is_cut_into_parts_and_nothing_held_out_is_a_warning(make, token
     whole = SourceArgs(input=(tmp_path / "novel.txt",), part_chars=0)
     _, summary = make(None, "whole", source=whole, held_out=0.001)
     assert summary["sources"]["novel.txt"]["documents"] == 2
-    assert "nothing is held out of novel.txt (2 documents)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "nothing is held out of novel.txt (2 documents)" in said and ": give more texts, or lower --part_chars" in said
+    )
+
+
+def test_the_share_that_is_proposed_holds_some_documents_out():
+    summary = {"made_from": {"held_out": 0.01}, "sources": {"a": {"documents": 20, "held_out": 0}}}
+    (said,) = data_process.warnings_of(summary)
+    share = float(re.search(r"raise --held_out \((\S+) almost always", said)[1])
+    assert (1 - share) ** 20 < 0.02 < (1 - share + 0.01) ** 20
 
 
 @pytest.mark.parametrize(("form", "n"), [("lines", 4), ("paragraphs", 2), ("file", 1), ("auto", 2)])

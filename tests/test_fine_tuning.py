@@ -55,7 +55,7 @@ def test_a_share_is_held_out_by_hash_when_no_file_is_given(folder, capsys):
     assert n_trained + n_held_out == 100 and 8 < n_held_out < 32  # four standard deviations about 20
     assert "20 % of" in said and measures["steps"] == 2
     run(folder, "--data.heldout_share", "0", "--train.resume", "never")
-    assert "none of the conversations are held out: nothing is evaluated" in capsys.readouterr().err
+    assert "none of the conversations are held out: nothing is evaluated during training\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,10 @@ def unmeasured(folder) -> Path:
 
 def test_a_task_without_held_out_samples_is_named(unmeasured, capsys):
     result = run(unmeasured, "run", "--data.heldout_share", "0.1")
-    assert "no sample of sun is held out: measurements during training leave it out" in capsys.readouterr().err
+    assert (
+        "no sample of sun is held out: measurements during training leave it out; raise --data.heldout_share"
+        in capsys.readouterr().err
+    )
     assert result["task_mean"] == result["loss/moon"]
     assert "loss/sun" not in result
 

@@ -172,3 +172,12 @@ def test_this_machine_is_measured(capsys):
         result = run(flags)
     assert result["tokens_per_second"] == pytest.approx(32 / result["step_seconds"])
     assert "measured here, not compiled" in capsys.readouterr().out
+
+
+def test_a_picture_of_memory_by_part(tmp_path):
+    for number, flags in enumerate(("--gpu_memory 24", "--gpu h100 --gpus 16")):
+        path = tmp_path / f"{number}.png"
+        result = run(f"--model llama2-7b {flags} --picture {path}")
+        assert path.read_bytes()[:4] == b"\x89PNG" and len(result["memory"]) > 5
+    with pytest.raises(ValueError, match=r"--picture a\.jpeg should end with \.png, \.svg or \.pdf"):
+        run("--model llama2-7b --gpu h100 --picture a.jpeg")

@@ -121,6 +121,11 @@ def test_an_extra_is_installed_once_and_torch_stays(set_up: SetUp) -> None:
     assert set_up.installs("--dev") == []
 
 
+def test_the_pinned_protobuf_comes_back_after_swanlab(set_up: SetUp) -> None:
+    set_up.installs()
+    assert set_up.installs("--extra", "swanlab") == ["-r requirements-swanlab.txt", PINS]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

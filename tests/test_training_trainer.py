@@ -215,6 +215,9 @@ def test_first_lines_of_a_run(tmp_path, capsys):
     assert "compiles" not in said and f"step 1/{2 * n} took " in said
     assert "(mfu below: share of 1,000 GFLOP/s, not measured.)" in said and "torch.compile" not in said
     assert f"The run has {2 * n} steps, and {2 * n} are for warming up" in said
+    assert (
+        f"Raise --train.epochs (to 20 for ten times that), or lower --optim.warmup_steps (to {2 * n // 10} for" in said
+    )
     assert re.search(rf"step {n}: held-out loss \d\.\d{{4}} \(first 2 batches\), best so far\n", said)
 
 

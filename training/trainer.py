@@ -290,10 +290,12 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
         log.say(compiling)
     log.say(f"(mfu below: share of {peak / 1e9:,.0f} GFLOP/s, {source}.)")
     if steps <= optim.warmup_steps:
-        longer = "--train.max_steps" if trainer.args.max_steps else "--train.epochs, or lower --data.batch_size"
+        epochs = math.ceil(10 * optim.warmup_steps / data.steps_per_epoch)
+        longer = "--train.max_steps" if trainer.args.max_steps else f"--train.epochs (to {epochs:,} for ten times that)"
         log.say(
             f"The run has {steps} steps, and {optim.warmup_steps} are for warming up: it will learn little. Raise "
-            f"{longer}, or lower --optim.warmup_steps, with a new --out or --train.resume never."
+            f"{longer}, or lower --optim.warmup_steps (to {steps // 10} for a tenth of the run), with a new --out or "
+            "--train.resume never."
         )
     flops_per_token = train_flops_per_token(trainer.model.args, data.seq_len)
     return log, Clock(trainer.state, steps, flops_per_token, peak * backend.world)

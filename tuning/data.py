@@ -75,7 +75,7 @@ def check_heldout(data: DataArgs, metric: str, heldout: list[Samples] | None) ->
             f"{flag} needs held-out samples of every task that it measures, and {missing}: "
             "raise --data.heldout_share, or name files with --data.heldout"
         )
-    return f"{missing}: measurements during training leave it out"
+    return f"{missing}: measurements during training leave it out; raise --data.heldout_share to measure it, too"
 
 
 def keep_aside(broken: dict[Path, list[BadRecord]], run: Path) -> None:

@@ -96,7 +96,9 @@ def evaluated(data: DataArgs, split: Split, kind: Kind) -> str:
     if split.heldout is None:
         missing = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)
         why = f"there is no {missing}" if missing else f"none of the {kind.records} are held out"
-        return f"{why}: nothing is evaluated during training"
+        wanted = not missing and not data.heldout_share
+        what_to_do = "" if wanted else "; raise --data.heldout_share, or name a file with --data.heldout"
+        return f"{why}: nothing is evaluated during training{what_to_do}"
     sizes = " + ".join(f"{len(samples) // len(kind.texts):,}" for samples in split.heldout)
     share = f"{data.heldout_share:.0%} of ".replace("%", " %") + ", ".join(str(task.path) for task in data.tasks)
     files = ", ".join(str(task.heldout) for task in data.tasks if task.heldout is not None)

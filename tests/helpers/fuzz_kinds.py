@@ -182,7 +182,12 @@ def ask(folder: Path) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Make the files that trials start from: texts, a model to chat with in several guises, an adapter."""
+    """Make the files that trials start from: texts, a model to chat with in several guises, an adapter.
+
+    What takes seconds to import is imported here: it would count as a hang of the trial that comes first.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("bitsandbytes.functional")
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from checkpoint import peft
