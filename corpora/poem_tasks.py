@@ -82,9 +82,14 @@ _INTRODUCTION = (
     "我是一个小诗人，会写五绝、七绝、五律和七律，也会接诗句。",
     "我是小诗人，一个学过唐宋诗的小模型。给我一个题目，我就写一首诗。",
 )
-# One answer each: a model of this size mixes two answers that begin differently.
-_ABILITIES = ("给我题目和体裁，我来写诗；给我一句诗，我来接下一句。",)
-_ONLY_POEMS = ("这个我不会，我只会写诗。给我一个题目吧！",)
+_ABILITIES = (
+    "我会写五言和七言的绝句、律诗。你可以说：以《江上》为题写一首五言绝句。",
+    "给我题目和体裁，我来写诗；给我一句诗，我来接下一句。",
+)
+_ONLY_POEMS = (
+    "这个我不会，我只会写诗。给我一个题目吧！",
+    "我只会写诗和接诗句。你可以说：以《江上》为题写一首五言绝句。",
+)
 _ABOUT_ME = ("I am a little poet. I write short Chinese poems.",)
 _IN_CHINESE = ("I only write Chinese poems. Ask me in Chinese: 写一首五言绝句",)
 CHAT = (
@@ -238,7 +243,7 @@ TASKS: dict[str, tuple[float, str, Callable[[random.Random, Poem], list[dict]]]]
     "previous_line": (3, "", _previous_line),
     "two_lines": (3, "", _two_lines),
     "which_form": (1.5, "title", _which_form),
-    "chat": (12, "training", _chat),
+    "chat": (8, "training", _chat),
 }
 
 

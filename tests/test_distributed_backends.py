@@ -123,7 +123,10 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_with_its_name(tmp_path, environm
     "flags, message",
     [
         ({"dtype": "fp16"}, r"--train.backend fsdp needs --train.dtype auto, fp32 or bf16, found fp16"),
-        ({"backend": "single", "rank_timeout": 5.0}, r"--train.rank_timeout 5.0 needs --train.backend ddp or fsdp"),
+        (
+            {"backend": "single", "rank_timeout": 5.0},
+            r"--train.rank_timeout 5.0 needs --train.backend ddp, fsdp or deepspeed",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message):

@@ -267,7 +267,8 @@ def test_the_light_table_of_benchmarks_agrees_with_the_benchmarks():
         found |= {(cls.__module__, cls.__name__) for cls in tasks if not inspect.isabstract(cls)}
     assert found == set(BENCHMARKS.values())
     for name in BENCHMARKS:
-        task = make_task(name, SimpleNamespace(**vars(Args()) | {"data": Path()}))
+        data = None if name == "passkey" else Path()  # its text is made up
+        task = make_task(name, SimpleNamespace(**vars(Args()) | {"data": data}))
         assert {each.name for each in dataclasses.fields(task)} <= flags
 
 

@@ -60,19 +60,19 @@ OLD = {  # what older versions wrote under the key "progress"
     **{"skipped": 2, "group_losses": [1.0, 0.5], "group_targets": [2.0, 1.0], "measures": {"margin": 6.0}},
     "metric": "task_mean",
 }
-NEW = {"log"}  # what older versions did not have
+NEW = {"log": None, "avoid": [], "recent": [], "rollbacks": 0}  # what older versions did not have
 
 
 def test_states_of_older_versions_are_read_and_written_as_they_were():
     state = TrainState(**OLD)
     assert (state.step, state.best, state.metric, state.measures) == (7, 2.5, "task_mean", {"margin": 6.0})
     assert state.averages(["a", "b"]) == {"loss": 0.5, "loss/a": 0.5, "loss/b": 0.5, "margin": 2.0}
-    assert vars(state) == OLD | dict.fromkeys(NEW)
+    assert vars(state) == OLD | NEW
     assert TrainState(**{"step": 3}).measures == {}
 
 
 def test_a_run_goes_on_from_a_state_of_an_older_version(tmp_path):
-    """All keys of the file are those of old, and the sums of the steps before count in the next line of the log."""
+    """It has the moments by position, and fewer values; the sums of its steps count in the next line of the log."""
     data = toy_data(tmp_path)
     torch.manual_seed(0)
     toy_trainer(tmp_path / "whole", data, max_steps=9, log_interval=3).fit()
@@ -82,8 +82,16 @@ def test_a_run_goes_on_from_a_state_of_an_older_version(tmp_path):
         (tmp_path / "cut" / link).unlink()
     (tmp_path / "cut" / "last").symlink_to("step_00000004")
     stored = load_state(tmp_path / "cut" / "last")
-    assert stored.keys() == {"progress", "optimizer", "rng", "scaler", "identity"}
-    assert stored["progress"].keys() == OLD.keys() | NEW
+    assert stored.keys() == {"progress", "moments", "rng", "scaler", "identity"}
+    assert stored["progress"].keys() == OLD.keys() | NEW.keys()
+    like = toy_trainer(tmp_path / "like", data, max_steps=9)
+    old = {name: value for name, value in stored.items() if name != "moments"}
+    old["progress"] = {name: value for name, value in stored["progress"].items() if name in OLD}
+    old["optimizer"] = like.optimizer.by_position(like.model, stored["moments"])
+    files = tmp_path / "cut" / "step_00000004" / "training_state"
+    for path in files.iterdir():
+        path.unlink()
+    torch.save(old, files / "state.pt")
     assert stored["progress"]["targets"] == data.batch(3).n_targets  # one step since the line of step 3
     toy_trainer(tmp_path / "cut", data, max_steps=9, log_interval=3, save_interval=2).fit()
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")

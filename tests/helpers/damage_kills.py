@@ -184,7 +184,7 @@ def full_disk(name: str) -> Callable[[World, random.Random], Result]:
         answer.unlink(missing_ok=True)
 
         def work() -> None:
-            most = int(10 ** (2 + 3.3 * size))  # bytes: up to 200 kB of one file
+            most = int(10 ** (3.7 + 1.6 * size))  # bytes: 5 to 200 kB; what the program says is a file, too
             whole = 1 << 20 if name in TRAININGS else 1 << 18
             if mounted := own_disk and mount(folder, int(size * whole) + 4096):
                 most = 1 << 30
