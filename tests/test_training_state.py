@@ -119,3 +119,21 @@ def test_a_model_is_compared_with_its_sums(tmp_path, capsys):
         check_model(model)
     (model / "training_state" / "sha256.json").unlink()
     check_model(model)
+
+
+@pytest.mark.parametrize("harm", [b"9", b"", None])
+def test_a_damaged_result_is_made_again(tmp_path, harm):
+    data, result = toy_data(tmp_path), tmp_path / "run" / "result.json"
+    toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data).fit()
+    whole = result.read_bytes()
+    assert toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data).nothing_to_do
+    if harm is None:
+        result.unlink()
+    else:
+        result.write_bytes(whole[:9] + harm + whole[10:] if harm else harm)
+    again = toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data)
+    assert not again.nothing_to_do
+    again.fit()
+    assert result.read_bytes() == whole
+    (tmp_path / "run" / "result.sha256").unlink()  # a run of an older version
+    assert toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data).nothing_to_do

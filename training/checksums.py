@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cli.progress import say
 from cli.record import file_sha256
@@ -13,7 +14,28 @@ from files import read_sealed, write_json, write_sealed
 
 SUMS = Path("training_state", "sha256.json")
 MOST_BYTES = 1 << 30  # of a file that is compared each time a model is asked: SHA-256 takes about 2 s a GB
+RESULT = "result.json"
 PROGRESS = Path("training_state", "progress.json")  # it may be newer than the other files, and holds its own sum
+
+
+def write_result(run: Path, result: dict[str, Any]) -> None:
+    """Write the `result.json` of a run, and its SHA-256 beside it, as `sha256sum -c result.sha256` reads it."""
+    (run / RESULT).write_text(json.dumps(result, indent=2))
+    (run / "result.sha256").write_text(f"{file_sha256(run / RESULT)}  {RESULT}\n")
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """Return the result of a run; None where there is none, or where it is not what was written."""
+    path, sums = run / RESULT, run / "result.sha256"
+    if not path.is_file():
+        return None
+    # runs of older versions have no sum
+    if sums.is_file() and sums.read_bytes() != f"{file_sha256(path)}  {RESULT}\n".encode():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except ValueError:
+        return None
 
 
 def write_sums(directory: Path) -> None:

@@ -202,7 +202,7 @@ class Checkpoints:
     def clear(self, everything: bool) -> None:
         """Remove the result of a shorter run; with `everything`, also all checkpoints."""
         if self.backend.main:
-            for name in ("result.json", "last", "best") if everything else ("result.json",):
+            for name in ("result.json", "result.sha256", *(("last", "best") if everything else ())):
                 (self.run / name).unlink(missing_ok=True)
             if everything:
                 prune(self.run, keep=0)

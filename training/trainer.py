@@ -8,7 +8,6 @@ position in the data, and a resumed run has exactly the losses of an uninterrupt
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from optim.args import OptimArgs
 from optim.optimizers import Optimizers
 from training import guards
 from training.args import TrainArgs
+from training.checksums import read_result, write_result
 from training.flops import train_flops_per_token
 from training.guards import inputs_of
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
@@ -93,8 +93,8 @@ class Trainer:
 
     @property
     def nothing_to_do(self) -> bool:
-        """Whether an earlier call has trained to the end and written the result."""
-        return self.finished and (self.run / "result.json").is_file() and (self.run / "best").exists()
+        """Whether an earlier call has trained to the end and written the result; a damaged one is made again."""
+        return self.finished and read_result(self.run) is not None and (self.run / "best").exists()
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step; return the final metrics. On SIGTERM or SIGINT save and raise SystemExit."""
@@ -102,7 +102,7 @@ class Trainer:
         if self.nothing_to_do:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
-            return json.loads((self.run / "result.json").read_text())
+            return read_result(self.run) or {}
         dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.norms = Norms(self.model, self.optimizer, self.args.log_norms)
@@ -213,7 +213,7 @@ class Trainer:
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
         if self.backend.main:
-            (self.run / "result.json").write_text(json.dumps(result, indent=2))
+            write_result(self.run, result)
         return result
 
 
