@@ -7,24 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.few_steps import few_steps
 from helpers.small_model import small_model
-from helpers.tiny_chat_model import TEXT, chat_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fine_tuning
 import pretrain
 import quantize
-from bins.token_bin import BinWriter
 from checkpoint.directory import load_model, save_model
 from lora import adapters
 from lora.spec import LoraArgs
-from model_args import NewModelArgs
-from optim.args import OptimArgs
 from quant import bitnet
 from quant.bitnet import BitLinear, PackedBitLinear
 from quant.trained import kind_of_bits
-from training.args import TrainArgs
 from tuning.args import DataArgs
 
 TOKENS = torch.arange(10, 58).view(2, 24)
@@ -95,22 +91,7 @@ def test_a_packed_layer_gives_the_numbers_of_the_trained_one(kind, dtype):
 def trained(request, tmp_path_factory):
     """A run of a few steps: its settings, its model, its kind."""
     folder = tmp_path_factory.mktemp(request.param)
-    (folder / "data").mkdir()
-    tokenizer = chat_tokenizer(folder / "data")
-    (folder / "data/tokenizer").mkdir()
-    tokenizer.save(folder / "data/tokenizer")
-    for name in ("train", "heldout"):
-        with BinWriter(folder / "data" / name, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256()) as writer:
-            for _ in range(20):
-                writer.add([*tokenizer.encode(TEXT), tokenizer.eos_id])
-    args = pretrain.Args(
-        model=NewModelArgs(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=64),
-        data=pretrain.DataArgs(dir=folder / "data", seq_len=32, batch_size=4),
-        optim=OptimArgs(lr=1e-2, warmup_steps=1),
-        train=TrainArgs(max_steps=6, device="cpu", dtype="fp32", eval_interval=6, log_interval=1),
-        out=folder / "run",
-        bitnet=request.param,
-    )
+    args = few_steps(folder, dim=32, hidden_dim=48, bitnet=request.param)
     result = pretrain.main(args)
     return args, result | {"model": Path(result["model"])}, request.param
 

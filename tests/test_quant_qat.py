@@ -7,24 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_chat_model import TEXT, chat_tokenizer
+from helpers.few_steps import few_steps
 from safetensors.torch import load_file
 from torch import nn
 
 import pretrain
 import quantize
-from bins.token_bin import BinWriter
 from checkpoint.directory import load_model
 from lora import adapters
 from lora.spec import LoraArgs
-from model_args import NewModelArgs
-from optim.args import OptimArgs
 from quant import qat
 from quant.grouped import GroupedLinear
 from quant.kinds import PACKED
 from quant.qat import QATLinear
 from quant.trained import kind_of_bits
-from training.args import TrainArgs
 
 TOKENS = torch.arange(10, 58).view(2, 24)
 
@@ -82,23 +78,7 @@ def test_a_name_that_is_no_grid(kind):
 def trained(tmp_path_factory):
     """A run of a few steps at 4 bits: its settings and its model."""
     folder = tmp_path_factory.mktemp("qat")
-    (folder / "data").mkdir()
-    tokenizer = chat_tokenizer(folder / "data")
-    (folder / "data/tokenizer").mkdir()
-    tokenizer.save(folder / "data/tokenizer")
-    for name in ("train", "heldout"):
-        with BinWriter(folder / "data" / name, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256()) as writer:
-            for _ in range(20):
-                writer.add([*tokenizer.encode(TEXT), tokenizer.eos_id])
-    args = pretrain.Args(
-        model=NewModelArgs(dim=64, n_layers=2, n_heads=2, hidden_dim=96, max_seq_len=64),
-        data=pretrain.DataArgs(dir=folder / "data", seq_len=32, batch_size=4),
-        optim=OptimArgs(lr=1e-2, warmup_steps=1),
-        train=TrainArgs(max_steps=6, device="cpu", dtype="fp32", eval_interval=6, log_interval=1),
-        out=folder / "run",
-        qat_bits=4,
-        qat_group_size=32,
-    )
+    args = few_steps(folder, dim=64, hidden_dim=96, qat_bits=4, qat_group_size=32)
     return args, Path(pretrain.main(args)["model"])
 
 

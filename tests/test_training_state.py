@@ -122,7 +122,7 @@ def test_a_model_is_compared_with_its_sums(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("harm", [b"9", b"", None])
-def test_a_damaged_result_is_made_again(tmp_path, harm):
+def test_a_damaged_result_is_named_and_made_again(tmp_path, harm, capsys):
     data, result = toy_data(tmp_path), tmp_path / "run" / "result.json"
     toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data).fit()
     whole = result.read_bytes()
@@ -133,7 +133,9 @@ def test_a_damaged_result_is_made_again(tmp_path, harm):
         result.write_bytes(whole[:9] + harm + whole[10:] if harm else harm)
     again = toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data)
     assert not again.nothing_to_do
+    capsys.readouterr()
     again.fit()
     assert result.read_bytes() == whole
+    assert ("result.json is not what the run wrote" in capsys.readouterr().err) == (harm is not None)
     (tmp_path / "run" / "result.sha256").unlink()  # a run of an older version
     assert toy_trainer(tmp_path / "run", data, max_steps=2, eval_data=data).nothing_to_do

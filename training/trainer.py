@@ -103,6 +103,8 @@ class Trainer:
             if backend.main:
                 say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
             return read_result(self.run) or {}
+        if backend.main and (self.run / "result.json").is_file() and read_result(self.run) is None:
+            say(f"{self.run}/result.json is not what the run wrote: it is made again")
         dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.norms = Norms(self.model, self.optimizer, self.args.log_norms)
