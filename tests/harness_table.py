@@ -270,8 +270,9 @@ def said(record: dict[str, Any]) -> list[float] | str:
     return record["answer"] if "answer" in record else [-record["scores"]["loss"][0]]
 
 
-def ask_server(args: argparse.Namespace, tasks: dict[str, dict[str, Any]]) -> tuple[dict[str, list], float]:
-    """Return what `ask_harness` does, of the harness's client of completions against a server of ours."""
+def ask_server(args: argparse.Namespace, tasks: dict[str, dict[str, Any]], begins: bool) -> tuple[dict, float]:
+    """Return what `ask_harness` does, of the harness's client of completions against a server of ours. begins: whether
+    bos stands before a text; the client sends ids, and adds none by itself."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from tests.helpers.server import Server
@@ -279,8 +280,8 @@ def ask_server(args: argparse.Namespace, tasks: dict[str, dict[str, Any]]) -> tu
     server = Server(args.model, rows=args.batch_size, queue=1000, timeout=600)
     try:
         options = {"tokenizer": str(args.model), "tokenizer_backend": "huggingface", "max_length": args.window}
-        options["custom_prefix_token_id"] = args.first_id
-        client = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", batch_size=1, **options)
+        options |= {"custom_prefix_token_id": args.first_id, "add_bos_token": begins, "batch_size": 1}
+        client = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", **options)
         return ask_harness(client, tasks, args.items)
     finally:
         server.close()
@@ -340,14 +341,18 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[list[Any]]:
             return
         tasks, options = asked
         same = {"batch_size": args.batch_size, "prefix_token_id": args.first_id}
-        hf = HFLM(str(args.model), dtype="float32", device="cpu", **same)
+        # of a text that is judged whole, the first id stands before it already
+        begins = bool(load_tokenizer(args.model).begins) and name != "perplexity"
+        hf = HFLM(str(args.model), dtype="float32", device="cpu", add_bos_token=begins, **same)
         results = [ask_harness(hf, tasks, args.items)]
         with torch.inference_mode():
             results.append(ask_harness(adapter()(str(args.model), batch_size=args.batch_size), tasks, args.items))
         results.append(ask_ourselves(name, args, options))
-        results += [ask_server(args, tasks)] if args.server else []
+        asks_server = args.server and name != "perplexity"  # where its client judges in shorter windows
+        if asks_server:
+            results.append(ask_server(args, tasks, begins))
     items, differ, largest, share = compare([found for found, _ in results])
-    seconds = [f"{each:.1f}" for _, each in results]
+    seconds = [f"{each:.1f}" for _, each in results] + ["-"] * (args.server and not asks_server)
     cells = [options.get("shots", 0), items, differ, f"{largest:.1e}", f"{share:.1e}"]
     yield [*cells, *seconds, f"{results[0][1] / results[2][1]:.1f}"]
 
