@@ -44,7 +44,7 @@ from evaluation.generated import GSM8K
 from evaluation.harness import adapter
 from evaluation.long_context import SETS, SETS_E
 from evaluation.registry import make_task
-from serving.assistant import first_id
+from serving.assistant import first_id, usable_template
 from tokenizer import load_tokenizer
 
 # task -> subjects, files of the harness's tasks, split
@@ -56,7 +56,7 @@ EXAMS = {
 }
 PAIRS = {"blimp": "blimp/{}.yaml", "zhoblimp": "zhoblimp/{}.yaml"}
 LONG = {"longbench": (SETS, ""), "longbench_e": (SETS_E, "_e")}
-RAW = ("longbench", "longbench_e", "longeval", "answers")  # eval.py asks them with the model's chat template
+RAW = ("longbench", "longbench_e", "longeval")  # eval.py asks them with the model's chat template by itself
 TASKS = (*EXAMS, *PAIRS, "gsm8k", *LONG, "longeval", "passkey", "answers", "perplexity")
 
 Asked = tuple[dict[str, dict[str, Any]], dict[str, Any]]  # tasks of the harness by subject, options of eval.py
@@ -212,7 +212,7 @@ def make_asked(name: str, folder: Path, args: argparse.Namespace) -> Asked | Non
 # ---- who is asked
 
 
-def ask_harness(model: Any, tasks: dict[str, dict[str, Any]], limit: int) -> tuple[dict[str, list], float]:
+def ask_harness(model: Any, tasks: dict[str, dict[str, Any]], limit: int, chat: bool) -> tuple[dict[str, list], float]:
     """Return what the model said of every item, by subject, and the seconds it took in the model's methods."""
     import lm_eval
 
@@ -231,7 +231,7 @@ def ask_harness(model: Any, tasks: dict[str, dict[str, Any]], limit: int) -> tup
 
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(model, name, timed(getattr(model, name)))
-    options = {"log_samples": True, "bootstrap_iters": 0, "limit": limit}
+    options = {"log_samples": True, "bootstrap_iters": 0, "limit": limit, "apply_chat_template": chat}
     result, found = lm_eval.simple_evaluate(model, tasks=list(tasks.values()), **options), {}
     for subject, task in tasks.items():
         samples = sorted(result["samples"][task["task"]], key=lambda sample: sample["doc_id"])
@@ -270,7 +270,9 @@ def said(record: dict[str, Any]) -> list[float] | str:
     return record["answer"] if "answer" in record else [-record["scores"]["loss"][0]]
 
 
-def ask_server(args: argparse.Namespace, tasks: dict[str, dict[str, Any]], begins: bool) -> tuple[dict, float]:
+def ask_server(
+    args: argparse.Namespace, tasks: dict[str, dict[str, Any]], begins: bool, chat: bool
+) -> tuple[dict[str, list], float]:
     """Return what `ask_harness` does, of the harness's client of completions against a server of ours. begins: whether
     bos stands before a text; the client sends ids, and adds none by itself."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -282,7 +284,7 @@ def ask_server(args: argparse.Namespace, tasks: dict[str, dict[str, Any]], begin
         options = {"tokenizer": str(args.model), "tokenizer_backend": "huggingface", "max_length": args.window}
         options |= {"custom_prefix_token_id": args.first_id, "add_bos_token": begins, "batch_size": 1}
         client = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", **options)
-        return ask_harness(client, tasks, args.items)
+        return ask_harness(client, tasks, args.items, chat)
     finally:
         server.close()
 
@@ -344,13 +346,15 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[list[Any]]:
         # of a text that is judged whole, the first id stands before it already
         begins = bool(load_tokenizer(args.model).begins) and name != "perplexity"
         hf = HFLM(str(args.model), dtype="float32", device="cpu", add_bos_token=begins, **same)
-        results = [ask_harness(hf, tasks, args.items)]
+        chat = name == "answers" and usable_template(load_tokenizer(args.model)) is not None
+        results = [ask_harness(hf, tasks, args.items, chat)]
         with torch.inference_mode():
-            results.append(ask_harness(adapter()(str(args.model), batch_size=args.batch_size), tasks, args.items))
+            ours = adapter()(str(args.model), batch_size=args.batch_size)
+            results.append(ask_harness(ours, tasks, args.items, chat))
         results.append(ask_ourselves(name, args, options))
         asks_server = args.server and name != "perplexity"  # where its client judges in shorter windows
         if asks_server:
-            results.append(ask_server(args, tasks, begins))
+            results.append(ask_server(args, tasks, begins, chat))
     items, differ, largest, share = compare([found for found, _ in results])
     seconds = [f"{each:.1f}" for _, each in results] + ["-"] * (args.server and not asks_server)
     cells = [options.get("shots", 0), items, differ, f"{largest:.1e}", f"{share:.1e}"]
