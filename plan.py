@@ -357,9 +357,9 @@ def conclusion(
         missing = gib(nearest.total - devices.usable(where.device))
         yield (
             f"Nothing fits: the nearest, {nearest.strategy.label} with {some_rows(nearest.rows)}, needs "
-            f"{gib(nearest.total)}, {missing} more than there are. More --gpus, a shorter --seq_len or "
-            "a larger --gpu helps."
+            f"{gib(nearest.total)}, {missing} more than there are."
         )
+        yield from cluster.what_fits(source.args, step, where)
         return
     best = fits[0]
     if args.tokens:

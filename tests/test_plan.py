@@ -1,6 +1,7 @@
 """plan.py from its flags to its tables: sources of a shape, answers, sentences for bad input."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import plan
+import pretrain
 from checkpoint import config_json
 from cli.args import parse
 from model_args import ModelArgs
@@ -140,6 +142,23 @@ def test_a_cluster_that_nothing_fits_names_the_nearest(capsys):
     run("--model llama3-405b --gpu 4090 --gpus 8")
     said = capsys.readouterr().out
     assert "Nothing fits: the nearest, 3D TP8 PP1 DP1 with 1 row, needs" in said and "more than there are" in said
+    count = int(re.search(r"It fits on --gpus (\d+) of them, by 3D TP8 PP(\d+) DP1 in", said)[1])
+    run(f"--model llama3-405b --gpu 4090 --gpus {count}")
+    assert "fits" not in capsys.readouterr().out  # the counts below it that are tried do not
+    run("--model llama2-7b --gpu 4090 --gpus 2")
+    name = re.search(r"It fits on 2 x --gpu (\S+), by", capsys.readouterr().out)[1]
+    run(f"--model llama2-7b --gpu {name} --gpus 2")
+    assert "Nothing fits" not in capsys.readouterr().out
+
+
+def test_a_config_without_weights_is_planned_by_flags_that_pretrain_understands(tmp_path, capsys):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    shape = ModelArgs(dim=64, n_layers=2, n_heads=4, head_dim=32, max_seq_len=512, rope_scaling=scaling)
+    (tmp_path / "of_somebody.json").write_text(json.dumps(config_json.write(shape)))
+    run(f"--model {tmp_path / 'of_somebody.json'} --gpu h100")
+    words = shlex.split(re.search(r"pretrain\.py (.*)", capsys.readouterr().out)[1])
+    assert parse(pretrain.Args, "pretrain", words).model == shape.replace(vocab_size=ModelArgs().vocab_size)
 
 
 def test_a_plan_needs_no_torch(tmp_path):
