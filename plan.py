@@ -126,8 +126,9 @@ def main(args: Args) -> dict[str, Any]:
         picture.check_suffix(args.picture)
     if args.run:
         found = [runs.read(path) for path in args.run]
-        print(runs.report(found, args.gpus, args.price or None))
-        result: dict[str, Any] = {"runs": [dataclasses.asdict(each) | {"seconds_left": each.left} for each in found]}
+        print(runs.report(found, args.gpus, args.price or None, args.mfu))
+        own = [{"seconds_left": run.left, "hfu": run.hfu, "predicted": run.predicted(args.mfu)} for run in found]
+        result: dict[str, Any] = {"runs": [dataclasses.asdict(run) | more for run, more in zip(found, own)]}
     elif args.published:
         print(published.report(args.mfu))
         result = {"published": [row._asdict() for row in published.rows(args.mfu)]}

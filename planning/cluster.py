@@ -264,8 +264,8 @@ def more_gpus(args: ModelArgs, step: Step, cluster: Cluster) -> tuple[int, Predi
     """Return the smallest of some larger numbers of the same GPUs on which a strategy fits, and that strategy; None
     where none does. Rows of a step are as many more as are needed to divide."""
     parts = [n for n in divisors(cluster.per_node) if n < cluster.per_node]  # of one node
-    wholes = [cluster.per_node * n for power in range(10) for n in (2**power, 3 * 2**power)]
-    for count in sorted(n for n in [*parts, *wholes] if n > cluster.gpus):
+    wholes = {cluster.per_node * stages * 2**power for stages in divisors(args.n_layers) for power in range(6)}
+    for count in sorted(n for n in {*parts, *wholes} if n > cluster.gpus):
         rows = -(-cluster.batch_size // count) * count
         fits, _ = rank(args, step, replace(cluster, gpus=count, batch_size=rows))
         if fits:

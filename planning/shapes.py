@@ -121,11 +121,12 @@ def whole(values: dict[str, Any], name: str, where: str) -> int | None:
 
 
 def flags_of_shape(args: ModelArgs) -> str:
-    """Return the --model.* flags that differ from the defaults; the vocabulary is that of the data's tokenizer."""
+    """Return the --model.* flags of a shape; the vocabulary is that of the data's tokenizer."""
     default, skipped = ModelArgs(), ["vocab_size", "multiple_of", "ffn_dim_multiplier"]
+    derived = ModelArgs(dim=args.dim, n_heads=args.n_heads, head_dim=args.head_dim)  # from flags that are not given
     skipped += ["head_dim"] * (args.head_dim == args.dim // args.n_heads)
-    fields = {name: value for name, value in vars(args).items() if name not in skipped and value is not None}
-    own = {name: value for name, value in fields.items() if value != getattr(default, name)}
+    own = {n: v for n, v in vars(args).items() if n not in skipped and v is not None}
+    own = {n: v for n, v in own.items() if n == "head_dim" or v != getattr(default, n) or v != getattr(derived, n)}
     return " ".join(f"--model.{name} {words(value)}" for name, value in own.items())
 
 
