@@ -153,7 +153,7 @@ def test_a_cluster_that_nothing_fits_names_the_nearest(capsys):
     assert "Nothing fits: the nearest, 3D TP8 PP1 DP1 with 1 row, needs" in said and "more than there are" in said
     count = int(re.search(r"It fits on --gpus (\d+) of them, by 3D TP8 PP(\d+) DP1 in", said)[1])
     run(f"--model llama3-405b --gpu 4090 --gpus {count}")
-    assert "fits" not in capsys.readouterr().out  # the counts below it that are tried do not
+    assert "Nothing fits" not in capsys.readouterr().out
     run("--model llama2-7b --gpu 4090 --gpus 2")
     name = re.search(r"It fits on 2 x --gpu (\S+), by", capsys.readouterr().out)[1]
     run(f"--model llama2-7b --gpu {name} --gpus 2")
@@ -167,7 +167,7 @@ def test_a_config_without_weights_is_planned_by_flags_that_pretrain_understands(
     (tmp_path / "of_somebody.json").write_text(json.dumps(config_json.write(shape)))
     run(f"--model {tmp_path / 'of_somebody.json'} --gpu h100")
     words = shlex.split(re.search(r"pretrain\.py (.*)", capsys.readouterr().out)[1])
-    assert parse(pretrain.Args, "pretrain", words).model == shape.replace(vocab_size=ModelArgs().vocab_size)
+    assert vars(parse(pretrain.Args, "pretrain", words).model) == vars(shape.replace(vocab_size=ModelArgs().vocab_size))
 
 
 def test_a_plan_needs_no_torch(tmp_path):
