@@ -268,8 +268,9 @@ def log_averages(trainer: Trainer, norm: float) -> None:
     averages = state.averages(trainer.group_names)
     state.reset()
     log.write(state.step, averages | {"lr": lr, "grad_norm": norm, "tokens": state.tokens})
+    paused = trainer.clock.away
     rate, left, mfu = trainer.clock.read(state)
-    log.write(state.step, {"tokens_per_second": rate, "mfu": mfu})
+    log.write(state.step, {"tokens_per_second": rate, "mfu": mfu, "pause_seconds": paused})
     note = {"left": tqdm.format_interval(left), "tok/s": f"{rate:.0f}"}
     note |= {name.removeprefix("loss/"): f"{value:.4f}" for name, value in averages.items()}
     log.progress(state.step, note | {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "mfu": f"{mfu:.0%}"})
