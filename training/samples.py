@@ -75,10 +75,12 @@ class Sampler:
         except (RuntimeError, OSError, ValueError) as error:  # no memory, a full disk
             say(f"no samples of step {step}: {str(error).splitlines()[0]}")
 
-    def show(self, step: int, minutes: float, backend: SingleProcess) -> None:
-        """Show what the model writes to the next prompt, once `minutes` have passed since the last time; 0: never."""
-        if not minutes or monotonic() - self.last_shown < 60 * minutes:
-            return
+    def is_due(self, minutes: float) -> bool:
+        """Return whether `minutes` have passed since a sample was shown; 0: never."""
+        return 0 < 60 * minutes <= monotonic() - self.last_shown
+
+    def show(self, step: int, backend: SingleProcess) -> None:
+        """Show what the model writes to the next prompt."""
         self.last_shown = monotonic()
         if not (backend.main and self.prompts and is_whole(self.model, backend)):
             return

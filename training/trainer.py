@@ -105,12 +105,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step; return the final metrics. On SIGTERM or SIGINT save and raise SystemExit."""
         backend = self.backend
-        if self.nothing_to_do:
-            if backend.main:
-                say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
-            return read_result(self.run) or {}
-        if backend.main and (self.run / "result.json").is_file() and read_result(self.run) is None:
-            say(f"{self.run}/result.json is not what the run wrote: it is made again")
+        if (result := earlier_result(self)) is not None:
+            return result
         self.deadline.start(self.state)
         dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
@@ -152,9 +148,9 @@ class Trainer:
             elif is_due(args.save_interval, state.step, epoch) and not state.skipped:  # a run goes back to good weights
                 with self.clock.paused():
                     self._save()
-            if self.sampler is not None:
+            if self.sampler is not None and self.sampler.is_due(args.sample_minutes):
                 with self.clock.paused():
-                    self.sampler.show(state.step, args.sample_minutes, self.backend)
+                    self.sampler.show(state.step, self.backend)
 
     def _save(self, is_best: bool = False) -> None:
         self.state.log = self.log.contents()
@@ -229,6 +225,18 @@ class Trainer:
         return result
 
 
+def earlier_result(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the metrics of a run that is finished, and say so; None where there is something to do."""
+    run, main = trainer.run, trainer.backend.main
+    if trainer.nothing_to_do:
+        if main:
+            say(f"{run} is finished ({trainer.state.step} steps): nothing to do")
+        return read_result(run) or {}
+    if main and (run / "result.json").is_file() and read_result(run) is None:
+        say(f"{run}/result.json is not what the run wrote: it is made again")
+    return None
+
+
 def about(trainer: Trainer) -> dict[str, Any]:
     """Return the size of a run, for its record: steps, tokens, parameters, processes."""
     model, data, heldout, backend = trainer.model, trainer.data, trainer.eval_data, trainer.backend
@@ -278,11 +286,13 @@ def log_averages(trainer: Trainer, norm: float) -> None:
     averages = state.averages(trainer.group_names)
     state.reset()
     log.write(state.step, averages | {"lr": lr, "grad_norm": norm, "tokens": state.tokens})
+    paused = trainer.clock.away
     rate, left, mfu = trainer.clock.read(state)
     if fewer := trainer.deadline.fewer_steps(state, trainer.total_steps):
         log.say(fewer)
     left = min(left, trainer.deadline.left(state))
-    log.write(state.step, {"tokens_per_second": rate, "mfu": mfu, "seconds": round(state.seconds, 2)})
+    times = {"pause_seconds": paused, "seconds": round(state.seconds, 2)}
+    log.write(state.step, {"tokens_per_second": rate, "mfu": mfu} | times)
     note = {"left": tqdm.format_interval(left), "tok/s": f"{rate:.0f}"}
     note |= {name.removeprefix("loss/"): f"{value:.4f}" for name, value in averages.items()}
     log.progress(state.step, note | {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "mfu": f"{mfu:.0%}"})
