@@ -74,6 +74,7 @@ class TrainState:
                 )
         self.step += 1
         self.tokens += n_tokens
+        self.first_step_seconds = self.first_step_seconds or self.seconds
 
     def averages(self, group_names: Sequence[str]) -> dict[str, float]:
         """Return the means over the targets since the last reset: loss, loss/NAME of each group, and metrics."""

@@ -172,7 +172,6 @@ class Trainer:
         values = {"loss": sum_of_losses(outputs), "groups": groups, "metrics": list(metrics.values())}
         sums = backend.sum_named(values | {"stop": len(self.signals), "seconds": self.deadline.elapsed()})
         self.stopping, state.seconds = sums["stop"] > 0, sums["seconds"] / backend.data_world
-        state.first_step_seconds = state.first_step_seconds or state.seconds
         if measured:
             self.log.write(state.step + 1, measured | self.norms.values(norm, self.args.grad_clip))
         guards.after_step(self, sums["loss"] / max(1, n_targets), norm, micro_batches)
