@@ -194,7 +194,12 @@ def test_the_time_that_is_left_is_told_at_every_stage(stubs: StubScripts) -> Non
     # 30 + 12 + 300 + 200 + 48 seconds in all
     seconds = {"tokenizer": "10 min", "data": "9 min", "pretrain": "9 min", "eval": "48 s"}
     assert left == {"setup": ""} | {name: f"about {told} left of all stages" for name, told in seconds.items()}
-    assert "whole_run" not in stubs.bash("run.sh").stdout  # nothing is left
+    again = stubs.bash("run.sh").stdout  # nothing is left
+    assert "whole_run" not in again and "about" not in again
+    (stubs.root / "planning/whole_run.py").write_text("raise SystemExit(1)")  # a run does not fail by it
+    shutil.rmtree(stubs.root / "out/tiny/pretrain")
+    answer = stubs.bash("run.sh")
+    assert answer.returncode == 0 and "about" not in answer.stdout
 
 
 def test_minutes_are_divided_between_both_trainings(stubs: StubScripts) -> None:
