@@ -7,6 +7,7 @@ Each JSON object (fields of `Case`) is one run in FOLDER/NAME; the numbers of it
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -21,18 +22,18 @@ import torch
 import optim.muon
 from chat.samples import Samples
 from checkpoint import directory, peft
-from dataset import BatchSource
+from dataset import Batch, BatchSource
 from dataset_sft import PairData, SFTData
 from distributed.backend import make_backend
 from distributed.single import SingleProcess
-from helpers.tiny_training_run import SHAPE, VOCAB, toy_data
+from helpers.tiny_training_run import SHAPE, VOCAB, Changed, toy_data
 from lora import adapters
 from lora.spec import LoraArgs
 from model import Transformer
 from model_args import ModelArgs
 from optim.args import OptimArgs
 from optim.optimizers import build_optimizer
-from training import log, precision, trainer
+from training import guards, log, precision, state, trainer
 from training.args import TrainArgs
 from training.backend import options_of
 from training.state import TrainState
@@ -64,6 +65,18 @@ class Case:
     train: dict = dataclasses.field(default_factory=dict)  # more fields of TrainArgs
     lora: dict = dataclasses.field(default_factory=dict)  # fields of LoraArgs
     dpo: bool = False  # pairs of answers
+    bad: list = dataclasses.field(default_factory=list)  # steps in which the loss of the last row, on one rank, is inf
+
+
+class OneBadRow(Changed):
+    """Batches whose last row, which only the last rank has, has an infinite loss in the steps `change`."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        batch = self.source.batch(step, rank, world)
+        weights = torch.ones(batch.tokens.shape)
+        if step in self.change and rank == world - 1:
+            weights[-1] = math.inf
+        return dataclasses.replace(batch, loss_weights=weights)
 
 
 def samples(count: int) -> Samples:
@@ -88,6 +101,7 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     """The trainer of a case."""
     torch.manual_seed(0)
     data = make_data(folder, case)
+    train = OneBadRow(data, set(case.bad)) if case.bad else data
     changes = {"max_steps": case.steps, "micro_batch_size": case.micro, "save_interval": 3, "keep": 20}
     changes |= {"dtype": "fp32", "compile": "off", "device": "cpu", "log_interval": 1}
     changes |= {"eval_interval": 4, "eval_batches": 2, "grad_clip": 0.2, "backend": case.backend}
@@ -108,7 +122,7 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     optimizer = build_optimizer(model, optim)
     run, identity = folder / case.name, {"seed": 0}
     everything = {"save": save, "load": load, "identity": identity, "eval_data": data}
-    return Trainer(trained, optimizer, data, backend, args, optim, run, **everything)
+    return Trainer(trained, optimizer, train, backend, args, optim, run, **everything)
 
 
 def orthogonalize_wide(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -128,12 +142,14 @@ def run(folder: Path, case: Case, backend: SingleProcess) -> None:
     if case.wide:
         precision.DTYPES = {"fp32": torch.float64}
         optim.muon.orthogonalize = orthogonalize_wide
+    if case.bad:
+        guards.MOST_SKIPPED = state.MOST_SKIPPED = 3
     ours = make(folder, case, backend)
     steps: list = []
 
-    def recorded(state: TrainState, norm: float, n_tokens: int, n_targets: int, loss: float, *more: Any) -> None:
+    def recorded(own: TrainState, norm: float, n_tokens: int, n_targets: int, loss: float, *more: Any) -> None:
         steps.append([loss / n_targets, ours.optimizer.param_groups[0]["lr"], norm, n_targets])
-        ADD(state, norm, n_tokens, n_targets, loss, *more)
+        ADD(own, norm, n_tokens, n_targets, loss, *more)
         if case.stop and ours.state.step == case.stop:
             ours.signals.append(signal.SIGTERM)
         if backend.rank == 1 and ours.state.step == case.die:
@@ -150,7 +166,8 @@ def run(folder: Path, case: Case, backend: SingleProcess) -> None:
     inner = ours.model.model if case.dpo else ours.model
     tied = inner.lm_head.weight is inner.model.embed_tokens.weight
     if ours.backend.main:
-        found = {"steps": steps, "tied": tied, "loss": result.get("loss")}
+        guarded = [ours.state.rollbacks, ours.state.avoid, sorted(path.name for path in ours.run.glob("guards/*"))]
+        found = {"steps": steps, "tied": tied, "loss": result.get("loss"), "guards": guarded}
         (folder / f"{case.name}.json").write_text(json.dumps(found))
 
 
