@@ -118,8 +118,8 @@ class Checkpoints:
     read: Callable[[Path], None]
     identity: dict[str, Any]
     adaptive: Adaptive | None = None
-    ledger: Callable[[int, Sequence[int]], Any] | None = None
-    """what the steps before a step have read, without the steps of a list: saved as training_state/ledger.json"""
+    data: Any = None
+    """source of the batches; where it can tell what was read (`ledger`), training_state/ledger.json says so"""
     saved_step: int = -1  # step of the checkpoint that `last` leads to
     nothing_found: bool = True  # by `find`
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
@@ -186,8 +186,8 @@ class Checkpoints:
                     if self.adaptive is not None:
                         resumable["adaptive"] = self.adaptive.state_dict()
                     save_state(aside, resumable)
-                    if self.ledger is not None:
-                        write_json(aside / "training_state" / "ledger.json", self.ledger(state.step, state.avoid))
+                    if hasattr(self.data, "ledger"):
+                        write_json(aside / "training_state" / "ledger.json", self.data.ledger(state.step, state.avoid))
                     write_sums(aside)
         elif backend.main:
             write_progress(directory, vars(state))

@@ -84,10 +84,7 @@ class Trainer:
         self.total_steps, self.deadline = args.steps(data.steps_per_epoch), Deadline(args.max_minutes)
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
-        ledger = getattr(data, "ledger", None)  # of a source that can tell what was read
-        self.checkpoints = Checkpoints(
-            run, args.keep, backend, model, optimizer, save, load, identity, adaptive, ledger
-        )
+        self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive, data)
         self.state = TrainState(metric=args.metric) if args.resume == "never" else self.checkpoints.find(args.metric)
 
     @property
@@ -141,15 +138,14 @@ class Trainer:
                     self.log.write(1, {"first_step": state.averages(())["loss"]})
             if self.at_end:
                 return
-            good = not state.skipped  # a run goes back to good weights, so none are saved among skipped steps
-            if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None and good:
+            if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None and not state.skipped:
                 with self.clock.paused():
                     self._evaluate_and_save()
                 if self.finished:
                     if args.log_interval and state.targets:
                         log_averages(self, norm)
                     self.log.say(f"no better held-out {args.metric} in {args.patience} evaluations: stopping early")
-            elif is_due(args.save_interval, state.step, epoch) and good:
+            elif is_due(args.save_interval, state.step, epoch) and not state.skipped:  # a run goes back to good weights
                 with self.clock.paused():
                     self._save()
             if self.sampler is not None and self.sampler.is_due(args.sample_minutes):
