@@ -51,6 +51,11 @@ NEEDS = (
     Needs("data.mix", "data.train", ((),), MIXED),
     Needs("data.mix", "data.weights", ((),), MIXED),
     Needs("data.dir", "data.mix", (None,), "the directories of a mixture take its place; remove it", only_named=True),
+    *(
+        Needs(f"train.{name}", other, values, "weights are rounded by whole matrices; remove it")
+        for name in ("tp", "pp")
+        for other, values in (("bitnet", ("none",)), ("qat_bits", (0,)))
+    ),
     Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
     Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
@@ -150,7 +155,7 @@ from checkpoint.transformers_model import TransformersModel
 from checks.check import conclude, lines
 from checks.learning import training_checks
 from dataset import MixedData, PretrainData
-from distributed.backend import make_backend, refuse_slow_dtype
+from distributed.backend import make_backend, n_processes, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
@@ -187,7 +192,7 @@ def main(args: Args) -> dict[str, Any]:
     data, eval_data = make_data(args, sources, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
     with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
-        model.to(backend.device)
+        backend.place(model)
         stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(
             model=model,
@@ -313,7 +318,12 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     if args.init_from is None:
         length = length_so_far(args) or args.data.seq_len
         shape = args.model.made(tokenizer.vocab_size, length)
-        check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
+        n_bytes, smaller = 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller"
+        if starts_in_parts(args):  # the backend draws the weights, matrix by matrix, and keeps its part of each
+            check_memory("a process's part of the model", n_bytes // n_processes(), smaller)
+            with torch.device("meta"):
+                return Transformer(shape, initialize=False), []
+        check_memory("the model", n_bytes, smaller)
         model = Transformer(shape)
         return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
@@ -333,6 +343,13 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
     changes += in_bits(model, args)
     return model, [change for change in changes if change]
+
+
+def starts_in_parts(args: Args) -> bool:
+    """Return whether no process of the run ever holds a whole new model."""
+    divided = args.train.backend == "fsdp" or max(args.train.tp, args.train.pp) > 1
+    clex = (args.model.rope_scaling or {}).get("rope_type") == "clex"  # it draws weights of its own
+    return divided and not clex and args.bitnet == "none" and not args.qat_bits
 
 
 def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:

@@ -31,12 +31,29 @@ from safetensors.torch import load_file  # noqa: E402
 DOCUMENT = TESTS.parent / "docs" / "distributed.md"
 MARKS = ("<!-- backends -->\n", "<!-- /backends -->\n")  # the table stands between them
 WIDE = {"wide": True}
+# what tensor parallel can divide, and micro-batches for the stages of a pipeline
+DIVIDED = WIDE | {"micro": 2, "shape": {"n_heads": 4, "n_kv_heads": 2, "vocab_size": 30}}
+MUON = {"optimizer": "muon"}
+
+
+def divided(**flags: Any) -> dict[str, Any]:
+    """Fields of a case with --train.tp and --train.pp."""
+    return DIVIDED | {"train": flags}
+
+
 # name in the table -> backend, fields of backend_run.Case
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp, AdamW": ("ddp", WIDE),
     "ddp, Muon": ("ddp", WIDE | {"optimizer": "muon"}),
     "fsdp, AdamW": ("fsdp", WIDE),
     "fsdp, Muon": ("fsdp", WIDE | {"optimizer": "muon"}),
+    "tp 2, AdamW": ("ddp", divided(tp=2)),
+    "tp 2, Muon": ("ddp", divided(tp=2) | MUON),
+    "pp 2 (1F1B), AdamW": ("ddp", divided(pp=2)),
+    "pp 2 (GPipe), Muon": ("ddp", divided(pp=2, pp_schedule="gpipe") | MUON),
+    "tp 2, fsdp, AdamW": ("fsdp", divided(tp=2)),
+    "pp 2 (1F1B), fsdp, Muon": ("fsdp", divided(pp=2) | MUON),
+    "tp 2, pp 2 (1F1B), Muon": ("ddp", divided(tp=2, pp=2) | MUON),
     **{f"deepspeed, ZeRO {n}": ("deepspeed", {"train": {"zero_stage": str(n)}}) for n in range(4)},
     "deepspeed, ZeRO 2, offload": ("deepspeed", {"train": {"zero_stage": "2", "zero_offload": True}}),
 }
@@ -96,7 +113,8 @@ def measure(only: str, processes: list[int], results: list[dict[str, Any]], file
         for name, (backend, fields) in BACKENDS.items():
             of_one = {key: value for key, value in fields.items() if key != "train"}
             alone = json.dumps(of_one)
-            for world in processes if only in name else ():
+            part = fields.get("train", {}).get("tp", 1) * fields.get("train", {}).get("pp", 1)
+            for world in (each for each in processes if only in name and each % part == 0):
                 had = [row["data"] for row in results if (row["backend"], row["processes"]) == (name, world)]
                 missing = {data: more for data, more in DATA.items() if data not in had}
                 named = [of_one | more | {"name": f"{alone} {data}"} for data, more in missing.items()]

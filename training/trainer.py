@@ -35,7 +35,7 @@ from training.guards import inputs_of
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
 from training.norms import Norms
-from training.precision import about_compiling, check_length, prepare
+from training.precision import about_compiling, check_data, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.samples import Sampler
 from training.signals import caught_signals
@@ -70,7 +70,7 @@ class Trainer:
         adaptive: Adaptive | None = None,
         sampler: Sampler | None = None,
     ) -> None:
-        check_length(data.seq_len, model)
+        check_data(model, args, data, backend)
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
         self.args, self.optim, self.run, self.adaptive = args, optim, run, adaptive
         self.sampler = sampler if args.sample_tokens else None

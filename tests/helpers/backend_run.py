@@ -2,9 +2,11 @@
 
     backend_run.py FOLDER '{"name": "a", "backend": "fsdp", ...}' ...
 
-Each JSON object (fields of `Case`) is one run in FOLDER/NAME; the numbers of its steps go to FOLDER/NAME.json.
+Each JSON object (fields of `Case`) is one run in FOLDER/NAME; the numbers of its steps go to FOLDER/NAME.json. Cases
+with other tp, pp or backend are other backends over the same processes.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,6 +27,7 @@ from checkpoint import directory, peft
 from dataset import Batch, BatchSource
 from dataset_sft import PairData, SFTData
 from distributed.backend import make_backend
+from distributed.group import ProcessGroup
 from distributed.single import SingleProcess
 from helpers.tiny_training_run import SHAPE, VOCAB, Changed, toy_data
 from lora import adapters
@@ -66,6 +69,8 @@ class Case:
     lora: dict = dataclasses.field(default_factory=dict)  # fields of LoraArgs
     dpo: bool = False  # pairs of answers
     bad: list = dataclasses.field(default_factory=list)  # steps in which the loss of the last row, on one rank, is inf
+    empty: bool = False  # the model has no weights before the backend draws them
+    grouped: bool = False  # the loss at the end is that of a group which has all targets
 
 
 class OneBadRow(Changed):
@@ -107,7 +112,9 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     changes |= {"eval_interval": 4, "eval_batches": 2, "grad_clip": 0.2, "backend": case.backend}
     args = TrainArgs(**changes | case.train)
     optim = OptimArgs(optimizer=case.optimizer, lr=0.01, muon_lr=0.01, eps=EPS, warmup_steps=3)
-    model = Transformer(ModelArgs(**SHAPE | {"n_layers": 3, "max_seq_len": 80} | case.shape))
+    with torch.device("meta" if case.empty else "cpu"):
+        shape = ModelArgs(**SHAPE | {"n_layers": 3, "max_seq_len": 80} | case.shape)
+        model = Transformer(shape, initialize=not case.empty)
     model = model.double() if case.wide else model
     save, load = partial(directory.save_model, model=model), partial(directory.load_weights, model)
     if case.lora:
@@ -122,6 +129,7 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     optimizer = build_optimizer(model, optim)
     run, identity = folder / case.name, {"seed": 0}
     everything = {"save": save, "load": load, "identity": identity, "eval_data": data}
+    everything["group_names"] = ("all",) if case.grouped else ()
     return Trainer(trained, optimizer, train, backend, args, optim, run, **everything)
 
 
@@ -164,19 +172,32 @@ def run(folder: Path, case: Case, backend: SingleProcess) -> None:
     except SystemExit:
         result = {}
     inner = ours.model.model if case.dpo else ours.model
-    tied = inner.lm_head.weight is inner.model.embed_tokens.weight
+    with backend.all_modules(inner) if case.train.keys() & {"tp", "pp"} else contextlib.nullcontext():
+        tied = inner.lm_head.weight is inner.model.embed_tokens.weight
     if ours.backend.main:
         guarded = [ours.state.rollbacks, ours.state.avoid, sorted(path.name for path in ours.run.glob("guards/*"))]
-        found = {"steps": steps, "tied": tied, "loss": result.get("loss"), "guards": guarded}
+        found = {"steps": steps, "tied": tied, "loss": result.get("loss/all", result.get("loss")), "guards": guarded}
         (folder / f"{case.name}.json").write_text(json.dumps(found))
+
+
+def key(case: Case) -> tuple:
+    """What the backend of a case depends on."""
+    return case.backend, case.train.get("tp"), case.train.get("pp"), case.train.get("pp_schedule")
+
+
+def backend_of(case: Case) -> SingleProcess:
+    """The backend of a case."""
+    flags = TrainArgs(**{"grad_clip": 0.2} | case.train)
+    return make_backend(case.backend, "cpu", options_of(flags, batch_size=8))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = [Case(**json.loads(text)) for text in sys.argv[2:]]
-    flags = TrainArgs(**{"grad_clip": 0.2} | cases[0].train)
-    backend = make_backend(cases[0].backend, "cpu", options_of(flags, batch_size=8))
-    with backend:
+    with backend_of(cases[0]) as first:
+        ProcessGroup.join = lambda *_: None  # the others have the group of the first
+        backends = {key(cases[0]): first}
         for case in cases:
+            backend = backends[key(case)] = backends.get(key(case)) or backend_of(case)
             run(Path(sys.argv[1]), case, backend)
             backend.barrier()
