@@ -314,17 +314,13 @@ inline void tile(const Weight &w, const Rounded &x, int64_t row, int64_t first, 
 template <int BITS>
 __attribute__((noinline)) void rows_of(const Weight &w, const Rounded &x, int64_t batch, int64_t first, int64_t last,
                                        int64_t rows, float *out) {
-    constexpr int R = BYTES == 64 ? 4 : 2;
     for (int64_t from = first; from < last; from += 8) {  // few enough to stay in the nearest cache for all of x
         const int64_t to = std::min(last, from + 8);
         int64_t b = 0;
         for (; b + 4 <= batch; b += 4)
             for (int64_t r = from; r < to; r++) tile<BITS, 1, 4>(w, x, r, b, out, rows);
-        for (; b < batch; b++) {
-            int64_t r = from;
-            for (; r + R <= to; r += R) tile<BITS, R, 1>(w, x, r, b, out, rows);
-            for (; r < to; r++) tile<BITS, 1, 1>(w, x, r, b, out, rows);
-        }
+        for (; b < batch; b++)  // row after row: four at once are faster in the cache, but slower from memory (0.7 times)
+            for (int64_t r = from; r < to; r++) tile<BITS, 1, 1>(w, x, r, b, out, rows);
     }
 }
 

@@ -28,7 +28,7 @@ CHUNK = 32  # inputs that the step unpacks at once; groups are multiples of it
 SIGNED, LEVELS = 9, 5
 # how inputs are rounded; the names are those of cpu_grouped.h
 BLOCKS_16, TOKEN_8, TOKEN_8_BITNET = 0, 1, 2
-# Levels are whole numbers up to this one: sums of eight products with inputs of 16 bits fit in 32 bits. FP4's are exact.
+# Levels are whole numbers up to this one: eight products with inputs of 16 bits fit in 32 bits. FP4's are exact.
 STEPS = 8064
 
 
