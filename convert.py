@@ -214,6 +214,7 @@ def merge(args: Merge) -> dict[str, Any]:
     tokenizer, stop_ids = find_tokenizer(args.adapter, args.model)
     with written_aside(args.out) as aside:
         save_model(aside, model.to(dtype), tokenizer, stop_ids)
+        history.write_origin(aside, "merge", model=args.model, adapter=args.adapter)
     print(f"{args.adapter} is merged into {args.model} (base: {kind[0]}): {args.out}", flush=True)
     return {"model": str(args.out)}
 
@@ -238,6 +239,7 @@ def tokens(args: Tokens) -> dict[str, Any]:
     )
     with written_aside(args.out) as aside:
         save_model(aside, model.to(kept_dtype(args.model)), tokenizer, stop_ids)
+        history.write_origin(aside, "tokens", model=args.model)
     print(f"{args.out}: {changes}", flush=True)
     return {"model": str(args.out)}
 
@@ -258,12 +260,10 @@ def import_(args: Import) -> dict[str, Any]:
     """Write the model as a Hugging Face directory; returns its path."""
     found = registry.detect(args.source)
     say(f"{args.source} is {found.title}")
-    if found.name == "pth":
+    if found.asks:
         checkpoint = found.read(args.source, args)
-    elif args.known():
-        raise ValueError(
-            f"--{next(iter(args.known()))} has no effect with {found.title}, which says so itself; remove it"
-        )
+    elif given := [*args.known(), *(["like"] if args.like else [])]:
+        raise ValueError(f"--{given[0]} has no effect with {found.title}, which says so itself; remove it")
     else:
         checkpoint = found.read(args.source)
     if args.tokenizer is not None:

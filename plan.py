@@ -126,8 +126,9 @@ def main(args: Args) -> dict[str, Any]:
         picture.check_suffix(args.picture)
     if args.run:
         found = [runs.read(path) for path in args.run]
-        print(runs.report(found, args.gpus, args.price or None))
-        result: dict[str, Any] = {"runs": [dataclasses.asdict(each) | {"seconds_left": each.left} for each in found]}
+        print(runs.report(found, args.gpus, args.price or None, args.mfu))
+        own = [{"seconds_left": run.left, "hfu": run.hfu, "predicted": run.predicted(args.mfu)} for run in found]
+        result: dict[str, Any] = {"runs": [dataclasses.asdict(run) | more for run, more in zip(found, own)]}
     elif args.published:
         print(published.report(args.mfu))
         result = {"published": [row._asdict() for row in published.rows(args.mfu)]}
@@ -357,9 +358,9 @@ def conclusion(
         missing = gib(nearest.total - devices.usable(where.device))
         yield (
             f"Nothing fits: the nearest, {nearest.strategy.label} with {some_rows(nearest.rows)}, needs "
-            f"{gib(nearest.total)}, {missing} more than there are. More --gpus, a shorter --seq_len or "
-            "a larger --gpu helps."
+            f"{gib(nearest.total)}, {missing} more than there are."
         )
+        yield from cluster.what_fits(source.args, step, where)
         return
     best = fits[0]
     if args.tokens:

@@ -177,8 +177,9 @@ def make_rows(assistant: Assistant, n: int | None, n_models: int) -> FixedRows:
 
 def name_of(directory: Path) -> str:
     """Return what a model is called: its directory, or that of its run where it is the best or last of one."""
-    directory = directory.resolve()
-    return directory.parent.name if directory.name in ("best", "last") else directory.name
+    if directory.name in ("best", "last"):  # links: to resolve them would name a step
+        return directory.absolute().parent.resolve().name
+    return directory.resolve().name
 
 
 def announce(services: list[Service], listener: socket.socket, key: str | None) -> None:

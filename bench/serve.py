@@ -1,13 +1,17 @@
-"""Measure the server under load: requests and tokens a second, time to the first token, memory; against transformers.
+"""Measure the server under load: requests and tokens a second, time to the first token, memory; against two others.
 
+    pip install xllamacpp                               # llama.cpp, compiled, with its server
     python bench/serve.py                               # 2 and 15 million parameters; 1, 8 and 32 clients
-    python bench/serve.py --sizes 15M --clients 8 --requests 8
+    python bench/serve.py --model out/tiny/sft/best     # a model of yours
+    python bench/serve.py --sizes 15M --clients 8 --requests 8 --servers ours transformers
     python bench/serve.py --abuse 10000                 # bad requests, clients that leave, idle connections
 
 Every client sends one request after the other and reads its answer as a stream. Models have random weights, prompts
 random ids, answers a fixed length. "transformers" is the same server with transformers' `generate` in the place of our
-loop: all requests that wait are answered as one batch, and the next ones after that. Each server is a process of its
-own, and the servers take turns, so that a change of the machine's speed affects both; memory is the most of a process.
+loop: all requests that wait are answered as one batch, and the next ones after that. "llama.cpp" is its own server,
+with the same weights in float32 (`convert.py export --format gguf`). Each server is a process of its own, all with as
+many rows and threads, and the servers take turns, so that a change of the machine's speed affects all; memory is the
+most of a process.
 
 With --abuse the clients send so many requests in all, of which 5 % are malformed, 5 % too long, and 5 % go away before
 their answer, while 200 connections are idle; every other answer has to be the same as that of a quiet server.
@@ -25,16 +29,17 @@ import random
 import socket
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 
@@ -44,17 +49,22 @@ from cli.extras import need
 need("bench/serve.py", "bench", "fastapi", "uvicorn", "transformers")
 import uvicorn
 
+import convert
 from bench.train_speed import SHAPES, peer
+from checkpoint.directory import save_model
+from checkpoint.extend import set_length
 from decoding.fixed_rows import FixedRows, Grown
 from decoding.params import SamplingParams
 from decoding.rows import Token
 from model import Transformer
 from serving.api import make_app
-from serving.assistant import Assistant
+from serving.assistant import load_assistant
 from serving.engine import Engine
 from serving.service import Service
+from tokenizer import load_tokenizer
 
-SERVERS = ("ours", "transformers")
+SERVERS = ("ours", "transformers", "llama.cpp")
+CONTEXT = 1024  # tokens of the longest text
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,11 @@ class Args:
     """Measure the server under load."""
 
     sizes: tuple[Literal["2M", "15M", "60M"], ...] = ("2M", "15M")
-    """models to measure"""
+    """models of random weights"""
+    model: Path | None = None
+    """a model directory in place of them"""
+    tokenizer: Path = Path("data/tiny/tokenizer")
+    """directory of a tokenizer for the models of random weights"""
     clients: tuple[int, ...] = (1, 8, 32)
     """numbers of clients at the same time"""
     servers: tuple[Literal[SERVERS], ...] = SERVERS  # type: ignore[valid-type]
@@ -81,21 +95,6 @@ class Args:
     """processor cores of a server"""
     out: Path | None = None
     """also write the rows as JSON"""
-
-
-class Letters:
-    """A tokenizer of random ids: each is a letter."""
-
-    begins, special, bos_id, eos_id, chat_template, dummy_prefix = (), {}, None, None, None, False
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def id_to_bytes(self, i: int) -> bytes:
-        return bytes([97 + i % 26])
-
-    def token_bytes(self) -> np.ndarray:
-        return np.ones(self.vocab_size, dtype=np.int64)
 
 
 class StaticBatches(FixedRows):
@@ -118,15 +117,15 @@ class StaticBatches(FixedRows):
         return [Grown(text.key, [Token(i, 0.0) for i in row], "length") for text, row in zip(texts, out)]
 
 
-def serve(kind: str, size: str, args: Args, parent: Connection) -> None:
+def serve(kind: str, directory: Path, args: Args, parent: Connection) -> None:
     """Run a server, and send its port to `parent`."""
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    shape = SHAPES[size][0].replace(max_seq_len=1024)
-    model = Transformer(shape).eval()
-    rows = FixedRows(model, args.rows) if kind == "ours" else StaticBatches(model, args.rows)
-    assistant = Assistant(model, Letters(shape.vocab_size), None)  # type: ignore[arg-type]
-    service = Service(size, assistant, Engine(rows, 1000), SamplingParams(), 3600)
+    if kind == "llama.cpp":
+        parent.send(serve_llama_cpp(directory, args))
+        threading.Event().wait()
+    assistant = load_assistant(directory, torch.device("cpu"), torch.float32, raw=True)
+    rows = (FixedRows if kind == "ours" else StaticBatches)(assistant.model, args.rows)
+    service = Service(directory.name, assistant, Engine(rows, 1000), SamplingParams(), 3600)
     server = uvicorn.Server(uvicorn.Config(make_app([service]), port=0, log_config=None, access_log=False))
 
     def tell() -> None:
@@ -138,12 +137,26 @@ def serve(kind: str, size: str, args: Args, parent: Connection) -> None:
     server.run()
 
 
+def serve_llama_cpp(directory: Path, args: Args) -> int:
+    """Start llama.cpp's server in this process; return its port."""
+    import xllamacpp
+
+    path = directory.with_suffix(".gguf")
+    convert.export(convert.Export(model=directory, format="gguf", dtype="fp32", out=path))
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(path), CONTEXT * args.rows, args.rows
+    params.warmup, params.verbosity, params.n_threads_http = False, -1, 64
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
+    serve_llama_cpp.server = xllamacpp.Server(params)  # type: ignore[attr-defined]  # it runs as long as it is held
+    return int(serve_llama_cpp.server.listening_address.rsplit(":", 1)[1])  # type: ignore[attr-defined]
+
+
 def ask(port: int, prompt: list[int], tokens: int) -> tuple[float, float]:
     """Send one request; return the seconds to its first token and to its end."""
     start, first = time.perf_counter(), None
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", "/v1/completions", json.dumps(body))
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response, text = connection.getresponse(), b""
     while part := response.read1(65536):
         first = first or time.perf_counter()
@@ -225,24 +238,26 @@ def peak_memory(pid: int) -> float:
     return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
-def measure(size: str, args: Args) -> list[dict[str, Any]]:
+def measure(directory: Path, args: Args) -> list[dict[str, Any]]:
     """Return the rows of the table for one model."""
     spawn, table, running = multiprocessing.get_context("spawn"), [], {}
+    n_ids = load_tokenizer(directory).vocab_size
     for kind in args.servers:
         mine, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(kind, size, args, theirs), daemon=True)
+        process = spawn.Process(target=serve, args=(kind, directory, args, theirs), daemon=True)
         process.start()
         running[kind] = process, mine.recv()
-        ask(running[kind][1], [1] * args.prompt, args.tokens)  # compiles, warms up
+        ask(running[kind][1], [5] * args.prompt, args.tokens)  # compiles, warms up
     if args.abuse:
         process, port = running["ours"]
         abuse(port, process.pid, args)
     for n_clients in () if args.abuse else args.clients:
         for kind, (process, port) in running.items():
-            row = {"model": size, "clients": n_clients, "server": kind}
-            row |= load(port, n_clients, args, SHAPES[size][0].vocab_size) | {"memory_mb": peak_memory(process.pid)}
+            row = {"model": directory.name, "clients": n_clients, "server": kind}
+            row |= load(port, n_clients, args, n_ids) | {"memory_mb": peak_memory(process.pid)}
             print(
-                f"{size:6}{n_clients:8} {kind:14}{row['requests_per_second']:12.2f}{row['tokens_per_second']:10.0f}"
+                f"{directory.name:6}{n_clients:8} {kind:14}"
+                f"{row['requests_per_second']:12.2f}{row['tokens_per_second']:10.0f}"
                 f"{row['first_p50_ms']:14.1f}{row['first_p99_ms']:14.1f}{row['slowest']:9.2f}{row['memory_mb']:11.0f}",
                 flush=True,
             )
@@ -251,6 +266,24 @@ def measure(size: str, args: Args) -> list[dict[str, Any]]:
         process.terminate()  # SIGTERM: it finishes what runs
         process.join(60)
     return table
+
+
+def save_models(args: Args, folder: Path) -> Iterator[Path]:
+    """Yield a directory for each model, with room for texts of `CONTEXT` tokens."""
+    if args.model is not None:
+        assistant = load_assistant(args.model, torch.device("cpu"), torch.float32)
+        set_length(assistant.model, CONTEXT)
+        directory = folder / "model"
+        save_model(directory, assistant.model, assistant.tokenizer)
+        yield directory
+        return
+    tokenizer = load_tokenizer(args.tokenizer)
+    for size in args.sizes:
+        torch.manual_seed(0)
+        directory = folder / size
+        directory.mkdir()
+        save_model(directory, Transformer(SHAPES[size][0].replace(max_seq_len=CONTEXT)), tokenizer)
+        yield directory
 
 
 def main(args: Args) -> list[dict[str, Any]]:
@@ -263,7 +296,10 @@ def main(args: Args) -> list[dict[str, Any]]:
         f"{'model':6}{'clients':>8} {'server':14}{'requests/s':>12}{'tokens/s':>10}{'first p50 ms':>14}"
         f"{'first p99 ms':>14}{'slowest':>9}{'memory MB':>11}"
     )
-    table = [row for size in args.sizes for row in measure(size, args)]
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for directory in save_models(args, Path(folder)):
+            table += measure(directory, args)
     if args.out:
         args.out.write_text(json.dumps(table, indent=2))
     return table

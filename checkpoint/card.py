@@ -220,7 +220,7 @@ def lacks(model: Path, stages: list[Stage], own: Own) -> Iterator[str]:
         what = WHAT.get(stage.script, stage.script)
         if unknown := [each.name for each in stage.data if not each.licence]:
             yield f"the licence of the data of {what}: {', '.join(unknown[:10])}" + ", ..." * (len(unknown) > 10)
-        if not stage.data and stage.script in WHAT:
+        if not stage.data and stage.script in ("pretrain", "fine_tuning"):
             yield f"the data of {what}"
         if stage.script in ("pretrain", "fine_tuning") and not (stage.result or stage.on_the_way):
             yield f"a held-out loss of {what}"

@@ -20,9 +20,11 @@ import yaml
 
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.locate import is_adapter, model_in
-from files import read_json_object
+from files import read_json_object, write_json
 
 MOST_STAGES = 20
+ORIGIN = "conversion.json"  # in a directory that convert.py has made: of what
+QUANTIZED = "quantization_report.json"  # in one that quantize.py has made: its settings, among others
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,48 @@ def history(model: Path, run: Path | None, licences: Mapping[str, str]) -> tuple
     run: directory of the run, for a model that does not lie in it; licences: of corpora by name
     """
     stages: list[Stage] = []
-    at, where = model, run or run_of(model)
-    seen = set()
-    while where is not None and where.resolve() not in seen and len(stages) < MOST_STAGES:
-        seen.add(where.resolve())
+    at, begun_with, seen = model, None, set()
+    while len(stages) < MOST_STAGES:
+        source, stage = (None, None) if run else made_from(at)
+        where = None if source else run or run_of(at)
+        place = (at if source else where or at).resolve()
+        if place in seen:
+            return stages, None
+        seen.add(place)
+        if source:
+            stages += [stage] if stage else []
+            at = source
+            continue
+        if where is None:
+            break
+        run = None
         stages.append(read_stage(where, at, licences))
         begun_with = stages[-1].settings.get("init_from") or stages[-1].settings.get("model")
         if not isinstance(begun_with, str):
             return stages, None
         at = model_in(Path(begun_with))
-        where = run_of(at)
-        if where is None:
-            return stages, begun_with
     if not stages and is_adapter(model):
         base = read_adapter_config(model).get("base_model_name_or_path")
         return [], base if isinstance(base, str) else None
-    return stages, None
+    return stages, begun_with
+
+
+def write_origin(directory: Path, command: str, **sources: Path) -> None:
+    """Say in a directory that convert.py has made what it was made of, so that its runs are found."""
+    write_json(directory / ORIGIN, {"command": command} | {name: str(path) for name, path in sources.items()})
+
+
+def made_from(model: Path) -> tuple[Path | None, Stage | None]:
+    """Return the model (or adapter) that convert.py or quantize.py made this one of, as a file in it says, and the
+    stage that this was: None for a copy or a merge. (None, None) where no file says so."""
+    origin = read_object(model / ORIGIN)
+    source = origin.get("adapter") or origin.get("model")
+    settings = {} if source else read_object(model / QUANTIZED).get("settings")
+    if isinstance(settings, dict) and isinstance(settings.get("model"), str):
+        calib = settings.get("calib") if isinstance(settings.get("calib"), list) else []
+        data = [Data(Path(str(name)).name) for name in calib]
+        return model_in(Path(settings["model"])), Stage(model, "quantize", settings, {}, {}, {}, {}, [], data)
+    return (model_in(Path(source)), None) if isinstance(source, str) else (None, None)
 
 
 def run_of(model: Path) -> Path | None:

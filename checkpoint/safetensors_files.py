@@ -35,6 +35,11 @@ ANGLES = "rotary_emb.inv_freq"  # rotary buffers in older checkpoints; ignored, 
 # ---- reading
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds a file of weights, or the index of several."""
+    return any((directory / name).is_file() for names in KINDS for name in names)
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Return the paths of a model directory's weights, one file or several.
 

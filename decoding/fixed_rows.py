@@ -27,6 +27,7 @@ from decoding import cpu_step
 from decoding.feeder import Feeder, check_prompts, drawable, evaluating
 from decoding.params import NEVER, Ids, SamplingParams, Stop, shared_length
 from decoding.rows import Token, _Row, choose, score
+from decoding.threads import Threads
 from model import Transformer
 
 LEAST = 16  # ids of a prompt that are worth a place in a step
@@ -84,6 +85,7 @@ class FixedRows:
         self._kept: list[list[int]] = [[] for _ in range(n)]  # row i holds these ids, where it has no text
         self._left = [0] * n  # when the last text left row i, as a count of texts
         self._keys = count(1)
+        self._threads = Threads()
 
     @property
     def free(self) -> int:
@@ -131,8 +133,10 @@ class FixedRows:
     def step(self) -> list[Grown]:
         """Read and decode on; return what was added to the texts to which something was added. Texts that have ended
         leave."""
-        with evaluating(self.model), torch.inference_mode():
-            told, ready, logits = self._read()
+        portions = share_out(self._texts.values(), self.most)
+        n_ids = sum(n for _, n in portions)
+        with self._threads.step(n_ids), evaluating(self.model), torch.inference_mode():
+            told, ready, logits = self._read(portions)
             drawn = self._draw(ready, torch.stack(logits)) if ready else []
         for text, token in zip(ready, drawn):
             text.ids.append(token.id)
@@ -142,11 +146,12 @@ class FixedRows:
             self.remove(key)
         return [Grown(key, tokens, ended.get(key)) for key, tokens in told.items()]
 
-    def _read(self) -> tuple[dict[int, list[Token]], list[_Text], list[torch.Tensor]]:
-        """Feed the next ids of the texts. Return the tokens of prompts to report by key, the texts that are read to
-        their ends, and the logits (V,) that follow each of these."""
+    def _read(
+        self, portions: Sequence[tuple[_Text, int]]
+    ) -> tuple[dict[int, list[Token]], list[_Text], list[torch.Tensor]]:
+        """Feed so many of the next ids of each text. Return the tokens of prompts to report by key, the texts that are
+        read to their ends, and the logits (V,) that follow each of these."""
         told, ready, logits = {}, [], []
-        portions = share_out(self._texts.values(), self.most)
         together = [(text, n) for text, n in portions if not text.echo or text.fed >= text.start - 1]
         alone = [(text, n) for text, n in portions if text.echo and text.fed < text.start - 1]
         for group in ([together] if together else []) + [[one] for one in alone]:

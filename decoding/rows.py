@@ -23,7 +23,8 @@ import torch
 from attention.cache import KVCache
 from decoding.feeder import Feeder, check_prompts, evaluating
 from decoding.params import NEVER, Ids, SamplingParams, Stop
-from decoding.sampling import draw, probabilities, process_logits
+from decoding.sampling import draw, penalise, probabilities, process_logits
+from decoding.threads import Threads
 from model import Transformer
 
 
@@ -68,6 +69,7 @@ class Rows:
         self._waiting: list[_Row] = []  # added since the last step: their prompts have not been fed
         self._running: list[_Row] = []  # row i of the cache holds all ids of _running[i] but the last
         self._keys = count()
+        self._threads = Threads()
 
     @property
     def max_len(self) -> int:
@@ -105,9 +107,10 @@ class Rows:
         if not self:
             return []
         grown, going = [], []
-        with evaluating(self.model):
-            logits = self._next_logits()  # (B, V)
-        tokens = score(logits, choose(logits, self._running), [row.top for row in self._running])
+        with self._threads.step(len(self._running) + sum(len(row.ids) for row in self._waiting)):
+            with evaluating(self.model):
+                logits = self._next_logits()  # (B, V)
+            tokens = score(logits, choose(logits, self._running), [row.top for row in self._running])
         for i, (row, token) in enumerate(zip(self._running, tokens)):
             if token.id in row.stop.ids:
                 continue
@@ -157,8 +160,13 @@ def choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
     for params in dict.fromkeys(row.params for row in rows):
         at = [i for i, row in enumerate(rows) if row.params == params]
         group = logits if len(at) == len(rows) else logits[at]  # (rows of these settings, V)
-        weights = probabilities(process_logits(group, [rows[i].ids for i in at], params))
-        for i, token in zip(at, draw(weights, [rows[i].generator for i in at])):
+        history = [rows[i].ids for i in at]
+        if params.temperature == 0:  # nothing is drawn
+            ids = penalise(group, history, params).argmax(-1).tolist()
+        else:
+            weights = probabilities(process_logits(group, history, params))
+            ids = draw(weights, [rows[i].generator for i in at])
+        for i, token in zip(at, ids):
             chosen[i] = token
     return chosen
 

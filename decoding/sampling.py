@@ -9,12 +9,8 @@ import torch
 from decoding.params import Ids, SamplingParams
 
 
-def process_logits(logits: torch.Tensor, history: Sequence[Ids], params: SamplingParams) -> torch.Tensor:
-    """The logits (B, V) to draw from, float32, -inf for ids that are out; `logits` itself stays as it is.
-
-    history: the B rows' ids so far, prompt included, for the repetition penalty. The order is Hugging Face's: penalty,
-    temperature, top-k, top-p, min-p; each works on what the one before has left. At temperature 0 one id is left.
-    """
+def penalise(logits: torch.Tensor, history: Sequence[Ids], params: SamplingParams) -> torch.Tensor:
+    """Return logits (B, V) in float32 after the repetition penalty; see `process_logits`."""
     logits = logits.float()
     if params.repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -23,6 +19,16 @@ def process_logits(logits: torch.Tensor, history: Sequence[Ids], params: Samplin
         # A negative logit is multiplied: divided, it would become likelier.
         penalised = torch.where(logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
+    return logits
+
+
+def process_logits(logits: torch.Tensor, history: Sequence[Ids], params: SamplingParams) -> torch.Tensor:
+    """The logits (B, V) to draw from, float32, -inf for ids that are out; `logits` itself stays as it is.
+
+    history: the B rows' ids so far, prompt included, for the repetition penalty. The order is Hugging Face's: penalty,
+    temperature, top-k, top-p, min-p; each works on what the one before has left. At temperature 0 one id is left.
+    """
+    logits = penalise(logits, history, params)
     if params.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)

@@ -15,6 +15,8 @@ from serving.assistant import Assistant
 class ChoiceBenchmark(Benchmark):
     """Take the choice with the highest log-probability after the prompt; of equal ones the first."""
 
+    normalised = True  # also score the choice with the highest log-probability for each of its characters
+
     def ask(self, assistant: Assistant, items: Sequence[Item]) -> list[dict[str, Any]]:
         shots = [self.fit(assistant, item, max(len(choice.encode()) for choice in item.choices)) for item in items]
         pairs = [
@@ -33,7 +35,7 @@ class ChoiceBenchmark(Benchmark):
             scores = {}
             if item.answer is not None:
                 scores = {"accuracy": [float(choice == item.answer), 1]}
-                if len({len(c) for c in item.choices}) > 1:
+                if self.normalised:
                     scores["accuracy_norm"] = [float(choice_by_length == item.answer), 1]
             cut = any(likelihood.cut for likelihood in found)
             records.append({"scores": scores, "choice": choice, "answer": item.answer, "logprobs": logprobs})

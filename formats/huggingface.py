@@ -14,8 +14,17 @@ import torch
 
 from checkpoint import config_json, quantized
 from checkpoint.directory import save_tokenizer
+from checkpoint.history import write_origin
 from checkpoint.locate import CONFIG, read_config
-from checkpoint.safetensors_files import find_tensors, opened, read_one, second_names, state_of, weight_files
+from checkpoint.safetensors_files import (
+    find_tensors,
+    has_weights,
+    opened,
+    read_one,
+    second_names,
+    state_of,
+    weight_files,
+)
 from checkpoint.streamed import write_streamed
 from files import written_aside
 from formats.base import FLAG_NAMES, TORCH_DTYPES, Checkpoint, Entries, Entry, Format, as_dtype
@@ -27,8 +36,8 @@ NOT_COPIED = (CONFIG, "*.index.json", "adapter_config.json")
 
 
 def detect(path: Path) -> bool:
-    """Whether a path is a directory with a config.json."""
-    return (path / CONFIG).is_file()
+    """Whether a path is a directory with a config.json and weights beside it."""
+    return (path / CONFIG).is_file() and has_weights(path)
 
 
 def read(path: Path) -> Checkpoint:
@@ -83,6 +92,7 @@ def write(checkpoint: Checkpoint, entries: Entries, out: Path, options: Options)
         if checkpoint.folder is not None:
             config = dict(checkpoint.config)
             copy_beside(checkpoint.folder, aside)
+            write_origin(aside, "copy", model=checkpoint.folder)
         else:
             config = config_json.write(checkpoint.family("a Hugging Face directory"))
         if checkpoint.folder is None or checkpoint.tokenizer is not None:

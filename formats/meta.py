@@ -205,6 +205,7 @@ def write(checkpoint: Checkpoint, entries: Entries, out: Path, options: ExportOp
         for rank in range(options.shards):
             part = {name: part_of(name, entry.load(), rank, options.shards, llama3) for name, entry in entries.items()}
             torch.save(part, aside / f"consolidated.{rank:02d}.pth")
+            del part  # before that of the next rank is made
         tokenizer = checkpoint.with_tokenizer().tokenizer
         proto = None if tokenizer is None else proto_of(tokenizer)
         if proto is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 FLOATS = ("fp32", "bf16", "fp16")
@@ -44,6 +45,10 @@ class ImportOptions(Options):
     """base of the rotary encoding, likewise"""
     max_seq_len: Annotated[int | None, (1, 2**24)] = None
     """longest text in tokens, likewise"""
+
+    like: Path | None = None
+    """Hugging Face directory (or config.json) of a model of the same shape, such as the one that training began with:
+    for a .pth, or a checkpoint of DeepSpeed or FSDP, without a config.json beside it. Its tokenizer is taken, too"""
 
     def known(self) -> dict[str, int | float]:
         """Return those that are set, by name."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from formats import gguf, gguf_lora, huggingface, llama2c, megatron, meta, pth
+from checkpoint.locate import CONFIG
+from formats import dcp, deepspeed, gguf, gguf_lora, huggingface, llama2c, megatron, meta, pth
 from formats.base import Format
 
 ALL = (
@@ -13,6 +14,8 @@ ALL = (
     gguf.FORMAT,
     meta.FORMAT,
     megatron.FORMAT,
+    deepspeed.FORMAT,
+    dcp.FORMAT,
     pth.FORMAT,
 )
 FORMATS: dict[str, Format] = {each.name: each for each in ALL}
@@ -27,6 +30,8 @@ def detect(path: Path) -> Format:
     for each in ALL:
         if each.detect(path):
             return each
+    if (path / CONFIG).is_file():  # a config.json without weights, whose reader says which files it looked for
+        return huggingface.FORMAT
     known = "; ".join(each.title for each in ALL)
     begins = f", which begins with the bytes {path.open('rb').read(8).hex(' ')}" if path.is_file() else ""
     raise ValueError(f"{path}{begins}, is in no format that is read here. These are: {known}")

@@ -17,11 +17,11 @@ The time of a step is compute / (1 - bubble) + the communication that no compute
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from model_args import ModelArgs
-from planning.devices import Device, usable
+from planning.devices import GPUS, Device, usable
 from planning.memory import Step, logits_block, matrices, saved_by_block, saved_outside, training
 from planning.tables import gib
 from training.flops import train_flops_per_token
@@ -258,3 +258,38 @@ def rank(args: ModelArgs, step: Step, cluster: Cluster) -> tuple[list[Prediction
     fits = [each for each in known if each.total <= usable(cluster.device)]
     others = [each for each in known if each.total > usable(cluster.device)]
     return sorted(fits, key=lambda each: each.seconds), sorted(others, key=lambda each: each.total)
+
+
+def more_gpus(args: ModelArgs, step: Step, cluster: Cluster) -> tuple[int, Prediction] | None:
+    """Return the smallest of some larger numbers of the same GPUs on which a strategy fits, and that strategy; None
+    where none does. Rows of a step are as many more as are needed to divide."""
+    parts = [n for n in divisors(cluster.per_node) if n < cluster.per_node]  # of one node
+    wholes = {cluster.per_node * stages * 2**power for stages in divisors(args.n_layers) for power in range(6)}
+    for count in sorted(n for n in {*parts, *wholes} if n > cluster.gpus):
+        rows = -(-cluster.batch_size // count) * count
+        fits, _ = rank(args, step, replace(cluster, gpus=count, batch_size=rows))
+        if fits:
+            return count, fits[0]
+    return None
+
+
+def larger_gpu(
+    args: ModelArgs, step: Step, cluster: Cluster, devices: Iterable[Device]
+) -> tuple[Device, Prediction] | None:
+    """Return the smallest device on as many of which a strategy fits, and that strategy; None where none does."""
+    for device in sorted(devices, key=lambda each: each.memory):
+        fits, _ = rank(args, step, replace(cluster, device=device))
+        if fits:
+            return device, fits[0]
+    return None
+
+
+def what_fits(args: ModelArgs, step: Step, cluster: Cluster) -> Iterator[str]:
+    """Yield, where nothing fits, the nearest numbers and kinds of GPUs on which a strategy does."""
+    more, larger = more_gpus(args, step, cluster), larger_gpu(args, step, cluster, GPUS.values())
+    if more:
+        yield f"It fits on --gpus {more[0]} of them, by {more[1].strategy.label} in {gib(more[1].total)} of each."
+    if larger:
+        yield f"It fits on {cluster.gpus} x --gpu {larger[0].name}, by {larger[1].strategy.label}."
+    if not more and not larger:
+        yield "No number and no kind of GPU that is known here holds it: a shorter --seq_len or a smaller model does."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from checkpoint.locate import model_in, read_config
 from cli.args import as_flags, parse, read_section
+from files import read_json_object
 from model_args import ModelArgs
 from optim.args import OptimArgs
 from training.args import TrainArgs
@@ -79,11 +81,16 @@ def find_shape(source: str) -> Source:
         )
     from checkpoint import config_json  # not at the top: it loads torch, which takes seconds
 
-    directory = path.parent if path.name == "config.json" else model_in(path)
-    config = read_config(directory)
+    directory = path.parent if path.suffix == ".json" else model_in(path)
+    config = read_json_object(path) if path.suffix == ".json" else read_config(directory)
     quantization = config.pop("quantization_config", None)  # its shape is that of the whole weights
     name = f"{directory}{' (stored quantized)' * bool(quantization)}"
-    return Source(config_json.read(config), name, f"--init_from {directory}")
+    try:
+        args = config_json.read(config)
+    except ValueError as error:
+        raise ValueError(f"--model {source}: {error}") from None
+    weights = any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
+    return Source(args, name, f"--init_from {shlex.quote(str(directory))}" if weights else flags_of_shape(args))
 
 
 def from_preset(path: Path) -> Source:
@@ -114,7 +121,16 @@ def whole(values: dict[str, Any], name: str, where: str) -> int | None:
 
 
 def flags_of_shape(args: ModelArgs) -> str:
-    """Return the --model.* flags that differ from the defaults."""
-    default, skipped = ModelArgs(), ("vocab_size", "head_dim", "multiple_of", "ffn_dim_multiplier")
-    fields = {name: value for name, value in vars(args).items() if name not in skipped and value is not None}
-    return " ".join(f"--model.{name} {value}" for name, value in fields.items() if value != getattr(default, name))
+    """Return the --model.* flags of a shape; the vocabulary is that of the data's tokenizer."""
+    default, skipped = ModelArgs(), ["vocab_size", "multiple_of", "ffn_dim_multiplier"]
+    derived = ModelArgs(dim=args.dim, n_heads=args.n_heads, head_dim=args.head_dim)  # from flags that are not given
+    skipped += ["head_dim"] * (args.head_dim == args.dim // args.n_heads)
+    own = {n: v for n, v in vars(args).items() if n not in skipped and v is not None}
+    own = {n: v for n, v in own.items() if n == "head_dim" or v != getattr(default, n) or v != getattr(derived, n)}
+    return " ".join(f"--model.{name} {words(value)}" for name, value in own.items())
+
+
+def words(value: Any) -> str:
+    """Return the value of a flag as words of a command; those of a mapping are its keys, each with its value."""
+    pairs = value.items() if isinstance(value, dict) else [(value,)]
+    return " ".join(shlex.quote(str(each)) for pair in pairs for each in pair)

@@ -109,7 +109,7 @@ def verdict(found: list[Way], decodable: list[dict[str, Any]], available: float,
         by = "" if whole else f" by {best.name.removesuffix(', recomputed')}"
         again = ", with blocks recomputed" * best.step.checkpointing
         texts = [f"{what}{by}{again}, up to {some_rows(best.most_rows)} at once.{missing}"]
-        script = f"pretrain.py {command}" if whole else "fine_tuning.py --init_from DIR --data FILE"
+        script = f"pretrain.py {command}".strip() if whole else "fine_tuning.py --init_from DIR --data FILE"
         rows = min(best.most_rows, best.step.rows) if best.step.rows > 1 else best.most_rows
         flags = [best.flags, f"--train.micro_batch_size {rows}"]
         texts.append(f"  python {script} {' '.join(flag for flag in flags if flag)}")

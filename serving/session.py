@@ -51,7 +51,7 @@ class ChatSession:
     def set_system(self, text: str) -> None:
         """Put a system message before the conversation; "": none. Raises ValueError where the template has no place for
         one, or where nothing else would fit into the context."""
-        assistant, messages = replace(self.assistant, system=text), self.messages or [{"role": "user", "content": ""}]
+        assistant, messages = replace(self.assistant, system=text), [{"role": "user", "content": ""}]
         prompt = assistant.encode(messages)
         if text and prompt == replace(assistant, system="").encode(messages):
             raise ValueError("the chat template of this model has no place for a system message")

@@ -2,23 +2,33 @@
 
 python -m tests.harness_table --model DIR --data DIR      needs setup.sh --extra eval --extra dev, no network
 
-DIR of --data holds ceval/, mmlu/ and gsm8k_test.jsonl in their published layouts. The same items are asked of the
-harness with its own `hf` model, of the harness with our models (evaluation/harness.py), of eval.py and, with --server,
-of the harness's `local-completions` against our server. Columns of the table: items, choices or answers that differ
-between any two (answers but for blanks at their ends), largest difference of a log-probability, seconds of each, and
-how many times eval.py is faster than `hf`. All get the same batch size. Items that do not fit the window are not
-compared: eval.py asks them with fewer examples, the harness without their beginning. --random makes a model with random
-weights by transformers, with the shape and the tokenizer of --model.
+DIR of --data holds a folder of the published files for each task: ceval/, cmmlu/, aclue/, mmlu/, blimp/, zhoblimp/,
+gsm8k/, longbench/ and longeval/; answers.jsonl and texts/ are for `answers` and `perplexity`. What is missing is left
+out. The same items are asked of the harness with its own `hf` model (transformers), of the harness with our models
+(evaluation/harness.py), of eval.py and, with --server, of the harness's `local-completions` against our server. The
+harness reads them by its own tasks, of which only the place of the data is changed; where it has none (longeval,
+passkey, answers, perplexity) it is given the texts as they are, so that transformers computes them again.
+
+Columns of the table: items, choices or answers that differ between any two (answers but for blanks at their ends),
+largest difference of a log-probability, also as a share of it (the harness adds up in float32), seconds of each, and
+how many times eval.py is faster than `hf`. Seconds are those of the models of the harness without what it does beside,
+and all that eval.py takes. All get the same batch size and the same id before a text without context, and leave out
+the beginning of a prompt that does not fit. Items that eval.py asks with fewer examples, or of which it asks for a
+shorter answer, are not compared. --random makes a model with random weights by transformers, with the shape and the
+tokenizer of --model and a window of 2048 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,113 +36,246 @@ import torch
 
 import eval as eval_script
 from checkpoint.directory import load_model, save_model
+from checkpoint.locate import read_stop_ids
 from cli.extras import need
-from evaluation.exam_subjects import CEVAL, MMLU
-from evaluation.exams import LETTERS, CEval, MMLUExam
+from cli.progress import say
+from evaluation.exam_subjects import ACLUE, CEVAL, CMMLU, MMLU
+from evaluation.exams import LETTERS
 from evaluation.generated import GSM8K
 from evaluation.harness import adapter
+from evaluation.long_context import SETS, SETS_E
 from evaluation.registry import make_task
+from serving.assistant import first_id, usable_template
 from tokenizer import load_tokenizer
 
-FORMS = {"ceval": (CEVAL, CEval, "val", "答案："), "mmlu": (MMLU, MMLUExam, "val", "Answer:")}
+# task -> subjects, files of the harness's tasks, split
+EXAMS = {
+    "ceval": (CEVAL, "ceval/ceval-valid_{}.yaml", "val"),
+    "cmmlu": (CMMLU, "cmmlu/cmmlu_{}.yaml", "test"),
+    "aclue": (ACLUE, "aclue/aclue_{}.yaml", "test"),
+    "mmlu": (MMLU, "mmlu/default/mmlu_{}.yaml", "val"),
+}
+PAIRS = {"blimp": "blimp/{}.yaml", "zhoblimp": "zhoblimp/{}.yaml"}
+LONG = {"longbench": (SETS, ""), "longbench_e": (SETS_E, "_e")}
+RAW = ("longbench", "longbench_e", "longeval")  # eval.py asks them with the model's chat template by itself
+TASKS = (*EXAMS, *PAIRS, "gsm8k", *LONG, "longeval", "passkey", "answers", "perplexity")
+
+Asked = tuple[dict[str, dict[str, Any]], dict[str, Any]]  # tasks of the harness by subject, options of eval.py
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a csv file by the names in its first line."""
+# ---- the same items for the harness
+
+
+def its_task(folder: Path, file: str, files: dict[str, Iterable[dict]], **changes: Any) -> dict[str, Any]:
+    """Return a task of the harness, as its yaml file has it, that reads records which are written below `folder`."""
+    import lm_eval
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file)
+    for key in ("dataset_name", "tag", "task_alias", "group"):
+        config.pop(key, None)
+    return config | changes | data_of(folder, files)
+
+
+def data_of(folder: Path, files: dict[str, Iterable[dict]]) -> dict[str, Any]:
+    """Write records (split -> records) below `folder`; return what a task of the harness says of its data."""
+    folder.mkdir()
+    for split, rows in files.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf8")
+    paths = {split: str(folder / f"{split}.jsonl") for split in files}
+    return {"dataset_path": "json", "dataset_kwargs": {"data_files": paths}}
+
+
+def plain_task(folder: Path, name: str, texts: Iterable[str], new_tokens: int | None) -> dict[str, Any]:
+    """Return a task of the harness that continues texts by `new_tokens`, or judges all of their tokens (None)."""
+    config: dict[str, Any] = {"task": name, "test_split": "test", "num_fewshot": 0, "metadata": {"version": 0}}
+    config |= data_of(folder, {"test": ({"text": text} for text in texts)})
+    if new_tokens is None:
+        metric = {"metric": "bits_per_byte"}
+        return config | {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [metric],
+        }
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    options = {"until": [], "do_sample": False, "max_gen_toks": new_tokens}
+    config |= {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": ""}
+    return config | {"generation_kwargs": options, "metric_list": [metric]}
+
+
+def csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a csv file, by the names in its first line or those of MMLU."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.reader(file))
+    names = ["question", *LETTERS[:4], "answer"]
+    if "question" in [cell.lower() for cell in rows[0]]:
+        names, rows = rows[0], rows[1:]
+    return [dict(zip(names, row)) for row in rows]
 
 
-def harness_task(folder: Path, name: str, data: Path, subject: str, shots: int) -> dict[str, Any]:
-    """Write one subject as files of the harness; return its task as a dict."""
-    subjects, exam, split, cue = FORMS[name]
-    files = {}
-    for part, key in (("dev", "train"), (split, "test")):
-        path = next(p for p in (data / part / f"{subject}_{part}.csv", data / part / f"{subject}.csv") if p.exists())
-        target = folder / f"{subject}.{part}.jsonl"
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(path))
-        target.write_text("".join(lines), encoding="utf8")
-        files[key] = str(target)
-    options = "".join(f"\n{letter}. {{{{{letter}}}}}" for letter in LETTERS[:4])
-    return {
-        "task": f"{name}_{subject}",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        "test_split": "test",
-        "fewshot_split": "train",
-        "fewshot_config": {"sampler": "first_n"},
-        "output_type": "multiple_choice",
-        "num_fewshot": shots,
-        "description": exam.description(None, subjects[subject].title),
-        "doc_to_text": "{{question.strip()}}" + options + "\n" + cue,
-        "doc_to_choice": list(LETTERS[:4]),
-        "doc_to_target": "{{['A', 'B', 'C', 'D'].index(answer)}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of lines of JSON."""
+    return [json.loads(line) for line in path.open(encoding="utf8")]
+
+
+def exam(name: str, folder: Path, args: argparse.Namespace) -> Asked:
+    """Return the first subjects of an examination."""
+    subjects, file, split = EXAMS[name]
+    tasks = {}
+    for subject, title in subjects.items():
+        files = {}
+        for part in ("dev", split):
+            names = (f"{subject}_{part}.csv", f"{subject}.csv", f"{title.title}.csv")
+            found = [path for each in names if (path := args.data / name / part / each).is_file()]
+            files[part] = csv_rows(found[0]) if found else []
+        if len(tasks) == args.subjects or not files[split]:
+            continue
+        if name == "mmlu":  # the harness's copy of the data has other names
+            for rows in files.values():
+                for row in rows:
+                    row |= {"choices": [row[letter] for letter in LETTERS[:4]], "answer": LETTERS.index(row["answer"])}
+        splits = {"validation_split": None, "test_split": split, "fewshot_split": "dev" if args.shots else None}
+        tasks[subject] = its_task(folder / subject, file.format(subject), files, num_fewshot=args.shots, **splits)
+    options = {"shots": args.shots, "subjects": tuple(tasks)}
+    return tasks, options | ({} if name == "ceval" else {"split": split})
+
+
+def pairs(name: str, folder: Path, args: argparse.Namespace) -> Asked:
+    """Return the first paradigms of minimal pairs."""
+    paths = sorted((args.data / name).rglob("*.jsonl"))[: args.subjects]
+    tasks = {}
+    for path in paths:
+        file = PAIRS[name].format(path.stem)
+        tasks[path.stem] = its_task(folder / path.stem, file, {"train": json_rows(path)})
+    return tasks, {"subjects": tuple(tasks)}
+
+
+def gsm8k(name: str, folder: Path, args: argparse.Namespace) -> Asked:
+    """Return problems without solved examples."""
+    rows = json_rows(args.data / name / "test.jsonl")
+    splits = {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
+    task = its_task(folder / name, "gsm8k/gsm8k.yaml", {"test": rows}, **splits)
+    task["generation_kwargs"] = task["generation_kwargs"] | {"max_gen_toks": GSM8K.new_tokens}
+    return {name: task}, {"shots": 0}
+
+
+def longbench(name: str, folder: Path, args: argparse.Namespace) -> Asked:
+    """Return the sets of LongBench that are there. In the harness's copy of the data `input` is called `question`."""
+    sets, suffix = LONG[name]
+    tasks = {}
+    for each in sets:
+        path = args.data / "longbench" / f"{each}{suffix}.jsonl"
+        if path.is_file():
+            rows = [row | {"question": row["input"]} for row in json_rows(path)]
+            tasks[each] = its_task(folder / each, f"longbench/{each}{suffix}.yaml", {"test": rows})
+    return tasks, {"data": args.data / "longbench", "subjects": tuple(tasks)}
+
+
+def given(name: str, folder: Path, args: argparse.Namespace) -> Asked:
+    """Return the prompts of a task that the harness does not have; the texts are those of eval.py's items."""
+    data = {"answers": args.data / "answers.jsonl", "perplexity": args.data / "texts", "passkey": None}
+    options: dict[str, Any] = {"data": data.get(name, args.data / name)}
+    if name == "perplexity":
+        options["stride"] = args.window  # the harness judges windows that do not overlap
+    task = make_task(name, eval_script.Args(task=name, limit=args.items, **options))
+    if name == "passkey":
+        task.tokenizer, task.window = load_tokenizer(args.model), args.window
+    tasks = {}
+    for items in task.chosen()[: args.subjects]:
+        longest = None if name == "perplexity" else task.length(items[0]) if name != "answers" else task.new_tokens
+        key = items[0].subject
+        tasks[key] = plain_task(folder / key, f"{name}_{key}", [item.question for item in items], longest)
+    return tasks, options | {"subjects": tuple(tasks)}
+
+
+def make_asked(name: str, folder: Path, args: argparse.Namespace) -> Asked | None:
+    """Return the items of a task for both sides; None where their data are missing."""
+    makers: dict[str, Callable[..., Asked]] = {
+        **dict.fromkeys(EXAMS, exam),
+        **dict.fromkeys(PAIRS, pairs),
+        **dict.fromkeys(LONG, longbench),
+        "gsm8k": gsm8k,
     }
+    try:
+        tasks, options = makers.get(name, given)(name, folder, args)
+    except FileNotFoundError as error:
+        say(f"{name} is left out: {error}")
+        return None
+    if not tasks:
+        say(f"{name} is left out: {args.data} has no data of it")
+        return None
+    options = {"data": args.data / name} | options | ({"raw": True} if name in RAW else {})
+    return tasks, options | ({"cut": "left"} if name in (*LONG, "longeval", "passkey") else {})
 
 
-def written_task(folder: Path, path: Path, limit: int) -> dict[str, Any]:
-    """Write the first problems of GSM8K as a file of the harness; return its task, without shots, as a dict."""
-    target = folder / "gsm8k.jsonl"
-    target.write_text("".join(path.read_text(encoding="utf8").splitlines(keepends=True)[:limit]), encoding="utf8")
-    return {
-        "task": "gsm8k_gsm8k",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(target)}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "num_fewshot": 0,
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": list(GSM8K.until), "do_sample": False, "max_gen_toks": GSM8K.new_tokens},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
+# ---- who is asked
 
 
-def ask_harness(model: Any, tasks: list[dict[str, Any]]) -> tuple[dict[str, list[list[float]]], float]:
-    """Return the log-probabilities of the choices of every item, or its answer, by task; and the seconds it took."""
+def ask_harness(model: Any, tasks: dict[str, dict[str, Any]], limit: int, chat: bool) -> tuple[dict[str, list], float]:
+    """Return what the model said of every item, by subject, and the seconds it took in the model's methods."""
     import lm_eval
 
-    begin = time.perf_counter()
-    result = lm_eval.simple_evaluate(model, tasks=tasks, log_samples=True, bootstrap_iters=0)
-    found = {}
-    for name, samples in result["samples"].items():
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        found[name] = [responses(sample["resps"]) for sample in samples]
-    return found, time.perf_counter() - begin
+    seconds = 0.0
 
+    def timed(method: Callable) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal seconds
+            begin = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                seconds += time.perf_counter() - begin
 
-def responses(found: list) -> list[float] | str:
-    """Return what the harness stores of an item: the log-probability of each choice, or a text."""
-    return found[0][0] if isinstance(found[0][0], str) else [float(response[0][0]) for response in found]
+        return call
 
-
-def ask_ourselves(name: str, args: argparse.Namespace, subjects: list[str]) -> tuple[dict[str, list], float]:
-    """Return what `ask_harness` does, of eval.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "report.json"
-        begin = time.perf_counter()
-        options = {"model": args.model, "task": name, "output": output, "batch_size": args.batch_size, "dtype": "fp32"}
-        if name == "gsm8k":
-            options |= {"data": args.data / "gsm8k_test.jsonl", "shots": 0, "limit": args.problems}
-        else:
-            options |= {"data": args.data / name, "shots": args.shots, "subjects": tuple(subjects)}
-            options |= {} if name == "ceval" else {"split": FORMS[name][2]}
-        eval_script.main(eval_script.Args(**options))
-        seconds = time.perf_counter() - begin
-        found: dict[str, list] = {}
-        for line in output.with_suffix(".items.jsonl").open(encoding="utf8"):
-            record = json.loads(line)
-            fits = record["shots"] == options["shots"] and not record["cut"]
-            value = record["answer"] if name == "gsm8k" else record["logprobs"]
-            found.setdefault(f"{name}_{record['subject']}", []).append(value if fits else None)
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(model, name, timed(getattr(model, name)))
+    options = {"log_samples": True, "bootstrap_iters": 0, "limit": limit, "apply_chat_template": chat}
+    result, found = lm_eval.simple_evaluate(model, tasks=list(tasks.values()), **options), {}
+    for subject, task in tasks.items():
+        samples = sorted(result["samples"][task["task"]], key=lambda sample: sample["doc_id"])
+        # GSM8K has two samples of a problem, one for each way to find its number
+        found[subject] = list({sample["doc_id"]: responses(sample["resps"]) for sample in samples}.values())
     return found, seconds
 
 
-def ask_server(args: argparse.Namespace, tasks: list[dict[str, Any]]) -> tuple[dict[str, list], float]:
-    """Return what `ask_harness` does, of the harness's client of completions against a server of ours."""
+def responses(found: list) -> list[float] | str:
+    """Return what the harness stores of an item: the log-probability of each choice (or of the text), or an answer."""
+    if isinstance(found[0][0], str):
+        return found[0][0]
+    return [float(each[0][0] if isinstance(each[0], (list, tuple)) else each[0]) for each in found]
+
+
+def ask_ourselves(name: str, args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, list], float]:
+    """Return what `ask_harness` does, of eval.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "report.json"
+        options = {"limit": args.items, "batch_size": args.batch_size, "dtype": "fp32"} | options
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):
+            eval_script.main(eval_script.Args(model=args.model, task=name, output=output, **options))
+        seconds = time.perf_counter() - begin
+        found: dict[str, list] = {}
+        for record in json_rows(output.with_suffix(".items.jsonl")):
+            same = record.get("shots", 0) == options.get("shots", 0) and not record.get("shorter_answer")
+            found.setdefault(record["subject"], []).append(said(record) if same else None)
+    return found, seconds
+
+
+def said(record: dict[str, Any]) -> list[float] | str:
+    """Return of a record of eval.py what `responses` returns."""
+    if "logprobs" in record:
+        return record["logprobs"]
+    return record["answer"] if "answer" in record else [-record["scores"]["loss"][0]]
+
+
+def ask_server(
+    args: argparse.Namespace, tasks: dict[str, dict[str, Any]], begins: bool, chat: bool
+) -> tuple[dict[str, list], float]:
+    """Return what `ask_harness` does, of the harness's client of completions against a server of ours. begins: whether
+    bos stands before a text; the client sends ids, and adds none by itself."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from tests.helpers.server import Server
@@ -140,27 +283,33 @@ def ask_server(args: argparse.Namespace, tasks: list[dict[str, Any]]) -> tuple[d
     server = Server(args.model, rows=args.batch_size, queue=1000, timeout=600)
     try:
         options = {"tokenizer": str(args.model), "tokenizer_backend": "huggingface", "max_length": args.window}
-        client = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", batch_size=1, **options)
-        return ask_harness(client, tasks)
+        options |= {"custom_prefix_token_id": args.first_id, "add_bos_token": begins, "batch_size": 1}
+        client = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", **options)
+        return ask_harness(client, tasks, args.items, chat)
     finally:
         server.close()
 
 
 def save_models(args: argparse.Namespace, folder: Path) -> None:
     """Save the model as we save one, with the tokenizer.json that transformers reads; or a random one of its own."""
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model)
-    args.window = model.args.max_seq_len
-    save_model(folder, model, tokenizer)
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model)
+    args.window, args.first_id = model.args.max_seq_len, first_id(tokenizer)
+    stop_ids = read_stop_ids(args.model)  # what ends an answer of a chat model ends it for all
+    save_model(folder, model, tokenizer, stop_ids and sorted(stop_ids))
     if args.random:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(args.random)
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        args.window = 2048
+        config = AutoConfig.from_pretrained(folder, max_position_embeddings=args.window)
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in made.parameters():  # else all choices are nearly as likely
             parameter.data *= 4 if parameter.dim() == 2 else 1
         made.save_pretrained(folder)
     args.model = folder
+
+
+# ---- the table
 
 
 def best(logprobs: list[float]) -> int:
@@ -168,19 +317,50 @@ def best(logprobs: list[float]) -> int:
     return logprobs.index(max(logprobs))
 
 
-def compare(found: list[dict[str, list]]) -> tuple[int, int, float]:
-    """Return over how many items, in how many any two differ, and the largest difference of a log-probability."""
+def compare(found: list[dict[str, list]]) -> tuple[int, int, float, float]:
+    """Return over how many items, in how many any two differ, and the largest difference of a log-probability, also as
+    a share of it."""
     assert all(each.keys() == found[0].keys() for each in found)
     rows = [row for task in found[0] for row in zip(*(each[task] for each in found), strict=True)]
-    rows = [row for row in rows if None not in row]  # of a prompt that is too long, each leaves out another part
-    differ, largest = 0, 0.0
+    rows = [row for row in rows if None not in row]
+    differ, largest, share = 0, 0.0, 0.0
     for row in rows:
         if isinstance(row[0], str):
             differ += len({text.strip() for text in row}) > 1
         else:
             differ += len({best(logprobs) for logprobs in row}) > 1
-            largest = max(largest, *(abs(a - b) for other in row[1:] for a, b in zip(row[0], other)))
-    return len(rows), differ, largest
+            apart = [(abs(a - b), abs(a)) for other in row[1:] for a, b in zip(row[0], other)]
+            largest = max(largest, *(difference for difference, _ in apart))
+            share = max(share, *(difference / logprob for difference, logprob in apart))
+    return len(rows), differ, largest, share
+
+
+def measure(name: str, args: argparse.Namespace) -> Iterator[list[Any]]:
+    """Yield the cells of the table for one task."""
+    from lm_eval.models.huggingface import HFLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        asked = make_asked(name, Path(folder), args)
+        if asked is None:
+            return
+        tasks, options = asked
+        same = {"batch_size": args.batch_size, "prefix_token_id": args.first_id}
+        # of a text that is judged whole, the first id stands before it already
+        begins = bool(load_tokenizer(args.model).begins) and name != "perplexity"
+        hf = HFLM(str(args.model), dtype="float32", device="cpu", add_bos_token=begins, **same)
+        chat = name == "answers" and usable_template(load_tokenizer(args.model)) is not None
+        results = [ask_harness(hf, tasks, args.items, chat)]
+        with torch.inference_mode():
+            ours = adapter()(str(args.model), batch_size=args.batch_size)
+            results.append(ask_harness(ours, tasks, args.items, chat))
+        results.append(ask_ourselves(name, args, options))
+        asks_server = args.server and name != "perplexity"  # where its client judges in shorter windows
+        if asks_server:
+            results.append(ask_server(args, tasks, begins, chat))
+    items, differ, largest, share = compare([found for found, _ in results])
+    seconds = [f"{each:.1f}" for _, each in results] + ["-"] * (args.server and not asks_server)
+    cells = [options.get("shots", 0), items, differ, f"{largest:.1e}", f"{share:.1e}"]
+    yield [*cells, *seconds, f"{results[0][1] / results[2][1]:.1f}"]
 
 
 def main() -> None:
@@ -190,42 +370,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--subjects", type=int, default=3, help="number of subjects of each task")
-    parser.add_argument("--tasks", nargs="+", choices=[*FORMS, "gsm8k"], default=[*FORMS, "gsm8k"])
-    parser.add_argument("--problems", type=int, default=20, help="number of problems of gsm8k")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--items", type=int, default=20, help="number of items of each subject")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--server", action="store_true", help="ask through our server, too")
     parser.add_argument("--random", type=int, default=0, help="seed of a model of transformers; 0: that of --model")
     args = parser.parse_args()
     need("tests.harness_table", "eval", "lm_eval")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    from lm_eval.models.huggingface import HFLM
-
-    heads = ["shots", "items", "differ", "largest difference", "hf s", "adapter s", "eval.py s"]
+    heads = ["shots", "items", "differ", "largest difference", "as a share", "hf s", "adapter s", "eval.py s"]
     heads += ["server s"] * args.server + ["eval.py is faster"]
-    print(f"{'task':<8}" + "".join(f"{head:>{len(head) + 2}}" for head in heads))
+    print(f"{'task':<12}" + "".join(f"{head:>{len(head) + 2}}" for head in heads))
     with tempfile.TemporaryDirectory() as saved:
         save_models(args, Path(saved))
         for name in args.tasks:
-            subjects, shots = [], 0
-            with tempfile.TemporaryDirectory() as folder:
-                if name == "gsm8k":
-                    tasks = [written_task(Path(folder), args.data / "gsm8k_test.jsonl", args.problems)]
-                else:
-                    make_task(name, eval_script.Args(task=name, data=args.data / name))  # says what is missing
-                    names, shots = FORMS[name][0], args.shots
-                    subjects = [s for s in names if any((args.data / name / FORMS[name][2]).glob(f"{s}*.csv"))]
-                    subjects = subjects[: args.subjects]
-                    tasks = [harness_task(Path(folder), name, args.data / name, s, shots) for s in subjects]
-                hf = HFLM(str(args.model), dtype="float32", device="cpu", batch_size=args.batch_size)
-                results = [ask_harness(hf, tasks)]
-                with torch.inference_mode():
-                    results.append(ask_harness(adapter()(str(args.model), batch_size=args.batch_size), tasks))
-                results.append(ask_ourselves(name, args, subjects))
-                results += [ask_server(args, tasks)] if args.server else []
-            items, differ, largest = compare([found for found, _ in results])
-            seconds = [f"{each:.1f}" for _, each in results]
-            cells = [shots, items, differ, f"{largest:.1e}", *seconds, f"{results[0][1] / results[2][1]:.1f}"]
-            print(f"{name:<8}" + "".join(f"{cell:>{len(head) + 2}}" for cell, head in zip(cells, heads)), flush=True)
+            for cells in measure(name, args):
+                print(f"{name:<12}" + "".join(f"{cell:>{len(h) + 2}}" for cell, h in zip(cells, heads)), flush=True)
 
 
 if __name__ == "__main__":

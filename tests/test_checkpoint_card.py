@@ -11,7 +11,8 @@ from helpers.tiny_chat_model import save_chat_model
 from huggingface_hub import ModelCard
 
 import convert
-from convert import Card
+from checkpoint.history import write_origin
+from convert import Card, Export
 
 
 def write(path: Path, value) -> None:
@@ -86,6 +87,21 @@ def test_it_says_what_the_runs_recorded(folder, tmp_path):
     assert "| tokens seen | 12,345 |" in text and "| seed | 7 |" in text
     assert "at 10" in text and "at 5" not in text  # what this checkpoint wrote, not an earlier one
     assert 'AutoModelForCausalLM.from_pretrained("me/poet")' in text and "apply_chat_template" in text
+
+
+def test_a_copied_a_merged_and_a_quantized_model_have_the_runs_of_what_they_were_made_of(folder, tmp_path):
+    convert.export(Export(model=folder / "sft", out=tmp_path / "copy", format="huggingface", dtype="bf16"))
+    merged = save_chat_model(folder / "sft/merged")  # beside the checkpoints, as people do
+    write_origin(merged, "merge", model=folder / "pretrain/best", adapter=tmp_path / "copy")
+    quantized = save_chat_model(tmp_path / "four_bits")
+    settings = {"model": str(merged), "method": "gptq", "bits": 4, "calib": ["texts/poems.txt"]}
+    write(quantized / "quantization_report.json", {"settings": settings, "layers": {}})
+    for model in (tmp_path / "copy", merged, quantized):
+        text = made(model, tmp_path / f"{model.name}.md")
+        assert text.index("## 1. Pretraining") < text.index("## 2. Fine-tuning")
+        assert "| tokens seen | 12,345 |" in text and ("at 10" in text) == (model != quantized)  # who wrote that
+    assert "## 3. Quantization" in text and "| method | gptq |" in text and "| poems.txt | not recorded |" in text
+    assert "base_model" not in text and "How to use it" in text
 
 
 def test_the_licence_of_a_corpus_is_that_of_our_table(folder, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import convert
 from checkpoint import peft
 from checkpoint.directory import load_model
+from checkpoint.history import made_from
 from convert import Merge
 from lora import adapters
 from lora.adapters import LoraArgs
@@ -55,6 +56,7 @@ def test_a_merged_model_says_what_the_adapted_one_says(method, tied, trained, tm
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(theirs(tokens).logits, wanted, rtol=0, atol=2e-5)
     assert "lora" not in "".join(path.name for path in out.iterdir())
+    assert made_from(out) == (tmp_path / "adapter", None)  # where a model card finds the run
 
 
 @pytest.mark.parametrize("base", KINDS)

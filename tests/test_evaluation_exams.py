@@ -122,6 +122,16 @@ def test_mmlu_without_a_line_of_names(model, tmp_path):
     )
 
 
+def test_files_that_are_called_by_their_titles(model, tmp_path):
+    for split in ("dev", "test"):  # as in the repository of ACLUE
+        path = tmp_path / "aclue" / split / "古音学.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Question,A,B,C,D,Answer\n{split}？,东,南,西,北,B\n", encoding="utf8")
+    args = Args(model=model, task="aclue", data=tmp_path / "aclue", shots=1, output=tmp_path / "a.json")
+    prompt = main(args)["first_prompt"]
+    assert prompt.startswith("以下是关于古音学的单项选择题") and "dev？" in prompt and "test？" in prompt
+
+
 def test_own_questions_with_their_first_records_as_examples(model, tmp_path):
     path = tmp_path / "own.jsonl"
     rows = [

@@ -8,8 +8,9 @@ from helpers.tiny_chat_model import save_chat_model
 
 from cli.progress import Progress
 from decoding.params import SamplingParams
-from evaluation.harness import alike, answer_texts, load, sampling, score_pairs
+from evaluation.harness import alike, answer_texts, encode_chat, load, render_chat, sampling, score_pairs
 from evaluation.likelihood import Pair, log_likelihoods
+from serving.assistant import usable_template
 
 
 def test_pairs_that_begin_alike_are_together_and_all_are_scored_in_order():
@@ -42,11 +43,30 @@ def test_settings_of_the_harness(options, expected):
     assert sampling(options) == expected
 
 
+def test_a_conversation_becomes_a_text_and_the_same_ids(tmp_path):
+    tokenizer = load(str(save_chat_model(tmp_path / "model")), "cpu").tokenizer
+    talk = [
+        {"role": "system", "content": "答<|assistant|>"},  # no token: a text that is called like one
+        {"role": "user", "content": "江上</s>"},
+        {"role": "assistant", "content": "月"},
+        {"role": "user", "content": " 何处？ "},
+    ]
+    for messages in (talk, talk[1:2]):
+        expected = usable_template(tokenizer).encode(messages, add_generation_prompt=True)[0]
+        text = render_chat(tokenizer, messages)
+        assert encode_chat(tokenizer, text) == expected
+        assert encode_chat(tokenizer, text + "山")[: len(expected)] == expected
+    tokenizer.chat_template, tokenizer.special = None, {}
+    with pytest.raises(ValueError, match="no chat template: leave out --apply_chat_template"):
+        render_chat(tokenizer, talk)
+
+
 def test_answers_end_before_a_stop_text(tmp_path):
     assistant = load(str(save_chat_model(tmp_path / "model")), "cpu")
-    (whole,) = answer_texts(assistant, ["江上"], {"max_gen_toks": 40}, 2)
+    prompts = [assistant.tokenizer.encode(text) for text in ("江上", "江" * 300)]
+    (whole,) = answer_texts(assistant, prompts[:1], {"max_gen_toks": 40}, 2)
     stop = next(character for character in whole[3:] if character.isalnum())  # half characters are no text
     for until in (stop, [stop]):
-        answers = answer_texts(assistant, ["江上", "江" * 300], {"until": until, "max_gen_toks": 40}, 2)
+        answers = answer_texts(assistant, prompts, {"until": until, "max_gen_toks": 40}, 2)
         assert next(answers) == whole[: whole.index(stop)]
         assert isinstance(next(answers), str)  # a prompt longer than the window loses its beginning

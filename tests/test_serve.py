@@ -19,6 +19,8 @@ pytest.importorskip("uvicorn")
 
 from helpers.tiny_chat_model import save_chat_model
 
+from serve import name_of
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -66,6 +68,15 @@ def test_sigterm_finishes_what_runs(directory):
     for stream, (status, text) in answers.items():
         assert status == 200 and '"finish_reason":"length"' in text
         assert text.endswith("data: [DONE]\n\n") == stream
+
+
+def test_a_run_is_called_by_its_directory(tmp_path, monkeypatch):
+    (tmp_path / "sft" / "step_00000600").mkdir(parents=True)
+    (tmp_path / "sft" / "best").symlink_to("step_00000600")  # as training leaves it
+    assert name_of(tmp_path / "sft" / "best") == name_of(tmp_path / "sft") == "sft"
+    assert name_of(tmp_path / "sft" / "step_00000600") == "step_00000600"
+    monkeypatch.chdir(tmp_path / "sft")
+    assert name_of(Path("best")) == name_of(Path()) == "sft"
 
 
 def test_a_port_in_use_is_told_at_once(tmp_path):

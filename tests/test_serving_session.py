@@ -23,6 +23,8 @@ class Template:
 
     def encode(self, messages, add_generation_prompt=False):
         ids, role = [], {"system": 256, "user": 257, "assistant": 258}
+        if add_generation_prompt and messages[-1]["role"] != "user":  # as chat/template.py does
+            raise ValueError(f"nothing to answer: the last message is of role {messages[-1]['role']}")
         for message in messages:
             ids += [role[message["role"]], *message["content"].encode(), 259]
         return ids + [258] * add_generation_prompt, None
