@@ -287,7 +287,6 @@ inline void tile(const Weight &w, const Rounded &x, int64_t row, int64_t first, 
             ints sums[R][N] = {};
             for (int r = 0; r < R; r++) {
                 const uint8_t *here = (const uint8_t *)w.data + (row + r) * bytes + 2 * i / PLANES;
-                __builtin_prefetch(here + NEARER);
                 codes[r] = load_codes(here, 2 * (n - i) / PLANES);
             }
             each<PLANES>([&](auto p) {

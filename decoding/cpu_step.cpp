@@ -89,10 +89,7 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
     int64_t i = 0;
     for (; i + P * LANES<A> <= n; i += P * LANES<A>) {
         V<A> weights[R][P];
-        for (int r = 0; r < R; r++) {
-            __builtin_prefetch((const char *)(w + r * n + i) + (P > 1 && R * N == 1 ? NEARER : AHEAD));
-            load_parts(w + r * n + i, weights[r]);
-        }
+        for (int r = 0; r < R; r++) load_parts(w + r * n + i, weights[r]);
         for (int b = 0; b < N; b++)
             for (int p = 0; p < P; p++) {
                 const V<A> column = load(x + b * n + i + p * LANES<A>);
@@ -115,13 +112,13 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
             }
 }
 
-// The same for N rows of x and any number of rows of w.
+// The same for N rows of x and any number of rows of w. From memory one row after another is read about twice as fast as
+// several at once (the processor fetches ahead in one place); once in the nearest cache, several are faster.
 template <int N, class W, class A>
-inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64_t out_stride) {
-    // Two bytes a weight are read from memory faster row after row (1.2 to 1.4 times here), four from eight rows at a time.
-    constexpr int R = N == 1 && sizeof(W) == 2 ? 1 : std::max(1, std::min(8, SUMS / (N * PARTS<W>)));
+inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64_t out_stride, bool in_cache) {
+    constexpr int R = std::max(1, std::min(8, SUMS / (N * PARTS<W>)));
     int64_t row = 0;
-    for (; row + R <= rows; row += R) tile<R, N>(w + row * n, x, n, out + row, out_stride);
+    for (; in_cache && row + R <= rows; row += R) tile<R, N>(w + row * n, x, n, out + row, out_stride);
     for (; row < rows; row++) tile<1, N>(w + row * n, x, n, out + row, out_stride);
 }
 
@@ -143,7 +140,7 @@ __attribute__((noinline)) void matmul(const W *w, const A *x, int64_t rows, int6
         // the number of rows of x in a tile is a constant of the compiler: eights, then what remains as 4, 2 and 1
         auto run = [&](auto width) {
             for (; b + width() <= batch; b += width())
-                tiles<width()>(w + row * n, x + b * n, count, n, out + b * rows + row, rows);
+                tiles<width()>(w + row * n, x + b * n, count, n, out + b * rows + row, rows, b > 0);
         };
         if constexpr (8 * PARTS<W> <= SUMS) run(std::integral_constant<int, 8>());
         run(std::integral_constant<int, 4>());

@@ -16,10 +16,6 @@ struct bf16 {
     uint16_t bits;
 };
 
-// Distance of prefetched weights. The processor's own prefetcher fails when much is computed between two loads: without
-// this, eight rows of x ran at a third of the speed.
-constexpr int AHEAD = 8192, NEARER = 2048;  // bytes; the second for codes, which are few
-
 // Size of a vector, and the number of registers for sums; the others hold the operands. Where registers are smaller than
 // 32 bytes, the compiler makes a vector of two.
 #if defined(__AVX512BW__)

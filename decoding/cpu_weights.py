@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from decoding.pages import in_huge_pages
 from quant.bitnet import PackedBitLinear, unpack_ternary
 from quant.four_bit import BLOCK, FourBitLinear, levels_of
 from quant.gptq import solve_nearest
@@ -141,7 +142,9 @@ def in_8_bits(head: nn.Linear) -> GroupedLinear:
     state = (weight.data_ptr(), weight._version)
     if head not in _heads or _heads[head][0] != state:
         grid = GridOptions(8, 64, search=False)
-        _heads[head] = state, GroupedLinear(head, solve_nearest(weight.detach().float(), grid), 8)
+        rounded = GroupedLinear(head, solve_nearest(weight.detach().float(), grid), 8)
+        in_huge_pages(rounded)
+        _heads[head] = state, rounded
     return _heads[head][1]
 
 
