@@ -71,9 +71,10 @@ class Args(corpora.SourceArgs):
     out: Path = Path("data/tiny/tokenizer")
     """Directory to write: tokenizer.model, the same tokenizer for transformers, report.json."""
     vocab_size: int = 4800
-    """Number of ids; 264 of them are special tokens and bytes."""
+    """Number of ids; 264 of them are special tokens and bytes. With --max_piece_length 1 the largest number."""
     character_coverage: float | None = None
-    """Share of the text whose characters get ids, 0.98 to 1. None: at most 7/8 of the ids are characters, 1/8 words."""
+    """Share of the text whose characters get ids, 0.98 to 1. None: at most 7/8 of the ids are characters, 1/8 words;
+    with --max_piece_length 1 all of them are characters."""
     max_piece_length: int = 16
     """Maximum length of a piece in characters; 1 makes a character tokenizer."""
     sample_bytes: int = 32 << 20
@@ -112,7 +113,7 @@ def train(args: Args) -> dict[str, Any]:
     base = read_base(args.merge) if args.merge else None
     others = {str(path): load_tokenizer(path) for path in (args.merge, *args.compare) if path}
     sample, held_out, counts = read_sample(args)
-    coverage = args.character_coverage or choose_coverage(sample.lines, args.vocab_size)
+    coverage = args.character_coverage or choose_coverage(sample.lines, args)
     seconds = expected_seconds(sample.bytes, args.vocab_size)
     size = f"{len(sample.lines):,} lines, {sample.bytes / 1e6:.1f} MB"
     print(f"training a vocabulary of {args.vocab_size} on {size}: about {seconds:.0f} s", flush=True)
@@ -243,15 +244,17 @@ def read_sample(args: Args) -> tuple[Sample, Sample, dict[str, int]]:
     return train, held_out, counts
 
 
-def choose_coverage(lines: list[str], vocab_size: int) -> float:
-    """Return the share of the text that the commonest characters cover if they fill 7/8 of the vocabulary.
+def choose_coverage(lines: list[str], args: Args) -> float:
+    """Return the share of the text that the commonest characters cover if they fill 7/8 of the vocabulary, or all of
+    one of characters alone.
 
     Limited to 0.98 ... 0.9995.
     """
     counts: Counter[str] = Counter()
     for line in lines:
         counts.update(line)
-    room = max(vocab_size - RESERVED, 0) * 7 // 8
+    room = max(args.vocab_size - RESERVED, 0)
+    room = max(room - 1, 0) if args.max_piece_length == 1 else room * 7 // 8  # the one is the space
     share = sum(n for _, n in counts.most_common(room)) / counts.total()
     return min(max(share, 0.98), 0.9995)
 
@@ -279,6 +282,7 @@ def train_model(lines: list[str], coverage: float, args: Args) -> bytes:
             pad_id=3,
             control_symbols=list(MARKERS),
             byte_fallback=True,
+            hard_vocab_limit=args.max_piece_length > 1,  # characters may be fewer than the limit
             required_chars=SPACE,  # otherwise a corpus without spaces gives no id to the space
             split_digits=True,
             allow_whitespace_only_pieces=True,

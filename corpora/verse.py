@@ -1,4 +1,7 @@
-"""The four strict forms of short Chinese verse: write a poem as text, split a text, find its form."""
+"""The four strict forms of short Chinese verse: write a poem as text, split a text, find its form.
+
+The name of its rhyme may stand in brackets before a verse, in a line of its own: `【七阳】`. It is no part of the form.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ _NAME = re.compile(f"[{_HAN}]+")
 _TITLE = re.compile(f"[{_HAN}、，。：·]+")
 _STOP = r"[，。！？；：、,.!?;:\s]"
 _NUMERAL = "[一二三四五六七八九十百零〇○]+"
+_RHYME = re.compile(rf"\s*【[{_HAN}]+】\n")
 _PATTERNS = {
     form: re.compile(f"{_STOP}*(?:[{_HAN}]{{{chars}}}{_STOP}+){{{lines - 1}}}[{_HAN}]{{{chars}}}{_STOP}*")
     for form, (lines, chars) in forms.items()
@@ -31,6 +35,8 @@ class Poem(NamedTuple):
     author: str
     form: str
     lines: tuple[str, ...]
+    rhyme: str = ""
+    """The name of its rhyme, which then stands before the verse; see corpora/prosody.py."""
 
     @property
     def held_out(self) -> bool:
@@ -42,8 +48,8 @@ class Poem(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The verse without title and author, as written by `verse`."""
-        return verse(self.lines)
+        """The verse without title and author, as written by `verse`, behind the name of the rhyme if it is known."""
+        return (f"【{self.rhyme}】\n" if self.rhyme else "") + verse(self.lines)
 
 
 def verse(lines: Iterable[str]) -> str:
@@ -54,14 +60,20 @@ def verse(lines: Iterable[str]) -> str:
 
 def split_lines(text: str) -> list[str]:
     """Return the lines of a verse without punctuation: the inverse of `verse`, for any punctuation marks."""
-    return [line for line in re.split(f"{_STOP}+", text) if line]
+    return [line for line in re.split(f"{_STOP}+", _without_rhyme(text)) if line]
+
+
+def _without_rhyme(text: str) -> str:
+    named = _RHYME.match(text)
+    return text[named.end() :] if named else text
 
 
 def form_of(text: str) -> str | None:
-    """Return the form of a verse by its number of lines and characters.
+    """Return the form of a verse by its number of lines and characters; the name of its rhyme may stand before it.
 
     None if it is none of the `forms`, or contains a gap or a note.
     """
+    text = _without_rhyme(text)
     return next((form for form, pattern in _PATTERNS.items() if pattern.fullmatch(text)), None)
 
 

