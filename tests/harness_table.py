@@ -162,8 +162,9 @@ def gsm8k(name: str, folder: Path, args: argparse.Namespace) -> Asked:
 
 
 def longbench(name: str, folder: Path, args: argparse.Namespace) -> Asked:
-    """Return the sets of LongBench that are there, with its own prompts: the harness's have other blanks, and end some
-    answers at the first line break. In the harness's copy of the data `input` is called `question`."""
+    """Return the sets of LongBench that are there, with its own prompts: the harness's have other blanks, end some
+    answers at the first line break, and name a temperature of 1 that its client of servers obeys. In the harness's copy
+    of the data `input` is called `question`."""
     sets, suffix = LONG[name]
     prompts = json.loads((args.data / "longbench" / "dataset2prompt.json").read_text(encoding="utf8"))
     tasks = {}
@@ -173,7 +174,7 @@ def longbench(name: str, folder: Path, args: argparse.Namespace) -> Asked:
             rows = [row | {"question": row["input"]} for row in json_rows(path)]
             task = its_task(folder / each, f"longbench/{each}{suffix}.yaml", {"test": rows})
             task["doc_to_text"] = prompts[each].replace("{context}", "{{context}}").replace("{input}", "{{question}}")
-            task["generation_kwargs"] = task["generation_kwargs"] | {"until": []}
+            task["generation_kwargs"] = task["generation_kwargs"] | {"until": [], "temperature": 0}
             tasks[each] = task
     return tasks, {"data": args.data / "longbench", "subjects": tuple(tasks)}
 
