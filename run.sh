@@ -290,7 +290,7 @@ seconds_of() {
 # Measures some steps of both trainings, and writes to a file how many seconds each stage will take on this machine.
 foresee() {
   if is_done pretrain && is_done sft && is_done eval; then return; fi
-  execute "$py" -m planning.whole_run "$config" "$foreseen" || { rm -f "$foreseen" && return "$stopped"; }
+  execute "$py" -m planning.whole_run "$config" "$foreseen" || { rm -f "$foreseen" && return "${stopped:-0}"; }
   if [ -n "$minutes" ] && [ $((minutes * 60)) -lt $(($(foreseen_seconds tokenizer data eval) + 90)) ]; then
     fail "--minutes $minutes is too short: what is no training takes $(foreseen_seconds tokenizer data eval) seconds here, and" \
       "two trainings need more than the rest"
@@ -320,7 +320,7 @@ minutes_for() { # prints the minutes of a training, which has its share of what 
 # about fine-tuning than the steps that were measured, unless it was cut.
 time_left() {
   local name left=0 rest pretrain
-  if [ "$stage" != all ] || [ -n "$dry_run" ] || [ "$(foreseen_seconds pretrain)" = 0 ]; then return; fi
+  if [ "$stage" != all ] || [ "$1" = setup ] || [ -n "$dry_run" ] || [ "$(foreseen_seconds pretrain)" = 0 ]; then return; fi
   for name in eval sft pretrain data tokenizer; do
     rest=$(foreseen_seconds "$name") pretrain=$(seconds_of pretrain)
     if [ "$name" = sft ] && [ "$1" = sft ] && [ -z "$minutes" ] && [ "$pretrain" -gt 0 ]; then
