@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # a target that is not trained on: no token id, so it cannot hide a real one (0 or pad would)
-BLOCK_SIZE = 2**22  # number of logits that exist at a time: 16 MiB of float32, which a processor's cache may hold
+# Number of logits that exist at a time: 32 MiB of float32, about what the last cache of a processor holds. Every block
+# also reads and writes the gradient of the whole head, so that smaller ones are slower with a large vocabulary.
+BLOCK_SIZE = 2**23
 
 
 def linear_cross_entropy(
@@ -42,6 +44,14 @@ def linear_cross_entropy(
     return loss, losses.view_as(targets) * is_target if token_losses else is_target.sum()
 
 
+def _add_product(total: torch.Tensor | None, d: torch.Tensor, h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return total + dᵀ h, in place, for d (n, V), h (n, d) and total (V, d) of `dtype` or None."""
+    if total is None:
+        return (d.t() @ h).to(dtype)
+    # in one call where it can be: a product of its own is as large as the head, and would be written and read
+    return total.addmm_(d.t(), h) if dtype == h.dtype else total.add_((d.t() @ h).to(dtype))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted sum of the losses of N tokens, and the loss of each; both gradients are computed in `forward`."""
 
@@ -69,8 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if needs_hidden:
                     grad_hidden.append(d @ w)  # (n, d)
                 if needs_weight:
-                    block = (d.t() @ h).to(weight.dtype)  # (V, d)
-                    grad_weight = block if grad_weight is None else grad_weight.add_(block)
+                    grad_weight = _add_product(grad_weight, d, h, weight.dtype)  # (V, d)
         ctx.save_for_backward(torch.cat(grad_hidden) if grad_hidden else None, grad_weight)
         losses = torch.cat(losses)  # (N,)
         ctx.mark_non_differentiable(losses)
@@ -125,6 +134,5 @@ class _LinearLogProbs(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_hidden.append(d @ w)  # (n, d)
             if ctx.needs_input_grad[1]:
-                block = (d.t() @ h).to(weight.dtype)  # (V, d)
-                of_weight = block if of_weight is None else of_weight.add_(block)
+                of_weight = _add_product(of_weight, d, h, weight.dtype)  # (V, d)
         return torch.cat(of_hidden) if of_hidden else None, of_weight, None, None, None

@@ -28,6 +28,8 @@ skipped; an interrupted stage continues where it stopped.
                     chat            eval.py; without a terminal it prints a few example answers instead
                     quant           quantize.py: the model in 4 bits, then a chat with it; not part of all
                   after pretrain, sft, eval and quant, report.py writes out/NAME/report.html about all runs so far
+  --minutes N     take about N minutes from the tokenizer to the evaluation: where the machine is too slow for all steps of the
+                  preset, both trainings do fewer, and their learning rates follow the time
   --use HOW       processes of pretrain and sft:
                     single          one (default)
                     ddp             several, each with the whole model
@@ -84,20 +86,20 @@ gpus() { # prints the number of GPUs that this process may use; 0 without a work
 }
 
 parse_switches() {
-  preset=tiny stage=all use=single nproc='' nnodes='' node_rank='' master='' background='' dry_run='' extra=()
+  preset=tiny stage=all minutes='' use=single nproc='' nnodes='' node_rank='' master='' background='' dry_run='' extra=()
   while [ $# -gt 0 ]; do
     case $1 in
-      --preset | --stage | --use | --nproc | --nnodes | --node_rank | --master)
+      --preset | --stage | --minutes | --use | --nproc | --nnodes | --node_rank | --master)
         [ $# -gt 1 ] || misused "$1 expects a value"
         printf -v "${1#--}" %s "$2"
         shift
         ;;
-      --preset=* | --stage=* | --use=* | --nproc=* | --nnodes=* | --node_rank=* | --master=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --preset=* | --stage=* | --minutes=* | --use=* | --nproc=* | --nnodes=* | --node_rank=* | --master=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --background) background=yes ;;
       --dry_run) dry_run=yes ;;
       -h | --help) usage && exit ;;
       --) shift && extra=("$@") && break ;;
-      *) misused "unknown switch $1; switches are --preset, --stage, --use, --nproc, --nnodes, --node_rank, --master, --background, --dry_run, --help, and --" ;;
+      *) misused "unknown switch $1; switches are --preset, --stage, --minutes, --use, --nproc, --nnodes, --node_rank, --master, --background, --dry_run, --help, and --" ;;
     esac
     shift
   done
@@ -111,6 +113,8 @@ check_switches() {
   contains "$preset" "${presets[@]}" || misused "unknown preset $preset; presets are $(list "${presets[@]}")"
   contains "$stage" all "${stages[@]}" quant || misused "unknown stage $stage; stages are $(list all "${stages[@]}" quant)"
   contains "$use" single ddp fsdp deepspeed || misused "--use should be single, ddp, fsdp or deepspeed, found $use"
+  [[ "$minutes" =~ ^([1-9][0-9]{0,5})?$ ]] || misused "--minutes expects a whole number of minutes, found $minutes"
+  if [ -n "$minutes" ] && [ "$stage" != all ]; then misused "--minutes is for a whole run; for stage $stage there is -- --train.max_minutes"; fi
   [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
   if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp, fsdp or deepspeed"; fi
   check_nodes
@@ -166,8 +170,10 @@ script() { # runs a script with the preset's config
 # Runs a training script in one process, or in several with torchrun. torchrun is called as a module, because its script
 # fails in a path with spaces.
 train() {
+  local limit=()
+  if [ -n "$minutes" ]; then limit=(--train.max_minutes "$(minutes_for "$2")"); fi
   if [ "$use" = single ]; then
-    script "$1" --train.backend single
+    script "$1" --train.backend single ${limit[@]+"${limit[@]}"}
   else
     local threads=$(($(getconf _NPROCESSORS_ONLN) / nproc)) nodes=(--standalone) optimizer=()
     if [ "${nnodes:-1}" -gt 1 ]; then
@@ -176,7 +182,8 @@ train() {
     if [ "$use" = deepspeed ]; then optimizer=(--optim.optimizer adamw); fi # Muon needs whole matrices
     execute env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" \
       "$py" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$nproc" \
-      "$1" --config "$config" --train.backend "$use" ${optimizer[@]+"${optimizer[@]}"} ${extra[@]+"${extra[@]}"}
+      "$1" --config "$config" --train.backend "$use" ${limit[@]+"${limit[@]}"} \
+      ${optimizer[@]+"${optimizer[@]}"} ${extra[@]+"${extra[@]}"}
   fi
 }
 
@@ -185,8 +192,8 @@ run_stage() {
     setup) if [ "$use" = deepspeed ]; then execute bash setup.sh --extra deepspeed; else execute bash setup.sh; fi ;;
     tokenizer) script train_tokenizer.py ;;
     data) script data_process.py ;;
-    pretrain) train pretrain.py ;;
-    sft) train fine_tuning.py ;;
+    pretrain) train pretrain.py pretrain ;;
+    sft) train fine_tuning.py sft ;;
     eval) script eval.py --task loss && script eval.py --task poems ;;
     quant) execute rm -rf "$out/quant" && script quantize.py ;; # quantize.py replaces no model
   esac
@@ -239,7 +246,7 @@ is_done() { # has the stage a stamp with the present key, and does its output ex
 # Runs a stage, prints a header before it, and writes down its time, also if it stops, because it will continue from there.
 work_on() {
   local name=$1 key=$2 status=0 started=$SECONDS
-  echo "${dry_run:+# }== $name (preset $preset)"
+  echo "${dry_run:+# }== $name (preset $preset)$(time_left "$name")"
   run_stage "$name" || status=$?
   if [ -n "$dry_run" ]; then return; fi
   note_time "$name" $((SECONDS - started)) "$status" "$key"
@@ -280,6 +287,57 @@ seconds_of() {
   echo "$sum"
 }
 
+# Measures some steps of both trainings, and writes to a file how many seconds each stage will take on this machine.
+foresee() {
+  if is_done pretrain && is_done sft && is_done eval; then return; fi
+  execute "$py" -m planning.whole_run "$config" "$foreseen" || { rm -f "$foreseen" && return "${stopped:-0}"; }
+  if [ -n "$minutes" ] && [ $((minutes * 60)) -lt $(($(foreseen_seconds tokenizer data eval) + 90)) ]; then
+    fail "--minutes $minutes is too short: what is no training takes $(foreseen_seconds tokenizer data eval) seconds here, and" \
+      "two trainings need more than the rest"
+  fi
+}
+
+foreseen_seconds() { # prints the sum of the seconds that these stages will take; 0 for what is not known
+  local name seconds sum=0
+  while read -r name seconds; do
+    if contains "$name" "$@"; then sum=$((sum + seconds)); fi
+  done < <(cat "$foreseen" 2>/dev/null)
+  echo "$sum"
+}
+
+minutes_for() { # prints the minutes of a training, which has its share of what --minutes leaves to both
+  local left pretrain sft
+  pretrain=$(foreseen_seconds pretrain) sft=$(foreseen_seconds sft)
+  if [ "$((pretrain * sft))" = 0 ]; then pretrain=55 sft=45; fi
+  # 10 seconds of each are for loading, and for the evaluation at the end
+  left=$((minutes * 60 - $(seconds_of tokenizer) - $(seconds_of data) - $(foreseen_seconds eval) - 20))
+  if [ "$1" = pretrain ]; then left=$((left * pretrain / (pretrain + sft))); else left=$((left - $(seconds_of pretrain) + 10)); fi
+  if [ "$left" -lt 15 ]; then left=15; fi
+  printf '%d.%02d\n' $((left / 60)) $((left % 60 * 100 / 60))
+}
+
+# Prints ": about N min left" for the stage of this name and those after it, if that is known. What pretraining took says more
+# about fine-tuning than the steps that were measured, unless it was cut.
+time_left() {
+  local name left=0 rest pretrain
+  if [ "$stage" != all ] || [ "$1" = setup ] || [ -n "$dry_run" ] || [ "$(foreseen_seconds pretrain)" = 0 ]; then return; fi
+  for name in eval sft pretrain data tokenizer; do
+    rest=$(foreseen_seconds "$name") pretrain=$(seconds_of pretrain)
+    if [ "$name" = sft ] && [ "$1" = sft ] && [ -z "$minutes" ] && [ "$pretrain" -gt 0 ]; then
+      rest=$((rest * pretrain / $(foreseen_seconds pretrain)))
+    fi
+    left=$((left + rest))
+    if [ "$name" = "$1" ]; then break; fi
+  done
+  if [ -n "$minutes" ]; then # it may be cut
+    rest=$((minutes * 60))
+    for name in tokenizer data pretrain sft; do rest=$((rest - $(seconds_of "$name"))); done
+    if [ "$left" -gt "$rest" ]; then left=$rest; fi
+  fi
+  if [ "$left" -ge 90 ]; then left=$(((left + 30) / 60))' min'; else left="$left s"; fi
+  echo ": about $left left of all stages"
+}
+
 print_times() {
   local name seconds total=0
   printf '\n%-12s %8s\n' stage seconds
@@ -315,7 +373,7 @@ drop_lock() {
 }
 
 go_background() {
-  local command=(nohup bash run.sh --preset "$preset" --stage "$stage" --use "$use" ${nproc:+--nproc "$nproc"})
+  local command=(nohup bash run.sh --preset "$preset" --stage "$stage" ${minutes:+--minutes "$minutes"} --use "$use" ${nproc:+--nproc "$nproc"})
   if [ -n "$nnodes" ]; then command+=(--nnodes "$nnodes"); fi
   if [ -n "$master" ]; then command+=(--node_rank "$node_rank" --master "$master"); fi
   if [ ${#extra[@]} -gt 0 ]; then command+=(-- "${extra[@]}"); fi
@@ -337,6 +395,7 @@ main() {
   parse_switches "$@"
   config=configs/$preset.yaml data=data/$preset out=out/$preset
   stamps=$out/.done times=$out/times.tsv lock=$out/.lock log=$out/run.log
+  foreseen=$out/.foreseen
   if [ -z "$dry_run" ]; then mkdir -p "$stamps" && touch "$times"; fi
   if [ -n "$background" ]; then go_background && exit; fi
 
@@ -355,6 +414,7 @@ main() {
 
   if [ -z "$dry_run" ] && writes; then take_lock; fi
   work_on setup "$(key_of setup)"
+  if [ "$stage" = all ] && [ -z "$dry_run" ]; then foresee; fi
   for name in "${stages[@]:1:5}"; do
     if contains "$stage" all "$name"; then make "$name"; fi
   done

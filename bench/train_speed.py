@@ -5,7 +5,10 @@
 
 All variants of one size and dtype take turns in one process, step by step, so that a change of the machine's speed
 affects them all; the table has the median step. A step is forward, backward, clip, fused AdamW. The machine's matmul
-rate is measured in the same run, and model flops (see training/flops.py) are printed as a share of it.
+rate is measured in the same run, and model flops (see training/flops.py) are printed as a share of it. In float32, our
+products are computed as training chooses (hardware.exact_float32_matmul), those of transformers in PyTorch's usual way.
+
+Another machine is imitated by ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 before it.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from cli.extras import need
 need("bench/train_speed.py", "bench", "transformers")
 
 from checkpoint import config_json
-from hardware import matmul_rate
+from hardware import exact_float32_matmul, float32_matmul, matmul_rate
 from model import Transformer
 from model_args import ModelArgs
 from training.flops import train_flops_per_token
@@ -52,8 +55,8 @@ class Args:
     """float32, or bfloat16 activations (transformers: autocast)"""
     variants: tuple[Literal[VARIANTS], ...] = VARIANTS  # type: ignore[valid-type]
     """variants to compare"""
-    float32_matmul: Literal["highest", "medium"] = "highest"
-    """torch.set_float32_matmul_precision, for all variants"""
+    float32_matmul: Literal["auto", "highest", "medium"] = "auto"
+    """torch.set_float32_matmul_precision for all variants; auto: each in its own way"""
     repeats: int = 7
     """measured steps of each variant, after two of warm-up"""
     threads: int = torch.get_num_threads()
@@ -108,17 +111,23 @@ def measure(name: str, dtype: str, args: Args) -> list[dict]:
     """Return the rows of the table for one size and dtype."""
     shape, rows, length = SHAPES[name]
     tokens = torch.randint(0, shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    steps, losses = {}, {}
+    steps, losses, ways = {}, {}, {}
+    best = exact_float32_matmul(torch.device("cpu")) if args.float32_matmul == "auto" else args.float32_matmul
     for variant in args.variants:
+        theirs = args.float32_matmul == "auto" and not variant.startswith("ours")
+        ways[variant] = "highest" if theirs else best
         steps[variant], _ = make_step(variant, shape, dtype == "bf16", tokens)
-        losses[variant] = [steps[variant]() for _ in range(2)][-1]  # compiles, warms up
+        with float32_matmul(ways[variant]):
+            losses[variant] = [steps[variant]() for _ in range(2)][-1]  # compiles, warms up
     seconds: dict[str, list[float]] = {variant: [] for variant in args.variants}
     for _ in range(args.repeats):
         for variant, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[variant].append(time.perf_counter() - start)
-    rate = matmul_rate(torch.device("cpu"), torch.bfloat16 if dtype == "bf16" else torch.float32)
+            with float32_matmul(ways[variant]):
+                start = time.perf_counter()
+                step()
+                seconds[variant].append(time.perf_counter() - start)
+    with float32_matmul(best):
+        rate = matmul_rate(torch.device("cpu"), torch.bfloat16 if dtype == "bf16" else torch.float32)
     flops = train_flops_per_token(shape, length) * rows * length
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
     table = []
@@ -134,7 +143,6 @@ def measure(name: str, dtype: str, args: Args) -> list[dict]:
 def main(args: Args) -> list[dict]:
     """Measure, print a table, and return its rows."""
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.float32_matmul)
     print(f"torch {torch.__version__}, {args.threads} threads, {args.repeats} interleaved steps, medians")
     print(f"{'model':6}{'dtype':6}{'variant':23}{'tok/s':>8}{'x transformers':>16}{'of matmul rate':>16}{'loss':>9}")
     table = []

@@ -11,6 +11,20 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 PLAIN_LINE_SECONDS = 10.0
+LEAST_SHARE = 0.01  # of the work that has to be done before the rest is estimated
+
+
+class Bar(tqdm):
+    """A bar that shows a remaining time only once there is something to estimate it from."""
+
+    @staticmethod
+    def format_meter(n: float, total: float | None, elapsed: float, **options: object) -> str:
+        """Return the text of the bar."""
+        early = total and options.get("bar_format") is None and n - options.get("initial", 0) < LEAST_SHARE * total
+        return tqdm.format_meter(n, total, elapsed, **options | ({"bar_format": EARLY} if early else {}))
+
+
+EARLY = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Progress:
@@ -38,7 +52,7 @@ class Progress:
         note_only: bool = False,
     ) -> None:
         self.what, self.unit, self.total, self.done, self.active = what, unit, total, done, active
-        self.bar = tqdm(
+        self.bar = Bar(
             desc=what,
             unit="B" if unit == "B" else f" {unit}",
             total=total,
@@ -48,8 +62,9 @@ class Progress:
             bar_format="{desc}: {n_fmt}/{total_fmt}{postfix}" if note_only else None,
             disable=None if active else True,  # None: a bar on a terminal only
         )
-        self._before, self._began = done, time.monotonic()
-        self._last_line = self._began
+        self._began = self._last_line = time.monotonic()
+        self._first = self._at_last_line = done
+        self._rate: float | None = None  # at the last line
 
     def add(self, amount: int = 1) -> None:
         """Count `amount` more as done; cheap enough to be called for every document."""
@@ -57,8 +72,7 @@ class Progress:
         self.bar.update(amount)
         now = time.monotonic()
         if self.bar.disable and self.active and now - self._last_line > PLAIN_LINE_SECONDS:
-            self._last_line = now
-            say(self._line(now - self._began))
+            say(self._line(now))
 
     def show(self, done: int, note: str) -> None:
         """Set the number of things done and show it at once, followed by `note`."""
@@ -78,18 +92,27 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _line(self, seconds: float) -> str:
-        """Return a line such as `reading: 12.3MB of 98.7MB, 1.20MB/s, 01:12 left`, without the unknown parts."""
+    def _line(self, now: float) -> str:
+        """Return a line such as `reading: 12.3MB of 98.7MB, 1.20MB/s, 01:12 left`, without the unknown parts.
+
+        The rate is the mean of that since the last line and of the one before, so that a slow start is soon forgotten.
+        """
+        recent = (self.done - self._at_last_line) / max(now - self._last_line, 1e-9)
+        rate = recent if not self._rate else (recent + self._rate) / 2
+        self._rate, self._last_line, self._at_last_line = rate, now, self.done
         if self.unit == "B":
-            done, total, name = tqdm.format_sizeof(self.done), tqdm.format_sizeof(self.total or 0), "B"
+            done, total, speed = (f"{tqdm.format_sizeof(n)}B" for n in (self.done, self.total or 0, rate))
+            name = ""
         else:
-            done, total, name = f"{self.done:,}", f"{self.total or 0:,}", f" {self.unit}"
-        rate = (self.done - self._before) / max(seconds, 1e-9)
-        speed = f"{tqdm.format_sizeof(rate)}B/s" if name == "B" else f"{rate:,.1f}/s"
+            done, total, speed = f"{self.done:,}", f"{self.total or 0:,}", f"{rate:,.1f}"
+            name = f" {self.unit}"
         if self.total is None or self.done > self.total:  # the total was an estimate, and too low
-            return f"{self.what}: {done}{name}, {speed}"
+            return f"{self.what}: {done}{name}, {speed}/s"
+        line = f"{self.what}: {done} of {total}{name}"
+        if self.done - self._first < LEAST_SHARE * self.total:  # the first documents may have waited for a download
+            return line
         left = f", {tqdm.format_interval((self.total - self.done) / rate)} left" if rate else ""
-        return f"{self.what}: {done} of {total}{name}, {speed}{left}"
+        return f"{line}, {speed}/s{left}"
 
 
 def track(items: Iterable[T], what: str, unit: str, total: int | None = None, active: bool = True) -> Iterator[T]:

@@ -31,6 +31,7 @@ from attention.cache import KVCache
 from cli.progress import say
 from cli.record import file_sha256
 from decoding.cpu_weights import Weight, in_8_bits, is_read, weight_of
+from hardware import cache_folder
 from model import Attention, Block, Decoder, FeedForward, Linear, RMSNorm, Transformer
 from model_args import ModelArgs
 from quant.linear import QuantizedLinear
@@ -243,7 +244,7 @@ def _library(compiler: str) -> Path:
     texts = (source.read_text() for source in SOURCES)
     inputs = "".join((*texts, *FLAGS, version, torch.backends.cpu.get_cpu_capability(), _processor()))
     name = f"cpu_step-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "little-llama"
+    cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     if cache.stat().st_uid != os.getuid():
         raise OSError(f"{cache} belongs to another user: set XDG_CACHE_HOME to a directory of your own")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from hardware import has_bfloat16
 from optim.adamw import adamw
 from optim.args import OptimArgs
 
@@ -71,12 +72,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return approximately U Vᵀ for each matrix U S Vᵀ of `matrices` (n, r, c), bfloat16, by Newton-Schulz iteration.
+    """Return approximately U Vᵀ for each matrix U S Vᵀ of `matrices` (n, r, c) by Newton-Schulz iteration, in bfloat16
+    where the device has products in it, else in float32.
 
     The quintic's coefficients trade exactness for speed: singular values end in about [0.7, 1.2], not at 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()  # the iteration is stable in it
+    # the iteration is stable in bfloat16; a processor without its products would take several times as long in it
+    x = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     if tall:  # the smaller Gram matrix
         x = x.mT

@@ -14,7 +14,7 @@ from model_args import ModelArgs
 from optim.args import OPTIMIZERS, OptimArgs
 from planning.optimizer import states
 
-BLOCK_LOGITS = 2**22  # logits that exist at a time, as loss.py cuts them
+BLOCK_LOGITS = 2**23  # logits that exist at a time, as loss.py cuts them
 BITS = {  # bits of a stored weight: in 4 bits with quantized scales (0.127), or with a scale and zero for 128 weights
     "fp32": 32.0,
     "bf16": 16.0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,19 +96,22 @@ def measure(block: nn.Module, original: nn.Module | None, stream: Stream, name: 
     return statistics
 
 
+class _InputsSeen(Exception):
+    """Ends a pass through a block as soon as the inputs that are asked for are there."""
+
+
 def inputs_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -> torch.Tensor:
-    """Return what goes into the layer `name` while `run(block)` runs."""
-    with recorded(block.get_submodule(name)) as inputs:
-        run(block)
-    return inputs[0]
-
-
-@contextmanager
-def recorded(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Give a list to which the inputs of `layer` are added inside the block."""
+    """Return what goes into the layer `name` when `run(block)` runs; what comes behind that layer is not computed."""
     inputs: list[torch.Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0].detach())
+        raise _InputsSeen
+
+    handle = block.get_submodule(name).register_forward_pre_hook(keep)
     try:
-        yield inputs
+        with suppress(_InputsSeen):
+            run(block)
     finally:
         handle.remove()
+    return inputs[0]

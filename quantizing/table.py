@@ -18,7 +18,7 @@ COLUMNS = (  # heading and width
 LEGEND = """\
 - calib: tokens it was calibrated on. loss: held-out nats a token. more nats: the loss less that of float32 on the same
   rows. ±: half of the 95 % interval over held-out rows. of rounding: more nats as a share of plain rounding's (rtn-),
-  from the best to the worst draw.
+  from the best to the worst draw; empty where plain rounding loses less than its interval.
 - KL: of the float32 predictions to these, nats a token. top-1: tokens after which the likeliest continuation is
   float32's.
 - MB: weight files. bits/w: their size over all parameters. bits/lin: of the linear layers alone, scales and zero points
@@ -55,11 +55,11 @@ def cells(row: Row, rows: Iterable[Row]) -> list[str]:
 
 def of_rounding(row: Row, rows: Iterable[Row]) -> str:
     """Return what the draws of a row lose as a share of what plain rounding to as many bits loses; "" where that is not
-    in the table, or loses nothing."""
-    plain = [each["more_nats"] for each in rows if (each["method"], each["bits"]) == (ROUNDING, row["bits"])]
-    if not plain or plain[0] <= 0:
+    in the table, or within the interval of no loss, which makes a share of anything."""
+    plain = next((each for each in rows if (each["method"], each["bits"]) == (ROUNDING, row["bits"])), None)
+    if plain is None or not plain["more_nats"] > max(0.0, plain["more_nats_half"]):
         return ""
-    shares = [more / plain[0] for more in row["more_nats_of_draws"]]
+    shares = [more / plain["more_nats"] for more in row["more_nats_of_draws"]]
     low, high = f"{min(shares):.2f}", f"{max(shares):.2f}"
     return low if low == high else f"{low} to {high}"
 

@@ -36,6 +36,7 @@ import torch
 
 import eval as eval_script
 from checkpoint.directory import load_model, save_model
+from checkpoint.locate import read_stop_ids
 from cli.extras import need
 from cli.progress import say
 from evaluation.exam_subjects import ACLUE, CEVAL, CMMLU, MMLU
@@ -293,7 +294,8 @@ def save_models(args: argparse.Namespace, folder: Path) -> None:
     """Save the model as we save one, with the tokenizer.json that transformers reads; or a random one of its own."""
     tokenizer, model = load_tokenizer(args.model), load_model(args.model)
     args.window, args.first_id = model.args.max_seq_len, first_id(tokenizer)
-    save_model(folder, model, tokenizer)
+    stop_ids = read_stop_ids(args.model)  # what ends an answer of a chat model ends it for all
+    save_model(folder, model, tokenizer, stop_ids and sorted(stop_ids))
     if args.random:
         from transformers import AutoConfig, AutoModelForCausalLM
 

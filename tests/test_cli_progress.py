@@ -3,7 +3,7 @@
 import pytest
 
 from cli import progress
-from cli.progress import Progress, say, track
+from cli.progress import Bar, Progress, say, track
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_what_an_earlier_run_did_counts_as_done_and_not_for_the_rate(clock, caps
     bar = Progress("reading", "B", total=4_000_000, done=3_000_000)
     clock[0] += 20
     bar.add(500_000)
-    assert capsys.readouterr().err == "reading: 3.50M of 4.00MB, 25.0kB/s, 00:20 left\n"
+    assert capsys.readouterr().err == "reading: 3.50MB of 4.00MB, 25.0kB/s, 00:20 left\n"
 
 
 @pytest.mark.parametrize("total", [None, 3])  # 3: a rough total that turns out to be too small
@@ -44,7 +44,26 @@ def test_nothing_done_yet_says_so_without_dividing_by_it(clock, capsys):
     bar = Progress("reading", "B", total=10)
     clock[0] += 20
     bar.add(0)
-    assert capsys.readouterr().err == "reading: 0.00 of 10.0B, 0.00B/s\n"
+    assert capsys.readouterr().err == "reading: 0.00B of 10.0B\n"
+
+
+def test_no_time_is_left_before_there_is_something_to_estimate_it_from(clock, capsys, monkeypatch):
+    bar = Progress("reading", "B", total=41_000_000)
+    clock[0] += 12
+    bar.add(235)  # the first document, after a download
+    for _ in range(3):
+        clock[0] += 11
+        bar.add(1_100_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 235B of 41.0MB",
+        "reading: 1.10MB of 41.0MB, 50.0kB/s, 13:17 left",
+        "reading: 2.20MB of 41.0MB, 75.0kB/s, 08:37 left",
+        "reading: 3.30MB of 41.0MB, 87.5kB/s, 07:10 left",
+    ]
+    # on a terminal, too
+    early = Bar.format_meter(235, 41e6, 12.0, unit="B", unit_scale=True, initial=0)
+    later = Bar.format_meter(1e6, 41e6, 12.0, unit="B", unit_scale=True, initial=0)
+    assert "<" not in early and "235/41.0M [00:12]" in early and "00:12<08:00" in later
 
 
 def test_an_inactive_one_shows_nothing(clock, capsys, monkeypatch):

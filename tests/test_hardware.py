@@ -1,5 +1,8 @@
 """hardware.py: rates, peaks and what can be compiled, with the machine's answers stood in for."""
 
+import contextlib
+import itertools
+import json
 import shutil
 import sysconfig
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 import hardware
-from hardware import can_compile, has_bfloat16, matmul_rate, peak_flops
+from hardware import can_compile, exact_float32_matmul, faster_exact, has_bfloat16, matmul_rate, peak_flops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -125,3 +128,67 @@ def test_compilers_named_in_the_environment_are_the_ones_looked_for(machine, mon
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
     with pytest.raises(ValueError, match=rf"should be auto or one that this machine has \(.*cpu\), found '{name}'"):
         hardware.choose_device(name)
+
+
+# ---- float32 products
+
+
+def bfloat16(x):
+    return x.bfloat16().float()
+
+
+def tf32(x):
+    return ((x.contiguous().view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "rounded, seconds, expected",
+    [
+        (None, 0.5, "medium"),
+        (None, 0.95, "highest"),  # not worth another order of additions
+        (None, 2.0, "highest"),
+        (bfloat16, 0.1, "highest"),
+        (tf32, 0.1, "highest"),
+    ],
+)
+def test_a_faster_way_is_taken_only_with_the_error_of_float32(monkeypatch, rounded, seconds, expected):
+    """The other way takes `seconds` where the usual one takes one, and rounds its inputs before the product."""
+    product, now = torch.Tensor.__matmul__, itertools.count()
+    clock = {"now": 0.0, "step": 1.0}
+
+    @contextlib.contextmanager
+    def way(how):
+        other = how == "medium"
+        clock["step"] = seconds if other else 1.0
+        with monkeypatch.context() as patch:
+            if other and rounded:
+                patch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(rounded(a), rounded(b)))
+            yield
+
+    def read():
+        clock["now"] += clock["step"] * (next(now) % 2)
+        return clock["now"]
+
+    monkeypatch.setattr(hardware, "float32_matmul", way)
+    monkeypatch.setattr(hardware.time, "perf_counter", read)
+    assert faster_exact("highest", "medium", rounds=2) == expected
+
+
+def test_both_real_ways_give_one_of_the_two_and_leave_the_setting_alone():
+    before = torch.get_float32_matmul_precision()
+    assert faster_exact("highest", "medium", rounds=1) in ("highest", "medium")
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_choice_is_measured_once_on_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    answers = iter(["medium", "highest", "medium"])
+    monkeypatch.setattr(hardware, "faster_exact", lambda *_: next(answers))
+    assert [exact_float32_matmul(CPU) for _ in range(3)] == ["medium"] * 3
+    monkeypatch.setattr(hardware, "processor", lambda: "another one")
+    assert exact_float32_matmul(CPU) == "highest"
+    path = tmp_path / "little-llama" / "float32_matmul.json"
+    assert sorted(json.loads(path.read_text()).values()) == ["highest", "medium"]
+    path.write_text("{")  # damaged
+    assert exact_float32_matmul(CPU) == "medium"
+    assert exact_float32_matmul(GPU) == "highest"

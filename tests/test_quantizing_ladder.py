@@ -166,12 +166,13 @@ def test_every_method_has_settings_that_quantize_takes(folder, tmp_path, name): 
 
 
 def test_the_share_of_rounding():
-    plain = {"method": "rtn-", "bits": 4, "more_nats": 0.5, "more_nats_of_draws": [0.5]}
+    plain = {"method": "rtn-", "bits": 4, "more_nats": 0.5, "more_nats_half": 0.2, "more_nats_of_draws": [0.5]}
     ours = {"method": "gptq", "bits": 4, "more_nats": 0.15, "more_nats_of_draws": [0.1, 0.2]}
     assert table.of_rounding(ours, [plain, ours]) == "0.20 to 0.40"
     assert table.of_rounding(plain, [plain]) == "1.00"
     assert table.of_rounding(ours | {"bits": 3}, [plain]) == ""
-    assert table.of_rounding(ours, [plain | {"more_nats": -0.1}]) == ""
+    for loss in (-0.1, 0.0, 0.19):  # none, or within the interval
+        assert table.of_rounding(ours, [plain | {"more_nats": loss}]) == ""
 
 
 def test_a_cache_in_8_bits_is_read(folder):  # noqa: F811

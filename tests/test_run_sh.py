@@ -45,7 +45,7 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
     ("words", "expected"),
     [
         (["--presett", "tiny"], "--presett"),
-        (["tiny"], "--preset, --stage, --use"),
+        (["tiny"], "--preset, --stage, --minutes, --use"),
         (["--preset", "huge"], "presets are base, tiny"),
         (["--preset", "tin"], "presets are base, tiny"),
         (["--stage", "train"], "stages are all, setup, tokenizer, data, pretrain, sft, eval, chat, quant"),
@@ -62,6 +62,8 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
         (["--use=fsdp", "--nnodes=two"], "--nnodes expects a positive number, found two"),
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
         (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
+        (["--minutes", "0"], "--minutes expects a whole number of minutes, found 0"),
+        (["--minutes", "9", "--stage", "sft"], "for stage sft there is -- --train.max_minutes"),
         (["--nproc", "2"], "--use ddp, fsdp or deepspeed"),
         (["--stage"], "--stage expects a value"),
         (["--", "--train.max_steps", "1"], "--stage"),
@@ -181,6 +183,39 @@ def test_a_whole_run_ends_in_the_chat_and_a_second_one_only_chats(stubs: StubScr
     assert second.returncode == 0 and stubs.stages_called() == ["report", "chat"]
     assert second.stdout.count("done earlier") == 5
     assert "# == pretrain: done earlier" in stubs.bash("run.sh", "--dry_run").stdout
+
+
+def test_the_time_that_is_left_is_told_at_every_stage(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh")
+    heads = [line.partition(": ")[::2] for line in answer.stdout.splitlines() if line.startswith("== ")]
+    left = {name.split()[1]: told for name, told in heads}
+    # pretraining took no time, unlike the 300 seconds that were foreseen, so neither will fine-tuning
+    assert left.pop("sft").removeprefix("about ").partition(" left")[0] in ("48 s", "49 s", "50 s", "4 min")
+    # 30 + 12 + 300 + 200 + 48 seconds in all
+    seconds = {"tokenizer": "10 min", "data": "9 min", "pretrain": "9 min", "eval": "48 s"}
+    assert left == {"setup": ""} | {name: f"about {told} left of all stages" for name, told in seconds.items()}
+    again = stubs.bash("run.sh").stdout  # nothing is left
+    assert "whole_run" not in again and "about" not in again
+    (stubs.root / "planning/whole_run.py").write_text("raise SystemExit(1)")  # a run does not fail by it
+    shutil.rmtree(stubs.root / "out/tiny/pretrain")
+    answer = stubs.bash("run.sh")
+    assert answer.returncode == 0 and "about" not in answer.stdout
+
+
+def test_minutes_are_divided_between_both_trainings(stubs: StubScripts) -> None:
+    answer = stubs.bash("run.sh", "--minutes", "6")
+    assert "about 6 min left of all stages" in answer.stdout
+    flag = "--train.max_minutes"
+    limits = {call[0]: call[call.index(flag) + 1] for call in stubs.calls() if flag in call}
+    rows = [line.split("\t") for line in (stubs.root / "out/tiny/times.tsv").read_text().splitlines()]
+    took = dict.fromkeys(STAGES, 0) | {name: int(seconds) for name, seconds, *_ in rows}
+    # 360 seconds less 48 of the evaluation and 10 around each training, and what the other stages took
+    left = 360 - 48 - 20 - took["tokenizer"] - took["data"]
+    assert float(limits["pretrain.py"]) == pytest.approx(left * 300 / 500 / 60, abs=0.03)
+    assert float(limits["fine_tuning.py"]) == pytest.approx((left - took["pretrain"] + 10) / 60, abs=0.03)
+    answer = stubs.bash("run.sh", "--preset", "base", "--minutes", "2")
+    assert answer.returncode == 1 and "--minutes 2 is too short: what is no training takes 90 s" in answer.stderr
+    assert "--minutes 6" in stubs.bash("run.sh", "--dry_run", "--background", "--minutes", "6").stdout
 
 
 def test_the_model_is_made_in_4_bits_and_chats(stubs: StubScripts) -> None:

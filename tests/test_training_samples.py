@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_training_run import EOS, VOCAB, quick, rows, toy_bin, toy_data, toy_trainer  # noqa: F401
+from helpers.tiny_training_run import EOS, VOCAB, losses, quick, rows, toy_bin, toy_data, toy_trainer  # noqa: F401
 
 from bins.token_bin import TokenBin
 from files import read_rows
+from training import samples
 from training.log import read_metrics
 from training.samples import FILE, Prompt, Sampler, beginnings
 
@@ -118,6 +119,26 @@ def test_a_prompt_longer_than_the_context_is_left_out(runs):
     longest = sampled.model.args.max_seq_len
     sampler = Sampler(sampled.model, [Prompt("x", [3] * longest)], 5, decode=words, stop_ids=[EOS], n_ids=VOCAB)
     assert sampler.prompts == []
+
+
+def test_a_sample_is_shown_every_minute_one_prompt_after_the_other(runs, tmp_path, monkeypatch, capsys):
+    folder, data, *_ = runs
+    now = [0.0]
+    monkeypatch.setattr(samples, "monotonic", lambda: now[0])
+    torch.manual_seed(0)
+    trainer = make(toy_trainer(tmp_path / "run", data, max_steps=9, sample_minutes=1.0))
+    inner = trainer.backend.step
+
+    def step(max_norm):
+        now[0] += 25.0
+        return inner(max_norm)
+
+    trainer.backend.step = step
+    trainer.fit()
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a sample")]
+    # after 75 and 150 seconds; none at the end, where those of an evaluation are written
+    assert [line.partition(" | ")[0] for line in shown] == [f"a sample after step {s}" for s in ("3: three", "6: four")]
+    assert losses(tmp_path / "run") == losses(folder / "plain")
 
 
 def test_beginnings_of_held_out_documents(tmp_path):

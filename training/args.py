@@ -24,6 +24,9 @@ class TrainArgs:
     """number of optimizer steps; 0: as many as `epochs` takes"""
     epochs: Annotated[float, (0, 1000000)] = 1.0
     """passes over the data, when max_steps is 0"""
+    max_minutes: Annotated[float, (0, 1000000)] = 0.0
+    """end after this many minutes where the steps take longer: the learning rate then follows the time, so that the
+    warm-up, the decay and the end are where they should be on a machine of any speed; 0: no limit"""
     micro_batch_size: Annotated[int, (0, 10000000)] = 0
     """rows that a process runs through the model at once (gradients are accumulated over a step); 0: all of its rows"""
     z_loss: Annotated[float, (0, 1)] = 0.0
@@ -44,8 +47,9 @@ class TrainArgs:
     """attend in shifted groups of this many tokens while training (LongLoRA's S2-Attn); 0: full attention"""
     s2_min_len: int = 0
     """use s2_group only for rows of at least this many tokens"""
-    float32_matmul: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision; high is TF32 on a GPU"""
+    float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
+    """torch.set_float32_matmul_precision; high is TF32 on a GPU. auto: on a CPU the fastest way whose products are as
+    exact as float32, measured once on a machine; elsewhere highest"""
     backend: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
     """single: one process; the others: several, started with torchrun. ddp: each holds the whole model; fsdp: each
     holds a part of the weights, gradients and moments (FSDP2); deepspeed: ZeRO, see zero_stage"""
@@ -91,6 +95,8 @@ class TrainArgs:
     directory; default: the first ones of the held-out data, or of the training data where nothing is held out"""
     sample_tokens: Annotated[int, (0, 1000000)] = 48
     """largest number of tokens of such a sample; 0: no samples"""
+    sample_minutes: Annotated[float, (0, 1000000)] = 0.0
+    """minutes between samples that are shown on the way, of one prompt after the other; 0: none is shown"""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint in the run directory; never: start anew and replace it"""
 
@@ -161,6 +167,7 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
         for name, able in {"fsdp": ("muon", "adamw", "lion"), "deepspeed": ("adamw", "muon")}.items()
     ),
     Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
+    Needs("train.sample_minutes", "train.sample_tokens", ABOVE_0, "nothing would be shown; remove it"),
     Needs("train.prompts", "train.sample_tokens", ABOVE_0, "nothing would be written after them; remove it"),
     Needs("train.eval_batches", "train.eval_interval", ABOVE_0, "the evaluation at the end takes all; remove it"),
 )

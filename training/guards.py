@@ -153,7 +153,7 @@ def inputs_of(micro: Batch, token_losses: bool) -> dict[str, Any]:
 def set_rate(trainer: Trainer) -> None:
     """Set the learning rate of the next step: that of the schedule, halved by each time that the run went back."""
     state = trainer.state
-    factor = lr_factor(state.step, trainer.total_steps, trainer.optim)
+    factor = lr_factor(state.step, trainer.total_steps, trainer.optim, trainer.deadline.share(state))
     trainer.optimizer.set_lr(factor * 0.5**state.rollbacks)
 
 
@@ -169,7 +169,7 @@ def roll_back(trainer: Trainer, error: Diverged) -> None:
         raise error
     checkpoints.resume()
     state.avoid = sorted({*old.avoid, *range(max(state.step, first - MOST_SKIPPED), old.step + 1)})
-    state.rollbacks, state.skipped = old.rollbacks + 1, 0
+    state.rollbacks, state.skipped, state.seconds = old.rollbacks + 1, 0, old.seconds  # the clock does not go back
     trainer.state = state
     trainer.log.close()
     trainer.log = RunLog(trainer.run, state.step, trainer.total_steps, trainer.backend.main, state.evaluated)

@@ -8,7 +8,7 @@ from attention import backends
 from attention.shifted_sparse import ShiftedSparse
 from dataset import BatchSource
 from distributed.single import SingleProcess
-from hardware import DTYPES, can_compile, has_bfloat16
+from hardware import DTYPES, can_compile, exact_float32_matmul, has_bfloat16
 from model import Transformer
 from training.args import TrainArgs
 from training.flops import run_flops
@@ -49,7 +49,8 @@ def compile_seconds(model: TrainableModel) -> float:
 
 def saved_seconds(model: TrainableModel, args: TrainArgs, data: BatchSource) -> float:
     """Return by about how many seconds a compiled run is shorter on two idle CPU cores, compiling not counted."""
-    return COMPILED_SAVES * run_flops(model.args, data, args) / CPU_FLOPS
+    seconds = run_flops(model.args, data, args) / CPU_FLOPS
+    return COMPILED_SAVES * (min(seconds, 60 * args.max_minutes) if args.max_minutes else seconds)
 
 
 def about_compiling(model: TrainableModel, args: TrainArgs, device: torch.device, data: BatchSource) -> str | None:
@@ -73,12 +74,21 @@ def about_compiling(model: TrainableModel, args: TrainArgs, device: torch.device
     return f"Not compiled: torch.compile needs {needs} and Python's headers, and not all of that is here{saving}."
 
 
+def float32_products(args: TrainArgs, dtype: torch.dtype, backend: SingleProcess) -> str:
+    """Return the way to compute float32 products, the same on all ranks."""
+    if args.float32_matmul != "auto":
+        return args.float32_matmul
+    if dtype != torch.float32:  # they take no time then
+        return "highest"
+    return backend.gather(exact_float32_matmul(backend.device) if backend.main else None)[0]
+
+
 def prepare(model: TrainableModel, args: TrainArgs, backend: SingleProcess, data: BatchSource) -> torch.dtype:
     """Set precision, attention, checkpointing and compilation of a model on its device; return the dtype of its
     activations. data: what it trains on. Raises ValueError where the requested attention cannot run here."""
     device = backend.device
-    torch.set_float32_matmul_precision(args.float32_matmul)
     dtype = training_dtype(args, device)
+    torch.set_float32_matmul_precision(float32_products(args, dtype, backend))
     backends.check(args.attention, dtype, device, training=True)
     if args.s2_group:
         if not isinstance(model, Transformer) or model.args.n_heads < 2:

@@ -1,4 +1,5 @@
-"""What a model writes in the course of its training: the same prompts at every evaluation, in samples.jsonl.
+"""What a model writes in the course of its training: the same prompts at every evaluation, in samples.jsonl, and one of
+them every minute for whoever watches.
 
 Sampling has random states of its own and changes no weight, so a run has the same losses with and without it.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
 import torch
@@ -53,6 +55,7 @@ class Sampler:
         self.prompts = [each for each in prompts if len(each.ids) < model.args.max_seq_len]
         self.params = SamplingParams(max_new_tokens=max(1, tokens))
         model.n_ids = n_ids  # rows of the embedding beyond the vocabulary are never drawn
+        self.shown, self.last_shown = 0, monotonic()
 
     def write(self, run: Path, step: int, backend: SingleProcess) -> None:
         """Add the samples of this step to `run/samples.jsonl`, in place of any of this step and of later ones.
@@ -62,7 +65,7 @@ class Sampler:
         if not (backend.main and self.prompts and is_whole(self.model, backend)):
             return
         try:
-            texts = self.texts()
+            texts = self.texts(self.prompts)
             before = [row for row in read_rows(run / FILE) if row["step"] < step]
             rows = [
                 {"step": step, "prompt": prompt.text, "text": text} | ({"real": prompt.real} if prompt.real else {})
@@ -72,12 +75,29 @@ class Sampler:
         except (RuntimeError, OSError, ValueError) as error:  # no memory, a full disk
             say(f"no samples of step {step}: {str(error).splitlines()[0]}")
 
-    def texts(self) -> list[str]:
+    def is_due(self, minutes: float) -> bool:
+        """Return whether `minutes` have passed since a sample was shown; 0: never."""
+        return 0 < 60 * minutes <= monotonic() - self.last_shown
+
+    def show(self, step: int, backend: SingleProcess) -> None:
+        """Show what the model writes to the next prompt."""
+        self.last_shown = monotonic()
+        if not (backend.main and self.prompts and is_whole(self.model, backend)):
+            return
+        prompt = self.prompts[self.shown % len(self.prompts)]
+        self.shown += 1
+        try:
+            lines = f"{prompt.text} | {self.texts([prompt])[0]}".split("\n")
+        except RuntimeError as error:  # no memory
+            lines = [f"none ({str(error).splitlines()[0]})"]
+        say(f"a sample after step {step}: {' / '.join(line for line in lines if line.strip())}")
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return what the model writes after each prompt; prompt i is drawn with seed i."""
         # a name: with "auto" a CPU might compile its own decoding step, which pays only for a chat
         chosen = backends.in_use() if backends.in_use() != "auto" else "sdpa"
         with backends.use(chosen):
-            answers = generate(self.model, [prompt.ids for prompt in self.prompts], self.params, self.stop)
+            answers = generate(self.model, [prompt.ids for prompt in prompts], self.params, self.stop)
         return [self.decode(answer) for answer in answers]
 
 

@@ -42,6 +42,8 @@ class TrainState:
     recent: list[float] = field(default_factory=list)  # losses of the last steps, for `guards.spike`
     rollbacks: int = 0  # times that the run went back to a checkpoint; the rates are halved by each
     avoid: list[int] = field(default_factory=list)  # numbers of the batches that are left out
+    seconds: float = 0.0  # of the loop so far, for --train.max_minutes
+    first_step_seconds: float = 0.0  # of these, until the first step was done: it compiles the model
     log: list | None = None  # number of rows of metrics.jsonl so far, and their SHA-256; older states have none
     # sums since the last reset
     loss_sum: float = 0.0
@@ -72,6 +74,7 @@ class TrainState:
                 )
         self.step += 1
         self.tokens += n_tokens
+        self.first_step_seconds = self.first_step_seconds or self.seconds
 
     def averages(self, group_names: Sequence[str]) -> dict[str, float]:
         """Return the means over the targets since the last reset: loss, loss/NAME of each group, and metrics."""

@@ -29,6 +29,7 @@ from optim.optimizers import Optimizers
 from training import guards
 from training.args import TrainArgs
 from training.checksums import read_result, write_result
+from training.deadline import Deadline
 from training.flops import train_flops_per_token
 from training.guards import inputs_of
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
@@ -80,7 +81,7 @@ class Trainer:
             self.eval_batches = batches_on_the_way(args, eval_data, token_bytes is not None, group_names)
             how = {"backend": backend, "micro_batch_size": args.micro_batch_size, "group_names": group_names}
             self.evaluate = partial(evaluate, model, eval_data, token_bytes, **how)
-        self.total_steps = args.steps(data.steps_per_epoch)
+        self.total_steps, self.deadline = args.steps(data.steps_per_epoch), Deadline(args.max_minutes)
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
         self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive)
@@ -89,7 +90,12 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the last step is done, or `patience` evaluations went by without a new best."""
-        return self.state.step >= self.total_steps or 0 < self.args.patience <= self.state.evals_since_best
+        return self.at_end or 0 < self.args.patience <= self.state.evals_since_best
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last step is done: that of the number of steps, or the one in which the time was up."""
+        return self.state.step >= self.total_steps or self.deadline.passed(self.state)
 
     @property
     def nothing_to_do(self) -> bool:
@@ -99,12 +105,9 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step; return the final metrics. On SIGTERM or SIGINT save and raise SystemExit."""
         backend = self.backend
-        if self.nothing_to_do:
-            if backend.main:
-                say(f"{self.run} is finished ({self.state.step} steps): nothing to do")
-            return read_result(self.run) or {}
-        if backend.main and (self.run / "result.json").is_file() and read_result(self.run) is None:
-            say(f"{self.run}/result.json is not what the run wrote: it is made again")
+        if (result := earlier_result(self)) is not None:
+            return result
+        self.deadline.start(self.state)
         dtype = prepare(self.model, self.args, backend, self.data)
         self.forward = backend.wrap(self.model, self.optimizer)
         self.norms = Norms(self.model, self.optimizer, self.args.log_norms)
@@ -127,14 +130,13 @@ class Trainer:
             norm = guards.leave_out(self) if state.step in state.avoid else self._step()
             if self.adaptive is not None and (values := self.adaptive.after_step(state.step)):
                 self.log.write(state.step, values)
-            at_end = state.step == self.total_steps
-            if is_due(args.log_interval, state.step, epoch) or (at_end and args.log_interval):
+            if is_due(args.log_interval, state.step, epoch) or (self.at_end and args.log_interval):
                 log_averages(self, norm)
             if state.step == first and args.log_interval:  # the next line measures without it, for it compiles
                 self.log.say(f"step {first}/{self.total_steps} took {self.clock.restart(state):.0f} s")
                 if args.log_interval > 1 and state.step == 1 and state.targets:  # near ln V for a new model
                     self.log.write(1, {"first_step": state.averages(())["loss"]})
-            if at_end:
+            if self.at_end:
                 return
             if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
                 with self.clock.paused():
@@ -146,6 +148,9 @@ class Trainer:
             elif is_due(args.save_interval, state.step, epoch) and not state.skipped:  # a run goes back to good weights
                 with self.clock.paused():
                     self._save()
+            if self.sampler is not None and self.sampler.is_due(args.sample_minutes):
+                with self.clock.paused():
+                    self.sampler.show(state.step, self.backend)
 
     def _save(self, is_best: bool = False) -> None:
         self.state.log = self.log.contents()
@@ -165,8 +170,8 @@ class Trainer:
         groups = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
         metrics = take_metrics(self.model)
         values = {"loss": sum_of_losses(outputs), "groups": groups, "metrics": list(metrics.values())}
-        sums = backend.sum_named(values | {"stop": len(self.signals)})
-        self.stopping = sums["stop"] > 0
+        sums = backend.sum_named(values | {"stop": len(self.signals), "seconds": self.deadline.elapsed()})
+        self.stopping, state.seconds = sums["stop"] > 0, sums["seconds"] / backend.data_world
         if measured:
             self.log.write(state.step + 1, measured | self.norms.values(norm, self.args.grad_clip))
         guards.after_step(self, sums["loss"] / max(1, n_targets), norm, micro_batches)
@@ -217,6 +222,18 @@ class Trainer:
         if self.backend.main:
             write_result(self.run, result)
         return result
+
+
+def earlier_result(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the metrics of a run that is finished, and say so; None where there is something to do."""
+    run, main = trainer.run, trainer.backend.main
+    if trainer.nothing_to_do:
+        if main:
+            say(f"{run} is finished ({trainer.state.step} steps): nothing to do")
+        return read_result(run) or {}
+    if main and (run / "result.json").is_file() and read_result(run) is None:
+        say(f"{run}/result.json is not what the run wrote: it is made again")
+    return None
 
 
 def about(trainer: Trainer) -> dict[str, Any]:
@@ -270,7 +287,11 @@ def log_averages(trainer: Trainer, norm: float) -> None:
     log.write(state.step, averages | {"lr": lr, "grad_norm": norm, "tokens": state.tokens})
     paused = trainer.clock.away
     rate, left, mfu = trainer.clock.read(state)
-    log.write(state.step, {"tokens_per_second": rate, "mfu": mfu, "pause_seconds": paused})
+    if fewer := trainer.deadline.fewer_steps(state, trainer.total_steps):
+        log.say(fewer)
+    left = min(left, trainer.deadline.left(state))
+    times = {"pause_seconds": paused, "seconds": round(state.seconds, 2)}
+    log.write(state.step, {"tokens_per_second": rate, "mfu": mfu} | times)
     note = {"left": tqdm.format_interval(left), "tok/s": f"{rate:.0f}"}
     note |= {name.removeprefix("loss/"): f"{value:.4f}" for name, value in averages.items()}
     log.progress(state.step, note | {"norm": f"{norm:.2f}", "lr": f"{lr:.1e}", "mfu": f"{mfu:.0%}"})
@@ -281,7 +302,8 @@ def start_log(trainer: Trainer, dtype: torch.dtype) -> tuple[RunLog, Clock]:
     data, steps, optim, backend = trainer.data, trainer.total_steps, trainer.optim, trainer.backend
     peak, source = peak_flops(backend.device, dtype)
     options = {"evaluated": trainer.state.evaluated, "loggers": trainer.args.loggers}
-    log = RunLog(trainer.run, trainer.state.step, steps, active=backend.main, **options)
+    last = trainer.state.step if trainer.finished else steps
+    log = RunLog(trainer.run, trainer.state.step, last, active=backend.main, **options)
     log.compare(trainer.state.log)
     kind = {"cuda": "GPU"}.get(backend.device.type, backend.device.type.upper())
     log.say(

@@ -40,6 +40,14 @@ if {output!r}:
 """
 
 
+# the seconds that each stage will take
+FORESEEN = """
+import pathlib, sys
+seconds = {"tokenizer": 30, "data": 12, "eval": 48, "pretrain": 300, "sft": 200}
+pathlib.Path(sys.argv[2]).write_text("".join(f"{name} {n}\\n" for name, n in seconds.items()))
+"""
+
+
 def program(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/usr/bin/env bash\n" + text)
@@ -56,6 +64,8 @@ class StubScripts:
             shutil.copy(REPOSITORY / name, self.root / name)
         for preset in ("tiny", "base"):
             (self.root / f"configs/{preset}.yaml").write_text("pretrain: {}\n")
+        (self.root / "planning").mkdir()
+        (self.root / "planning/whole_run.py").write_text(FORESEEN)
         (self.root / "requirements.txt").write_text("numpy==1\n")
         self.behave()
         for name, (stage, output) in SCRIPTS.items():
