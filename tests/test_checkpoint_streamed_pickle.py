@@ -4,7 +4,7 @@ import argparse
 import gc
 import weakref
 import zipfile
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ class Counted:
     """A tensor of 40 bytes that is made when it is asked for; `alive` are those that somebody still holds."""
 
     shape, dtype = (10,), "F32"
-    alive: weakref.WeakSet = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def load(self) -> torch.Tensor:
         gc.collect()
