@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from bins.filters import Filters, known_languages
 from bins.outputs import Outputs, outputs_in, publish, read_checkpoint, read_summary, sums_of, write_conversations
 from bins.screen import ScreenedBatch, screen
 from bins.tokenize import tokenize
 from cli.args import parse, run
+from cli.extras import need
 from cli.progress import Progress, track
 from cli.record import record_run, to_plain
 from corpora import BadRecord, DamagedFile, Document, SourceArgs, read, read_conversations, text_size
@@ -33,6 +35,7 @@ from tokenizer import Tokenizer, check_saving, load_tokenizer
 CHECKPOINT_SECONDS = 10.0
 TABLE_ROWS = 20
 COUNTS = ("documents", "held_out", "tokens", "held_out_tokens", "characters", "bytes", "too_short", "duplicate", "bad")
+FILTERED = ("too_long", "other_language", "near_duplicate")  # counted where the run filters
 NAMED = 5
 
 
@@ -52,8 +55,15 @@ class Args(SourceArgs):
     """Share of documents that are not trained on, chosen by the hash of their text. A corpus with a split keeps it."""
     min_chars: int = 10
     """Drop documents with fewer characters, not counting white space at both ends. Empty ones are always dropped."""
+    max_chars: int = 0
+    """Drop documents with more characters; 0: none. Documents of your own files are cut by --part_chars before."""
+    languages: tuple[str, ...] = ()
+    """Keep documents in these languages only, such as zh en (ISO 639-1, judged by their first 1000 characters)."""
     deduplicate: bool = True
     """Drop exact duplicates. Needs 16 MB of memory per million documents, and briefly 32 MB."""
+    near_duplicates: float = 0.0
+    """Drop documents that are nearly as one before: that share such a part of their 8 characters in a row, for example
+    0.8, by MinHash; 0: keep them. Needs some 200 MB of memory per million documents."""
     save_all_text: bool = False
     """Also write the training documents to out/all_text.txt, separated by blank lines, to train a tokenizer on."""
     overwrite: bool = False
@@ -111,11 +121,19 @@ def write_outputs(args: Args, items: Iterable[Document | BadRecord], tokenizer: 
 
 def check_arguments(args: Args) -> None:
     """Raise ValueError for arguments out of range, before any work."""
-    for name, minimum in (("processes", 1), ("tokens_per_file", 1), ("min_chars", 0)):
+    for name, minimum in (("processes", 1), ("tokens_per_file", 1), ("min_chars", 0), ("max_chars", 0)):
         if getattr(args, name) < minimum:
             raise ValueError(f"--{name} should be at least {minimum}, found {getattr(args, name)}")
     if not 0 <= args.held_out < 1:
         raise ValueError(f"--held_out should be a share of at least 0 and below 1, found {args.held_out}")
+    if not 0 <= args.near_duplicates <= 1:
+        raise ValueError(f"--near_duplicates should be a share from 0 to 1, found {args.near_duplicates}")
+    if args.near_duplicates:
+        need("--near_duplicates", "data", "rensa")
+    if args.languages:
+        need("--languages", "data", "py3langid")
+        if unknown := [name for name in args.languages if name not in known_languages()]:
+            raise ValueError(f"--languages: unknown {', '.join(unknown)}; known are {' '.join(known_languages())}")
     for path in args.input:
         if args.out.resolve().is_relative_to(path.resolve()):
             raise ValueError(
@@ -149,13 +167,15 @@ def process(
     Raises ValueError when nothing is left to train on.
     """
     counts = {name: Counter(numbers) for name, numbers in progress["sources"].items()}
-    batches = screen(items, min_chars=args.min_chars, held_out=args.held_out, deduplicate=args.deduplicate)
+    screening = {name: getattr(args, name) for name in ("min_chars", "max_chars", "held_out", "deduplicate")}
+    batches = skip_written(screen(items, **screening), progress["items"], args.near_duplicates > 0)
+    filters = Filters(args.languages, args.near_duplicates)
     outputs = Outputs(work, tokenizer, args.tokens_per_file, args.save_all_text, progress["outputs"])
     done = sum(numbers["bytes"] for numbers in counts.values())
     bar = Progress("tokenizing", "B", text_size(args), done)
     damaged = progress.setdefault("damaged", [])
     saved_at, saved_shard = time.monotonic(), outputs.shard
-    for batch, documents in tokenize(skip_written(batches, progress["items"]), tokenizer, args.processes):
+    for batch, documents in tokenize(batches, tokenizer, args.processes, filters):
         for document, ids in zip(batch.documents, documents):
             n_bytes = outputs.add(document, ids)
             numbers = {"documents": 1, "held_out": int(document.held_out), "tokens": len(ids), "bytes": n_bytes}
@@ -188,10 +208,11 @@ def process(
     return summary
 
 
-def skip_written(batches: Iterable[ScreenedBatch], done: int) -> Iterator[ScreenedBatch]:
+def skip_written(batches: Iterable[ScreenedBatch], done: int, compare: bool = False) -> Iterator[ScreenedBatch]:
     """Yield the batches after the first `done` items, which an interrupted run has already written.
 
-    The first batches are read again only to rebuild the set of digests that finds duplicates.
+    The first batches are read again only to know what was there: the set of digests that finds duplicates, and, with
+    `compare`, what finds near-duplicates, for which they come marked as written.
     """
     bar = Progress("reading finished records again", "records", done, active=done > 0)
     for batch in batches:
@@ -200,6 +221,9 @@ def skip_written(batches: Iterable[ScreenedBatch], done: int) -> Iterator[Screen
             yield batch
         else:
             bar.add(batch.end - bar.done)
+            if compare:
+                batch.written = True
+                yield batch
 
 
 def source_of(record: BadRecord, source: SourceArgs) -> str:
@@ -233,6 +257,9 @@ def describe_run(args: Args, tokenizer: Tokenizer, inputs: list[Path]) -> dict[s
     plain = to_plain(args)
     for name in ("tokenizer", "out", "processes", "overwrite"):
         del plain[name]
+    for name in ("max_chars", "languages", "near_duplicates"):  # bins of before had none of them
+        if not plain[name]:
+            del plain[name]
     if not inputs:  # they are about the user's own files; bins of before that had neither are the same
         del plain["format"], plain["part_chars"]
     stats = {str(path): path.stat() for path in inputs}
@@ -261,12 +288,13 @@ def summarize(
 def with_ratio(numbers: Counter) -> dict[str, Any]:
     """Return the COUNTS of a source with its characters per token, None for a source without tokens."""
     ratio = round(numbers["characters"] / numbers["tokens"], 3) if numbers["tokens"] else None
-    return {name: numbers[name] for name in COUNTS} | {"characters_per_token": ratio}
+    filtered = {name: numbers[name] for name in FILTERED if numbers[name]}
+    return {name: numbers[name] for name in COUNTS} | filtered | {"characters_per_token": ratio}
 
 
 def why_nothing(total: dict[str, Any], work: Path) -> str:
     """Return, in words, why no document is left to train on, with the first bad record."""
-    reasons = {key: total[key] for key in ("held_out", "too_short", "duplicate", "bad") if total[key]}
+    reasons = {key: total[key] for key in ("held_out", "too_short", "duplicate", *FILTERED, "bad") if total.get(key)}
     words = [f"{count} {key.replace('_', ' ')}" for key, count in reasons.items()] or ["no documents at all"]
     if total["bad"]:
         words[-1] += f", the first at {first_bad(work)}"
@@ -282,23 +310,17 @@ def first_bad(folder: Path) -> str:
 
 def print_table(summary: dict[str, Any], out: Path) -> None:
     """Print the counts of each source, largest first."""
-    keys = (
-        "documents",
-        "held_out",
-        "tokens",
-        "held_out_tokens",
-        "characters_per_token",
-        "too_short",
-        "duplicate",
-        "bad",
-    )
-    heads = ("documents", "held out", "tokens", "held-out tokens", "chars/token", "too short", "duplicate", "bad")
+    filtered = [name for name in FILTERED if name in summary["total"]]
+    keys = ["documents", "held_out", "tokens", "held_out_tokens", "characters_per_token", "too_short", "duplicate"]
+    keys += [*filtered, "bad"]
+    heads = ["documents", "held out", "tokens", "held-out tokens", "chars/token", "too short", "duplicate"]
+    heads += [*(name.replace("_", " ") for name in filtered), "bad"]
     rows = sorted(summary["sources"].items(), key=lambda row: -row[1]["tokens"])
     table = [*rows[:TABLE_ROWS], ("all", summary["total"])]
     width = max(len(name) for name, _ in table)
     print("  ".join([" " * width, *(f"{head:>{max(len(head), 11)}}" for head in heads)]))
     for name, numbers in table:
-        values = ("-" if numbers[key] is None else f"{numbers[key]:,}" for key in keys)
+        values = ("-" if numbers.get(key, 0) is None else f"{numbers.get(key, 0):,}" for key in keys)
         print(
             "  ".join([f"{name:<{width}}", *(f"{value:>{max(len(head), 11)}}" for value, head in zip(values, heads))])
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from bins.mixture import Mixture
 from bins.token_bin import TokenBin
 from loss import IGNORE
 
@@ -131,6 +132,7 @@ class PretrainData:
             raise ValueError(f"the weights of bins should be finite and not negative, found {weights}")
         check_batch_shape(seq_len, batch_size, seed)
         self.bins, self.seq_len, self.batch_size, self.seed = list(bins), seq_len, batch_size, seed
+        self.weights = weights
         self.shuffle, self.isolate_documents = shuffle, isolate_documents
         self.headerless_eos_id = headerless_eos_id
         self._windows = [-(-len(bin) // seq_len) for bin in bins]
@@ -143,10 +145,7 @@ class PretrainData:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return the (batch_size // world, seq_len) rows of `rank` in the global `step`."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._order_of(epoch))
-        windows = rows_of_rank(self._order[1], step_of_epoch, self.batch_size, rank, world)
+        windows = self._windows_of(step, rank, world)
         # Arrays of (B, T+1): columns 0..T-1 are the inputs, 1..T the targets.
         ids = np.full((len(windows), self.seq_len + 1), self.headerless_eos_id, np.int64)
         exists = np.zeros((len(windows), self.seq_len + 1), bool)
@@ -161,9 +160,8 @@ class PretrainData:
 
     def origins(self, step: int, rank: int = 0, world: int = 1) -> list[str]:
         """Return where each row of `rank` in the global `step` comes from: its bin, tokens and documents, from 0 on."""
-        self.batch(step, rank, world)  # makes the order of the epoch
         told = []
-        for window in rows_of_rank(self._order[1], step % self.steps_per_epoch, self.batch_size, rank, world):
+        for window in self._windows_of(step, rank, world):
             i = int(np.searchsorted(self._first, window, side="right")) - 1
             first = int(window - self._first[i]) * self.seq_len
             if window < 0 or i < 0:
@@ -177,6 +175,49 @@ class PretrainData:
             told.append(where)
         return told
 
+    def ledger(self, steps: int, left_out: Collection[int] = ()) -> list[dict[str, Any]]:
+        """Return what the first `steps` steps have read, without the steps `left_out`: for each stretch of a bin of one
+        source `bin`, `source`, its `tokens`, and `read`, how many tokens were targets, each as often as it was.
+
+        A bos is counted, too, though it is no target.
+        """
+        visits = self._visits_in(steps)  # (windows,)
+        for step in sorted({step for step in left_out if step < steps}):
+            windows = self._windows_of(step, 0, 1)
+            np.subtract.at(visits, windows[windows >= 0], 1)
+        rows = []
+        for i, bin in enumerate(self.bins):
+            own = visits[self._first[i] : self._first[i + 1]]
+            before = np.concatenate([[0], np.cumsum(own)])  # visits of earlier windows
+            for source, *span in bin.parts():
+                whole, rest = np.divmod(span, self.seq_len)
+                begun = np.append(own, 0)[whole]  # visits of the window in which a stretch begins or ends
+                first, end = (before[whole] * self.seq_len + begun * rest).tolist()
+                rows.append({"bin": str(bin.path), "source": source, "tokens": span[1] - span[0], "read": end - first})
+        return rows
+
+    def _windows_of(self, step: int, rank: int, world: int) -> np.ndarray:
+        """Return the windows of `rank` in the global `step`, (batch_size // world,) int64; -1: no window."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self._order_of(epoch))
+        return rows_of_rank(self._order[1], step_of_epoch, self.batch_size, rank, world)
+
+    def _visits_in(self, steps: int) -> np.ndarray:
+        """Return how often each window is read in the first `steps` steps, (windows,) int64."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        counts = np.zeros(self._first[-1], np.int64)
+        for i, (n, visits) in enumerate(zip(self._windows, self._visits)):
+            whole, more = divmod(epochs * visits, max(n, 1))
+            counts[self._first[i] : self._first[i + 1]] = whole
+            if more:
+                counts[self._first[i] + self._permutation(i, n)[:more]] += 1
+        np.add.at(counts, self._order_of(epochs)[: rest * self.batch_size], 1)
+        return counts
+
+    def _permutation(self, i: int, n: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, i)).permutation(n)
+
     def _order_of(self, epoch: int) -> np.ndarray:
         """Return the window numbers of one epoch in the order of training, (windows,) int64."""
         parts = []
@@ -186,7 +227,7 @@ class PretrainData:
                 # any number of epochs each window of a bin has been read at most once more than any other.
                 part = np.arange(epoch * visits, (epoch + 1) * visits) % n
                 if visits % n:
-                    part = np.random.default_rng((self.seed, 0, i)).permutation(n)[part]
+                    part = self._permutation(i, n)[part]
                 parts.append(self._first[i] + np.sort(part))
         order = np.concatenate(parts)
         return np.random.default_rng((self.seed, 1, epoch)).permutation(order) if self.shuffle else order
@@ -222,3 +263,75 @@ def number_documents(begins: np.ndarray, targets: np.ndarray) -> tuple[np.ndarra
     positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
     doc_ids = np.cumsum(begins, axis=1, dtype=np.int32)
     return positions, np.where(targets == IGNORE, np.int32(-1), doc_ids)
+
+
+class MixedData(PretrainData):
+    """A batch source that takes its rows from several sources in the shares of a Mixture.
+
+    sources: the bins of each source. Its windows are read in a new random order each time that it begins anew: none is
+        read again before all others of the source have been. An epoch has as many steps as there are rows in all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[TokenBin]],
+        phases: Sequence[tuple[int, Sequence[float]]],
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        **options: Any,
+    ) -> None:
+        super().__init__([bin for bins in sources for bin in bins], seq_len, batch_size, seed, **options)
+        self.phases = [[step, list(shares)] for step, shares in phases]
+        self.mixture = Mixture(phases, batch_size)
+        ends = np.cumsum([0, *map(len, sources)])
+        self._begins = self._first[ends]  # (sources + 1,) first window of each source
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # source -> number of the pass, its order
+        for number, n in enumerate(np.diff(self._begins)):
+            if not n and any(shares[number] for _, shares in phases):
+                raise ValueError(f"source {number + 1} of the mixture has no token to train on: leave it out")
+        counts, windows = self.mixture.counts(self.steps_per_epoch), np.maximum(np.diff(self._begins), 1)
+        self.weights = np.repeat((counts / windows).round(4), [len(each) for each in sources]).tolist()
+
+    def _windows_of(self, step: int, rank: int, world: int) -> np.ndarray:
+        sources, begun = self.mixture.sources(step), self.mixture.counts(step)
+        windows = np.empty(self.batch_size, np.int64)
+        for k in np.unique(sources):
+            n = int(self._begins[k + 1] - self._begins[k])
+            rows = begun[k] + np.arange((sources == k).sum())
+            found = [
+                self._begins[k] + self._order_in(k, each)[rows[rows // n == each] % n] for each in np.unique(rows // n)
+            ]
+            windows[sources == k] = np.concatenate(found)
+        return rows_of_rank(windows, 0, self.batch_size, rank, world)
+
+    def _visits_in(self, steps: int) -> np.ndarray:
+        counts = np.zeros(self._first[-1], np.int64)
+        for k, rows in enumerate(self.mixture.counts(steps).tolist()):
+            n = int(self._begins[k + 1] - self._begins[k])
+            passes, more = divmod(rows, max(n, 1))
+            counts[self._begins[k] : self._begins[k + 1]] = passes
+            if more:
+                counts[self._begins[k] + self._order_in(k, passes)[:more]] += 1
+        return counts
+
+    def _order_in(self, k: int, number: int) -> np.ndarray:
+        """Return the order of the windows of source `k` in its pass `number`, (n,) int64."""
+        if self._orders.get(k, (-1,))[0] != number:
+            n = int(self._begins[k + 1] - self._begins[k])
+            self._orders[k] = number, np.random.default_rng((self.seed, 2, int(k), int(number))).permutation(n)
+        return self._orders[k][1]
+
+
+def composition(data: PretrainData, heldout: list[TokenBin]) -> list[dict[str, Any]]:
+    """Return what the bins hold, for the record of the run: tokens, documents, tokens or documents by source.
+
+    The weight of a bin is the number of times that an epoch reads it.
+    """
+    weights = [*data.weights, *[None] * len(heldout)]
+    kept = ("documents", "text_bytes", "sources")
+    return [
+        {"name": str(each.path), "tokens": len(each), "weight": weight, "held_out": weight is None}
+        | {name: each.meta[name] for name in kept if name in each.meta}
+        for each, weight in zip([*data.bins, *heldout], weights)
+    ]

@@ -8,6 +8,7 @@ depends on the upstream gradient by a scalar factor only, so it is computed in t
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 IGNORE = -100  # a target that is not trained on: no token id, so it cannot hide a real one (0 or pad would)
@@ -24,6 +25,7 @@ def linear_cross_entropy(
     block_rows: int = 0,
     token_losses: bool = False,
     z_loss: float = 0.0,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum over tokens of `loss_weight * -log softmax(hidden @ weight.T)[target]`, and the number of targets
     or, with `token_losses`, the loss of each target.
@@ -33,14 +35,15 @@ def linear_cross_entropy(
     a float32 scalar, differentiable in hidden and weight. The number is an int64 scalar; the losses are float32 (...),
     unweighted, detached, 0 where the target is ignored. With `z_loss`, gradients are those of the sum of
     `loss_weight * z_loss * log(Z)²` besides, Z the sum of exp(logits) (PaLM, arXiv:2204.02311, section 5); the values
-    leave it out, so that losses with and without it compare.
+    leave it out, so that losses with and without it compare. group: processes that have V rows each of a larger
+    vocabulary, in order of rank; all get the same values, and the gradient of hidden is this process's share of a sum.
     """
     block_rows = block_rows or max(64, BLOCK_SIZE // len(weight))
     is_target = targets != IGNORE
     scale = is_target.float() if loss_weights is None else is_target * loss_weights.float()
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]  # a frozen head needs none
     flat = hidden.flatten(0, -2), weight, targets.clamp(min=0).flatten(), scale.flatten()  # (N, d), (V, d), (N,), (N,)
-    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *needs_grad, z_loss)
+    loss, losses = _LinearCrossEntropy.apply(*flat, block_rows, *needs_grad, z_loss, group)
     return loss, losses.view_as(targets) * is_target if token_losses else is_target.sum()
 
 
@@ -56,16 +59,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted sum of the losses of N tokens, and the loss of each; both gradients are computed in `forward`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, block_rows, needs_hidden, needs_weight, z_loss):
+    def forward(ctx, hidden, weight, targets, scale, block_rows, needs_hidden, needs_weight, z_loss, group):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)  # (V, d)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden, grad_weight, losses = [], None, []
-        for h, t, s in zip(hidden.split(block_rows), targets.split(block_rows), scale.split(block_rows)):
+        targets, mine = _own_rows(targets, len(w), group)
+        for h, t, s, own in zip(*(x.split(block_rows) for x in (hidden, targets, scale, mine))):
             logits = F.linear(h, w).to(wide)  # (n, V)
-            t, s = t[:, None], s[:, None].to(wide)
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            log_p = logits.gather(1, t) - lse  # (n, 1)
+            t, s, own = t[:, None], s[:, None].to(wide), own[:, None]
+            lse, of_t = _over_vocabulary(logits.logsumexp(dim=-1, keepdim=True), logits.gather(1, t) * own, group)
+            log_p = of_t - lse  # (n, 1)
             total = total - (log_p * s).sum()
             losses.append(-log_p[:, 0])
             if needs_hidden or needs_weight:
@@ -75,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     of_z = 2 * z_loss * lse * s
                     of_target, s = of_target + log_p.exp() * of_z, s + of_z
                 d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # (n, V), in the memory of the logits
-                d.scatter_(1, t, of_target.to(h.dtype))
+                d.scatter_(1, t, torch.where(own, of_target.to(h.dtype), d.gather(1, t)))
                 if needs_hidden:
                     grad_hidden.append(d @ w)  # (n, d)
                 if needs_weight:
@@ -89,7 +93,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, _):
         # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
         of_hidden, of_weight = (None if grad is None else grad * upstream for grad in ctx.saved_tensors)
-        return of_hidden, of_weight, None, None, None, None, None, None
+        return of_hidden, of_weight, *[None] * 7
+
+
+def _own_rows(targets: torch.Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the targets (N,) as numbers of this process's rows, 0 where it has none, and where it has one."""
+    if group is None:
+        return targets, torch.ones_like(targets, dtype=torch.bool)
+    targets = targets - rows * group.rank()
+    mine = (targets >= 0) & (targets < rows)
+    return targets * mine, mine
+
+
+def _over_vocabulary(
+    lse: torch.Tensor, of_target: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log(Z) and the logit of each target, (n, 1), over the whole vocabulary, from those of each process."""
+    if group is None:
+        return lse, of_target
+    both = torch.cat([lse, of_target], dim=1)  # (n, 2)
+    parts = [torch.empty_like(both) for _ in range(group.size())]
+    dist.all_gather(parts, both, group=group)
+    lse, of_target = torch.stack(parts).unbind(-1)  # (processes, n) each
+    return lse.logsumexp(0)[:, None], of_target.sum(0)[:, None]
 
 
 def linear_log_probs(

@@ -33,8 +33,10 @@ DIALLED = (
     *("model.dim", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.hidden_dim"),
     *("optim.lr", "optim.muon_lr", "optim.warmup_steps", "data.batch_size", "train.max_steps", "train.epochs"),
 )
+MIXED = "a mixture takes all bins of its directories, in its shares; remove one of the two"
 WIDTH = "a checkpoint has its width; remove it"
-QAT = ("qat_bits", "qat_group_size")
+# fields that change a model that there is
+CHANGES = ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet", "qat_bits", "qat_group_size")
 NEEDS = (
     *TRAINING_NEEDS,
     Needs("rope.*", "init_from", SET, OF_CHECKPOINT),
@@ -47,6 +49,14 @@ NEEDS = (
     Needs("tokens", "params", SET, "without it, --train.max_steps or --train.epochs say how long the run is"),
     Needs("params", "init_from", (None,), "a checkpoint has its shape; remove it"),
     *(Needs(name, "params", (None,), "it follows from it; remove one of the two", only_named=True) for name in DIALLED),
+    Needs("data.mix", "data.train", ((),), MIXED),
+    Needs("data.mix", "data.weights", ((),), MIXED),
+    Needs("data.dir", "data.mix", (None,), "the directories of a mixture take its place; remove it", only_named=True),
+    *(
+        Needs(f"train.{name}", other, values, "weights are rounded by whole matrices; remove it")
+        for name in ("tp", "pp")
+        for other, values in (("bitnet", ("none",)), ("qat_bits", (0,)))
+    ),
     Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs("model.multiple_of", "init_from", (None,), WIDTH, only_named=True),
     Needs("model.ffn_dim_multiplier", "init_from", (None,), WIDTH, only_named=True),
@@ -61,6 +71,9 @@ class DataArgs:
     """token bins to train on; default: every train*.bin in --data.dir"""
     weights: tuple[float, ...] = ()
     """number of times that each bin of --data.train is used in an epoch; default: once"""
+    mix: dict[str, float | str] | None = None
+    """directories like --data.dir, each with its share of the rows: data/zh 0.7 data/en 0.3. Shares may change:
+    0.7,0.2@0.8 is 0.7 at first, and 0.2 from 80 % of the run on (@9000: from step 9000 on)"""
     dir: Path = Path("data/tiny")
     """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
     verify: bool = False
@@ -71,6 +84,10 @@ class DataArgs:
     """rows per optimizer step, in total over all processes and micro-batches"""
     isolate_documents: bool = False
     """attend only to tokens of the same document, where a row contains several"""
+
+    def folders(self) -> list[Path]:
+        """Return the directories of the data: those of --data.mix, or --data.dir."""
+        return [Path(name) for name in self.mix] if self.mix else [self.dir]
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,8 @@ if __name__ == "__main__":
 
 import torch
 
-from bins.token_bin import TokenBin
+from bins.mixture import read_phases
+from bins.token_bin import TokenBin, find_bins
 from checkpoint import config_json
 from checkpoint.directory import load_weights, load_whole_model, save_model
 from checkpoint.extend import (
@@ -137,8 +155,8 @@ from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from checks.check import conclude, lines
 from checks.learning import training_checks
-from dataset import PretrainData
-from distributed.backend import make_backend, refuse_slow_dtype
+from dataset import MixedData, PretrainData, composition
+from distributed.backend import make_backend, n_processes, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
 from optim.optimizers import build_optimizer
@@ -165,16 +183,17 @@ def main(args: Args) -> dict[str, Any]:
     torch.manual_seed(args.train.seed)
     tokenizer = load_tokenizer(tokenizer_directory(args))
     args, told = dialled(args, tokenizer.vocab_size)
-    bins, heldout = open_bins(args.data)
+    sources, heldout = open_bins(args.data)
+    bins = [each for source in sources for each in source]
     for each in [*bins, *heldout]:
         each.check(tokenizer.sha256(), tokenizer.vocab_size, tokenizer.begins, args.data.verify)
     if args.add_tokens or args.add_special_tokens:
         tokenizer = add_tokens(tokenizer, read_tokens(args.add_tokens), read_tokens(args.add_special_tokens))
     check_saving(tokenizer)
-    data, eval_data = make_data(args, bins, heldout, tokenizer)
+    data, eval_data = make_data(args, sources, heldout, tokenizer)
     model, changes = make_model(args, tokenizer)
     with make_backend(args.train.backend, args.train.device, options_of(args.train, args.data.batch_size)) as backend:
-        model.to(backend.device)
+        backend.place(model)
         stops = args.init_from and read_stop_ids(args.init_from)  # those of the model that goes on
         trainer = Trainer(
             model=model,
@@ -186,7 +205,7 @@ def main(args: Args) -> dict[str, Any]:
             run=args.out,
             save=partial(save_model, model=model, tokenizer=tokenizer, stop_ids=stops),
             load=partial(load_weights, model),
-            identity=identity(args, bins, model),
+            identity=identity(args, bins, data, model),
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
             sampler=make_sampler(args, model, tokenizer, heldout or bins),
@@ -199,13 +218,13 @@ def main(args: Args) -> dict[str, Any]:
             if backend.main:
                 described = [each.path.with_suffix(".json") if each.meta else each.path for each in bins]
                 over = trainer.nothing_to_do
-                record = {"training": about(trainer), "data": composition(args.data, bins, heldout)}
+                record = {"training": about(trainer), "data": composition(data, heldout)}
                 settings, step = resolved(args, model), trainer.state.step
                 record_training(args.out, "pretrain", settings, described, step, over, about=record)
                 size = f"{model.n_parameters():,} parameters, {data.batch_size * data.seq_len:,} tokens a step"
                 print(*changes, *filter(None, [told]), size, sep="\n", flush=True)
                 if eval_data is None:
-                    say(f"{args.data.dir / 'heldout.bin'} is missing: {UNMEASURED}")
+                    say(f"{args.data.folders()[0] / 'heldout.bin'} is missing: {UNMEASURED}")
             result = trainer.fit()
             if backend.main:
                 # raw: a model that was only pretrained has never seen the markers of a chat
@@ -237,25 +256,18 @@ def dialled(args: Args, vocab_size: int) -> tuple[Args, str]:
 
 
 def make_data(
-    args: Args, bins: list[TokenBin], heldout: list[TokenBin], tokenizer: Tokenizer
+    args: Args, sources: list[list[TokenBin]], heldout: list[TokenBin], tokenizer: Tokenizer
 ) -> tuple[PretrainData, PretrainData | None]:
     """Return the batches to train on, and those to evaluate on; None where nothing is held out."""
     rows = {name: getattr(args.data, name) for name in ("seq_len", "batch_size", "isolate_documents")}
     if tokenizer.eos_id is not None:
         rows["headerless_eos_id"] = tokenizer.eos_id
+    bins = [each for source in sources for each in source]
     data = PretrainData(bins, seed=args.train.seed, weights=args.data.weights or None, **rows)
+    if args.data.mix:
+        phases = read_phases(args.data.mix, args.train.steps(data.steps_per_epoch))
+        data = MixedData(sources, phases, seed=args.train.seed, **rows)
     return data, PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
-
-
-def composition(data: DataArgs, bins: list[TokenBin], heldout: list[TokenBin]) -> list[dict[str, Any]]:
-    """Return what the bins hold, for the record of the run: tokens, documents, tokens or documents by source."""
-    weights = [*(data.weights or [1.0] * len(bins)), *[None] * len(heldout)]
-    kept = ("documents", "text_bytes", "sources")
-    return [
-        {"name": str(each.path), "tokens": len(each), "weight": weight, "held_out": weight is None}
-        | {name: each.meta[name] for name in kept if name in each.meta}
-        for each, weight in zip([*bins, *heldout], weights)
-    ]
 
 
 def make_sampler(
@@ -272,17 +284,20 @@ def make_sampler(
 
 def tokenizer_directory(args: Args) -> Path:
     """Return the directory of the tokenizer: the one beside the data, else that of --init_from."""
-    beside = args.data.dir / "tokenizer"
+    beside = args.data.folders()[0] / "tokenizer"
     return beside if beside.exists() or args.init_from is None else args.init_from
 
 
-def open_bins(data: DataArgs) -> tuple[list[TokenBin], list[TokenBin]]:
-    """Return the bins to train on, and a list of the held-out bin or of nothing."""
-    paths = data.train or sorted(data.dir.glob("train*.bin"))
-    if not paths:
-        raise FileNotFoundError(f"no train*.bin in {data.dir}; make them with: python data_process.py --out {data.dir}")
-    heldout = data.dir / "heldout.bin"
-    return [TokenBin(path) for path in paths], [TokenBin(heldout)] if heldout.is_file() else []
+def open_bins(data: DataArgs) -> tuple[list[list[TokenBin]], list[TokenBin]]:
+    """Return the bins to train on of each source of --data.mix (of one source without it), and the held-out bins."""
+    sources, heldout = [], []
+    for folder in data.folders():
+        paths = data.train or find_bins(folder, "train*.bin")
+        if not paths:
+            raise FileNotFoundError(f"no train*.bin in {folder}; make them with: python data_process.py --out {folder}")
+        sources.append([TokenBin(path) for path in paths])
+        heldout += [TokenBin(path) for path in find_bins(folder, "heldout.bin")]
+    return sources, heldout
 
 
 def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | TransformersModel, list[str]]:
@@ -290,14 +305,19 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     if args.init_from is None:
         length = length_so_far(args) or args.data.seq_len
         shape = args.model.made(tokenizer.vocab_size, length)
-        check_memory("the model", 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller")
+        n_bytes, smaller = 4 * shape.n_parameters(), "make --model.dim or --model.n_layers smaller"
+        if starts_in_parts(args):  # the backend draws the weights, matrix by matrix, and keeps its part of each
+            check_memory("a process's part of the model", n_bytes // n_processes(), smaller)
+            with torch.device("meta"):
+                return Transformer(shape, initialize=False), []
+        check_memory("the model", n_bytes, smaller)
         model = Transformer(shape)
         return model, in_bits(model, args)
     model, asked = load_whole_model(args.init_from, to_train=True), changed_fields(args.model)
     own = None
     with contextlib.suppress(FileNotFoundError):  # weights without a tokenizer go on with that of the data
         own = load_tokenizer(args.init_from)
-        check_tokenizer(own, tokenizer, args.init_from, args.data.dir)
+        check_tokenizer(own, tokenizer, args.init_from, args.data.folders()[0])
     if isinstance(model, TransformersModel):
         if asked or args.rope != RopeArgs():
             raise ValueError(
@@ -310,6 +330,13 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     changes.append(fit_vocabulary(model, own, tokenizer, args.init_from, args.vocab_multiple_of))
     changes += in_bits(model, args)
     return model, [change for change in changes if change]
+
+
+def starts_in_parts(args: Args) -> bool:
+    """Return whether no process of the run ever holds a whole new model."""
+    divided = args.train.backend == "fsdp" or max(args.train.tp, args.train.pp) > 1
+    clex = (args.model.rope_scaling or {}).get("rope_type") == "clex"  # it draws weights of its own
+    return divided and not clex and args.bitnet == "none" and not args.qat_bits
 
 
 def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
@@ -347,7 +374,9 @@ def resolved(args: Args, model: Transformer | TransformersModel) -> Args:
     return with_values(args, model=model.args.replace(**{name: getattr(args.model, name) for name in changed}))
 
 
-def identity(args: Args, bins: list[TokenBin], model: Transformer | TransformersModel) -> dict[str, Any]:
+def identity(
+    args: Args, bins: list[TokenBin], data: PretrainData, model: Transformer | TransformersModel
+) -> dict[str, Any]:
     """Return the settings that determine the sequence of losses; only the same settings resume a checkpoint."""
     same = {
         "seed": args.train.seed,
@@ -356,15 +385,12 @@ def identity(args: Args, bins: list[TokenBin], model: Transformer | Transformers
         "tokens": [len(each) for each in bins],
         "data": {f"{each.path.name} ({number})": each.sha256() for number, each in enumerate(bins, 1)},
         "weights": list(args.data.weights),
+        "mix": data.phases if isinstance(data, MixedData) else None,
         "isolate_documents": args.data.isolate_documents,
         "optimizer": args.optim.optimizer,
         "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
     }
-    changes = {
-        name: getattr(args, name)
-        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet", *QAT)
-    }
-    changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
+    changes = {name: to_plain(getattr(args, name)) for name in CHANGES if getattr(args, name) != getattr(Args(), name)}
     return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named
 
 

@@ -39,6 +39,8 @@ skipped; an interrupted stage continues where it stopped.
   --nnodes N      number of machines; run the same command on each, for --stage pretrain or sft, with
   --node_rank R   its number, 0 on the first, and with
   --master HOST   the name or address of the first one
+  --hostfile FILE start the processes of all machines in it, by the launcher of DeepSpeed over ssh; for --use deepspeed and
+                  --stage pretrain or sft. Each line: HOST slots=N
   --background    keep running after the terminal is closed; the log is out/NAME/run.log
   --dry_run       print the commands instead of running them
   --help          print this text
@@ -86,20 +88,20 @@ gpus() { # prints the number of GPUs that this process may use; 0 without a work
 }
 
 parse_switches() {
-  preset=tiny stage=all minutes='' use=single nproc='' nnodes='' node_rank='' master='' background='' dry_run='' extra=()
+  preset=tiny stage=all minutes='' use=single nproc='' nnodes='' node_rank='' master='' hostfile='' background='' dry_run='' extra=()
   while [ $# -gt 0 ]; do
     case $1 in
-      --preset | --stage | --minutes | --use | --nproc | --nnodes | --node_rank | --master)
+      --preset | --stage | --minutes | --use | --nproc | --nnodes | --node_rank | --master | --hostfile)
         [ $# -gt 1 ] || misused "$1 expects a value"
         printf -v "${1#--}" %s "$2"
         shift
         ;;
-      --preset=* | --stage=* | --minutes=* | --use=* | --nproc=* | --nnodes=* | --node_rank=* | --master=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --preset=* | --stage=* | --minutes=* | --use=* | --nproc=* | --nnodes=* | --node_rank=* | --master=* | --hostfile=*) set -- "$1" "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --background) background=yes ;;
       --dry_run) dry_run=yes ;;
       -h | --help) usage && exit ;;
       --) shift && extra=("$@") && break ;;
-      *) misused "unknown switch $1; switches are --preset, --stage, --minutes, --use, --nproc, --nnodes, --node_rank, --master, --background, --dry_run, --help, and --" ;;
+      *) misused "unknown switch $1; switches are --preset, --stage, --minutes, --use, --nproc, --nnodes, --node_rank, --master, --hostfile, --background, --dry_run, --help, and --" ;;
     esac
     shift
   done
@@ -118,6 +120,7 @@ check_switches() {
   [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
   if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp, fsdp or deepspeed"; fi
   check_nodes
+  if [ -n "$hostfile" ]; then check_hostfile; fi
   if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
     misused "arguments after -- go to one script; name its stage with --stage: one of $(list "${stages[@]:1}" quant)"
   fi
@@ -135,6 +138,24 @@ check_nodes() { # several machines: which one is this, and do they know each oth
     misused "--nnodes $nnodes needs --node_rank 0 to $((nnodes - 1)), another one on every machine, found ${node_rank:-none}"
   fi
   [ -n "$master" ] || misused "--nnodes $nnodes needs --master with the name or address of the machine of --node_rank 0"
+}
+
+# DeepSpeed's launcher trains on this machine alone if the file is missing, and shows a traceback if a line is wrong.
+check_hostfile() {
+  local line host slots number=0 hosts=()
+  [ "$use" = deepspeed ] || misused "--hostfile needs --use deepspeed, found $use"
+  contains "$stage" pretrain sft || misused "--hostfile needs --stage pretrain or sft: the other stages run on one machine"
+  [ -z "$nproc$nnodes" ] || misused "--hostfile says which machines and how many processes: remove --nproc and --nnodes"
+  [ -f "$hostfile" ] || misused "--hostfile $hostfile: no such file"
+  while read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    case $line in '' | '#'*) continue ;; esac
+    read -r host slots <<<"$line"
+    [[ "$slots" =~ ^slots=[1-9][0-9]*$ ]] || misused "--hostfile $hostfile, line $number: expected HOST slots=N, found $line"
+    ! contains "$host" ${hosts[@]+"${hosts[@]}"} || misused "--hostfile $hostfile, line $number: $host is named twice"
+    hosts+=("$host")
+  done <"$hostfile"
+  [ ${#hosts[@]} -gt 0 ] || misused "--hostfile $hostfile names no machine: expected lines HOST slots=N"
 }
 
 # Runs a command with the terminal's input and Ctrl-C, and passes SIGTERM on to it, because training saves before it ends.
@@ -170,21 +191,27 @@ script() { # runs a script with the preset's config
 # Runs a training script in one process, or in several with torchrun. torchrun is called as a module, because its script
 # fails in a path with spaces.
 train() {
-  local limit=()
+  local launch=(env) limit=() optimizer=() threads
   if [ -n "$minutes" ]; then limit=(--train.max_minutes "$(minutes_for "$2")"); fi
   if [ "$use" = single ]; then
     script "$1" --train.backend single ${limit[@]+"${limit[@]}"}
-  else
-    local threads=$(($(getconf _NPROCESSORS_ONLN) / nproc)) nodes=(--standalone) optimizer=()
-    if [ "${nnodes:-1}" -gt 1 ]; then
-      nodes=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master" --master_port "${MASTER_PORT:-29500}")
-    fi
-    if [ "$use" = deepspeed ]; then optimizer=(--optim.optimizer adamw); fi # Muon needs whole matrices
-    execute env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" \
-      "$py" -m torch.distributed.run "${nodes[@]}" --nproc_per_node "$nproc" \
-      "$1" --config "$config" --train.backend "$use" ${limit[@]+"${limit[@]}"} \
-      ${optimizer[@]+"${optimizer[@]}"} ${extra[@]+"${extra[@]}"}
+    return
   fi
+  if [ "$use" = deepspeed ]; then optimizer=(--optim.optimizer adamw); fi # Muon needs whole matrices
+  if [ -n "$hostfile" ]; then
+    launch=(.venv/bin/deepspeed --hostfile "$hostfile")
+  else
+    threads=$(($(getconf _NPROCESSORS_ONLN) / nproc))
+    launch+=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" "$py" -m torch.distributed.run)
+    if [ "${nnodes:-1}" -gt 1 ]; then
+      launch+=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master" --master_port "${MASTER_PORT:-29500}")
+    else
+      launch+=(--standalone)
+    fi
+    launch+=(--nproc_per_node "$nproc")
+  fi
+  execute "${launch[@]}" "$1" --config "$config" --train.backend "$use" ${limit[@]+"${limit[@]}"} \
+    ${optimizer[@]+"${optimizer[@]}"} ${extra[@]+"${extra[@]}"}
 }
 
 run_stage() {
@@ -376,6 +403,7 @@ go_background() {
   local command=(nohup bash run.sh --preset "$preset" --stage "$stage" ${minutes:+--minutes "$minutes"} --use "$use" ${nproc:+--nproc "$nproc"})
   if [ -n "$nnodes" ]; then command+=(--nnodes "$nnodes"); fi
   if [ -n "$master" ]; then command+=(--node_rank "$node_rank" --master "$master"); fi
+  if [ -n "$hostfile" ]; then command+=(--hostfile "$hostfile"); fi
   if [ ${#extra[@]} -gt 0 ]; then command+=(-- "${extra[@]}"); fi
   if [ -n "$dry_run" ]; then
     echo "$(show "${command[@]}") >>$(show "$log") 2>&1 </dev/null &"
@@ -399,7 +427,7 @@ main() {
   if [ -z "$dry_run" ]; then mkdir -p "$stamps" && touch "$times"; fi
   if [ -n "$background" ]; then go_background && exit; fi
 
-  if [ "$use" != single ] && [ -z "$nproc" ]; then
+  if [ "$use" != single ] && [ -z "$nproc$hostfile" ]; then
     nproc=$(gpus)
     if [ "$nproc" = 0 ]; then nproc=2; fi
   fi

@@ -5,6 +5,7 @@
 #   bash setup.sh --extra serve --extra eval    also packages that only some commands need; torch stays as it is:
 #     serve          serve.py                                      (requirements-serve.txt, and so on)
 #     bnb            NF4 and FP4: QLoRA, quantize.py, bitsandbytes' files
+#     data           data_process.py --near_duplicates and --languages
 #     deepspeed      --train.backend deepspeed
 #     eval           python -m evaluation.harness, which is lm-evaluation-harness
 #     transformers   models outside the LLaMA family
@@ -117,8 +118,8 @@ while [ $# -gt 0 ]; do # first, so that a wrong argument changes nothing
     --dev) requirements+=(requirements-dev.txt) ;;
     --extra)
       case "${2:-}" in
-        bench | bnb | deepspeed | dev | eval | gguf | serve | swanlab | transformers | wandb) requirements+=("requirements-$2.txt") ;;
-        *) fail "--extra expects bench, bnb, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found ${2:-nothing}" ;;
+        bench | bnb | data | deepspeed | dev | eval | gguf | serve | swanlab | transformers | wandb) requirements+=("requirements-$2.txt") ;;
+        *) fail "--extra expects bench, bnb, data, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found ${2:-nothing}" ;;
       esac
       shift
       ;;

@@ -2,6 +2,7 @@
 
     python bench/data_memory.py                       # 10 and 100 MB
     python bench/data_memory.py --sizes 10 100 1000   # and 1 GB: minutes
+    python bench/data_memory.py --peer True           # beside Hugging Face datasets and tokenizers; needs --extra eval
 
 Peaks are sums of resident memory (pages that processes share are counted in each), sampled twenty times a second.
 """
@@ -12,6 +13,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,10 @@ from cli.extras import need
 need("bench/data_memory.py", "bench", "psutil")
 import psutil
 
+from tokenizer import load_tokenizer
+
+PARTS = ("main", "workers", "all")
+
 
 @dataclass(frozen=True)
 class Args:
@@ -44,40 +50,81 @@ class Args:
     """tokenizer; None: a SentencePiece model of 4000 pieces is trained first"""
     deduplicate: bool = True
     """drop duplicate documents"""
+    near_duplicates: float = 0.0
+    """drop near-duplicates from this similarity on; needs --extra data"""
+    peer: bool = False
+    """also tokenize the same file with the same tokenizer by datasets.map, to Arrow files"""
+    repeats: int = 1
+    """runs of each, in turns; the table has the fastest"""
+
+
+PEER = """
+import sys
+from datasets import load_dataset
+from tokenizers import Tokenizer
+path, tokenizer, out, processes, eos = sys.argv[1:]
+encode = Tokenizer.from_file(tokenizer).encode_batch_fast
+def ids(rows):
+    return {"ids": [[*each.ids, int(eos)] for each in encode(rows["text"], add_special_tokens=False)]}
+data = load_dataset("json", data_files=path, split="train", cache_dir=out + "/cache")
+data.map(ids, batched=True, remove_columns=["text"], num_proc=int(processes)).save_to_disk(out + "/tokens")
+"""
 
 
 def main(args: Args) -> None:
     """Measure every size and print a table."""
-    print(" input MB  documents  main MB  workers MB  all MB  seconds   MB/s")
+    if args.peer:
+        need("bench/data_memory.py --peer True", "eval", "datasets")
+    print(" input MB  documents  main MB  workers MB  all MB  seconds   MB/s  MB/s a process")
     with tempfile.TemporaryDirectory(prefix="data_memory_") as name:
         folder = Path(name)
-        tokenizer = args.tokenizer or train_tokenizer(folder)
+        tokenizer = load_tokenizer(args.tokenizer or train_tokenizer(folder))
+        tokenizer.save(folder / "tokenizer")  # the same tokenizer.json for both
         for megabytes in args.sizes:
             path = folder / "input.jsonl"
             n_documents = write_input(path, megabytes * 1_000_000, args.document_chars)
-            flags = ["--input", path, "--tokenizer", tokenizer, "--out", folder / f"out{megabytes}"]
-            flags += ["--processes", args.processes, "--deduplicate", args.deduplicate]
-            began = time.monotonic()
-            peaks = watch([sys.executable, REPOSITORY / "data_process.py", *flags])
-            seconds = time.monotonic() - began
-            memory = f"{peaks['main']:>8.0f} {peaks['workers']:>11.0f} {peaks['all']:>7.0f}"
-            print(f"{megabytes:>9} {n_documents:>10,} {memory} {seconds:>8.1f} {megabytes / seconds:>6.1f}", flush=True)
+            runs: dict[str, list[dict[str, float]]] = {}
+            for _ in range(args.repeats):
+                for name, command in commands(args, folder, path, tokenizer.eos_id).items():
+                    runs.setdefault(name, []).append(watch(name, command))
+                    shutil.rmtree(folder / "out")
+            for name, peaks in runs.items():
+                seconds = min(each["seconds"] for each in peaks)
+                main_mb, workers, whole = (max(each[part] for each in peaks) for part in PARTS)
+                memory = f"{main_mb:>8.0f} {workers:>11.0f} {whole:>7.0f}"
+                rate = megabytes / seconds
+                numbers = f"{megabytes:>9} {n_documents:>10,} {memory} {seconds:>8.1f} {rate:>6.1f}"
+                print(f"{numbers} {rate / args.processes:>15.2f}  {name}", flush=True)
 
 
-def watch(command: list[object]) -> dict[str, float]:
-    """Run a command to its end; return its peak resident memory, that of its children, and of all, in MB."""
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-    main, peaks = psutil.Process(process.pid), {"main": 0.0, "workers": 0.0, "all": 0.0}
-    while process.poll() is None:
-        own, workers = resident(main), 0.0
-        for child in children(main):
-            workers += resident(child)
-        for name, value in (("main", own), ("workers", workers), ("all", own + workers)):
-            peaks[name] = max(peaks[name], value / 1e6)
-        time.sleep(0.05)
-    if process.returncode:
-        sys.exit(f"error: data_process.py ended with status {process.returncode}")
-    return peaks
+def commands(args: Args, folder: Path, path: Path, eos_id: int) -> dict[str, list[object]]:
+    """Return the commands that are compared, each of which writes to folder/out."""
+    flags = ["--input", path, "--tokenizer", folder / "tokenizer", "--out", folder / "out"]
+    flags += ["--processes", args.processes, "--deduplicate", args.deduplicate]
+    flags += ["--near_duplicates", args.near_duplicates] if args.near_duplicates else []
+    ours = {"data_process.py": [sys.executable, REPOSITORY / "data_process.py", *flags]}
+    where = [path, folder / "tokenizer" / "tokenizer.json", folder / "out", args.processes, eos_id]
+    return ours | ({"datasets.map": [sys.executable, "-c", PEER, *where]} if args.peer else {})
+
+
+def watch(name: str, command: list[object]) -> dict[str, float]:
+    """Run a command to its end; return its peak resident memory, that of its children, and of all, in MB; seconds."""
+    began, peaks = time.monotonic(), dict.fromkeys(PARTS, 0.0)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=said)
+        main = psutil.Process(process.pid)
+        while process.poll() is None:
+            own, workers = resident(main), 0.0
+            for child in children(main):
+                workers += resident(child)
+            for part, value in zip(PARTS, (own, workers, own + workers)):
+                peaks[part] = max(peaks[part], value / 1e6)
+            time.sleep(0.05)
+        if process.returncode:
+            said.seek(0)
+            words = said.read().decode(errors="replace")[-2000:]
+            sys.exit(f"error: {name} ended with status {process.returncode}: {words}")
+    return peaks | {"seconds": time.monotonic() - began}
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:

@@ -36,6 +36,7 @@ need("bench/decode.py", "bench", "transformers")
 from bench.train_speed import SHAPES, peer
 from decoding import cpu_step
 from decoding.feeder import Feeder
+from decoding.pages import in_huge_pages
 from model import Transformer
 
 PROMPT = 16  # tokens
@@ -135,6 +136,7 @@ def measure(name: str, dtype: str, batch: int, args: Args) -> list[dict]:
     torch.manual_seed(0)
     shape = SHAPES[name][0].replace(max_seq_len=1024)
     model = Transformer(shape).to(DTYPES[dtype]).eval()
+    in_huge_pages(model)  # as eval.py and serve.py do
     prompts = torch.randint(0, shape.vocab_size, (batch, PROMPT)).tolist()
     run = {variant: make(variant, model, prompts, args.tokens) for variant in args.variants}
     steps = {variant: decode()[1] for variant, decode in run.items()}  # compiles, warms up

@@ -42,6 +42,7 @@ from bench.decode import PROMPT, read_rate
 from checkpoint.directory import load_model, save_model
 from checkpoint.locate import find_model
 from decoding.feeder import Feeder
+from decoding.pages import in_huge_pages
 from evaluation.text_rows import draw_rows
 from model import Transformer
 from model_args import ModelArgs
@@ -149,6 +150,8 @@ def measure(name: str, directory: Path, args: Args, folder: Path) -> list[dict[s
     prompt = torch.randint(0, full.args.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     models = {"fp32": full, "bf16": load_model(directory, dtype=torch.bfloat16).eval()}
     models |= {"int8": rounded(directory, 8), "int4": rounded(directory, 4)}
+    for model in models.values():
+        in_huge_pages(model)  # as eval.py and serve.py do
     files, runs = {}, {("ours", width): partial(ours, model) for width, model in models.items()}
     for width, (dtype, theirs) in WIDTHS.items():
         files[width] = folder / f"{name}.{theirs}.gguf"

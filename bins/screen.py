@@ -22,10 +22,12 @@ class ScreenedBatch:
     """Number of items of the stream up to the end of this batch."""
     documents: list[Document] = field(default_factory=list)
     """Documents to keep; their `held_out` is True or False, never None."""
+    written: bool = False
+    """Whether an interrupted run has written its documents; they are read again only to know them."""
     bad: list[BadRecord] = field(default_factory=list)
     """Records that could not be read."""
     counts: dict[str, Counter[str]] = field(default_factory=dict)
-    """Documents per source: dropped ones by reason (too_short, duplicate), and what the caller adds by `count`."""
+    """Documents per source: dropped ones by reason (too_short, too_long, duplicate), and what `count` adds."""
 
     def count(self, source: str, **numbers: int) -> None:
         """Add each keyword argument to the count of that name for `source`, as in count("a.txt", duplicate=1)."""
@@ -37,11 +39,12 @@ class ScreenedBatch:
 
 
 def screen(
-    items: Iterable[Document | BadRecord], *, min_chars: int, held_out: float, deduplicate: bool
+    items: Iterable[Document | BadRecord], *, min_chars: int, held_out: float, deduplicate: bool, max_chars: int = 0
 ) -> Iterator[ScreenedBatch]:
-    """Yield the stream in batches, without documents that are short, duplicates, or not Unicode.
+    """Yield the stream in batches, without documents that are short, long, duplicates, or not Unicode.
 
-    min_chars: documents with fewer characters, without the white space around them, are dropped.
+    min_chars, max_chars: documents with fewer or more characters, without the white space around them, are dropped.
+        max_chars 0: none is too long.
     held_out: share of the documents to hold out, chosen by the SHA-256 of the text, where the corpus does not decide.
 
     The ends of batches depend on the stream alone, so that reading it again yields the same batches.
@@ -55,6 +58,8 @@ def screen(
                 batch.bad.append(item)
             elif len(item.text.strip()) < max(min_chars, 1):
                 batch.count(item.source, too_short=1)
+            elif 0 < max_chars < len(item.text.strip()):
+                batch.count(item.source, too_long=1)
             else:
                 try:
                     digests.append(hashlib.sha256(item.text.encode("utf8")).digest())
@@ -102,10 +107,7 @@ class SeenDigests:
         """Add digests to the set; returns (len(digests),) bool, True at the first occurrence of a new digest."""
         # S16 drops zero bytes at the end, in the set and in the query alike, so that comparisons stay exact.
         unique, first = np.unique(np.array(digests, "S16"), return_index=True)
-        fresh = np.ones(len(unique), bool)
-        for run in self.runs:  # binary search of all digests in each run
-            at = np.searchsorted(run, unique)
-            fresh &= run[np.minimum(at, len(run) - 1)] != unique
+        fresh = ~self.has(unique)
         if fresh.any():
             self.runs.append(unique[fresh])
         # Merge runs of similar length, so that there are only O(log n) of them.
@@ -116,3 +118,11 @@ class SeenDigests:
         new = np.zeros(len(digests), bool)  # back to the order of `digests`
         new[first[fresh]] = True
         return new
+
+    def has(self, digests: np.ndarray) -> np.ndarray:
+        """Return whether each of the digests, (n,) S16, is in the set, (n,) bool."""
+        found = np.zeros(len(digests), bool)
+        for run in self.runs:  # binary search of all digests in each run
+            at = np.searchsorted(run, digests)
+            found |= run[np.minimum(at, len(run) - 1)] == digests
+        return found

@@ -5,8 +5,9 @@ A bin is three files with the same prefix:
     prefix.bin    ids of all documents in order, little-endian uint16, or uint32 for vocabularies above 65536
     prefix.idx    first token of each document, uint64, documents + 1 values; the last one is the number of tokens
     prefix.json   dtype, tokens, documents, bos (ids before the text of every document), eos_id, vocab_size,
-                  tokenizer_sha256, sources {name: documents}, text_bytes; SHA-256 of the other two files: sha256 (of
-                  prefix.bin, as `sha256sum` prints it) and idx_sha256
+                  tokenizer_sha256, sources {name: documents}, runs [[name, documents], ...] (the same in the order
+                  of the documents), text_bytes; SHA-256 of the other two files: sha256 (of prefix.bin, as
+                  `sha256sum` prints it) and idx_sha256
 
 A `.bin` without the other two files is read as the headerless uint16 file of nanoGPT and baby-llama2.
 """
@@ -65,6 +66,8 @@ class BinWriter:
         state = state or {"tokens": 0, "documents": 0, "text_bytes": 0, "sources": {}}
         self.tokens, self.documents, self.text_bytes = state["tokens"], state["documents"], state["text_bytes"]
         self.sources = Counter(state["sources"])
+        # states of versions without runs: sources are read one after the other
+        self.runs = [list(run) for run in state.get("runs", state["sources"].items())]
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         if self.documents:
             self._reopen()
@@ -99,6 +102,9 @@ class BinWriter:
         self.documents += 1
         self.text_bytes += text_bytes
         self.sources[source] += 1
+        if not self.runs or self.runs[-1][0] != source:
+            self.runs.append([source, 0])
+        self.runs[-1][1] += 1
         self._write(self._idx, self.tokens.to_bytes(8, "little"))
 
     def _write(self, file: BinaryIO, data: bytes) -> None:
@@ -110,7 +116,7 @@ class BinWriter:
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
-        return {key: self._meta()[key] for key in ("tokens", "documents", "text_bytes", "sources")}
+        return {key: self._meta()[key] for key in ("tokens", "documents", "text_bytes", "sources", "runs")}
 
     def sums(self) -> dict[str, list]:
         """Return the bytes and the SHA-256 of all that was written, by the names of the files until `close`."""
@@ -155,6 +161,7 @@ class BinWriter:
             "vocab_size": self.vocab_size,
             "tokenizer_sha256": self.tokenizer_sha256,
             "sources": dict(self.sources),
+            "runs": self.runs,
             "text_bytes": self.text_bytes,
             "sha256": self._hashes[self._bin].hexdigest(),
             "idx_sha256": self._hashes[self._idx].hexdigest(),
@@ -253,6 +260,20 @@ class TokenBin:
             self._sha256 = hash_of(self.path).hexdigest()
         return self.meta.get("sha256") or self._sha256
 
+    def parts(self) -> list[tuple[str, int, int]]:
+        """Return (source, first token, end) of each stretch of documents of one source, in order.
+
+        A bin that does not say where its sources lie is one stretch, with the names of all; a headerless one has its
+        own name.
+        """
+        if self.offsets is None:
+            return [(self.path.name, 0, len(self))]
+        names = list(self.meta.get("sources", {})) or [self.path.name]
+        runs = self.meta.get("runs") or [[", ".join(names), self.meta["documents"]]]
+        ends = np.cumsum([0, *(documents for _, documents in runs)])
+        tokens = np.asarray(self.offsets)[ends.clip(max=len(self.offsets) - 1)].tolist()
+        return [(name, *span) for (name, _), *span in zip(runs, tokens, tokens[1:])]
+
     def __reduce__(self) -> tuple[type[TokenBin], tuple[Path]]:
         return TokenBin, (self.path,)
 
@@ -298,6 +319,11 @@ class TokenBin:
                 f"{self.path}: its documents begin with the ids {self.bos}, and a text of this tokenizer with "
                 f"{list(begins)}: losses differ from those of the model's own texts; make it again with data_process.py"
             )
+
+
+def find_bins(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a name in a folder, or else in the folders in it: a corpus may have been made in parts."""
+    return sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
 
 
 def _rises(offsets: np.ndarray) -> bool:

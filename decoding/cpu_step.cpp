@@ -10,7 +10,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <new>
 #include <thread>
 #include <type_traits>
@@ -20,12 +19,9 @@
 #endif
 
 #include "cpu_grouped.h"
+#include "cpu_vectors.h"
 
 using std::int64_t;
-
-struct bf16 {
-    uint16_t bits;
-};
 
 // The same fields in the same order stand in cpu_step.py. Missing biases and norms are null.
 struct Layer {
@@ -41,101 +37,6 @@ struct Model {
     Weight head;
     const float *cos, *sin;  // (slots, head_dim / 2)
 };
-
-// Distance of prefetched weights. The processor's own prefetcher fails when much is computed between two loads: without
-// this, eight rows of x ran at a third of the speed.
-constexpr int AHEAD = 8192, NEARER = 2048;  // bytes; the second where rows are read one after another
-
-// Size of a vector register, and the number of registers for sums; the others hold the operands.
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, SUMS = 16;
-#elif defined(__AVX__)
-constexpr int BYTES = 32, SUMS = 8;
-#else
-constexpr int BYTES = 16, SUMS = 8;
-#endif
-
-template <class A, int LANES> struct Vector {
-    typedef A type __attribute__((vector_size(LANES * sizeof(A))));
-    // in memory, without alignment
-    typedef A anywhere __attribute__((vector_size(LANES * sizeof(A)), aligned(alignof(A)), may_alias));
-};
-template <class A> constexpr int LANES = BYTES / sizeof(A);
-template <class A> using V = typename Vector<A, LANES<A>>::type;
-
-template <class A> inline V<A> load(const A *p) { return *(const typename Vector<A, LANES<A>>::anywhere *)p; }
-
-inline V<float> load(const bf16 *p) {  // a bfloat16 is the upper half of a float
-    auto half = *(const typename Vector<uint16_t, LANES<float>>::anywhere *)p;
-    return (V<float>)(__builtin_convertvector(half, typename Vector<uint32_t, LANES<float>>::type) << 16);
-}
-
-template <class A> inline V<A> all(A x) { return x - V<A>{}; }  // x in every place
-
-template <class A> inline void store(A *p, V<A> v) { *(typename Vector<A, LANES<A>>::anywhere *)p = v; }
-
-// sum + a * b, rounded once where the processor can. The compiler would do so in some loops and not in others (it is told
-// not to, by -ffp-contract=off), so that a result would depend on the number of rows and threads.
-inline float add_product(float sum, float a, float b) {
-#ifdef __FMA__
-    return __builtin_fmaf(a, b, sum);
-#else
-    return sum + a * b;
-#endif
-}
-inline double add_product(double sum, double a, double b) {
-#ifdef __FMA__
-    return __builtin_fma(a, b, sum);
-#else
-    return sum + a * b;
-#endif
-}
-inline V<float> add_product(V<float> sum, V<float> a, V<float> b) {
-#if defined(__AVX512F__)
-    return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
-    return (V<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-    return sum + a * b;
-#endif
-}
-inline V<double> add_product(V<double> sum, V<double> a, V<double> b) {
-#if defined(__AVX512F__)
-    return (V<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
-#elif defined(__FMA__)
-    return (V<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
-#else
-    return sum + a * b;
-#endif
-}
-
-// Sum of the N numbers of a vector: the halves are added until two numbers are left.
-template <class A, int N = LANES<A>> inline A sum(typename Vector<A, N>::type v) {
-    if constexpr (N == 2) {
-        return v[0] + v[1];
-    } else {
-        typename Vector<A, N / 2>::type half[2];
-        std::memcpy(half, &v, sizeof v);
-        return sum<A, N / 2>(half[0] + half[1]);
-    }
-}
-
-inline float value(float x) { return x; }
-inline double value(double x) { return x; }
-inline float value(bf16 x) {
-    uint32_t bits = (uint32_t)x.bits << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-inline void round_to(float &to, float x) { to = x; }
-inline void round_to(double &to, double x) { to = x; }
-inline void round_to(bf16 &to, float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 
 // An array that begins at a cache line: a vector that lies across two lines takes twice as long to load.
 template <class A> class Buffer {
@@ -159,37 +60,49 @@ template <class W, class A> A dot(const W *w, const A *x, int64_t n) {
     return out;
 }
 
+// A register of bfloat16 weights is taken apart into two vectors of floats, each with a sum of its own.
+template <class W> constexpr int PARTS = sizeof(W) == 2 ? 2 : 1;
+
+template <class A> inline void load_parts(const A *p, V<A> *parts) { parts[0] = load(p); }
+inline void load_parts(const bf16 *p, V<float> *parts) {  // those of even number, then those of odd number
+    const auto both = *(const typename Vector<uint32_t, LANES<float>>::anywhere *)p;
+    parts[0] = (V<float>)(both << 16), parts[1] = (V<float>)(both & 0xffff0000);
+}
+
+// x (batch, n) for products with bfloat16: in each register's worth of weights those of even number, then those of odd
+// number; what is left at the end stays as it is.
+inline void part(const float *x, int64_t batch, int64_t n, float *out) {
+    constexpr int HALF = LANES<float>;
+    for (int64_t b = 0; b < batch; b++, x += n, out += n) {
+        int64_t i = 0;
+        for (; i + 2 * HALF <= n; i += 2 * HALF)
+            for (int j = 0; j < HALF; j++) out[i + j] = x[i + 2 * j], out[i + HALF + j] = x[i + 2 * j + 1];
+        std::copy(x + i, x + n, out + i);
+    }
+}
+
 // out[b][r] = w[r] . x[b] for R rows of w and N rows of x of n numbers each: a weight is loaded once for all N.
 template <int R, int N, class W, class A>
 inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) {
-    // R * N running sums, all in registers: SUMS bounds the product
-    V<A> total[N][R] = {};
+    constexpr int P = PARTS<W>;
+    V<A> total[N][R][P] = {};  // all in registers: SUMS bounds their number
     int64_t i = 0;
-    if constexpr (R == 1 && N == 1)  // one stream of weights: four vectors at once, and a prefetch that is nearer
-        for (; i + 4 * LANES<A> <= n; i += 4 * LANES<A>) {
-            __builtin_prefetch((const char *)(w + i) + NEARER);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                const int64_t at = i + j * LANES<A>;
-                total[0][0] = add_product(total[0][0], load(w + at), load(x + at));
+    for (; i + P * LANES<A> <= n; i += P * LANES<A>) {
+        V<A> weights[R][P];
+        for (int r = 0; r < R; r++) load_parts(w + r * n + i, weights[r]);
+        for (int b = 0; b < N; b++)
+            for (int p = 0; p < P; p++) {
+                const V<A> column = load(x + b * n + i + p * LANES<A>);
+                for (int r = 0; r < R; r++) total[b][r][p] = add_product(total[b][r][p], weights[r][p], column);
             }
-        }
-    for (; i + LANES<A> <= n; i += LANES<A>) {
-        V<A> weights[R];
-        for (int r = 0; r < R; r++) {
-            const W *here = w + r * n + i;
-            __builtin_prefetch((const char *)here + AHEAD);
-            weights[r] = load(here);
-        }
-        for (int b = 0; b < N; b++) {
-            V<A> column = load(x + b * n + i);
-            for (int r = 0; r < R; r++) total[b][r] = add_product(total[b][r], weights[r], column);
-        }
     }
 #pragma GCC unroll 8
     for (int b = 0; b < N; b++)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) out[b * out_stride + r] = sum<A>(total[b][r]);
+        for (int r = 0; r < R; r++) {
+            for (int p = 1; p < P; p++) total[b][r][0] += total[b][r][p];
+            out[b * out_stride + r] = sum<A>(total[b][r][0]);
+        }
     // the numbers after the last whole vector
     for (; i < n; i++)
         for (int b = 0; b < N; b++)
@@ -199,13 +112,13 @@ inline void tile(const W *w, const A *x, int64_t n, A *out, int64_t out_stride) 
             }
 }
 
-// The same for N rows of x and any number of rows of w.
+// The same for N rows of x and any number of rows of w. From memory one row after another is read about twice as fast as
+// several at once (the processor fetches ahead in one place); once in the nearest cache, several are faster.
 template <int N, class W, class A>
-inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64_t out_stride) {
-    // Two bytes a weight are read faster row after row (1.3 times here), four bytes from eight rows at a time.
-    constexpr int R = N == 1 && sizeof(W) == 2 ? 1 : std::max(1, std::min(8, SUMS / N));
+inline void tiles(const W *w, const A *x, int64_t rows, int64_t n, A *out, int64_t out_stride, bool in_cache) {
+    constexpr int R = std::max(1, std::min(8, SUMS / (N * PARTS<W>)));
     int64_t row = 0;
-    for (; row + R <= rows; row += R) tile<R, N>(w + row * n, x, n, out + row, out_stride);
+    for (; in_cache && row + R <= rows; row += R) tile<R, N>(w + row * n, x, n, out + row, out_stride);
     for (; row < rows; row++) tile<1, N>(w + row * n, x, n, out + row, out_stride);
 }
 
@@ -227,9 +140,9 @@ __attribute__((noinline)) void matmul(const W *w, const A *x, int64_t rows, int6
         // the number of rows of x in a tile is a constant of the compiler: eights, then what remains as 4, 2 and 1
         auto run = [&](auto width) {
             for (; b + width() <= batch; b += width())
-                tiles<width()>(w + row * n, x + b * n, count, n, out + b * rows + row, rows);
+                tiles<width()>(w + row * n, x + b * n, count, n, out + b * rows + row, rows, b > 0);
         };
-        run(std::integral_constant<int, 8>());
+        if constexpr (8 * PARTS<W> <= SUMS) run(std::integral_constant<int, 8>());
         run(std::integral_constant<int, 4>());
         run(std::integral_constant<int, 2>());
         run(std::integral_constant<int, 1>());
@@ -264,7 +177,8 @@ void attend(const A *q, const W *keys, const W *values, int64_t count, int64_t D
         scores[j] = dot(keys + j * D, q, D) * scale;
         largest = std::max(largest, scores[j]);
     }
-    for (int64_t j = 0; j < count; j++) total += scores[j] = std::exp(scores[j] - largest);
+    for (int64_t j = 0; j < count; j++) scores[j] = exponential(scores[j] - largest);
+    for (int64_t j = 0; j < count; j++) total += scores[j];
     // weighted sum of the values, one vector of dimensions at a time
     int64_t d = 0;
     for (; d + LANES<A> <= D; d += LANES<A>) {
@@ -333,6 +247,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
         const int me = 0, n = 1;
 #endif
         Buffer<A> normed(T * dim), head(D), scores(L);  // each thread computes all norms itself: cheaper than waiting
+        Buffer<A> parted(PARTS<W> == 2 ? T * std::max({dim, H * D, F}) : 0);
         int64_t most = 0;  // bytes that any product needs
         for (int64_t i = 0; i < m.n_layers; i++)
             for (const Weight *w : {&m.layers[i].q, &m.layers[i].k, &m.layers[i].v, &m.layers[i].o, &m.layers[i].gate,
@@ -353,6 +268,10 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
                     rounded.round(in, batch, columns, w);
                     return grouped::matmul(w, rounded, batch, mine.first, mine.last, rows, out);
                 }
+            }
+            if constexpr (PARTS<W> == 2) {
+                part(in, batch, columns, parted.data());
+                in = parted.data();
             }
             matmul((const W *)w.data, in, rows, columns, batch, mine, out);
         };
@@ -413,7 +332,7 @@ void step(const Model &m, const Input &in, W *keys, W *values, A *logits, int th
             Share mine(F, me, n);
             for (int64_t t = 0; t < T; t++)
                 for (int64_t f = t * F + mine.first; f < t * F + mine.last; f++)
-                    up[f] *= gate[f] / (1 + std::exp(-gate[f]));
+                    up[f] *= gate[f] / (1 + exponential(-gate[f]));
             barrier.wait(n);
             add(layer.down, up.data(), F);
             barrier.wait(n);

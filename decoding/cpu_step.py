@@ -48,7 +48,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 MOST_TOKENS = {torch.float32: 128, torch.bfloat16: 32, torch.float64: 128}
 MOST_TOKENS_QUANTIZED = 1024  # PyTorch would unpack all weights first
 FLAGS = ("-O3", "-ffp-contract=off", "-march=native", "-std=c++17", "-shared", "-fPIC")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_grouped.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_grouped.h", "cpu_vectors.h"))
 # the fields of `Layer` in cpu_step.cpp: linear layers, then addresses
 LINEAR = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),

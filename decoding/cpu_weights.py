@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from decoding.pages import in_huge_pages
 from quant.bitnet import PackedBitLinear, unpack_ternary
 from quant.four_bit import BLOCK, FourBitLinear, levels_of
 from quant.gptq import solve_nearest
@@ -28,7 +29,7 @@ CHUNK = 32  # inputs that the step unpacks at once; groups are multiples of it
 SIGNED, LEVELS = 9, 5
 # how inputs are rounded; the names are those of cpu_grouped.h
 BLOCKS_16, TOKEN_8, TOKEN_8_BITNET = 0, 1, 2
-# Levels are whole numbers up to this one: sums of 64 products with inputs of 16 bits fit in 32 bits. FP4's are exact.
+# Levels are whole numbers up to this one: eight products with inputs of 16 bits fit in 32 bits. FP4's are exact.
 STEPS = 8064
 
 
@@ -141,7 +142,9 @@ def in_8_bits(head: nn.Linear) -> GroupedLinear:
     state = (weight.data_ptr(), weight._version)
     if head not in _heads or _heads[head][0] != state:
         grid = GridOptions(8, 64, search=False)
-        _heads[head] = state, GroupedLinear(head, solve_nearest(weight.detach().float(), grid), 8)
+        rounded = GroupedLinear(head, solve_nearest(weight.detach().float(), grid), 8)
+        in_huge_pages(rounded)
+        _heads[head] = state, rounded
     return _heads[head][1]
 
 

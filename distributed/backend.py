@@ -13,6 +13,8 @@ from cli.extras import need
 from distributed.single import SingleProcess
 from hardware import choose_device
 
+PIPELINES = (2, 13)  # version of torch whose schedules were tried
+
 
 @dataclass(frozen=True)
 class Options:
@@ -26,10 +28,15 @@ class Options:
     zero_stage: str = "auto"  # of DeepSpeed, and the following two
     zero_offload: bool = False
     deepspeed: Path | None = None
+    tp: int = 1  # processes that divide matrices
+    pp: int = 1  # processes that divide layers
+    pp_schedule: str = "1f1b"
 
 
 def ddp(device: torch.device, options: Options) -> SingleProcess:
-    """Return the backend of processes that hold the whole model each."""
+    """Return the backend of processes that hold the whole model each, or of a part of it."""
+    if options.tp * options.pp > 1:
+        return parallel(device, options, sharded=False)
     from distributed.ddp import DataParallel
 
     return DataParallel(device, options.dtype == "fp16", options.timeout)
@@ -37,9 +44,23 @@ def ddp(device: torch.device, options: Options) -> SingleProcess:
 
 def fsdp(device: torch.device, options: Options) -> SingleProcess:
     """Return the backend of processes that hold parts of the model."""
+    if options.tp * options.pp > 1:
+        return parallel(device, options, sharded=True)
     from distributed.fsdp import FullyShard  # takes seconds to import
 
     return FullyShard(device, False, options.timeout)
+
+
+def parallel(device: torch.device, options: Options, sharded: bool) -> SingleProcess:
+    """Return the backend of processes that divide the matrices or the layers of a model, too."""
+    if options.pp > 1 and tuple(map(int, torch.__version__.split(".")[:2])) < PIPELINES:
+        raise ValueError(
+            f"--train.pp {options.pp} needs torch {PIPELINES[0]}.{PIPELINES[1]}, found {torch.__version__}"
+        )
+    from distributed.parallel import Parallel
+
+    shape = {"tp": options.tp, "pp": options.pp, "schedule": options.pp_schedule}
+    return Parallel(device, options.timeout, **shape, sharded=sharded)
 
 
 def deepspeed(device: torch.device, options: Options) -> SingleProcess:
@@ -69,7 +90,7 @@ def make_backend(name: str, device: str, options: Options | None = None) -> Sing
     if name not in NAMES:
         raise ValueError(f"--train.backend should be {' or '.join(NAMES)}, found {name!r}")
     if name == "single":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if n_processes() > 1:
             raise ValueError(
                 "--train.backend is single, but torchrun started several processes: use ddp, fsdp or deepspeed"
             )
@@ -77,6 +98,11 @@ def make_backend(name: str, device: str, options: Options | None = None) -> Sing
     if "RANK" not in os.environ:
         raise ValueError(f"--train.backend {name} is started by torchrun: torchrun --nproc_per_node 2 pretrain.py ...")
     return SEVERAL[name](choose_device(device), options)
+
+
+def n_processes() -> int:
+    """Return the number of processes that the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def refuse_slow_dtype(dtype: str, device: str) -> None:

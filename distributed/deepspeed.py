@@ -58,9 +58,7 @@ class Zero(ProcessGroup):
 
     def wrap(self, model: nn.Module, optimizer: Optimizers) -> Callable:
         self.optimizer = optimizer
-        with torch.no_grad():
-            for p in model.parameters():
-                dist.broadcast(p, 0)
+        self.align(model)
         if self.stage and len(optimizer.parts) > 1:
             raise ValueError(
                 "--train.backend deepspeed divides the parameters of one optimizer, at --train.zero_stage 1, 2 and 3: "

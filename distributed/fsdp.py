@@ -8,16 +8,16 @@ process, so that the numbers are the same.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 from distributed.group import ProcessGroup
 from distributed.whole import whole_parameters
@@ -42,23 +42,51 @@ class FullyShard(ProcessGroup):
     def wrap(self, model: nn.Module, optimizer: Optimizers) -> Callable:
         self.optimizer = optimizer
         names = {p: name for name, p in model.named_parameters()}
-        with torch.no_grad():
-            for p in names:  # as DDP does: all start from the weights of rank 0
-                dist.broadcast(p, 0)
+        empty = any(p.is_meta for p in names)
         mesh = init_device_mesh(self.device.type, (self.world,))
-        for block in blocks_of(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for module in (*blocks_of(model), model):
+            self.align(module)
+            self.shard(module, mesh)
+        if empty:
+            model.to_empty(device=self.device)
+            self.draw(model)
         parts = dict(model.named_parameters())
         optimizer.replace({p: parts[name] for p, name in names.items()})
-        for each in optimizer.parts:
-            if isinstance(each, Muon):  # the update of a matrix depends on all of it
-                each.gather, each.part = self.whole, self.part
+        share_muon(optimizer, self)
         return model
+
+    def shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        """Divide the parameters of a module that are whole yet, and free them: those of a file are mapped, so that only
+        those of one block take memory at a time."""
+        whole = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        fully_shard(module, mesh=mesh)
+        for p in whole:  # the optimizer still has them
+            p.data = p.data.new_empty(0)
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module) -> None:
+        """Fill a model whose parameters have no values yet as `init_weights` would have done, with the same bits.
+
+        It asks the model for its parameters, and is given a whole one at a time, of which this rank keeps its part.
+        """
+        parts = dict(model.named_parameters())
+
+        def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, p in parts.items():
+                whole = torch.ones(p.shape, dtype=p.dtype)  # as a norm starts
+                yield name, whole
+                if not p.is_meta:  # else another process has it
+                    p.copy_(self.part(p, whole))
+
+        model.named_parameters = one_by_one
+        try:
+            model.init_weights()
+        finally:
+            del model.named_parameters
 
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP divides the sum of the gradients by the number of ranks, and the loss is already a share of the whole
-        super().backward(loss * self.world)
+        super().backward(loss * self.data_world)
 
     def clip(self, max_norm: float) -> torch.Tensor:
         parameters = self.optimizer.parameters
@@ -69,9 +97,15 @@ class FullyShard(ProcessGroup):
 
     # ---- checkpoints
 
-    def state(self, model: nn.Module, optimizer: Optimizers) -> dict[str, Any] | None:
+    @contextlib.contextmanager
+    def all_modules(self, model: nn.Module) -> Iterator[None]:
+        """Within the block a model has all its modules, with this rank's parts of its parameters."""
         reshard(model)
-        return super().state(model, optimizer)
+        yield
+
+    def state(self, model: nn.Module, optimizer: Optimizers) -> dict[str, Any] | None:
+        with self.all_modules(model):
+            return super().state(model, optimizer)
 
     def whole(self, value: Any) -> Any:
         return value.full_tensor() if isinstance(value, DTensor) else value
@@ -87,21 +121,22 @@ class FullyShard(ProcessGroup):
         with self.whole_parameters(model):
             super().save(model, write, directory)
 
-    @torch.no_grad()
     def load(self, model: nn.Module, read: Callable[[Path], None], directory: Path) -> None:
-        """Call `read(directory)` on the main rank, and give every rank its part of what it has read."""
-        with self.whole_parameters(model) as pairs:
-            if self.main:
-                read(directory)
-        for own, whole in pairs:
-            value = whole.to(self.device) if self.main else torch.empty(own.shape, dtype=own.dtype, device=self.device)
-            dist.broadcast(value, 0)
-            own.copy_(self.part(own, value))
+        """Call `read(directory)`: every rank copies its part of each tensor, and reads no other part of the files."""
+        with self.all_modules(model), implicit_replication():  # a tensor of a file is whole on every rank
+            read(directory)
 
     def whole_parameters(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Return `whole_parameters` of a model of this backend."""
         reshard(model)
         return whole_parameters(model, lambda p: self.whole(p.detach()), self.main)
+
+
+def share_muon(optimizer: Optimizers, backend: FullyShard) -> None:
+    """Let Muon see whole matrices: the update of one depends on all of it."""
+    for each in optimizer.parts:
+        if isinstance(each, Muon):
+            each.gather, each.part = backend.whole, backend.part
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from distributed.single import SingleProcess
 from distributed.watch import Watch, lost_connection
@@ -42,6 +43,13 @@ class ProcessGroup(SingleProcess):
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=limit)
         except dist.DistStoreError as error:
             raise ValueError(missing_ranks(error)) from None
+
+    @torch.no_grad()
+    def align(self, model: nn.Module) -> None:
+        """Let all ranks start from the weights of rank 0, as DDP does, where each has the whole of them."""
+        for p in model.parameters():
+            if not (p.is_meta or hasattr(p, "placements")):
+                dist.broadcast(p, 0)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

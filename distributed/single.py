@@ -46,6 +46,11 @@ class SingleProcess:
         """Number of shares that a batch is divided into."""
         return self.world
 
+    def place(self, model: nn.Module) -> None:
+        """Bring a model to the device of this rank; one on "meta" gets weights in `wrap`."""
+        if not any(p.is_meta for p in model.parameters()):
+            model.to(self.device)
+
     # ---- a step
 
     def wrap(self, model: nn.Module, optimizer: Optimizers) -> Callable:

@@ -163,12 +163,17 @@ def adapter() -> type:
             return results
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            sums = []
-            for request in requests:
+            pairs: list[tuple[int, Pair]] = []
+            for i, request in enumerate(requests):
                 ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
-                pairs = list(windows(ids, self.max_length, self.max_length))
-                sums.append(sum(each.logprob for each in log_likelihoods(self.assistant.model, pairs, self.batch_size)))
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
+                pairs += [(i, pair) for pair in windows(ids, self.max_length, self.max_length)]
+            with Progress("scoring", "windows", total=len(pairs), active=not disable_tqdm) as progress:
+                found = score_pairs(self.assistant.model, [pair for _, pair in pairs], self.batch_size, progress)
+            sums = [0.0] * len(requests)
+            for (i, _), likelihood in zip(pairs, found):
+                sums[i] += likelihood.logprob
+            for request, logprob in zip(requests, sums):
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, logprob)
             return sums
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from model import Transformer
 from serving.assistant import first_id
 from tokenizer import Tokenizer
 
-HEAD_ELEMENTS = 1 << 25  # logits that exist at a time: 128 MiB in float32
+HEAD_ELEMENTS = 1 << 22  # logits that exist at a time: 16 MiB in float32; more of them no longer fit a CPU's cache
 SHORTEST_PREFIX = 8  # a shared beginning of fewer ids is fed with every row
 
 
@@ -89,34 +89,47 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             hidden = _hidden(model, batch, prefix, len(shared))  # (B, T, dim), of the ids behind the shared ones
-            todo = [(i, at) for at, row in enumerate(batch) for i in members[row]]
-            for i, at in todo:
-                n = len(pairs[i].continuation)
-                end = len(inputs[i]) - len(shared)
-                logprob, greedy = _score(model, hidden[at, end - n : end], pairs[i].continuation)
-                results[i] = Likelihood(logprob, greedy, len(pairs[i].context) + n > longest + 1)
+            todo = [(at, len(row) - len(shared), i) for at, row in enumerate(batch) for i in members[row]]
+            asked = [(at, end, pairs[i].continuation) for at, end, i in todo]
+            for (_, _, i), (logprob, greedy) in zip(todo, _scores(model, hidden, asked)):
+                cut = len(pairs[i].context) + len(pairs[i].continuation) > longest + 1
+                results[i] = Likelihood(logprob, greedy, cut)
     return results
 
 
 def _hidden(model: Transformer, rows: Sequence[Ids], prefix: KVCache, past: int) -> torch.Tensor:
     """Return the hidden states (B, T, dim) of rows of ids from position `past` on; `prefix` holds what is before."""
-    cache = copy.copy(prefix)  # `reorder` gives the copy tensors of its own
-    cache.reorder(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
     width = max(map(len, rows))
     tokens = torch.tensor([[*row[past:], *[0] * (width - len(row))] for row in rows], device=model.device)  # (B, T)
+    # no id sees the padding behind it; only an encoding that depends on the length of a text has to know of it
+    if not past and (model.rope.cache_rotated or len(rows[0]) == width):
+        return model.hidden(tokens)
+    cache = copy.copy(prefix)  # `reorder` gives the copy tensors of its own
+    cache.reorder(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
     positions = torch.arange(past, width, device=model.device).expand(len(rows), -1)  # (B, T)
     return model.hidden(tokens, positions=positions, cache=cache, lengths=[len(row) for row in rows])
 
 
-def _score(model: Transformer, hidden: torch.Tensor, ids: Ids) -> tuple[float, bool]:
-    """Return the summed log-probability of n ids under hidden states (n, dim), and whether each is the likeliest."""
-    logprob, greedy, block = 0.0, True, max(1, HEAD_ELEMENTS // model.args.vocab_size)
-    targets = torch.tensor(ids, device=hidden.device)
-    for part, target in zip(hidden.split(block), targets.split(block)):
-        logits = model.logits(part[None])[0]  # (block, V)
-        logprob += logits.log_softmax(-1).gather(-1, target[:, None]).double().sum().item()
-        greedy &= bool((logits.argmax(-1) == target).all())
-    return logprob, greedy
+def _scores(
+    model: Transformer, hidden: torch.Tensor, asked: Sequence[tuple[int, int, Ids]]
+) -> Iterator[tuple[float, bool]]:
+    """Yield the summed log-probability of the ids of each (row, end, ids), and whether each is the likeliest, under the
+    hidden states (B, T, dim) of the last positions before `end` of the row."""
+    T, device = hidden.shape[1], hidden.device
+    places = torch.tensor([row * T + at for row, end, ids in asked for at in range(end - len(ids), end)], device=device)
+    targets = torch.tensor([each for _, _, ids in asked for each in ids], device=device)  # (N,), as places
+    owners = torch.repeat_interleave(torch.tensor([len(ids) for _, _, ids in asked])).to(device)
+    places, numbers = places.unique(return_inverse=True)  # the choices of a question have one place
+    hidden = hidden.flatten(0, 1)[places]  # (U, dim)
+    block = max(32, HEAD_ELEMENTS // model.args.vocab_size)
+    logprobs, missed = hidden.new_zeros(2, len(asked), dtype=torch.float64)
+    for start in range(0, len(places), block):
+        logits = model.logits(hidden[None, start : start + block])[0]  # (block, V)
+        here = ((numbers >= start) & (numbers < start + block)).nonzero()[:, 0]
+        at, target = numbers[here] - start, targets[here]
+        missed.index_add_(0, owners[here], (logits[at, target] < logits.amax(-1)[at]).double())
+        logprobs.index_add_(0, owners[here], logits.log_softmax(-1)[at, target].double())
+    return zip(logprobs.tolist(), (missed == 0).tolist())
 
 
 def windows(ids: Sequence[int], length: int, stride: int) -> Iterable[Pair]:

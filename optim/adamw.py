@@ -13,5 +13,5 @@ def adamw(parameters: dict[str, list[nn.Parameter]], args: OptimArgs) -> list[to
     """Return one AdamW for all `parameters` (role -> parameters), or none when there are none."""
     own = groups(parameters, args)
     # one kernel for a whole group, where PyTorch has it
-    fused = all(p.device.type in ("cpu", "cuda") for group in own for p in group["params"])
+    fused = all(p.device.type in ("cpu", "cuda", "meta") for group in own for p in group["params"])
     return [torch.optim.AdamW(own, lr=args.lr, betas=args.betas, eps=args.eps, fused=fused)] if own else []

@@ -124,10 +124,11 @@ class Optimizers:
             parts.append({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
         return {"parts": parts}
 
-    def replace(self, new: dict[nn.Parameter, nn.Parameter]) -> None:
-        """Train other parameters in place of those that are keys of `new`; only before the first step."""
+    def replace(self, new: dict[nn.Parameter, nn.Parameter | None]) -> None:
+        """Train other parameters in place of those that are keys of `new` (None: not here); only before the first
+        step."""
         for group in self.param_groups:
-            group["params"] = [new.get(p, p) for p in group["params"]]
+            group["params"] = [p for p in (new.get(p, p) for p in group["params"]) if p is not None]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the moments of `state`; learning rates, decay and other settings keep their present values.

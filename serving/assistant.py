@@ -17,6 +17,7 @@ from checkpoint.locate import find_base, find_model, has_tokenizer, is_adapter, 
 from cli.progress import say
 from decoding.decoder import Decoder
 from decoding.generate import Sampled
+from decoding.pages import in_huge_pages
 from decoding.params import SamplingParams, Stop
 from decoding.speculative import DraftModel, PromptLookup, Speculative
 from model import Transformer
@@ -125,7 +126,7 @@ def load_assistant(
     stop_ids = frozenset(i for i in read_stop_ids(home) or () if i < tokenizer.vocab_size)
     stop_strings = StopStrings(tokenizer, stop)  # refused before a large model is loaded
     model = load_model(directory, device, dtype, base=base)
-    model.eval()
+    in_huge_pages(model.eval())
     if tokenizer.vocab_size > model.args.vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model {model.args.vocab_size}: "
@@ -154,6 +155,7 @@ def open_draft(assistant: Assistant, draft: str, n_draft: int) -> Speculative:
             "a draft needs the vocabulary of the model it guesses for"
         )
     draft_model = load_model(directory, model.device, model.dtype).eval()
+    in_huge_pages(draft_model)
     draft_model.n_ids = assistant.tokenizer.vocab_size
     return Speculative(model, DraftModel(draft_model), n_draft)
 

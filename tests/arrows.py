@@ -36,11 +36,11 @@ class Module(NamedTuple):
 
 
 def read_modules(repository: Path = REPOSITORY) -> dict[str, Module]:
-    """Parse every Python file at the top and in the folders beside it, without the tests."""
+    """Parse every Python file at the top and in the folders beside it, without the tests and examples."""
     modules = {}
     for path in sorted([*repository.glob("*.py"), *repository.glob("*/*.py")]):
         parts = path.relative_to(repository).with_suffix("").parts
-        if parts[0] == "tests" or parts[0].startswith("."):
+        if parts[0] in ("tests", "examples") or parts[0].startswith("."):
             continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         text = path.read_text(encoding="utf8")

@@ -5,15 +5,16 @@ python -m tests.backends --write               and keep it in docs/distributed.m
 python -m tests.backends --only fsdp --processes 2 --results FILE      goes on where it was stopped
 
 The runs are those of tests/helpers/backend_run.py: nine steps of a small model with clipped gradients, on rows of a
-token bin and on conversations of unequal lengths, with and without accumulation. In float64 (also Muon's
-iteration) where the backend has it; DeepSpeed's is float32. The learning rate and the number of targets of every step
-have to be equal.
+token bin and on conversations of unequal lengths, with and without accumulation, and with a row whose loss is not
+finite. In float64 (also Muon's iteration) where the backend has it; DeepSpeed's is float32. The learning rate and the
+number of targets of every step have to be equal, and so has what the guards did.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,12 +31,29 @@ from safetensors.torch import load_file  # noqa: E402
 DOCUMENT = TESTS.parent / "docs" / "distributed.md"
 MARKS = ("<!-- backends -->\n", "<!-- /backends -->\n")  # the table stands between them
 WIDE = {"wide": True}
+# what tensor parallel can divide, and micro-batches for the stages of a pipeline
+DIVIDED = WIDE | {"micro": 2, "shape": {"n_heads": 4, "n_kv_heads": 2, "vocab_size": 30}}
+MUON = {"optimizer": "muon"}
+
+
+def divided(**flags: Any) -> dict[str, Any]:
+    """Fields of a case with --train.tp and --train.pp."""
+    return DIVIDED | {"train": flags}
+
+
 # name in the table -> backend, fields of backend_run.Case
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp, AdamW": ("ddp", WIDE),
     "ddp, Muon": ("ddp", WIDE | {"optimizer": "muon"}),
     "fsdp, AdamW": ("fsdp", WIDE),
     "fsdp, Muon": ("fsdp", WIDE | {"optimizer": "muon"}),
+    "tp 2, AdamW": ("ddp", divided(tp=2)),
+    "tp 2, Muon": ("ddp", divided(tp=2) | MUON),
+    "pp 2 (1F1B), AdamW": ("ddp", divided(pp=2)),
+    "pp 2 (GPipe), Muon": ("ddp", divided(pp=2, pp_schedule="gpipe") | MUON),
+    "tp 2, fsdp, AdamW": ("fsdp", divided(tp=2)),
+    "pp 2 (1F1B), fsdp, Muon": ("fsdp", divided(pp=2) | MUON),
+    "tp 2, pp 2 (1F1B), Muon": ("ddp", divided(tp=2, pp=2) | MUON),
     **{f"deepspeed, ZeRO {n}": ("deepspeed", {"train": {"zero_stage": str(n)}}) for n in range(4)},
     "deepspeed, ZeRO 2, offload": ("deepspeed", {"train": {"zero_stage": "2", "zero_offload": True}}),
 }
@@ -45,6 +63,8 @@ DATA = {
     "token bin, accumulated": {"micro": 1},
     "conversations": {"data": "ragged"},
     "conversations, accumulated": {"data": "ragged", "micro": 1},
+    # the loss of one row, on one process, is infinite: a step is skipped, and after three in a row the run goes back
+    "token bin, guarded": {"bad": [3, 7, 8, 9], "steps": 14},
 }
 COLUMNS = ("loss", "norm", "weights")
 
@@ -64,16 +84,20 @@ def start(folder: Path, backend: str, processes: int, cases: Iterable[dict[str, 
 def apart(folder: Path, one: str, other: str) -> dict[str, float]:
     """Return the largest relative difference of losses and norms, and the largest absolute one of weights.
 
-    Exits where a rate or a number of targets differs.
+    Exits where a rate, a number of targets or what the guards did differs.
     """
     ours, theirs = (json.loads((folder / f"{name}.json").read_text()) for name in (one, other))
     found = dict.fromkeys(COLUMNS, 0.0)
     if len(ours["steps"]) != len(theirs["steps"]):
         raise SystemExit(f"{other}: {len(theirs['steps'])} steps, not {len(ours['steps'])}")
+    if ours["guards"] != theirs["guards"]:
+        raise SystemExit(f"{other}: the guards did {theirs['guards']}, not {ours['guards']}")
     for number, (a, b) in enumerate(zip(ours["steps"], theirs["steps"]), 1):
+        if math.isfinite(a[2]) != math.isfinite(b[2]):
+            raise SystemExit(f"{other}, step {number}: norm {b[2]} instead of {a[2]}")
         if (a[1], a[3]) != (b[1], b[3]):
             raise SystemExit(f"{other}, step {number}: rate and targets {b[1]}, {b[3]} instead of {a[1]}, {a[3]}")
-        for name, i in (("loss", 0), ("norm", 2)):
+        for name, i in (("loss", 0), ("norm", 2)) if math.isfinite(a[2]) else ():
             found[name] = max(found[name], abs(a[i] - b[i]) / abs(a[i]))
     mine, other_weights = (load_file(folder / name / "last" / "model.safetensors") for name in (one, other))
     for name, weight in mine.items():
@@ -89,15 +113,18 @@ def measure(only: str, processes: list[int], results: list[dict[str, Any]], file
         for name, (backend, fields) in BACKENDS.items():
             of_one = {key: value for key, value in fields.items() if key != "train"}
             alone = json.dumps(of_one)
-            for world in processes:
-                if only not in name or any(row["backend"] == name and row["processes"] == world for row in results):
-                    continue
-                if not (folder / f"{alone} token bin.json").exists():
-                    named = [of_one | more | {"name": f"{alone} {data}"} for data, more in DATA.items()]
+            part = fields.get("train", {}).get("tp", 1) * fields.get("train", {}).get("pp", 1)
+            for world in (each for each in processes if only in name and each % part == 0):
+                had = [row["data"] for row in results if (row["backend"], row["processes"]) == (name, world)]
+                missing = {data: more for data, more in DATA.items() if data not in had}
+                named = [of_one | more | {"name": f"{alone} {data}"} for data, more in missing.items()]
+                named = [case for case in named if not (folder / f"{case['name']}.json").exists()]
+                if named:
                     start(folder, "single", 1, named)
-                named = [fields | more | {"name": f"{name} {world} {data}"} for data, more in DATA.items()]
-                start(folder, backend, world, named)
-                for data in DATA:
+                if missing:
+                    named = [fields | more | {"name": f"{name} {world} {data}"} for data, more in missing.items()]
+                    start(folder, backend, world, named)
+                for data in missing:
                     row = {"backend": name, "data": data, "processes": world}
                     row |= apart(folder, f"{alone} {data}", f"{name} {world} {data}")
                     results.append(row)

@@ -162,14 +162,20 @@ def gsm8k(name: str, folder: Path, args: argparse.Namespace) -> Asked:
 
 
 def longbench(name: str, folder: Path, args: argparse.Namespace) -> Asked:
-    """Return the sets of LongBench that are there. In the harness's copy of the data `input` is called `question`."""
+    """Return the sets of LongBench that are there, with its own prompts: the harness's have other blanks, end some
+    answers at the first line break, and name a temperature of 1 that its client of servers obeys. In the harness's copy
+    of the data `input` is called `question`."""
     sets, suffix = LONG[name]
+    prompts = json.loads((args.data / "longbench" / "dataset2prompt.json").read_text(encoding="utf8"))
     tasks = {}
     for each in sets:
         path = args.data / "longbench" / f"{each}{suffix}.jsonl"
         if path.is_file():
             rows = [row | {"question": row["input"]} for row in json_rows(path)]
-            tasks[each] = its_task(folder / each, f"longbench/{each}{suffix}.yaml", {"test": rows})
+            task = its_task(folder / each, f"longbench/{each}{suffix}.yaml", {"test": rows})
+            task["doc_to_text"] = prompts[each].replace("{context}", "{{context}}").replace("{input}", "{{question}}")
+            task["generation_kwargs"] = task["generation_kwargs"] | {"until": [], "temperature": 0}
+            tasks[each] = task
     return tasks, {"data": args.data / "longbench", "subjects": tuple(tasks)}
 
 
@@ -282,7 +288,8 @@ def ask_server(
 
     server = Server(args.model, rows=args.batch_size, queue=1000, timeout=600)
     try:
-        options = {"tokenizer": str(args.model), "tokenizer_backend": "huggingface", "max_length": args.window}
+        options = {"tokenizer": str(args.model), "tokenizer_backend": "huggingface"}
+        options |= {"max_length": args.window + 1}  # it keeps one for an answer, besides what the answer may take
         options |= {"custom_prefix_token_id": args.first_id, "add_bos_token": begins, "batch_size": 1}
         client = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model="tiny", **options)
         return ask_harness(client, tasks, args.items, chat)

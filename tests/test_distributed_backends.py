@@ -18,7 +18,7 @@ from optim.args import OptimArgs
 from training.args import NEEDS, TrainArgs
 
 SCRIPT = str(Path(__file__).parent / "helpers" / "backend_run.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 LONG = 600  # seconds; on two idle cores, each start takes less than ten
 SIX = {"steps": 6, "count": 44}  # an epoch, whose last step has half of its rows
 # name -> fields of helpers.backend_run.Case
@@ -30,10 +30,10 @@ CASES = {
 }
 
 
-def start(folder: Path, environment: dict[str, str], backend: str, cases: dict[str, dict]):
-    """Start the cases one after the other on one backend."""
+def start(folder: Path, environment: dict[str, str], backend: str, cases: dict[str, dict], processes: int = 2):
+    """Start the cases one after the other on one backend, or on that which they name."""
     words = [json.dumps({"name": name, "backend": backend} | case) for name, case in cases.items()]
-    launch = [] if backend == "single" else TORCHRUN
+    launch = [] if backend == "single" else [*TORCHRUN, str(processes)]
     command = [sys.executable, *launch, SCRIPT, str(folder), *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

@@ -16,7 +16,7 @@ from planning import launch
 from planning.cluster import Strategy
 
 REPOSITORY = Path(__file__).parents[1]
-EXAMPLES = sorted(path for path in (REPOSITORY / "examples").iterdir() if path.suffix != ".md")
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").iterdir() if path.suffix in (".sh", ".slurm"))
 
 
 def made(words: list[str]) -> None:

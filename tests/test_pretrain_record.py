@@ -101,3 +101,28 @@ def test_a_base_inside_the_run_that_replaces_it_is_refused(folder):
     check_outside(folder / "run", folder / "run2" / "best", "never")
     check_outside(folder / "run" / "best" / "tuned", folder / "run" / "best", "never")
     assert (folder / "run" / "best" / "model.safetensors").is_file()
+
+
+def test_a_mixture_trains_in_its_shares_and_its_checkpoints_tell_what_they_have_read(tmp_path):
+    """Two directories, one of them in parts; the shares change on the way; the ledger counts both."""
+    tokenizer = chat_tokenizer(tmp_path)
+    for name in ("zh", "en/0", "en/1"):
+        write = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "tokenizer_sha256": tokenizer.sha256()}
+        with BinWriter(tmp_path / name / "train_00000", **write) as writer:
+            for i in range(40):
+                writer.add([8 + i, 9, 10, tokenizer.eos_id], name[:2])
+    tokenizer.save(tmp_path / "zh" / "tokenizer")
+    mix = ["--data.mix", str(tmp_path / "zh"), "0.75,0.25@0.5", str(tmp_path / "en"), "0.25,0.75@4"]
+    flags = [*SMALL.split(), "8", "--train.save_interval", "4", "--out", str(tmp_path / "run"), *mix]
+    pretrain.main(parse(pretrain.Args, "pretrain", flags))
+    for step, shares in ((4, (0.75, 0.25)), (8, (0.5, 0.5))):
+        ledger = tmp_path / "run" / f"step_{step:08d}" / "training_state" / "ledger.json"
+        rows = json.loads(ledger.read_text())
+        read = {name: sum(row["read"] for row in rows if row["source"] == name) for name in ("zh", "en")}
+        assert read == {"zh": shares[0] * step * 64, "en": shares[1] * step * 64}
+    again = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["pretrain"]["data"]["mix"]
+    assert again == {str(tmp_path / "zh"): "0.75,0.25@0.5", str(tmp_path / "en"): "0.25,0.75@4"}
+    with pytest.raises(ValueError, match=r"a run with mix .*: it cannot be continued"):
+        pretrain.main(parse(pretrain.Args, "pretrain", [*flags[:-1], "0.5"]))
+    with pytest.raises(SystemExit, match=r"does not go with --data.weights"):
+        parse(pretrain.Args, "pretrain", [*flags, "--data.weights", "1"])

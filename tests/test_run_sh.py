@@ -60,6 +60,9 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
         (["--use=fsdp", "--nnodes=2", "--stage=sft", "--node_rank=1"], "needs --master with the name or address"),
         (["--use=fsdp", "--master=a"], "--node_rank and --master need --nnodes above 1"),
         (["--use=fsdp", "--nnodes=two"], "--nnodes expects a positive number, found two"),
+        (["--use=fsdp", "--hostfile=a"], "--hostfile needs --use deepspeed, found fsdp"),
+        (["--use=deepspeed", "--hostfile=a"], "--hostfile needs --stage pretrain or sft"),
+        (["--use=deepspeed", "--stage=sft", "--hostfile=a", "--nproc=2"], "remove --nproc and --nnodes"),
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
         (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
         (["--minutes", "0"], "--minutes expects a whole number of minutes, found 0"),
@@ -127,6 +130,34 @@ def test_a_machine_among_several_is_told_its_number_and_the_first_one(stubs: Stu
     assert command[5:] == [*nodes, "--nproc_per_node", "4", *FINE_TUNING, "fsdp"]
     again = stubs.bash("run.sh", "--dry_run", "--background", *words).stdout
     assert "--nnodes 2 --node_rank 1 --master a.b" in again
+
+
+def test_a_hostfile_goes_to_the_launcher_of_deepspeed(stubs: StubScripts) -> None:
+    (stubs.root / "hosts").write_text("# two machines\n\nnode0 slots=8\nnode1   slots=8")
+    words = ["--stage", "sft", "--use", "deepspeed", "--hostfile", "hosts"]
+    command = commands(stubs.bash("run.sh", "--dry_run", *words).stdout)[1]
+    assert command[:3] == [".venv/bin/deepspeed", "--hostfile", "hosts"]
+    assert command[3:] == [*FINE_TUNING, "deepspeed", "--optim.optimizer", "adamw"]
+    assert "--hostfile hosts" in stubs.bash("run.sh", "--dry_run", "--background", *words).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "--hostfile hosts: no such file"),
+        ("# nothing\n", "--hostfile hosts names no machine: expected lines HOST slots=N"),
+        ("node0 slots=8\nnode1", "--hostfile hosts, line 2: expected HOST slots=N, found node1"),
+        ("node0 slots=0", "line 1: expected HOST slots=N, found node0 slots=0"),
+        ("node0 slots=8 extra", "line 1: expected HOST slots=N, found node0 slots=8 extra"),
+        ("node0 slots=8\n\nnode0 slots=4", "line 3: node0 is named twice"),
+    ],
+)
+def test_a_wrong_hostfile_is_one_sentence(stubs: StubScripts, text: str | None, expected: str) -> None:
+    if text is not None:
+        (stubs.root / "hosts").write_text(text)
+    answer = stubs.bash("run.sh", "--use", "deepspeed", "--stage", "pretrain", "--hostfile", "hosts")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and expected in answer.stderr
 
 
 FINE_TUNING = ["fine_tuning.py", "--config", "configs/tiny.yaml", "--train.backend"]

@@ -131,7 +131,7 @@ def test_the_pinned_protobuf_comes_back_after_swanlab(set_up: SetUp) -> None:
     [
         (
             ["--extra", "server"],
-            "expects bench, bnb, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found server",
+            "expects bench, bnb, data, deepspeed, dev, eval, gguf, serve, swanlab, transformers or wandb, found server",
         ),
         (["--extra", "autogptq"], "found autogptq"),
         (["--extra"], "found nothing"),

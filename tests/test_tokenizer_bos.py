@@ -78,7 +78,7 @@ def test_a_bare_model_of_llama_begins_with_bos_and_ours_and_chatglm2_do_not(llam
 
 def test_documents_prompts_and_texts_begin_alike(tmp_path):
     tokenizer = load_tokenizer(write(tmp_path, f"{BOS} $A"))
-    ids, ends = encode(tokenizer, ["rain", ""])
+    ids, ends, *_ = encode(tokenizer, ["rain", ""])
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     assert ids.tolist() == [bos, *tokenizer.encode("rain"), eos, bos, eos] and ends.tolist()[-1] == len(ids)
     assistant = Assistant(model=None, tokenizer=tokenizer, template=None, decoder=object())

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from attention import Choice
 from cli.extras import install_command
-from cli.flags import ABOVE_0, Needs
+from cli.flags import ABOVE_0, Needs, Wanted
 from optim.args import GALORE, WITH_BETAS, WITH_EPS
 
 LOGGERS = ("tensorboard", "wandb", "swanlab")  # keys of training.loggers.LOGGERS; here for the parser, without torch
@@ -53,6 +53,15 @@ class TrainArgs:
     backend: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
     """single: one process; the others: several, started with torchrun. ddp: each holds the whole model; fsdp: each
     holds a part of the weights, gradients and moments (FSDP2); deepspeed: ZeRO, see zero_stage"""
+    tp: Annotated[int, (1, 65536)] = 1
+    """processes that divide the matrices, the vocabulary and, between the blocks, the tokens of a row (tensor and
+    sequence parallel), with backend ddp or fsdp; has to divide heads, key/value heads, vocabulary and rows"""
+    pp: Annotated[int, (1, 65536)] = 1
+    """stages that divide the layers (pipeline parallel), with backend ddp or fsdp, each on one process, or on `tp` of
+    them; micro_batch_size has to make at least as many micro-batches"""
+    pp_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """order of the micro-batches in the stages. gpipe: all forward, then all backward; 1f1b: backward as soon as one
+    can be, with less memory"""
     zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
     """what DeepSpeed divides over the processes. 0: nothing, 1: the moments, 2: also the gradients, 3: also the
     weights; auto: that of `deepspeed`, else 2"""
@@ -129,6 +138,7 @@ class TrainArgs:
         return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
 
 
+ABOVE_1 = Wanted(lambda value, default: value > 1, "above 1")
 SEVERAL = ("ddp", "fsdp", "deepspeed")  # backends of several processes
 SHARDED = ("fsdp", "deepspeed")  # backends whose processes hold parts of the model
 NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only beside others
@@ -166,6 +176,19 @@ NEEDS = (  # flags of pretrain.py and fine_tuning.py that do something only besi
         )
         for name, able in {"fsdp": ("muon", "adamw", "lion"), "deepspeed": ("adamw", "muon")}.items()
     ),
+    *(
+        Needs(f"train.{name}", other, values, why)
+        for name in ("tp", "pp")
+        for other, values, why in (
+            ("train.backend", ("ddp", "fsdp"), "these say how the data are divided besides; choose one"),
+            ("optim.optimizer", ("muon", "adamw", "lion"), "the others need whole matrices; use one of these"),
+            ("train.dtype", ("auto", "fp32", "bf16"), "its loss scale needs whole gradients; use bf16"),
+            ("train.compile", ("auto", "off"), "a divided model is not compiled; remove it"),
+            ("train.log_norms", (0,), "a process has some layers, or parts of all; remove it"),
+            ("train.s2_group", (0,), "half of all heads are shifted, and a process has some of them; remove it"),
+        )
+    ),
+    Needs("train.pp_schedule", "train.pp", ABOVE_1, "one stage has no schedule; remove it"),
     Needs("train.patience", "train.eval_interval", ABOVE_0, "it counts evaluations on the way; set an interval"),
     Needs("train.sample_minutes", "train.sample_tokens", ABOVE_0, "nothing would be shown; remove it"),
     Needs("train.prompts", "train.sample_tokens", ABOVE_0, "nothing would be written after them; remove it"),

@@ -8,6 +8,7 @@ from attention import backends
 from attention.shifted_sparse import ShiftedSparse
 from dataset import BatchSource
 from distributed.single import SingleProcess
+from distributed.split import check_rows, check_shape
 from hardware import DTYPES, can_compile, exact_float32_matmul, has_bfloat16
 from model import Transformer
 from training.args import TrainArgs
@@ -28,6 +29,20 @@ def check_length(seq_len: int, model: TrainableModel) -> None:
         )
 
 
+def check_data(model: TrainableModel, args: TrainArgs, data: BatchSource, backend: SingleProcess) -> None:
+    """Raise ValueError for rows that are too long, and for a model or rows that --train.tp and --train.pp cannot
+    divide."""
+    check_length(data.seq_len, model)
+    if max(args.tp, args.pp) == 1:
+        return
+    if not isinstance(model, Transformer):
+        raise ValueError("--train.tp and --train.pp divide a LLaMA that is trained on tokens: remove them")
+    check_shape(model.args, args.tp, args.pp)
+    padded = getattr(data, "packing", None) in ("bucket", "none")
+    rows = data.batch_size // backend.data_world
+    check_rows(args.tp, args.pp, data.seq_len, padded, rows, args.micro_batch_size)
+
+
 def training_dtype(args: TrainArgs, device: torch.device) -> torch.dtype:
     """Return the dtype of activations and matrix products."""
     return DTYPES.get(args.dtype) or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
@@ -38,6 +53,8 @@ def compiles(model: TrainableModel, args: TrainArgs, device: torch.device, data:
 
     The whole run counts, and no measured rate does: a run that goes on decides as it did before, for the same losses.
     """
+    if max(args.tp, args.pp) > 1:  # not tried
+        return False
     pays = device.type != "cpu" or compile_seconds(model) < saved_seconds(model, args, data)
     return args.compile == "on" or (args.compile == "auto" and pays and can_compile(device))
 
@@ -58,7 +75,7 @@ def about_compiling(model: TrainableModel, args: TrainArgs, device: torch.device
     takes, saves = compile_seconds(model), saved_seconds(model, args, data)
     if compiles(model, args, device, data):
         return f"The first step compiles the model: about {takes:,.0f} s on two idle cores."
-    if args.compile == "off":
+    if args.compile == "off" or max(args.tp, args.pp) > 1:
         return None
     if device.type == "cpu" and takes >= saves:
         return (
@@ -100,7 +117,7 @@ def prepare(model: TrainableModel, args: TrainArgs, backend: SingleProcess, data
         if not isinstance(model, Transformer):
             raise ValueError("--train.z_loss needs a LLaMA and a loss of tokens (no pairs of answers): remove it")
         model.z_loss = args.z_loss
-    model.to(device)
+    backend.place(model)
     model.train()
     model.compute_dtype = dtype
     model.gradient_checkpointing = args.gradient_checkpointing

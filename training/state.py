@@ -16,7 +16,7 @@ import torch
 
 from cli.progress import say
 from distributed.single import SingleProcess
-from files import point, written_aside
+from files import point, write_json, written_aside
 from optim.optimizers import Optimizers
 from training.checksums import damage, has_sums, read_progress, write_progress, write_sums
 from training.protocols import Adaptive, TrainableModel
@@ -118,6 +118,8 @@ class Checkpoints:
     read: Callable[[Path], None]
     identity: dict[str, Any]
     adaptive: Adaptive | None = None
+    data: Any = None
+    """source of the batches; where it can tell what was read (`ledger`), training_state/ledger.json says so"""
     saved_step: int = -1  # step of the checkpoint that `last` leads to
     nothing_found: bool = True  # by `find`
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
@@ -184,6 +186,8 @@ class Checkpoints:
                     if self.adaptive is not None:
                         resumable["adaptive"] = self.adaptive.state_dict()
                     save_state(aside, resumable)
+                    if hasattr(self.data, "ledger"):
+                        write_json(aside / "training_state" / "ledger.json", self.data.ledger(state.step, state.avoid))
                     write_sums(aside)
         elif backend.main:
             write_progress(directory, vars(state))

@@ -35,7 +35,7 @@ from training.guards import inputs_of
 from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
 from training.norms import Norms
-from training.precision import about_compiling, check_length, prepare
+from training.precision import about_compiling, check_data, prepare
 from training.protocols import Adaptive, TrainableModel, take_metrics
 from training.samples import Sampler
 from training.signals import caught_signals
@@ -70,7 +70,7 @@ class Trainer:
         adaptive: Adaptive | None = None,
         sampler: Sampler | None = None,
     ) -> None:
-        check_length(data.seq_len, model)
+        check_data(model, args, data, backend)
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
         self.args, self.optim, self.run, self.adaptive = args, optim, run, adaptive
         self.sampler = sampler if args.sample_tokens else None
@@ -84,7 +84,7 @@ class Trainer:
         self.total_steps, self.deadline = args.steps(data.steps_per_epoch), Deadline(args.max_minutes)
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
-        self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive)
+        self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive, data)
         self.state = TrainState(metric=args.metric) if args.resume == "never" else self.checkpoints.find(args.metric)
 
     @property
@@ -138,7 +138,7 @@ class Trainer:
                     self.log.write(1, {"first_step": state.averages(())["loss"]})
             if self.at_end:
                 return
-            if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None:
+            if is_due(args.eval_interval, state.step, epoch) and self.eval_data is not None and not state.skipped:
                 with self.clock.paused():
                     self._evaluate_and_save()
                 if self.finished:

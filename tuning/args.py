@@ -167,6 +167,15 @@ NOT_EVALUATED = "without held-out data nothing is evaluated; remove it, or hold 
 NEEDS = (
     *TRAINING_NEEDS,
     Needs("check", "show", (0,), "--show prints samples and looks at nothing else; keep one"),
+    *(
+        Needs(f"train.{name}", other, values, why)
+        for name in ("tp", "pp")
+        for other, values, why in (
+            ("lora.method", ("none",), "adapters are not divided, and are small: use --train.backend fsdp alone"),
+            ("objective", ("sft",), "pairs of answers are compared by one process: use --train.backend fsdp alone"),
+            ("neftune_alpha", (0.0,), "its noise is drawn for the whole embedding; remove it"),
+        )
+    ),
     Needs("check", "train.backend", ("single",), "one process looks at a run; remove it for the check"),
     Needs(
         "lora.*",

@@ -2,11 +2,14 @@
 
     backend_run.py FOLDER '{"name": "a", "backend": "fsdp", ...}' ...
 
-Each JSON object (fields of `Case`) is one run in FOLDER/NAME; the numbers of its steps go to FOLDER/NAME.json.
+Each JSON object (fields of `Case`) is one run in FOLDER/NAME; the numbers of its steps go to FOLDER/NAME.json. Cases
+with other tp, pp or backend are other backends over the same processes.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -21,18 +24,19 @@ import torch
 import optim.muon
 from chat.samples import Samples
 from checkpoint import directory, peft
-from dataset import BatchSource
+from dataset import Batch, BatchSource
 from dataset_sft import PairData, SFTData
 from distributed.backend import make_backend
+from distributed.group import ProcessGroup
 from distributed.single import SingleProcess
-from helpers.tiny_training_run import SHAPE, VOCAB, toy_data
+from helpers.tiny_training_run import SHAPE, VOCAB, Changed, toy_data
 from lora import adapters
 from lora.spec import LoraArgs
 from model import Transformer
 from model_args import ModelArgs
 from optim.args import OptimArgs
 from optim.optimizers import build_optimizer
-from training import log, precision, trainer
+from training import guards, log, precision, state, trainer
 from training.args import TrainArgs
 from training.backend import options_of
 from training.state import TrainState
@@ -64,6 +68,20 @@ class Case:
     train: dict = dataclasses.field(default_factory=dict)  # more fields of TrainArgs
     lora: dict = dataclasses.field(default_factory=dict)  # fields of LoraArgs
     dpo: bool = False  # pairs of answers
+    bad: list = dataclasses.field(default_factory=list)  # steps in which the loss of the last row, on one rank, is inf
+    empty: bool = False  # the model has no weights before the backend draws them
+    grouped: bool = False  # the loss at the end is that of a group which has all targets
+
+
+class OneBadRow(Changed):
+    """Batches whose last row, which only the last rank has, has an infinite loss in the steps `change`."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        batch = self.source.batch(step, rank, world)
+        weights = torch.ones(batch.tokens.shape)
+        if step in self.change and rank == world - 1:
+            weights[-1] = math.inf
+        return dataclasses.replace(batch, loss_weights=weights)
 
 
 def samples(count: int) -> Samples:
@@ -88,12 +106,15 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     """The trainer of a case."""
     torch.manual_seed(0)
     data = make_data(folder, case)
+    train = OneBadRow(data, set(case.bad)) if case.bad else data
     changes = {"max_steps": case.steps, "micro_batch_size": case.micro, "save_interval": 3, "keep": 20}
     changes |= {"dtype": "fp32", "compile": "off", "device": "cpu", "log_interval": 1}
     changes |= {"eval_interval": 4, "eval_batches": 2, "grad_clip": 0.2, "backend": case.backend}
     args = TrainArgs(**changes | case.train)
     optim = OptimArgs(optimizer=case.optimizer, lr=0.01, muon_lr=0.01, eps=EPS, warmup_steps=3)
-    model = Transformer(ModelArgs(**SHAPE | {"n_layers": 3, "max_seq_len": 80} | case.shape))
+    with torch.device("meta" if case.empty else "cpu"):
+        shape = ModelArgs(**SHAPE | {"n_layers": 3, "max_seq_len": 80} | case.shape)
+        model = Transformer(shape, initialize=not case.empty)
     model = model.double() if case.wide else model
     save, load = partial(directory.save_model, model=model), partial(directory.load_weights, model)
     if case.lora:
@@ -108,7 +129,8 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     optimizer = build_optimizer(model, optim)
     run, identity = folder / case.name, {"seed": 0}
     everything = {"save": save, "load": load, "identity": identity, "eval_data": data}
-    return Trainer(trained, optimizer, data, backend, args, optim, run, **everything)
+    everything["group_names"] = ("all",) if case.grouped else ()
+    return Trainer(trained, optimizer, train, backend, args, optim, run, **everything)
 
 
 def orthogonalize_wide(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -128,12 +150,14 @@ def run(folder: Path, case: Case, backend: SingleProcess) -> None:
     if case.wide:
         precision.DTYPES = {"fp32": torch.float64}
         optim.muon.orthogonalize = orthogonalize_wide
+    if case.bad:
+        guards.MOST_SKIPPED = state.MOST_SKIPPED = 3
     ours = make(folder, case, backend)
     steps: list = []
 
-    def recorded(state: TrainState, norm: float, n_tokens: int, n_targets: int, loss: float, *more: Any) -> None:
+    def recorded(own: TrainState, norm: float, n_tokens: int, n_targets: int, loss: float, *more: Any) -> None:
         steps.append([loss / n_targets, ours.optimizer.param_groups[0]["lr"], norm, n_targets])
-        ADD(state, norm, n_tokens, n_targets, loss, *more)
+        ADD(own, norm, n_tokens, n_targets, loss, *more)
         if case.stop and ours.state.step == case.stop:
             ours.signals.append(signal.SIGTERM)
         if backend.rank == 1 and ours.state.step == case.die:
@@ -148,18 +172,32 @@ def run(folder: Path, case: Case, backend: SingleProcess) -> None:
     except SystemExit:
         result = {}
     inner = ours.model.model if case.dpo else ours.model
-    tied = inner.lm_head.weight is inner.model.embed_tokens.weight
+    with backend.all_modules(inner) if case.train.keys() & {"tp", "pp"} else contextlib.nullcontext():
+        tied = inner.lm_head.weight is inner.model.embed_tokens.weight
     if ours.backend.main:
-        found = {"steps": steps, "tied": tied, "loss": result.get("loss")}
+        guarded = [ours.state.rollbacks, ours.state.avoid, sorted(path.name for path in ours.run.glob("guards/*"))]
+        found = {"steps": steps, "tied": tied, "loss": result.get("loss/all", result.get("loss")), "guards": guarded}
         (folder / f"{case.name}.json").write_text(json.dumps(found))
+
+
+def key(case: Case) -> tuple:
+    """What the backend of a case depends on."""
+    return case.backend, case.train.get("tp"), case.train.get("pp"), case.train.get("pp_schedule")
+
+
+def backend_of(case: Case) -> SingleProcess:
+    """The backend of a case."""
+    flags = TrainArgs(**{"grad_clip": 0.2} | case.train)
+    return make_backend(case.backend, "cpu", options_of(flags, batch_size=8))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = [Case(**json.loads(text)) for text in sys.argv[2:]]
-    flags = TrainArgs(**{"grad_clip": 0.2} | cases[0].train)
-    backend = make_backend(cases[0].backend, "cpu", options_of(flags, batch_size=8))
-    with backend:
+    with backend_of(cases[0]) as first:
+        ProcessGroup.join = lambda *_: None  # the others have the group of the first
+        backends = {key(cases[0]): first}
         for case in cases:
+            backend = backends[key(case)] = backends.get(key(case)) or backend_of(case)
             run(Path(sys.argv[1]), case, backend)
             backend.barrier()
