@@ -321,3 +321,17 @@ class MixedData(PretrainData):
             n = int(self._begins[k + 1] - self._begins[k])
             self._orders[k] = number, np.random.default_rng((self.seed, 2, int(k), int(number))).permutation(n)
         return self._orders[k][1]
+
+
+def composition(data: PretrainData, heldout: list[TokenBin]) -> list[dict[str, Any]]:
+    """Return what the bins hold, for the record of the run: tokens, documents, tokens or documents by source.
+
+    The weight of a bin is the number of times that an epoch reads it.
+    """
+    weights = [*data.weights, *[None] * len(heldout)]
+    kept = ("documents", "text_bytes", "sources")
+    return [
+        {"name": str(each.path), "tokens": len(each), "weight": weight, "held_out": weight is None}
+        | {name: each.meta[name] for name in kept if name in each.meta}
+        for each, weight in zip([*data.bins, *heldout], weights)
+    ]

@@ -35,7 +35,8 @@ DIALLED = (
 )
 MIXED = "a mixture takes all bins of its directories, in its shares; remove one of the two"
 WIDTH = "a checkpoint has its width; remove it"
-QAT = ("qat_bits", "qat_group_size")
+# fields that change a model that there is
+CHANGES = ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet", "qat_bits", "qat_group_size")
 NEEDS = (
     *TRAINING_NEEDS,
     Needs("rope.*", "init_from", SET, OF_CHECKPOINT),
@@ -154,7 +155,7 @@ from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from checks.check import conclude, lines
 from checks.learning import training_checks
-from dataset import MixedData, PretrainData
+from dataset import MixedData, PretrainData, composition
 from distributed.backend import make_backend, n_processes, refuse_slow_dtype
 from files import alone_in
 from model import Transformer
@@ -267,20 +268,6 @@ def make_data(
         phases = read_phases(args.data.mix, args.train.steps(data.steps_per_epoch))
         data = MixedData(sources, phases, seed=args.train.seed, **rows)
     return data, PretrainData(heldout, seed=0, shuffle=False, **rows) if heldout else None
-
-
-def composition(data: PretrainData, heldout: list[TokenBin]) -> list[dict[str, Any]]:
-    """Return what the bins hold, for the record of the run: tokens, documents, tokens or documents by source.
-
-    The weight of a bin is the number of times that an epoch reads it.
-    """
-    weights = [*data.weights, *[None] * len(heldout)]
-    kept = ("documents", "text_bytes", "sources")
-    return [
-        {"name": str(each.path), "tokens": len(each), "weight": weight, "held_out": weight is None}
-        | {name: each.meta[name] for name in kept if name in each.meta}
-        for each, weight in zip([*data.bins, *heldout], weights)
-    ]
 
 
 def make_sampler(
@@ -403,11 +390,7 @@ def identity(
         "optimizer": args.optim.optimizer,
         "init_from": args.init_from and [file_sha256(path) for path in weight_files(args.init_from)],
     }
-    changes = {
-        name: getattr(args, name)
-        for name in ("rope", "add_tokens", "add_special_tokens", "vocab_multiple_of", "bitnet", *QAT)
-    }
-    changes = {name: to_plain(value) for name, value in changes.items() if value != getattr(Args(), name)}
+    changes = {name: to_plain(getattr(args, name)) for name in CHANGES if getattr(args, name) != getattr(Args(), name)}
     return same | changes | {"shape": to_plain(model.args)}  # last: where a flag has changed it, the flag is named
 
 

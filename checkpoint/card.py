@@ -127,11 +127,16 @@ def of_stage(stage: Stage) -> Iterator[str]:
             lines.append(f"| {' | '.join(cells)} |")
         yield "\n".join(lines)
     yield "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings(stage))])
-    if numbers := stage.result or stage.on_the_way:
-        where = "all held-out data" if stage.result else "a part of the held-out data, on the way"
-        lines = [f"| on {where} | |", "|---|---|"]
+    for where, numbers in held_out(stage):
         in_nats = stage.settings.get("objective") in (None, "sft")  # the others are losses of pairs
-        yield "\n".join([*lines, *(f"| {name} | {value} |" for name, value in losses(numbers, in_nats))])
+        rows = [f"| {name} | {value} |" for name, value in losses(numbers, in_nats)]
+        yield "\n".join([f"| on {where} | |", "|---|---|", *rows])
+
+
+def held_out(stage: Stage) -> list[tuple[str, dict[str, float]]]:
+    """Return where the losses to show were measured, and the losses; nothing for a run that measured none."""
+    places = {"all held-out data": stage.result, "a part of the held-out data, on the way": stage.on_the_way}
+    return [(where, numbers) for where, numbers in places.items() if "loss" in numbers][:1]
 
 
 def settings(stage: Stage) -> Iterator[tuple[str, Any]]:
@@ -222,5 +227,9 @@ def lacks(model: Path, stages: list[Stage], own: Own) -> Iterator[str]:
             yield f"the licence of the data of {what}: {', '.join(unknown[:10])}" + ", ..." * (len(unknown) > 10)
         if not stage.data and stage.script in ("pretrain", "fine_tuning"):
             yield f"the data of {what}"
-        if stage.script in ("pretrain", "fine_tuning") and not (stage.result or stage.on_the_way):
-            yield f"a held-out loss of {what}"
+        if stage.script in ("pretrain", "fine_tuning"):
+            measured = held_out(stage)
+            if not measured:
+                yield f"a held-out loss of {what}"
+            elif "loss_error" not in measured[0][1]:
+                yield f"the interval of the held-out loss of {what}"

@@ -10,8 +10,9 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from checkpoint.locate import CONFIG
@@ -20,6 +21,7 @@ from checkpoint.safetensors_files import INDEX, SINGLE, split
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 
 
+@runtime_checkable
 class Stored(Protocol):
     """What has to be known of a tensor before it is read: shape, dtype by safetensors' name, and how to read it."""
 
@@ -69,9 +71,12 @@ def write_file(path: Path, tensors: Mapping[str, Any]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
-            loaded = tensor.load().contiguous()
-            if tuple(loaded.shape) != tuple(tensor.shape) or loaded.nbytes != n_bytes(tensor):
-                raise ValueError(
-                    f"{name} should be {tuple(tensor.shape)} of {tensor.dtype}, found {tuple(loaded.shape)}"
-                )
-            file.write(loaded.reshape(-1).view(torch.uint8).numpy())
+            file.write(numbers_of(name, tensor))
+
+
+def numbers_of(name: str, tensor: Stored) -> np.ndarray:
+    """Read a tensor; return its bytes, row by row. Raises ValueError where it is not what its entry says."""
+    loaded = tensor.load().contiguous()
+    if tuple(loaded.shape) != tuple(tensor.shape) or loaded.nbytes != n_bytes(tensor):
+        raise ValueError(f"{name} should be {tuple(tensor.shape)} of {tensor.dtype}, found {tuple(loaded.shape)}")
+    return loaded.reshape(-1).view(torch.uint8).numpy()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint.pickled_files import NAMES, read_training_file
+from checkpoint.streamed_pickle import write_pickle
 from files import written_aside
 from formats.base import FLAG_NAMES, TORCH_DTYPES, Checkpoint, Entries, Entry, Format, as_dtype, check_entries
 from formats.megatron_layout import (
@@ -231,14 +232,10 @@ def write(checkpoint: Checkpoint, entries: Entries, out: Path, options: ExportOp
     settings = settings_of(checkpoint.family("checkpoints of Megatron"), options, dtype)
     with written_aside(out) as aside:
         for folder in folders:
-            own: dict[str, Callable] = {
-                n.partition("/")[2]: e.load for n, e in entries.items() if n.startswith(f"{folder}/")
-            }
+            own = {name.partition("/")[2]: entry for name, entry in entries.items() if name.startswith(f"{folder}/")}
             (aside / "release" / folder).mkdir(parents=True)
-            state = {"args": settings, "checkpoint_version": 3.0, "iteration": 0}
-            torch.save(
-                state | {"model": {name: load() for name, load in own.items()}}, aside / "release" / folder / FILE
-            )
+            state = {"args": settings, "checkpoint_version": 3.0, "iteration": 0, "model": own}
+            write_pickle(aside / "release" / folder / FILE, state)
         (aside / LATEST).write_text("release")
         if checkpoint.with_tokenizer().tokenizer is not None:
             checkpoint.tokenizer.save(aside / "tokenizer")

@@ -142,14 +142,14 @@ def cut_piece(parts: list[Entry], cut: str, rank: int, tp: int, args: ModelArgs)
     """Return a rank's piece of a tensor that is made of our `parts`."""
     tensors = [part.load() for part in parts]
     if cut == "whole":
-        return tensors[0].clone()
+        return tensors[0]
     if cut == "columns":
-        return tensors[0].chunk(tp, 1)[rank].clone()
+        return tensors[0].chunk(tp, 1)[rank]
     if cut == "halves":
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     if cut == "rows":
         table = tensors[0]
         more = table.new_zeros(padded(len(table), tp) - len(table), table.shape[1])
-        return torch.cat([table, more]).chunk(tp)[rank].clone()
+        return torch.cat([table, more]).chunk(tp)[rank]
     heads = [tensor.unflatten(0, (args.n_kv_heads, -1, args.head_dim)) for tensor in tensors]
     return torch.cat(heads, 1).chunk(tp)[rank].flatten(0, 2)

@@ -17,6 +17,7 @@ import torch
 
 from checkpoint.pickled_files import NAMES as DTYPE_NAMES
 from checkpoint.pickled_files import PickledFile
+from checkpoint.streamed_pickle import write_pickle
 from cli.progress import say
 from files import read_json_object, written_aside
 from formats.base import FLAG_NAMES, Checkpoint, Entries, Entry, Format, as_dtype, check_entries, check_used
@@ -203,9 +204,8 @@ def write(checkpoint: Checkpoint, entries: Entries, out: Path, options: ExportOp
     with written_aside(out) as aside:
         (aside / PARAMS).write_text(json.dumps(params_of(args), indent=2))
         for rank in range(options.shards):
-            part = {name: part_of(name, entry.load(), rank, options.shards, llama3) for name, entry in entries.items()}
-            torch.save(part, aside / f"consolidated.{rank:02d}.pth")
-            del part  # before that of the next rank is made
+            part = {name: part_of(name, entry, rank, options.shards, llama3) for name, entry in entries.items()}
+            write_pickle(aside / f"consolidated.{rank:02d}.pth", part)
         tokenizer = checkpoint.with_tokenizer().tokenizer
         proto = None if tokenizer is None else proto_of(tokenizer)
         if proto is not None:
@@ -214,12 +214,13 @@ def write(checkpoint: Checkpoint, entries: Entries, out: Path, options: ExportOp
             say("no tokenizer is written: Meta's code reads SentencePiece models, and that of the model is none")
 
 
-def part_of(name: str, tensor: torch.Tensor, rank: int, shards: int, llama3: bool) -> torch.Tensor:
-    """Return what one rank has of a whole tensor, as a copy that holds no other numbers."""
-    if tensor.dim() == 1:
-        return tensor.clone()
+def part_of(name: str, entry: Entry, rank: int, shards: int, llama3: bool) -> Entry:
+    """Return what one rank has of a whole tensor."""
+    if len(entry.shape) == 1:
+        return entry
     axis = 1 if name.endswith(BY_COLUMNS) or (name == EMBEDDING and not llama3) else 0
-    return tensor.chunk(shards, axis)[rank].clone()
+    shape = tuple(n // shards if i == axis else n for i, n in enumerate(entry.shape))
+    return entry._replace(shape=shape, load=lambda: entry.load().chunk(shards, axis)[rank])
 
 
 def params_of(args: ModelArgs) -> dict[str, Any]:

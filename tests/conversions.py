@@ -51,6 +51,7 @@ FORMATS: dict[str, dict[str, Any]] = {  # column -> flags of export
     "huggingface, shards": {"format": "huggingface", "shard_size": 2e-5},
     "meta": {"format": "meta"},
     "meta, 2 ranks": {"format": "meta", "shards": 2},
+    "megatron, 2 x 2": {"format": "megatron", "tensor_parallel": 2, "pipeline_parallel": 2},
     "gguf F32": {"format": "gguf"},
     "gguf BF16": {"format": "gguf", "dtype": "bf16"},
     "gguf Q8_0": {"format": "gguf", "dtype": "q8_0"},

@@ -123,6 +123,18 @@ def test_what_the_record_lacks_is_named_and_nothing_is_made_up(tmp_path, capsys)
     assert "nats" not in text and "licen" not in text.replace(lacking, "").lower()
 
 
+def test_a_run_without_held_out_data_has_no_empty_table(folder, tmp_path):
+    assert "interval of the held-out loss" not in made(folder / "pretrain/best", tmp_path / "a.md")
+    path = folder / "pretrain/result.json"
+    result = json.loads(path.read_text())
+    del result["loss_error"]
+    write(path, result)
+    assert "- the interval of the held-out loss of pretraining\n" in made(folder / "pretrain/best", tmp_path / "b.md")
+    write(path, {key: result[key] for key in ("steps", "tokens", "model") if key in result})
+    text = made(folder / "pretrain/best", tmp_path / "c.md")
+    assert "held-out data |" not in text and "- a held-out loss of pretraining\n" in text
+
+
 def test_the_number_of_parameters_is_that_of_the_files(tmp_path):
     from checkpoint.history import parameters
 

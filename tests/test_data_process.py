@@ -115,7 +115,7 @@ def test_without_a_terminal_plain_lines_tell_how_far_it_is(make, monkeypatch, ca
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
     make([*made_up_texts(20), *["long enough, seen before"] * 20])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenizing")]
-    pattern = r"tokenizing: \d[\d.]+k? of \d[\d.]+kB, \d[\d.]+[kM]?B/s, 00:\d\d left"
+    pattern = r"tokenizing: \d[\d.]+k?B of \d[\d.]+kB, \d[\d.]+[kM]?B/s, 00:\d\d left"
     assert len(lines) >= 4 and re.fullmatch(pattern, lines[0])
 
 

@@ -130,7 +130,9 @@ def test_the_other_commands_name_a_file() -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    known = {"--help"}.union(*(flags(importlib.import_module(name).Args) for name in SECTIONS))
+    settings = [importlib.import_module(name).Args for name in SECTIONS]
+    settings += [command[1] for command in importlib.import_module("convert").COMMANDS.values()]
+    known = {"--help"}.union(*map(flags, settings))
     mentioned = {code.split()[0] for code in inline(TEXTS["README.md"]) if code.startswith("--")}
     assert mentioned and mentioned <= known
 
