@@ -370,11 +370,11 @@ def conclusion(
     if args.tokens:
         seconds = args.tokens / best.tokens_per_second
         yield f"fastest, {best.strategy.label}: {count(args.tokens)} tokens take {spent(args, where.device, seconds)}"
-    able, refused = sorted_out(source, where, step, fits)
+    able, refused = launch.sorted_out(source, where, step, fits)
     for why, labels in refused.items():
         yield f"not run by this repository: {', '.join(labels)}: {why}"
     if not able:
-        known, _ = sorted_out(source, where, step, others)
+        known, _ = launch.sorted_out(source, where, step, others)
         needs = f": the nearest, {known[0].found.strategy.label}, takes {known[0].found.size}" if known else ""
         yield f"Nothing that fits can be run with this repository{needs}."
     each_node = " (in each node)" * (args.gpus > args.per_node)
@@ -382,24 +382,11 @@ def conclusion(
         yield f"{each.found.strategy.label} is run by{each_node}:\n  {each.command()}"
 
 
-def sorted_out(
-    source: Source, where: cluster.Cluster, step: Step, found: list[cluster.Prediction]
-) -> tuple[list[launch.Launch], dict[str, list[str]]]:
-    """Return the strategies that this repository runs, and the labels of the others by the reason why not."""
-    able, refused = [], {}
-    for each in (launch.Launch(source, where, step, one) for one in found):
-        if why := each.refusal():
-            refused.setdefault(why, []).append(each.found.strategy.label)
-        else:
-            able.append(each)
-    return able, refused
-
-
 def write_launch(
     args: Args, source: Source, where: cluster.Cluster, step: Step, fits: list[cluster.Prediction]
 ) -> None:
     """Write the launch file of the fastest strategy that this repository runs. Raises ValueError where none fits."""
-    able, _ = sorted_out(source, where, step, fits)
+    able, _ = launch.sorted_out(source, where, step, fits)
     if not able:
         raise ValueError(f"--launch {args.launch}: no strategy that this repository runs fits; nothing is written")
     slurm = args.launch.suffix in (".slurm", ".sbatch")

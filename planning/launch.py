@@ -135,3 +135,16 @@ class Launch:
             "# DATA is a directory of data_process.py with the model's tokenizer. After a stop the same file goes on",
             f"# from the newest checkpoint.{each_node}",
         ]
+
+
+def sorted_out(
+    source: Source, where: Cluster, step: Step, found: list[Prediction]
+) -> tuple[list[Launch], dict[str, list[str]]]:
+    """Return the strategies that this repository runs, and the labels of the others by the reason why not."""
+    able, refused = [], {}
+    for each in (Launch(source, where, step, one) for one in found):
+        if why := each.refusal():
+            refused.setdefault(why, []).append(each.found.strategy.label)
+        else:
+            able.append(each)
+    return able, refused
