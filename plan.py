@@ -120,8 +120,10 @@ if __name__ == "__main__":
 
 def main(args: Args) -> dict[str, Any]:
     """Print what was asked for; return its numbers."""
-    if args.json is not None and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: there is no directory {args.json.parent}; make it first")
+    for name in ("json", "launch"):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"--{name} {path}: there is no directory {path.parent}; make it first")
     if args.picture is not None:
         picture.check_suffix(args.picture)
     if args.run:
@@ -305,9 +307,10 @@ def plan_many(args: Args, source: Source, where: cluster.Cluster, step: Step) ->
         write_launch(args, source, where, step, fits)
     rows = []
     for each in [*fits, *others]:
-        able = launch.runs_here(each.strategy, step.optimizer)
-        command = launch.Launch(source, where, step, each).command() if able else None
-        rows.append(dataclasses.asdict(each) | {"total": each.total, "fits": each in fits, "command": command})
+        run_by = launch.Launch(source, where, step, each)
+        refused = run_by.refusal()
+        how = {"command": None if refused else run_by.command(), "refused": refused}
+        rows.append(dataclasses.asdict(each) | {"total": each.total, "fits": each in fits} | how)
     by_part = {each.strategy.label: each.memory for each in [*fits, *others]}
     return {"device": dataclasses.asdict(device), "strategies": rows, "memory": by_part}
 
@@ -323,7 +326,8 @@ def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cl
     rows = max(1.0, 4e6 / step.seq_len / args.gpus)  # for each GPU; a power of 2 divides into micro-batches
     default = args.gpus * 2 ** round(math.log2(rows))
     batch_size = args.batch_size or source.batch_size or default
-    return cluster.Cluster(device, args.gpus, args.per_node, args.node_link * 1e9, args.mfu, step.seq_len, batch_size)
+    sizes = (args.gpus, args.per_node, args.node_link * 1e9, args.mfu, step.seq_len, batch_size)
+    return cluster.Cluster(device, *sizes, loaded=source.command.startswith("--init_from"))
 
 
 def strategy_rows(args: Args, fits: list[cluster.Prediction]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -366,31 +370,28 @@ def conclusion(
     if args.tokens:
         seconds = args.tokens / best.tokens_per_second
         yield f"fastest, {best.strategy.label}: {count(args.tokens)} tokens take {spent(args, where.device, seconds)}"
-    able = [each for each in fits if launch.runs_here(each.strategy, step.optimizer)]
-    if best not in able:
-        why = "which divides data, not tensors or layers" if best.strategy.name == "3D" else f"with {step.optimizer}"
-        yield f"{best.strategy.label} cannot be run with this repository, {why}."
+    able, refused = launch.sorted_out(source, where, step, fits)
+    for why, labels in refused.items():
+        yield f"not run by this repository: {', '.join(labels)}: {why}"
     if not able:
-        known = [each for each in others if launch.runs_here(each.strategy, step.optimizer)]
-        needs = f": the nearest, {known[0].strategy.label}, takes {known[0].size}" if known else ""
+        known, _ = launch.sorted_out(source, where, step, others)
+        needs = f": the nearest, {known[0].found.strategy.label}, takes {known[0].found.size}" if known else ""
         yield f"Nothing that fits can be run with this repository{needs}."
     each_node = " (in each node)" * (args.gpus > args.per_node)
     for each in able[:MOST_COMMANDS]:
-        command = launch.Launch(source, where, step, each).command()
-        yield f"{each.strategy.label} is run by{each_node}:\n  {command}"
+        yield f"{each.found.strategy.label} is run by{each_node}:\n  {each.command()}"
 
 
 def write_launch(
     args: Args, source: Source, where: cluster.Cluster, step: Step, fits: list[cluster.Prediction]
 ) -> None:
     """Write the launch file of the fastest strategy that this repository runs. Raises ValueError where none fits."""
-    able = [each for each in fits if launch.runs_here(each.strategy, step.optimizer)]
+    able, _ = launch.sorted_out(source, where, step, fits)
     if not able:
         raise ValueError(f"--launch {args.launch}: no strategy that this repository runs fits; nothing is written")
-    file = launch.Launch(source, where, step, able[0])
     slurm = args.launch.suffix in (".slurm", ".sbatch")
-    write_text(args.launch, file.file(launch.made_by(args), args.tokens, slurm))
-    print(f"{args.launch}: {able[0].strategy.label}, by {'sbatch' if slurm else 'bash'}")
+    write_text(args.launch, able[0].file(launch.made_by(args), args.tokens, slurm))
+    print(f"{args.launch}: {able[0].found.strategy.label}, by {'sbatch' if slurm else 'bash'}")
 
 
 if __name__ == "__main__":

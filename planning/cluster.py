@@ -2,9 +2,9 @@
 
 States of a parameter on a GPU, as the backends of this repository keep them: float32 weight 4 bytes, float32 gradient
 4, and AdamW's two moments 8; DeepSpeed's ZeRO keeps a float32 copy of its part of the weights beside them, 12. Weights
-and gradients also travel in float32. 3D is counted as other programs run it: bf16 weight 2, bf16 gradient 2, and 12 of
-the optimizer. Messages go around a ring: r - 1 of r parts pass every GPU. Every process holds the whole model, in
-float32, before it is divided: `Prediction.start`.
+and gradients also travel in float32. 3D is tensor x pipeline x data, over which FSDP2 divides what is left. Messages go
+around a ring: r - 1 of r parts pass every GPU. Under ZeRO every process holds the whole model, in float32, before it is
+divided: `Prediction.start`.
 
 The time of a step is compute / (1 - bubble) + the communication that no compute hides:
     compute      model operations (4/3 of them when blocks are recomputed) / (GPUs x peak x `efficiency`)
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from model_args import ModelArgs
 from planning.devices import GPUS, Device, usable
-from planning.memory import Step, logits_block, matrices, saved_by_block, saved_outside, training
+from planning.memory import Step, cast_weights, logits_block, matrices, saved_by_block, saved_outside, training
 from planning.tables import gib
 from training.flops import train_flops_per_token
 
@@ -45,6 +45,8 @@ class Cluster:
     seq_len: int
     batch_size: int
     """rows of an optimizer step, over all GPUs"""
+    loaded: bool = False
+    """whether the model is that of --init_from, which every GPU gets as a whole before it is divided"""
 
     def link(self, members: int) -> float:
         """Return the bytes a second between neighbours in groups of this many GPUs that follow each other."""
@@ -57,7 +59,7 @@ class Strategy:
     """One way to divide the work."""
 
     name: str
-    """DDP, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3 (DeepSpeed) or 3D (tensor x pipeline x data, with ZeRO-1 over data)"""
+    """DDP, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3 (DeepSpeed) or 3D (tensor x pipeline x data, with FSDP2 over data)"""
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
@@ -92,7 +94,7 @@ class Prediction:
     mfu: float
     tokens_per_second: float
     start: float = 0.0
-    """bytes of the whole model on every GPU, before it is divided"""
+    """bytes of the whole model on every GPU, before it is divided; 0 where each makes its part only"""
 
     @property
     def total(self) -> float:
@@ -128,48 +130,54 @@ def divisors(n: int) -> list[int]:
 # ---- memory
 
 
+def stage_of(args: ModelArgs, strategy: Strategy) -> ModelArgs:
+    """Return the shape of the fullest stage: its layers, and, where there are several stages, one table of two."""
+    tied = args.tie_embeddings or strategy.pipeline > 1
+    return args.replace(n_layers=args.n_layers // strategy.pipeline, tie_embeddings=tied)
+
+
 def share(args: ModelArgs, strategy: Strategy) -> float:
-    """Return the parameters on the GPU that has most of them, before ZeRO: the first or last stage, its part of TP."""
-    blocks = args.n_parameters() - args.dim - args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
-    tables = args.vocab_size * args.dim * (2 if strategy.pipeline == 1 and not args.tie_embeddings else 1)
-    return (blocks / strategy.pipeline + tables) / strategy.tensor + args.dim
+    """Return the parameters on the GPU that has most of them, before data ranks divide them: its part of a stage."""
+    return (stage_of(args, strategy).n_parameters() - args.dim) / strategy.tensor + args.dim
 
 
 def states(args: ModelArgs, strategy: Strategy, step: Step) -> dict[str, float]:
     """Return the bytes of weights, gradients and optimizer on a GPU, under any strategy but DDP."""
     p, n = share(args, strategy), strategy.data
-    if strategy.name == "3D":  # ZeRO-1 over the data-parallel groups
-        return {"weights": 2 * p, "gradients": 2 * p, "optimizer": 12 * p / n}
-    stage = {"ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "FSDP2": 3}[strategy.name]
-    sharded = {name: n if stage >= least else 1 for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
-    whole = {"weights": 4 * p, "gradients": 4 * p, "optimizer": 12 * p}
-    if strategy.name == "FSDP2":
-        whole["optimizer"] = training(args, step)["optimizer"]
-    kept = {name: size / sharded[name] for name, size in whole.items()}
-    if stage == 3:  # whole at a time: the present block, the next that is gathered, one gradient; the tables
+    kept = {"weights": 4 * p, "gradients": 4 * p, "optimizer": 12 * p}
+    if strategy.name in ("FSDP2", "3D"):
+        kept["optimizer"] = training(stage_of(args, strategy), step)["optimizer"] / strategy.tensor
+    if n == 1:
+        return kept
+    zero = {"ZeRO-1": 1, "ZeRO-2": 2}.get(strategy.name, 3)
+    for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
+        kept[name] /= n if zero >= least else 1
+    if strategy.pipeline > 1:  # torch's schedules reduce gradients, and let weights go, after the last micro-batch
+        kept |= {"gradients": 4 * p, "gathered": 4 * p}
+    elif zero == 3:  # whole at a time: the present block, the next that is gathered, one gradient; the tables
         tables = args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
-        kept["gathered"] = 4 * (3 * matrices(args) + tables)
+        kept["gathered"] = 4 * (3 * matrices(args) + tables) / strategy.tensor
     if strategy.offload:
         kept["optimizer"] = 0
     return kept
 
 
 def activations(args: ModelArgs, strategy: Strategy, step: Step, micro_batches: int) -> dict[str, float]:
-    """Return the bytes of activations and logits of 3D on the first or last stage, whichever has more, divided by TP
-    (with sequence parallelism). In 1F1B the first of p stages holds up to p micro-batches at once."""
+    """Return the bytes of activations and logits of 3D on the first or last stage, whichever has more.
+
+    TP divides them by tokens or heads; the inputs of attention, feed-forward and head are gathered, and kept whole. In
+    1F1B the first of p stages holds up to p micro-batches at once; each has its own copies of weights in bf16.
+    """
     t, p = strategy.tensor, strategy.pipeline
     layers, in_flight = args.n_layers / p, min(p, micro_batches)
     inputs = step.itemsize * step.rows * step.seq_len * args.dim
-    block = saved_by_block(args, step)
-    if step.checkpointing:
-        first = (in_flight * layers * inputs + block) / t
-        last = (layers * inputs + block) / t
-    else:
-        first, last = in_flight * layers * block / t, layers * block / t
-    loss = (saved_outside(args, step) + logits_block(args, step)) / t
+    gathered = inputs * (1 - 1 / t)  # what a GPU has of a whole input beside its own part
+    block = saved_by_block(args, step) / t + 2 * gathered + cast_weights(args, step) / t
+    kept, again = (inputs / t, block) if step.checkpointing else (block, 0)  # of a block and micro-batch; besides
+    loss = saved_outside(args, step) / t + gathered + logits_block(args.replace(vocab_size=args.vocab_size // t), step)
     if p == 1:
-        return {"activations": first, "logits and loss": loss}
-    return {"activations": max(first, last + loss)}
+        return {"activations": layers * kept + again, "logits and loss": loss}
+    return {"activations": max(in_flight * layers * kept, layers * kept + loss) + again}
 
 
 # ---- time
@@ -180,9 +188,12 @@ def communication(args: ModelArgs, strategy: Strategy, step: Step, micro_batches
     t, p, n = strategy.tensor, strategy.pipeline, strategy.data
     ring = (n - 1) / n
     rate = cluster.link(t * n)
-    gradient = (2 if strategy.name == "3D" else 4) * share(args, strategy)
+    gradient = 4 * share(args, strategy)
     kinds: list[tuple] = []
-    if strategy.name in ("ZeRO-3", "FSDP2"):  # gather for forward and backward, reduce gradients: every micro-batch
+    if p > 1:  # gather for forward and backward of every micro-batch; reduce gradients once, behind the last one
+        kinds.append((2 * ring * gradient * micro_batches, rate, "all"))
+        kinds.append((ring * gradient, rate, ""))
+    elif strategy.name in ("ZeRO-3", "FSDP2", "3D"):  # gather twice, reduce gradients: every micro-batch
         kinds.append((3 * ring * gradient * micro_batches, rate, "all"))
     elif strategy.name == "ZeRO-2":  # gradients of every micro-batch, because nobody keeps all; weights once
         kinds.append((ring * gradient * micro_batches, rate, "all"))
@@ -224,9 +235,15 @@ def predict(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -
         memory = dict(training(args, step)) | ({} if strategy.name == "DDP" else states(args, strategy, step))
     mfu = flops / seconds / (cluster.gpus * cluster.device.peak)
     volume = sum(size for size, *_ in kinds)
-    start = 0.0 if strategy.name == "3D" else 4.0 * args.n_parameters()
+    start = 4.0 * args.n_parameters() if starts_whole(args, strategy, cluster) else 0.0
     chosen = (strategy, step.rows, step.checkpointing, memory, seconds, bubble, volume, waiting, mfu, tokens / seconds)
     return Prediction(*chosen, start)
+
+
+def starts_whole(args: ModelArgs, strategy: Strategy, cluster: Cluster) -> bool:
+    """Return whether every process holds the whole model before it is divided (docs/distributed.md)."""
+    clex = (args.rope_scaling or {}).get("rope_type") == "clex"  # it draws weights of its own
+    return strategy.name not in ("FSDP2", "3D") or cluster.loaded or clex
 
 
 def best_of(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -> Prediction | None:

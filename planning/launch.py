@@ -8,20 +8,23 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from cli.flags import check_flags
+from distributed.split import check_rows, check_shape
 from optim.args import OptimArgs
 from planning.cluster import Cluster, Prediction, Strategy
 from planning.memory import Step
-from planning.shapes import Source
+from planning.shapes import Recipe, Source
 from planning.tables import count, duration, gib
+from training.args import NEEDS
 
 BACKENDS = {"DDP": "ddp", "FSDP2": "fsdp", "ZeRO-1": "deepspeed", "ZeRO-2": "deepspeed", "ZeRO-3": "deepspeed"}
-ABLE = {"FSDP2": ("muon", "adamw", "lion"), "ZeRO-1": ("adamw",), "ZeRO-2": ("adamw",), "ZeRO-3": ("adamw",)}
+DIVIDING = ("train.backend", "train.tp", "train.pp")  # the flags that say how a step is divided
 PORT = 29500
 
 
-def runs_here(strategy: Strategy, optimizer: str) -> bool:
-    """Return whether this repository runs a strategy with this optimizer."""
-    return strategy.name in BACKENDS and optimizer in ABLE.get(strategy.name, (optimizer,))
+def backend_of(strategy: Strategy) -> str:
+    """Return the --train.backend of a strategy; without data ranks, 3D has nothing that FSDP2 could divide."""
+    return BACKENDS.get(strategy.name, "fsdp" if strategy.data > 1 else "ddp")
 
 
 def made_by(args: Any) -> str:
@@ -43,6 +46,25 @@ class Launch:
     step: Step
     found: Prediction
 
+    def refusal(self) -> str | None:
+        """Return why this repository does not run it, as the scripts would say; None where it does."""
+        strategy, where = self.found.strategy, self.where
+        recipe = self.source.recipe or Recipe()
+        sizes = {"backend": backend_of(strategy), "tp": strategy.tensor, "pp": strategy.pipeline}
+        optim = dataclasses.replace(recipe.optim, optimizer=self.step.optimizer)
+        asked = dataclasses.replace(recipe, optim=optim, train=dataclasses.replace(recipe.train, **sizes))
+        try:
+            check_flags(asked, [row for row in NEEDS if row.flag in DIVIDING])
+            if strategy.name.startswith("ZeRO") and self.step.optimizer == "muon":
+                raise ValueError("DeepSpeed's flat parts hold no whole matrices, which Muon needs: --optimizer adamw")
+            if strategy.name == "3D":
+                check_shape(self.source.args, strategy.tensor, strategy.pipeline)
+                rows = where.batch_size // strategy.data
+                check_rows(strategy.tensor, strategy.pipeline, where.seq_len, False, rows, self.found.rows)
+        except ValueError as error:
+            return str(error)
+        return None
+
     @property
     def nodes(self) -> int:
         """Number of machines."""
@@ -56,7 +78,9 @@ class Launch:
     def script(self) -> list[str]:
         """Return the script and its flags, each with its values."""
         strategy = self.found.strategy
-        flags = [f"pretrain.py {self.source.command}", f"--train.backend {BACKENDS[strategy.name]}"]
+        flags = [f"pretrain.py {self.source.command}", f"--train.backend {backend_of(strategy)}"]
+        sizes = {"tp": strategy.tensor, "pp": strategy.pipeline}
+        flags += [f"--train.{name} {size}" for name, size in sizes.items() if size > 1]
         if strategy.name.startswith("ZeRO"):
             flags.append(f"--train.zero_stage {strategy.name[-1]}" + " --train.zero_offload True" * strategy.offload)
         default = self.source.recipe.optim.optimizer if self.source.recipe else OptimArgs().optimizer
@@ -111,3 +135,16 @@ class Launch:
             "# DATA is a directory of data_process.py with the model's tokenizer. After a stop the same file goes on",
             f"# from the newest checkpoint.{each_node}",
         ]
+
+
+def sorted_out(
+    source: Source, where: Cluster, step: Step, found: list[Prediction]
+) -> tuple[list[Launch], dict[str, list[str]]]:
+    """Return the strategies that this repository runs, and the labels of the others by the reason why not."""
+    able, refused = [], {}
+    for each in (Launch(source, where, step, one) for one in found):
+        if why := each.refusal():
+            refused.setdefault(why, []).append(each.found.strategy.label)
+        else:
+            able.append(each)
+    return able, refused

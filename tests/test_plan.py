@@ -13,6 +13,7 @@ import plan
 import pretrain
 from checkpoint import config_json
 from cli.args import parse
+from distributed.split import check_rows, check_shape
 from model_args import ModelArgs
 from planning.measure import Stepper, measure
 from planning.memory import Step
@@ -20,6 +21,7 @@ from planning.shapes import PUBLISHED
 from training.flops import train_flops_per_token
 
 REPOSITORY = Path(__file__).parents[1]
+FOUR_BLOCKS = "--shape.dim 64 --shape.n_heads 4 --shape.n_layers 4"
 
 
 def run(flags: str) -> dict:
@@ -68,14 +70,39 @@ def test_only_what_runs_here_gets_a_command(capsys, monkeypatch):
 
     args = parse(pretrain.Args, "pretrain", command[at + 1 :])
     assert args.train.backend == "ddp" and args.data.batch_size == 256 and 256 % (16 * args.train.micro_batch_size) == 0
-    run("--model llama2-70b --gpu h100 --gpus 24 --per_node 4")
-    said = capsys.readouterr().out
-    assert "torchrun" not in said and "cannot be run with this repository, which divides data" in said
-    assert "Nothing that fits can be run with this repository: the nearest, FSDP2, takes 257.0 GiB" in said
     rows = run("--model llama2-7b --gpu h100 --gpus 16 --optimizer muon")["strategies"]
     commands = {row["strategy"]["name"]: row["command"] for row in rows}
     assert "--train.backend fsdp" in commands["FSDP2"] and "optim.optimizer" not in commands["FSDP2"]  # the default
-    assert commands["3D"] is None and commands["ZeRO-2"] is None  # DeepSpeed divides no Muon
+    assert commands["ZeRO-2"] is None and "not run by this repository: ZeRO-2, " in capsys.readouterr().out
+
+
+def test_what_the_scripts_refuse_gets_no_command_but_their_reason(capsys):
+    """A vocabulary that TP does not divide; an optimizer that needs whole matrices."""
+    rows = run(f"{FOUR_BLOCKS} --shape.vocab_size 1001 --gpu h100 --gpus 4 --seq_len 64 --batch_size 8")["strategies"]
+    for row in rows:
+        assert (row["command"] is None) == (row["refused"] is not None) == (row["strategy"]["tensor"] > 1)
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "--train.tp 2 does not divide" in line)
+    assert "3D TP2 PP1 DP2" in line and "3D TP2 PP2 DP1" in line and "the model's 1001 rows of the embedding" in line
+    rows = run(f"{FOUR_BLOCKS} --gpu h100 --gpus 4 --seq_len 64 --batch_size 8 --optimizer adafactor")["strategies"]
+    assert {row["strategy"]["name"] for row in rows if row["command"]} == {"DDP"}
+    reasons = [row["refused"] or "" for row in rows]
+    wanted = "--train.tp 4 needs --optim.optimizer muon, adamw or lion, found adafactor"
+    assert any(why.startswith(wanted) for why in reasons)
+
+
+def test_commands_of_3d_are_those_that_pretrain_divides_so():
+    rows = run(f"{FOUR_BLOCKS} --gpu h100 --gpus 8 --seq_len 64 --batch_size 8")["strategies"]
+    found = [row for row in rows if row["strategy"]["name"] == "3D"]
+    assert len(found) > 5
+    for row in found:
+        sizes, words = row["strategy"], row["command"].split()
+        args = parse(pretrain.Args, "pretrain", words[words.index("pretrain.py") + 1 :])
+        train = args.train
+        assert (train.tp, train.pp) == (sizes["tensor"], sizes["pipeline"])
+        assert train.backend == ("fsdp" if sizes["data"] > 1 else "ddp") and train.tp * train.pp * sizes["data"] == 8
+        check_shape(args.model.made(1024, 64), train.tp, train.pp)
+        check_rows(train.tp, train.pp, 64, False, 8 // sizes["data"], train.micro_batch_size)
 
 
 def test_published_runs_agree(capsys):
@@ -124,6 +151,10 @@ def test_runs_side_by_side(tmp_path, capsys):
         ("--model llama2-7b --gpus 6 --per_node 4 --gpu h100", "--gpus 6 is not a multiple of --per_node 4"),
         ("--model llama2-7b --gpus 8 --gpu_memory 80", "--gpus 8 needs the speed of a GPU of 80 GiB"),
         ("--model tinyllama --gpus 7 --gpu h100 --batch_size 3", "--batch_size 3 does not divide into --gpus 7"),
+        (
+            "--model tinyllama --gpus 8 --gpu h100 --tokens 1e9 --launch no/such/a.sh",
+            "--launch no/such/a.sh: there is no directory no/such; make it first",
+        ),
         ("--run out/nothing", "--run out/nothing has no metrics.jsonl"),
     ],
 )

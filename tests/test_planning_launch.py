@@ -13,7 +13,10 @@ import plan
 import pretrain
 from cli.args import parse
 from planning import launch
-from planning.cluster import Strategy
+from planning.cluster import Cluster, Prediction, Strategy
+from planning.devices import GPUS
+from planning.memory import Step
+from planning.shapes import find_shape
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted(path for path in (REPOSITORY / "examples").iterdir() if path.suffix in (".sh", ".slurm"))
@@ -45,8 +48,10 @@ def test_an_example_is_bash_whose_command_pretrain_understands(path):
     options = dict(itertools.pairwise(words))
     nodes = int(options.get("--nnodes", 1))
     world = nodes * int(options["--nproc_per_node"])
-    assert args.data.batch_size % (world * args.train.micro_batch_size) == 0
-    assert args.train.backend in ("fsdp", "deepspeed") and args.model.n_layers == 32
+    data_ranks, rest = divmod(world, args.train.tp * args.train.pp)
+    assert rest == 0 and args.data.batch_size % (data_ranks * args.train.micro_batch_size) == 0
+    assert args.train.backend != "single" and f"_{world}xh100" in path.name
+    assert f"llama2-{7 if args.model.n_layers == 32 else 70}b" in path.name
     if path.suffix == ".slurm":
         assert f"#SBATCH --nodes={nodes}" in text and words[0] == "srun"
 
@@ -67,15 +72,36 @@ def test_the_steps_are_those_of_the_tokens(tmp_path):
 
 
 def test_what_cannot_be_run_gets_no_file(tmp_path):
-    words = f"--model llama2-70b --gpu h100 --gpus 128 --tokens 1e12 --launch {tmp_path / 'a.slurm'}"
+    words = f"--model llama2-70b --gpu 4090 --gpus 8 --tokens 1e12 --launch {tmp_path / 'a.slurm'}"
     with pytest.raises(ValueError, match="no strategy that this repository runs fits; nothing is written"):
         made(shlex.split(words))
     assert not (tmp_path / "a.slurm").exists()
 
 
-def test_which_strategies_run_here():
-    assert launch.runs_here(Strategy("DDP", data=8), "adafactor")
-    assert launch.runs_here(Strategy("FSDP2", data=8), "muon")
-    assert not launch.runs_here(Strategy("FSDP2", data=8), "adafactor")
-    assert not launch.runs_here(Strategy("ZeRO-2", data=8), "muon")
-    assert not launch.runs_here(Strategy("3D", 2, 2, 2), "adamw")
+@pytest.mark.parametrize(
+    "strategy, optimizer, why",
+    [
+        (Strategy("DDP", data=8), "adafactor", None),
+        (Strategy("FSDP2", data=8), "muon", None),
+        (Strategy("FSDP2", data=8), "adafactor", "--train.backend fsdp needs --optim.optimizer muon, adamw or lion"),
+        (Strategy("ZeRO-2", data=8), "muon", "whole matrices, which Muon needs: --optimizer adamw"),
+        (Strategy("3D", 2, 2, 2), "lion", None),
+        (Strategy("3D", 2, 2, 2), "adafactor", "needs --optim.optimizer muon, adamw or lion"),
+        (Strategy("3D", 3, 1, 1), "adamw", "--train.tp 3 does not divide the model's 32 query heads"),
+        (Strategy("3D", 1, 32, 1), "adamw", "--train.pp 32 is more than the model's 22 layers"),
+    ],
+)
+def test_which_strategies_run_here(strategy, optimizer, why):
+    where = Cluster(GPUS["h100"], 8, 8, 50e9, 0.45, 2048, 64)
+    source, step = find_shape("tinyllama"), Step(1, 2048, optimizer=optimizer)
+    found = Prediction(strategy, 1, False, {}, 1, 0, 0, 0, 0, 1)
+    refusal = launch.Launch(source, where, step, found).refusal()
+    assert refusal is None if why is None else why in refusal
+
+
+def test_a_preset_that_a_divided_model_cannot_follow_is_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("pretrain: {model: {dim: 64, n_heads: 4, vocab_size: 100}, train: {compile: 'on'}}")
+    where, found = Cluster(GPUS["h100"], 2, 8, 50e9, 0.45, 64, 8), Prediction(Strategy("3D", 2), 1, False, {}, *[1] * 6)
+    refusal = launch.Launch(find_shape(str(path)), where, Step(1, 64), found).refusal()
+    assert refusal.startswith("--train.tp 2 needs --train.compile auto or off, found on: a divided model is not")
