@@ -65,7 +65,8 @@ class Grammar:
         except ValueError as error:
             wrong = str(error)
         if wrong:
-            raise ApiError(400, f"response_format: this schema cannot be kept: {wrong}", "response_format")
+            why = wrong.split("<state>")[0].strip()  # what follows is llguidance's own state
+            raise ApiError(400, f"response_format: this schema cannot be kept: {why}", "response_format")
 
     def adjust(self, inner: Adjust | None) -> Adjust:
         """Return what masks the logits of one answer, after `inner` has changed them. It remembers the answer."""

@@ -171,7 +171,12 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """POST /detokenize"""
     body = read_body(DetokenizeRequest, await body_of(request))
-    text = service_of(request, body.model).assistant.tokenizer.decode(body.tokens, skip_special=False)
+    tokenizer = service_of(request, body.model).assistant.tokenizer
+    wrong = next((id for id in body.tokens if id >= tokenizer.vocab_size), None)
+    if wrong is not None:
+        message = f"tokens: the vocabulary has ids 0..{tokenizer.vocab_size - 1}, found {wrong}"
+        raise ApiError(400, message, "tokens")
+    text = tokenizer.decode(body.tokens, skip_special=False)
     return JSONResponse({"prompt": text, "content": text})
 
 

@@ -304,6 +304,7 @@ def test_tokens_and_texts(server):
         ("/v1/nothing", {}, 404, "there is nothing at /v1/nothing"),
         (TEXT, None, 405, "GET is not for /v1/completions"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens.0 should be greater than or equal to 0"),
+        ("/detokenize", {"tokens": [1, 10**6]}, 400, "tokens: the vocabulary has ids 0.."),
     ],
 )
 def test_what_is_wrong_is_named(server, path, body, status, message):
