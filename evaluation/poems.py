@@ -76,14 +76,14 @@ class PoemForms(TextTask[Poem]):
         exact, exact/FORM: the answer has the form that was asked for. verbatim: share of its lines that occur in a
         training poem. Only for answers with the right form: repeats (a line occurs twice), repeated (share of its
         characters that it has had before), title (a character of the title occurs), and by the rhyme book, if there is
-        one, rhyme, tones (share of its lines whose tones alternate) and couplets (share of its couplets whose tones are
-        opposite).
+        one, rhyme, strict rhyme (without using a character twice), tones (share of its lines whose tones alternate)
+        and couplets (share of its couplets whose tones are opposite).
         """
         lines, exact = split_lines(answer), form_of(answer) == example.form
         shares = {f"exact/{form}": Share(int(exact), 1) if form == example.form else Share() for form in forms}
         shares["exact"] = Share(int(exact), 1)
         shares["verbatim"] = Share(sum(line in self.training_lines for line in lines), len(lines))
-        none = dict.fromkeys(("rhyme", "tones", "couplets", "repeats", "repeated", "title"), Share())
+        none = dict.fromkeys(("rhyme", "strict rhyme", "tones", "couplets", "repeats", "repeated", "title"), Share())
         return shares | none | (self.craft(example.title, lines) if exact else {})
 
     def craft(self, title: str, lines: Sequence[str]) -> dict[str, Share]:
@@ -96,9 +96,11 @@ class PoemForms(TextTask[Poem]):
         }
         if book is None:
             return shares
-        pairs = list(zip(lines[::2], lines[1::2]))
+        pairs, rhymes = list(zip(lines[::2], lines[1::2])), bool(common_rhymes(lines, book))
+        ends = [line[-1] for line in lines[1::2]]
         return shares | {
-            "rhyme": Share(int(bool(common_rhymes(lines, book))), 1),
+            "rhyme": Share(int(rhymes), 1),
+            "strict rhyme": Share(int(rhymes and len({*ends}) == len(ends)), 1),
             "tones": Share(sum(alternates(line, book) for line in lines), len(lines)),
             "couplets": Share(sum(opposes(a, b, book) for a, b in pairs), len(pairs)),
         }
@@ -191,6 +193,7 @@ def evenly(poems: Iterable[Poem], n: int) -> list[Poem]:
 ROWS = {
     "exact": "exactly the asked form",
     "rhyme": "rhyming, of those",
+    "strict rhyme": "rhyming, no end twice",
     "tones": "lines whose tones alternate",
     "couplets": "couplets of opposite tones",
     "repeated": "characters that it has had before",

@@ -132,6 +132,14 @@ def test_measure_counts_what_one_counts_by_hand(poems):
     assert all(without[name] == Share(0, 0) for name in ("rhyme", "tones", "couplets"))
 
 
+def test_a_rhyme_with_the_same_character_is_no_strict_one(poems):
+    book = {character: {Rhyme("x", True)} for character in "心深"}
+    lines = "千山一望心", "万里归人心", "何处是君家", "白云如水"
+    for last, strict in (("深", 1), ("心", 0)):
+        shares = task_on(poems, book).craft("望", [*lines[:3], lines[3] + last])
+        assert shares["rhyme"] == Share(1, 1) and shares["strict rhyme"] == Share(strict, 1)
+
+
 def test_craft_is_counted_as_one_counts_by_hand(poems):
     tones = {level: {Rhyme("x", True)} for level in "平风空东"} | {oblique: {Rhyme("y", False)} for oblique in "仄月"}
     tones["两"] = {Rhyme("x", True), Rhyme("y", False)}
@@ -161,7 +169,7 @@ def test_evenly_takes_the_same_number_of_each_form(poems):
 
 def test_the_table_names_every_share(poems):
     text = table(task_on(poems).scores(poems[:1], [""]), task_on(poems).baseline())
-    assert text.count("\n") == 22
+    assert text.count("\n") == 24
     assert all(form in text for form in forms) and "rhyming" in text and "verbatim" in text
     assert "0 of 1" in text
 
