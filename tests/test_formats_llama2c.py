@@ -16,7 +16,8 @@ from convert import Export, Import
 from decoding.generate import generate
 from decoding.params import SamplingParams
 from formats import llama2c, llama2c_tokenizer
-from tokenizer import load_tokenizer
+from formats.vocabulary import new_model
+from tokenizer import SentencePieceTokenizer, load_tokenizer
 
 VERSIONS = ("llama2c", "llama2c_v1", "llama2c_q8")
 
@@ -140,6 +141,19 @@ def test_damaged_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"is no tokenizer\.bin"):
         llama2c_tokenizer.read(tmp_path / "tokenizer.bin")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_notice_says_that_a_tokenizer_removes_spaces(tmp_path, capsys):
+    kinds = [2, 3, 3, *[6] * 256, 1]
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)], "\u2581"]
+    proto = new_model(pieces, [0.0] * len(pieces), kinds, {"unk": 0, "bos": 1, "eos": 2})
+    for removes in (False, True):
+        proto.normalizer_spec.remove_extra_whitespaces = removes
+        path = tmp_path / "tokenizer.model"
+        own = SentencePieceTokenizer(proto.SerializeToString(), path, {"add_bos_token": True})
+        assert (own.encode(" a  b ") == own.encode("a b")) is removes
+        llama2c_tokenizer.to_bytes(own)
+        assert ("run.c will read other ids" in capsys.readouterr().err) is removes
 
 
 def test_tokenizers_go_there_and_back(tmp_path, capsys):
