@@ -131,6 +131,10 @@ def test_damaged_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"the header of llama2.c has 7 numbers|shorter than a header"):
         convert.import_(Import(source=tmp_path / "cut.bin", out=tmp_path / "out"))
     raw = bytearray((tmp_path / "llama2c.bin").read_bytes())
+    (tmp_path / "half.bin").write_bytes(raw[: len(raw) // 2])
+    sizes = f"should have {len(raw):,} bytes, as its header says, found {len(raw) // 2:,}: it is truncated"
+    with pytest.raises(ValueError, match=sizes):
+        convert.import_(Import(source=tmp_path / "half.bin", out=tmp_path / "out"))
     at = len(raw) - 64 * 4 * 4  # the last table, (64, 4)
     raw[at : at + 512] = bytes(512)
     raw[at - 256 : at] = bytes(256)
