@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+LEAST_FREE = 2**20  # bytes on a disk that is not full
 MOST_DIGITS = 300  # of a whole number in the JSON files of others
 
 # ---- directories
@@ -51,9 +52,21 @@ def written_aside(directory: Path) -> Iterator[Path]:
         aside.rename(directory)
         sync(directory.parent)
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, in the words of three libraries
-        raise OSError(f"could not write {directory}, what was saved before is as it was: {error}") from error
+        why = reason(error, directory.parent)
+        raise OSError(f"could not write {directory}, what was saved before is as it was: {why}") from error
     finally:
         tidy()
+
+
+def reason(error: Exception, directory: Path) -> str:
+    """Return why writing into `directory` failed; a full disk is called so, however little a library says of it.
+
+    NumPy says "65536 requested and 54056 written"; what was written fills the disk until it is removed.
+    """
+    with suppress(OSError):
+        if shutil.disk_usage(directory).free < LEAST_FREE:
+            return f"the disk is full ({error}); free some space, then repeat the command"
+    return str(error)
 
 
 @contextmanager
@@ -73,7 +86,7 @@ def files_aside(*paths: Path) -> Iterator[list[Path]]:
             aside.replace(path)
         sync(paths[0].parent)
     except (RuntimeError, OSError) as error:
-        raise OSError(f"could not write {paths[0]}: {error}") from error
+        raise OSError(f"could not write {paths[0]}: {reason(error, paths[0].parent)}") from error
     finally:
         for aside in asides:
             aside.unlink(missing_ok=True)

@@ -64,13 +64,13 @@ class Args:
     shape: ModelArgs = field(default_factory=ModelArgs)
     gpu: str | None = None
     """GPU from the table of data sheets, such as h100, a100, 4090; default: this machine"""
-    gpu_memory: Annotated[float, (0, 10_000)] = 0
-    """GiB of the device, instead of the table's; 0: as the table or the machine says"""
-    gpu_tflops: Annotated[float, (0, 1e6)] = 0
+    gpu_memory: Annotated[float | None, (0.001, 10_000)] = None
+    """GiB of the device, instead of the table's; None: as the table or the machine says"""
+    gpu_tflops: Annotated[float | None, (1e-6, 1e6)] = None
     """1e12 dense bfloat16 operations a second, likewise"""
-    gpu_bandwidth: Annotated[float, (0, 1e6)] = 0
+    gpu_bandwidth: Annotated[float | None, (1e-6, 1e6)] = None
     """GB/s of the device's memory, likewise"""
-    gpu_link: Annotated[float, (0, 1e5)] = 0
+    gpu_link: Annotated[float | None, (1e-6, 1e5)] = None
     """GB/s between GPUs of a node in one direction, likewise"""
     gpus: Annotated[int, (1, 1_000_000)] = 1
     """number of GPUs; above 1, strategies are ranked"""
@@ -78,20 +78,20 @@ class Args:
     """GPUs in a node"""
     node_link: Annotated[float, (0.001, 1e5)] = 50.0
     """GB/s between nodes for each GPU in one direction (50: 400 Gbit/s InfiniBand for each)"""
-    seq_len: Annotated[int, (0, 10**8)] = 0
-    """tokens of a row; 0: as the preset says, else the model's context"""
-    rows: Annotated[int, (0, 10**6)] = 0
-    """rows of a micro-batch in the table for one process; 0: as the preset says, else 1"""
-    batch_size: Annotated[int, (0, 10**7)] = 0
-    """rows of an optimizer step over all GPUs; 0: as the preset says, else about 4 M tokens"""
+    seq_len: Annotated[int | None, (1, 10**8)] = None
+    """tokens of a row; None: as the preset says, else the model's context"""
+    rows: Annotated[int | None, (1, 10**6)] = None
+    """rows of a micro-batch in the table for one process; None: as the preset says, else 1"""
+    batch_size: Annotated[int | None, (1, 10**7)] = None
+    """rows of an optimizer step over all GPUs; None: as the preset says, else about 4 M tokens"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of activations; auto: bf16 on a GPU, and on a CPU that has instructions for it"""
     optimizer: Literal[("auto", *OPTIMIZERS)] = "auto"  # type: ignore[valid-type]
     """auto: that of the preset, else adamw"""
     lora_r: Annotated[int, (1, 65536)] = 8
     """rank of the adapters in the rows on LoRA"""
-    tokens: Annotated[float, (0, 1e18)] = 0
-    """tokens to train on: time, energy and loss are predicted; 0: not"""
+    tokens: Annotated[float | None, (1, 1e18)] = None
+    """tokens to train on: time, energy and loss are predicted; None: not"""
     mfu: Annotated[float, (0.01, 1)] = 0.45
     """share of the peak that the products of a step reach by themselves; published runs: 0.33 to 0.56"""
     price: Annotated[float, (0, 1e6)] = 0
@@ -159,13 +159,13 @@ def plan(args: Args) -> dict[str, Any]:
 
 def choose_device(args: Args) -> Device:
     """Return the device of the flags. Raises ValueError for a name that is not in the table."""
-    own = {
-        "memory": args.gpu_memory * GIB,
-        "peak": args.gpu_tflops * 1e12,
-        "bandwidth": args.gpu_bandwidth * 1e9,
-        "link": args.gpu_link * 1e9,
+    given = {
+        "memory": (args.gpu_memory, GIB),
+        "peak": (args.gpu_tflops, 1e12),
+        "bandwidth": (args.gpu_bandwidth, 1e9),
+        "link": (args.gpu_link, 1e9),
     }
-    own = {name: value for name, value in own.items() if value}
+    own = {name: value * unit for name, (value, unit) in given.items() if value is not None}
     if args.gpu:
         return replace(devices.find(args.gpu), **own)
     if "memory" in own:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cli.extras import install_command
+from cli.progress import say
 from files import files_aside
 from formats import gguf_quants, gguf_settings, gguf_tokenizer, modelfile
 from formats.base import FLAG_NAMES, TORCH_DTYPES, Checkpoint, Entries, Entry, Format, check_entries, check_used
@@ -188,6 +189,10 @@ def lay_out(checkpoint: Checkpoint, options: Options) -> Entries:
         kind = gguf_quants.type_of(name, entry.shape, wanted)
         heads = heads_of(ours, args.n_heads, args.n_kv_heads) if permuted else None
         entries[name] = Entry(entry.shape, kind, (ours,), partial(encoded, entry, kind, heads))
+    for sentence in gguf_quants.larger_types(
+        {name: each.shape for name, each in entries.items()}, KINDS.get(options.dtype, "F32")
+    ):
+        say(sentence)
     factors = gguf_settings.frequencies(args)
     if factors is not None:
         entries[FREQUENCIES] = Entry(tuple(factors.shape), "F32", (), factors.numpy)

@@ -7,6 +7,8 @@ The solver is the one of llama.cpp (ggml-quants.c: quantize_row_q4_K_ref, make_q
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 BLOCKS = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q4_K": 256}  # weights that are stored together
@@ -17,16 +19,39 @@ ROWS = 4096  # blocks of 256 that are solved at once, which takes about 50 MB
 def type_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
     """Return the type in which a tensor is stored; name: GGUF's.
 
+    A row that blocks of the type of its role do not divide has the next larger type that does.
+    """
+    kind = type_of_role(name, shape, wanted)
+    if shape[-1] % BLOCKS[kind]:
+        return "Q8_0" if shape[-1] % BLOCKS["Q8_0"] == 0 else "F16"
+    return kind
+
+
+def type_of_role(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """Return the type that a tensor has where blocks divide its rows.
+
     Vectors are float32: llama.cpp reads no others. With 4 bits, embedding and head have 8, as errors there are not
-    averaged by later layers. A row that blocks do not divide has the next larger type that does.
+    averaged by later layers.
     """
     if len(shape) == 1:
         return "F32"
-    if wanted in ("Q4_0", "Q4_K") and name in ("token_embd.weight", "output.weight"):
-        wanted = "Q8_0"
-    if shape[-1] % BLOCKS[wanted]:
-        wanted = "Q8_0" if shape[-1] % BLOCKS["Q8_0"] == 0 else "F16"
-    return wanted
+    return "Q8_0" if wanted in ("Q4_0", "Q4_K") and name in ("token_embd.weight", "output.weight") else wanted
+
+
+def larger_types(shapes: Mapping[str, tuple[int, ...]], wanted: str) -> list[str]:
+    """Return a sentence for each type that matrices have in place of that of their role, as blocks do not divide their
+    rows; shapes: by GGUF's names."""
+    widths: dict[tuple[str, str], list[int]] = {}  # (type of the role, type in the file) -> widths of such matrices
+    for name, shape in shapes.items():
+        role, kind = type_of_role(name, shape, wanted), type_of(name, shape, wanted)
+        if kind != role:
+            widths.setdefault((role, kind), []).append(shape[-1])
+    matrices = sum(len(shape) > 1 for shape in shapes.values())
+    return [
+        f"{len(found)} of {matrices} matrices are written as {kind} instead of {role}: blocks of {BLOCKS[role]} "
+        f"weights do not divide their rows of {' and '.join(map(str, sorted(set(found))))}; the file is larger"
+        for (role, kind), found in widths.items()
+    ]
 
 
 def n_bytes(shape: tuple[int, ...], kind: str) -> int:

@@ -12,7 +12,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from cli.progress import say
 from formats.gguf_settings import Field
-from formats.vocabulary import new_model, proto_of
+from formats.vocabulary import new_model, normalises, proto_of
 from tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 KEY = "tokenizer.ggml."
@@ -59,7 +59,7 @@ def write(tokenizer: Tokenizer | None, vocab_size: int, stop_ids: list[int] | No
 def write_pieces(proto: ModelProto, vocab_size: int) -> dict[str, Field]:
     """Return the table of a SentencePiece model."""
     norm, unigram = proto.normalizer_spec, proto.trainer_spec.model_type == TrainerSpec.UNIGRAM
-    if not unigram and (norm.precompiled_charsmap or norm.remove_extra_whitespaces):
+    if not unigram and normalises(proto):
         say("the tokenizer normalises texts, and llama.cpp's of SentencePiece BPE does not: ids of such texts differ")
     if unigram and proto.trainer_spec.byte_fallback:
         say("llama.cpp's unigram tokenizer has <unk> for unknown characters, and that of the model their bytes")

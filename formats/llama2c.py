@@ -117,10 +117,20 @@ def detect(path: Path) -> bool:
         return False
     if path.open("rb").read(4) == MAGIC:
         return True
+    return size_said(path) == path.stat().st_size
+
+
+def is_cut(path: Path) -> bool:
+    """Whether the numbers at the beginning of a file are those of a model, and the file ends before they say."""
+    return path.is_file() and path.stat().st_size < size_said(path)
+
+
+def size_said(path: Path) -> int:
+    """Return the bytes that the header of a file says; 0 where it is none of llama2.c."""
     try:
-        return places(read_header(path))[""][1] == path.stat().st_size
+        return places(read_header(path))[""][1]
     except (ValueError, ZeroDivisionError, OverflowError):
-        return False
+        return 0
 
 
 def read(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ from pathlib import Path
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from cli.progress import say
-from formats.vocabulary import BYTE_NAME, new_model, proto_of
+from formats.vocabulary import BYTE_NAME, new_model, normalises, proto_of
 from tokenizer import SPACE, SentencePieceTokenizer, Tokenizer
 
 BOS, EOS = "\n<s>\n", "\n</s>\n"  # how it writes the two
@@ -31,7 +31,7 @@ def to_bytes(tokenizer: Tokenizer | None) -> bytes | None:
         "ids other than 1 and 2 for bos and eos": (tokenizer.bos_id, tokenizer.eos_id) != (1, 2),
         "no space before a text": not proto.normalizer_spec.add_dummy_prefix,
         "no bos before a text": not tokenizer.begins,
-        "a text that is normalised": bool(proto.normalizer_spec.precompiled_charsmap),
+        "a text whose characters or spaces are normalised": normalises(proto),
     }
     if found := [what for what, differs in differences.items() if differs]:
         say(f"run.c will read other ids than the tokenizer of the model, which has {', '.join(found)}")

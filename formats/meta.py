@@ -17,6 +17,7 @@ import torch
 
 from checkpoint.pickled_files import NAMES as DTYPE_NAMES
 from checkpoint.pickled_files import PickledFile
+from checkpoint.safetensors_files import listed
 from checkpoint.streamed_pickle import write_pickle
 from cli.progress import say
 from files import read_json_object, written_aside
@@ -46,7 +47,7 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> Checkpoint:
     """Return the model in a directory, and the SentencePiece tokenizer beside it, where there is one."""
-    params, files = read_json_object(path / PARAMS), sorted(path.glob(PATTERN))
+    params, files = read_json_object(path / PARAMS), files_of_ranks(path)
     parts = [tensors_of(file) for file in files]
     names = list(parts[0])
     for file, part in zip(files, parts):
@@ -84,6 +85,19 @@ def read(path: Path) -> Checkpoint:
     if tokenizer is not None:
         tokenizer.begins = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     return Checkpoint(path, args, entries, tokenizer=tokenizer, ignored=IGNORED)
+
+
+def files_of_ranks(path: Path) -> list[Path]:
+    """Return the files of all ranks in their order; FileNotFoundError names the ones that are missing between them."""
+    files = sorted(path.glob(PATTERN))
+    numbers = [file.name.split(".")[1] for file in files]
+    if all(number.isdecimal() for number in numbers):
+        names = [f"consolidated.{rank:02d}.pth" for rank in range(int(numbers[-1]) + 1)]
+        if missing := [name for name in names if not (path / name).is_file()]:
+            raise FileNotFoundError(
+                f"{path} has {files[-1].name} but not {listed(missing)}: copy all files of it again"
+            )
+    return files
 
 
 def tensors_of(file: Path) -> dict[str, torch.Tensor]:

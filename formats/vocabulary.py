@@ -34,6 +34,12 @@ def proto_of(tokenizer: Tokenizer) -> ModelProto | None:
     return proto
 
 
+def normalises(proto: ModelProto) -> bool:
+    """Return whether a SentencePiece model changes a text before it is cut: characters, or spaces that are two or at an
+    end."""
+    return bool(proto.normalizer_spec.precompiled_charsmap) or proto.normalizer_spec.remove_extra_whitespaces
+
+
 def new_model(
     pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], ids: dict[str, int], prefix: bool = True
 ) -> ModelProto:

@@ -100,6 +100,21 @@ def test_few_bits_are_those_that_the_library_reads(dtype, most, tmp_path):
         assert (back[name] - weight).norm() <= most * weight.norm(), name
 
 
+def test_a_notice_counts_the_matrices_that_blocks_do_not_divide(tmp_path, capsys):
+    saved(tmp_path / "in", dim=256, hidden_dim=336, n_layers=2, tie_embeddings=False)
+    _, stored = read_file(exported(tmp_path, "q4_k"))
+    assert sum(each.kind.name == "F16" for each in stored.values()) == 2  # rows of 336 = 10.5 * 32, of ffn_down
+    said = capsys.readouterr().err
+    assert "2 of 16 matrices are written as F16 instead of Q4_K: blocks of 256 weights do not divide" in said
+    saved(tmp_path / "small/in", dim=64, hidden_dim=160, n_layers=1)
+    _, stored = read_file(exported(tmp_path / "small", "q4_k"))
+    assert {each.kind.name for each in stored.values()} == {"Q8_0", "F32"}
+    said = capsys.readouterr().err
+    assert "7 of 8 matrices are written as Q8_0 instead of Q4_K" in said and "their rows of 64 and 160;" in said
+    exported(tmp_path / "small", "q4_0")
+    assert "instead of" not in capsys.readouterr().err
+
+
 def test_q4_k_is_better_than_q4_0_and_takes_odd_blocks() -> None:
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((32, 512)).astype(np.float32)

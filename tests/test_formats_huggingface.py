@@ -104,6 +104,11 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path):
         convert.import_(Import(source=tmp_path / "in", out=tmp_path / "there"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         convert.import_(Import(source=tmp_path / "nowhere", out=tmp_path / "out"))
+    (tmp_path / "nothing").touch()
+    with pytest.raises(ValueError, match="nothing is an empty file, of 0 bytes: copy or download it again"):
+        convert.import_(Import(source=tmp_path / "nothing", out=tmp_path / "out"))
+    with pytest.raises(ValueError, match="there is an empty directory: copy the model into it"):
+        convert.import_(Import(source=tmp_path / "there", out=tmp_path / "out"))
     (tmp_path / "noise").write_bytes(b"\x07noise of no kind")
     with pytest.raises(ValueError, match="begins with the bytes 07 6e 6f 69 73 65 20 6f, is in no format that is read"):
         convert.import_(Import(source=tmp_path / "noise", out=tmp_path / "out"))

@@ -16,7 +16,8 @@ from convert import Export, Import
 from decoding.generate import generate
 from decoding.params import SamplingParams
 from formats import llama2c, llama2c_tokenizer
-from tokenizer import load_tokenizer
+from formats.vocabulary import new_model
+from tokenizer import SentencePieceTokenizer, load_tokenizer
 
 VERSIONS = ("llama2c", "llama2c_v1", "llama2c_q8")
 
@@ -130,6 +131,10 @@ def test_damaged_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"the header of llama2.c has 7 numbers|shorter than a header"):
         convert.import_(Import(source=tmp_path / "cut.bin", out=tmp_path / "out"))
     raw = bytearray((tmp_path / "llama2c.bin").read_bytes())
+    (tmp_path / "half.bin").write_bytes(raw[: len(raw) // 2])
+    sizes = f"should have {len(raw):,} bytes, as its header says, found {len(raw) // 2:,}: it is truncated"
+    with pytest.raises(ValueError, match=sizes):
+        convert.import_(Import(source=tmp_path / "half.bin", out=tmp_path / "out"))
     at = len(raw) - 64 * 4 * 4  # the last table, (64, 4)
     raw[at : at + 512] = bytes(512)
     raw[at - 256 : at] = bytes(256)
@@ -140,6 +145,19 @@ def test_damaged_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"is no tokenizer\.bin"):
         llama2c_tokenizer.read(tmp_path / "tokenizer.bin")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_notice_says_that_a_tokenizer_removes_spaces(tmp_path, capsys):
+    kinds = [2, 3, 3, *[6] * 256, 1]
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)], "\u2581"]
+    proto = new_model(pieces, [0.0] * len(pieces), kinds, {"unk": 0, "bos": 1, "eos": 2})
+    for removes in (False, True):
+        proto.normalizer_spec.remove_extra_whitespaces = removes
+        path = tmp_path / "tokenizer.model"
+        own = SentencePieceTokenizer(proto.SerializeToString(), path, {"add_bos_token": True})
+        assert (own.encode(" a  b ") == own.encode("a b")) is removes
+        llama2c_tokenizer.to_bytes(own)
+        assert ("run.c will read other ids" in capsys.readouterr().err) is removes
 
 
 def test_tokenizers_go_there_and_back(tmp_path, capsys):

@@ -162,6 +162,9 @@ def test_what_is_wrong_is_one_sentence(tmp_path):
     (folder / "consolidated.01.pth").unlink()
     with pytest.raises(ValueError, match="is not a whole model: it has other shapes"):
         convert.import_(Import(source=folder, out=tmp_path / "out"))
+    (folder / "consolidated.02.pth").write_bytes(raw)
+    with pytest.raises(FileNotFoundError, match=r"has consolidated\.02\.pth but not consolidated\.01\.pth: copy all"):
+        convert.import_(Import(source=folder, out=tmp_path / "out"))
     assert not (tmp_path / "it_ran").exists() and not (tmp_path / "out").exists()
 
 

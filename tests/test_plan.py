@@ -171,6 +171,14 @@ def test_bad_input_is_one_sentence(flags, message, capsys):
         ("--per_node 4", "--per_node 4 needs --gpus"),
         ("--price 2", "--price 2.0 needs --tokens or --run"),
         ("--mfu 2", "--mfu should be from 0.01 to 1"),
+        ("--gpu_memory 0", "--gpu_memory should be from 0.001"),
+        ("--gpu_tflops 0", "--gpu_tflops should be from 1e-06"),
+        ("--gpu_bandwidth 0", "--gpu_bandwidth should be from 1e-06"),
+        ("--gpu_link 0 --gpus 2", "--gpu_link should be from 1e-06"),
+        ("--seq_len 0", "--seq_len should be from 1 "),
+        ("--rows 0", "--rows should be from 1 "),
+        ("--batch_size 0 --gpus 2", "--batch_size should be from 1 "),
+        ("--tokens 0", "--tokens should be from 1 "),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(flags, message):
