@@ -90,6 +90,7 @@ def test_meta_counts_sources_and_bytes(tmp_path):
         "vocab_size": 100,
         "tokenizer_sha256": SHA,
         "sources": {"诗": 2, "bad \udcff name": 1},
+        "runs": [["诗", 2], ["bad \udcff name", 1]],
         "text_bytes": 9,
         # what `sha256sum` prints of the ids 5 2 5 6 2 2 as uint16, and of the offsets 0 2 5 6 as uint64
         "sha256": sha256_of(tmp_path / "train.bin"),

@@ -98,6 +98,20 @@ def test_tokens_of_zeros_and_gradients():
     torch.testing.assert_close(x.grad, ours.dequantize().sum(0).expand(2, 3, 24))
 
 
+def in_full(model):
+    """The same model with the weights that bitsandbytes unpacks: on some processors its product rounds to bfloat16."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if type(layer).__name__ == "Linear4bit":
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                plain.weight = torch.nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state).float())
+                plain.bias = layer.bias
+                setattr(module, name, plain)
+    return model
+
+
 @pytest.mark.parametrize("method", ["llm_int8", "nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_bitsandbytes_and_we_read_each_others_directories(model, tmp_path, method, double_quant):
@@ -118,7 +132,7 @@ def test_bitsandbytes_and_we_read_each_others_directories(model, tmp_path, metho
     assert ("Linear8bitLt" if method == "llm_int8" else "Linear4bit") in kinds
     # Rows of other shapes are added in another order; a rounding of inputs to 8 bits may then fall the other way.
     atol = 0.05 if method == "llm_int8" else 1e-4
-    torch.testing.assert_close(logits(load_model(ours)), logits(peer), atol=atol, rtol=0)
+    torch.testing.assert_close(logits(load_model(ours)), logits(in_full(peer)), atol=atol, rtol=0)
     # What bitsandbytes makes of the same model has the same codes, bit for bit.
     made = theirs(model, quantization_config=config)
     made.save_pretrained(tmp_path / "theirs")
@@ -135,7 +149,9 @@ def test_rows_that_its_cpu_kernel_would_misread_are_padded(tmp_path, capsys):
     save_chat_model(tmp_path / "odd", **SHAPE | {"hidden_dim": 75})
     ours = quantized(tmp_path / "odd", tmp_path / "ours", "nf4")
     assert json.loads((ours / "config.json").read_text())["intermediate_size"] == 128
-    torch.testing.assert_close(logits(load_model(ours)), logits(theirs(ours)), atol=1e-3, rtol=1e-3)
+    # misread rows have nothing in common; on a processor with bfloat16 the kernel rounds to that
+    found, expected = logits(theirs(ours)).flatten(), logits(load_model(ours)).flatten()
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.999
     assert "75 is padded with zeros to 128" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ EXAMPLES = ["以《江上》为题写一首五言绝句", "hello"]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    directory = save_chat_model(tmp_path_factory.mktemp("model"), max_seq_len=3000)
+    directory = save_chat_model(tmp_path_factory.mktemp("model"), max_seq_len=30000)
     (directory / "examples.txt").write_text("\n".join(EXAMPLES), encoding="utf8")
     return directory
 
@@ -140,7 +140,7 @@ def test_a_question_gets_the_answer_of_the_api(screen, server):
 
 
 def test_an_answer_comes_in_pieces_and_stops(screen, server):
-    screen.set(max_tokens=2900)
+    screen.set(max_tokens=29000)
     with_more = {"ignore_eos": True}
     screen.route(CHAT, lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | with_more)))
     screen.send("月", wait=False)

@@ -60,7 +60,14 @@ OLD = {  # what older versions wrote under the key "progress"
     **{"skipped": 2, "group_losses": [1.0, 0.5], "group_targets": [2.0, 1.0], "measures": {"margin": 6.0}},
     "metric": "task_mean",
 }
-NEW = {"log": None, "avoid": [], "recent": [], "rollbacks": 0}  # what older versions did not have
+NEW = {
+    "log": None,
+    "avoid": [],
+    "recent": [],
+    "rollbacks": 0,
+    "seconds": 0.0,
+    "first_step_seconds": 0.0,
+}  # what older versions did not have
 
 
 def test_states_of_older_versions_are_read_and_written_as_they_were():

@@ -201,3 +201,6 @@ if __name__ == "__main__":
             backend = backends[key(case)] = backends.get(key(case)) or backend_of(case)
             run(Path(sys.argv[1]), case, backend)
             backend.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads now and then abort the interpreter while it ends, after all has been written
