@@ -107,90 +107,91 @@ def answer_texts(
     return asked.answers([prompt[-room:] for prompt in prompts], params, batch_size)
 
 
+class Requests:
+    """A model of ours behind the interface of lm-evaluation-harness; see the arguments above."""
+
+    def __init__(self, pretrained: str, batch_size: int | str = 32, device: str | None = None, **more: Any) -> None:
+        super().__init__()
+        self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 32
+        self.assistant = load(pretrained, device or "auto", **more)
+        self.chats = False  # whether texts are conversations that a template has rendered
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.assistant.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return first_id(self.assistant.tokenizer)
+
+    @property
+    def max_length(self) -> int:
+        """The window of the model in tokens."""
+        return self.assistant.model.args.max_seq_len
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if self.chats:
+            return encode_chat(self.assistant.tokenizer, string)
+        begins = [] if add_special_tokens is False else self.assistant.tokenizer.begins
+        return [*begins, *self.assistant.tokenizer.encode(string)]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.assistant.directory)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        template = usable_template(self.assistant.tokenizer) if chat_template else None
+        return template and template.jinja
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        self.chats = True
+        return render_chat(self.assistant.tokenizer, chat_history, add_generation_prompt)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [Pair(context, continuation) for _, context, continuation in requests]
+        with Progress("scoring", "requests", total=len(pairs), active=not disable_tqdm) as progress:
+            found = score_pairs(self.assistant.model, pairs, self.batch_size, progress)
+        results = [(each.logprob, each.greedy) for each in found]
+        for (texts, _, _), result in zip(requests, results):
+            self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        pairs: list[tuple[int, Pair]] = []
+        for i, request in enumerate(requests):
+            ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
+            pairs += [(i, pair) for pair in windows(ids, self.max_length, self.max_length)]
+        with Progress("scoring", "windows", total=len(pairs), active=not disable_tqdm) as progress:
+            found = score_pairs(self.assistant.model, [pair for _, pair in pairs], self.batch_size, progress)
+        sums = [0.0] * len(requests)
+        for (i, _), likelihood in zip(pairs, found):
+            sums[i] += likelihood.logprob
+        for request, logprob in zip(requests, sums):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, logprob)
+        return sums
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}  # requests with the same settings are answered together
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for settings, members in groups.items():
+            texts = [requests[i].args[0] for i in members]
+            prompts = [self.tok_encode(text) for text in texts]
+            found = answer_texts(self.assistant, prompts, json.loads(settings), self.batch_size)
+            for i, answer in zip(members, found):
+                answers[i] = answer
+                self.cache_hook.add_partial("generate_until", requests[i].args, answer)
+        return answers
+
+
 def adapter() -> type:
     """Return the class of our models for lm-evaluation-harness. Raises ImportError where it is not installed."""
     from lm_eval.api.model import TemplateLM
 
-    class LittleLlama(TemplateLM):
-        """A model of ours behind the interface of lm-evaluation-harness; see the arguments above."""
-
-        def __init__(self, pretrained: str, batch_size: int | str = 32, device: str | None = None, **more: Any) -> None:
-            super().__init__()
-            self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 32
-            self.assistant = load(pretrained, device or "auto", **more)
-            self.chats = False  # whether texts are conversations that a template has rendered
-
-        @property
-        def eot_token_id(self) -> int:
-            return self.assistant.tokenizer.eos_id
-
-        @property
-        def prefix_token_id(self) -> int:
-            return first_id(self.assistant.tokenizer)
-
-        @property
-        def max_length(self) -> int:
-            """The window of the model in tokens."""
-            return self.assistant.model.args.max_seq_len
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            if self.chats:
-                return encode_chat(self.assistant.tokenizer, string)
-            begins = [] if add_special_tokens is False else self.assistant.tokenizer.begins
-            return [*begins, *self.assistant.tokenizer.encode(string)]
-
-        @property
-        def tokenizer_name(self) -> str:
-            return str(self.assistant.directory)
-
-        def chat_template(self, chat_template: bool | str = False) -> str | None:
-            template = usable_template(self.assistant.tokenizer) if chat_template else None
-            return template and template.jinja
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            self.chats = True
-            return render_chat(self.assistant.tokenizer, chat_history, add_generation_prompt)
-
-        def _loglikelihood_tokens(
-            self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
-        ) -> list[tuple[float, bool]]:
-            pairs = [Pair(context, continuation) for _, context, continuation in requests]
-            with Progress("scoring", "requests", total=len(pairs), active=not disable_tqdm) as progress:
-                found = score_pairs(self.assistant.model, pairs, self.batch_size, progress)
-            results = [(each.logprob, each.greedy) for each in found]
-            for (texts, _, _), result in zip(requests, results):
-                self.cache_hook.add_partial("loglikelihood", texts, result)
-            return results
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            pairs: list[tuple[int, Pair]] = []
-            for i, request in enumerate(requests):
-                ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
-                pairs += [(i, pair) for pair in windows(ids, self.max_length, self.max_length)]
-            with Progress("scoring", "windows", total=len(pairs), active=not disable_tqdm) as progress:
-                found = score_pairs(self.assistant.model, [pair for _, pair in pairs], self.batch_size, progress)
-            sums = [0.0] * len(requests)
-            for (i, _), likelihood in zip(pairs, found):
-                sums[i] += likelihood.logprob
-            for request, logprob in zip(requests, sums):
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, logprob)
-            return sums
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            answers = [""] * len(requests)
-            groups: dict[str, list[int]] = {}  # requests with the same settings are answered together
-            for i, request in enumerate(requests):
-                groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-            for settings, members in groups.items():
-                texts = [requests[i].args[0] for i in members]
-                prompts = [self.tok_encode(text) for text in texts]
-                found = answer_texts(self.assistant, prompts, json.loads(settings), self.batch_size)
-                for i, answer in zip(members, found):
-                    answers[i] = answer
-                    self.cache_hook.add_partial("generate_until", requests[i].args, answer)
-            return answers
-
-    return LittleLlama
+    return type("LittleLlama", (Requests, TemplateLM), {"__doc__": Requests.__doc__})
 
 
 def load(
