@@ -37,8 +37,8 @@ class ShardedFile:
 
     def __init__(self, path: Path) -> None:
         """Read what `path`, the metadata, says. Raises ValueError where it is damaged, or parts are missing."""
-        status = path.stat()
-        self.tensors = read_entries(path, status.st_mtime_ns, status.st_size)
+        status = [(each.name, each.stat()) for each in files_of(path.parent.parent)]
+        self.tensors = read_entries(path, tuple((name, each.st_mtime_ns, each.st_size) for name, each in status))
 
     def keys(self) -> list[str]:
         """Return the names of all weights."""
@@ -83,8 +83,8 @@ class ShardedTensor:
 
 
 @lru_cache(maxsize=2)
-def read_entries(path: Path, changed: int, size: int) -> dict[str, ShardedTensor]:
-    """Return the tensors that the metadata in `path` describe, by name; changed, size: of the file, for the cache."""
+def read_entries(path: Path, status: tuple) -> dict[str, ShardedTensor]:
+    """Return the tensors that the metadata in `path` describe, by name; status: of all files, for the cache."""
     metadata = read_metadata(path)
     try:
         shapes = {name: tuple(each.size) for name, each in metadata.state_dict_metadata.items()}
