@@ -5,8 +5,8 @@
 
 Both read the same JSON lines and encode them with the same vocabulary; data_process.py also screens, removes exact
 duplicates, and writes bins with their SHA-256. The lines are documents of up to `document_chars` characters, cut from
-the files in --text, again and again; each begins with its own number. "<unk>" is left out: for data_process.py it is text like any other, for
-`tokenizers` a special token. What was written is compared, id by id.
+the files in --text, again and again; each begins with its own number. "<unk>" is left out: for data_process.py it is
+text like any other, for `tokenizers` a special token. What was written is compared, id by id.
 
 `MB/s a core` is by the seconds of processor time of all processes, so that another busy program changes it little. The
 peak is the sum of resident memory, sampled twenty times a second. Needs --extra eval, or --python of another venv with

@@ -19,7 +19,6 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizer.base import MARKERS, SPACE, SPECIAL_KEYS, Tokenizer, piece_bytes, strips
 from tokenizer.config import to_plain
 from tokenizer.unigram import check_ids, cut_names, unigram_model
-from tokenizer.words import words_of
 
 # ChatGLM2 adds five pieces after those of its SentencePiece model. Only the size of the model identifies its file.
 CHATGLM2_PIECES = 64789
@@ -66,10 +65,7 @@ class SentencePieceTokenizer(Tokenizer):
         special |= {token.content: i for i, token in self._beside.items()}
         table += [b""] * (1 + max(special.values(), default=-1) - len(table))
         self.legacy = bool(settings.get("legacy", True)) or not proto.normalizer_spec.add_dummy_prefix
-        prefixed = proto.normalizer_spec.add_dummy_prefix
         proto.normalizer_spec.add_dummy_prefix &= self.legacy
-        self._prefixes = prefixed, proto.normalizer_spec.add_dummy_prefix  # of a text, and of one after a special token
-        self._words = words_of(proto)
         norm = proto.normalizer_spec
         self._normalises = bool(norm.precompiled_charsmap or norm.remove_extra_whitespaces)
         self._following = sp if self.legacy else SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -80,9 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.chat_template, self.begins = config.get("chat_template"), self.ids_before_text(config)
 
     def _encode(self, text: str, follows_special: bool) -> list[int]:
-        if self._words is None:
-            return (self._following if follows_special else self._processor).encode(text)
-        return self._words.encode(text, self._prefixes[follows_special])
+        return (self._following if follows_special else self._processor).encode(text)
 
     def guarding(self, names: Iterable[str]) -> SentencePieceTokenizer:
         more = {self._processor.piece_to_id(name): AddedToken(name, special=True) for name in names}
