@@ -30,7 +30,7 @@ def written_aside(directory: Path) -> Iterator[Path]:
 
     After an error it is removed, and `directory` is as it was. Raises OSError when the disk is full.
     """
-    aside, replaced = (directory.with_name(f".{directory.name}.{role}") for role in ("writing", "replaced"))
+    aside, replaced = place_aside(directory), directory.with_name(f".{directory.name}.replaced")
 
     def tidy() -> None:
         if replaced.exists() and not directory.exists():  # a kill between the two renames below: undo the first
@@ -41,21 +41,34 @@ def written_aside(directory: Path) -> Iterator[Path]:
     tidy()  # after a process that was killed
     aside.mkdir(parents=True)
     try:
-        yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():  # some libraries write files that other users cannot read
-                path.chmod(0o666 & ~umask())
-        for path in [*aside.rglob("*"), aside]:
-            sync(path)
-        if directory.exists():  # the same step saved again; a rename does not replace a directory that is not empty
-            directory.rename(replaced)
-        aside.rename(directory)
-        sync(directory.parent)
+        with explained(directory):
+            yield aside
+            for path in aside.rglob("*"):
+                if path.is_file():  # some libraries write files that other users cannot read
+                    path.chmod(0o666 & ~umask())
+            for path in [*aside.rglob("*"), aside]:
+                sync(path)
+            if directory.exists():  # the same step saved again; a rename replaces no directory that is not empty
+                directory.rename(replaced)
+            aside.rename(directory)
+            sync(directory.parent)
+    finally:
+        tidy()
+
+
+def place_aside(directory: Path) -> Path:
+    """Return where `written_aside` lets a directory be written."""
+    return directory.with_name(f".{directory.name}.writing")
+
+
+@contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Raise OSError that says what could not be written, where the block fails to write `directory`."""
+    try:
+        yield
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, in the words of three libraries
         why = reason(error, directory.parent)
         raise OSError(f"could not write {directory}, what was saved before is as it was: {why}") from error
-    finally:
-        tidy()
 
 
 def reason(error: Exception, directory: Path) -> str:

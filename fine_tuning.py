@@ -70,7 +70,7 @@ import torch
 from chat.samples import Samples
 from chat.show import statistics
 from chat.template import ChatTemplate, load_template, set_date, template_hash
-from checkpoint import peft
+from checkpoint import peft, sharded
 from checkpoint.directory import load_weights, load_whole_model, save_adapter, save_model
 from checkpoint.extend import add_tokens, grow_vocabulary, read_tokens
 from checkpoint.locate import model_in, read_stop_ids
@@ -87,10 +87,10 @@ from optim.optimizers import build_optimizer
 from tokenizer import check_saving, load_tokenizer
 from training.backend import options_of
 from training.checksums import check_model
+from training.identity import check_outside
 from training.log import summary
 from training.precision import check_length, training_dtype
 from training.samples import Prompt, Sampler
-from training.state import check_outside
 from training.trainer import Trainer, about
 from tuning.balance import make_coba
 from tuning.data import Split, check_heldout, keep_aside, read_split
@@ -138,6 +138,7 @@ def main(args: Args) -> dict[str, Any]:
             group_names=names if len(names) > 1 else (),
             adaptive=coba,
             sampler=make_sampler(args, model, template, split.heldout or split.trained),
+            shards=sharded.saver_of(model),
         )
         if args.check:
             found = training_checks(trainer, new=False)

@@ -139,7 +139,7 @@ import torch
 
 from bins.mixture import read_phases
 from bins.token_bin import TokenBin, find_bins
-from checkpoint import config_json
+from checkpoint import config_json, sharded
 from checkpoint.directory import load_weights, load_whole_model, save_model
 from checkpoint.extend import (
     add_tokens,
@@ -167,9 +167,9 @@ from quant.trained import kind_of_bits
 from tokenizer import Tokenizer, check_saving, load_tokenizer
 from training.backend import options_of
 from training.checksums import check_model
+from training.identity import check_outside
 from training.log import summary
 from training.samples import Prompt, Sampler, beginnings
-from training.state import check_outside
 from training.trainer import Trainer, about
 
 
@@ -209,6 +209,7 @@ def main(args: Args) -> dict[str, Any]:
             eval_data=eval_data,
             token_bytes=tokenizer.token_bytes(),
             sampler=make_sampler(args, model, tokenizer, heldout or bins),
+            shards=sharded.saver_of(model),
         )
         if args.check:
             found = training_checks(trainer, new=args.init_from is None)

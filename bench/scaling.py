@@ -121,14 +121,16 @@ def measure(folder: Path, size: str, backend: str, world: int, steps: int) -> di
 def write_data(folder: Path) -> None:
     """Write a bin of random ids, and a tokenizer of as many."""
     import numpy as np
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, decoders, models
 
     from bins.token_bin import BinWriter
     from tokenizer import load_tokenizer
 
     folder.joinpath("raw").mkdir()
     words = {f"w{i}": i for i in range(VOCAB - 1)} | {"</s>": VOCAB - 1}
-    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "raw" / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE(words, merges=[]))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(folder / "raw" / "tokenizer.json"))
     (folder / "raw" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = load_tokenizer(folder / "raw")
     tokenizer.save(folder / "tokenizer")

@@ -114,10 +114,12 @@ def save_model(
     model: Transformer | TransformersModel,
     tokenizer: Tokenizer | None = None,
     stop_ids: list[int] | None = None,
+    weights: bool = True,
 ) -> None:
     """Write `model` and its tokenizer as a Hugging Face directory; parameters keep their dtype.
 
-    stop_ids: ids that end an answer; None: the tokenizer's eos.
+    stop_ids: ids that end an answer; None: the tokenizer's eos. weights: False leaves them out, for a sharded
+    checkpoint.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,10 @@ def save_model(
     if isinstance(model, Transformer):
         config = config_json.write(model.args) | {"dtype": str(model.dtype).removeprefix("torch.")} | ids
         config |= quantized.bits_of(model)
-        safetensors_files.write_model(directory, config, safetensors_files.state_of(model))
+        if weights:
+            safetensors_files.write_model(directory, config, safetensors_files.state_of(model))
+        else:
+            (directory / CONFIG).write_text(json.dumps(config, indent=2))
     else:
         transformers_model.save(directory, model, ids)
 

@@ -1,6 +1,7 @@
 """The files of weights of a model directory, whatever the model: mapped into memory, written shard by shard.
 
-They are safetensors; PyTorch's `.bin` files are read, too (pickled_files.py), and never written. Tensors that are read
+They are safetensors; PyTorch's `.bin` files are read, too (pickled_files.py), and never written, and so are those of a
+sharded checkpoint (sharded.py). Tensors that are read
 are views of the mapped file: each part takes memory when it is first used, and only once. A file is written aside and
 renamed, so that a model that is still mapped from the old file keeps its numbers.
 """
@@ -19,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from checkpoint.dcp_files import METADATA
 from checkpoint.locate import CONFIG, read_config
 from checkpoint.pickled_files import PickledFile
+from checkpoint.sharded import SUFFIX, NoTensors, ShardedFile, files_of
 from files import read_json_object
 from model_args import ModelArgs
 
@@ -37,7 +40,7 @@ ANGLES = "rotary_emb.inv_freq"  # rotary buffers in older checkpoints; ignored, 
 
 def has_weights(directory: Path) -> bool:
     """Whether a model directory holds a file of weights, or the index of several."""
-    return any((directory / name).is_file() for names in KINDS for name in names)
+    return any((directory / name).is_file() for names in KINDS for name in names) or bool(files_of(directory))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -52,6 +55,8 @@ def weight_files(directory: Path) -> list[Path]:
             return [directory / single]
         if (directory / index).is_file():
             return [directory / name for name in read_index(directory / index, Path(single).suffix)]
+    if files := files_of(directory):
+        return files
     pickles = [path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in sorted(directory.glob(pattern))]
     if pickles:
         raise FileNotFoundError(
@@ -198,9 +203,10 @@ def read_into(model: nn.Module, directory: Path) -> Iterator[tuple[str, torch.Te
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Yield a safetensors file, or a `.bin` file with the same methods, mapped; ValueError when it cannot be read."""
-    if path.suffix == ".bin":
-        yield PickledFile(path)
+    """Yield a safetensors file, or a file of another kind with the same methods; ValueError when it cannot be read."""
+    kinds = {".bin": PickledFile, METADATA: ShardedFile, SUFFIX: NoTensors}  # by the end of the name
+    if other := kinds.get(path.suffix or path.name):
+        yield other(path)
         return
     try:
         with safe_open(path, framework="pt") as file:

@@ -96,6 +96,23 @@ class Zero(ProcessGroup):
                     moments[name] = {key: value.cpu() for key, value in values.items()} | {"step": self._steps()}
         return {"moments": moments, "scaler": {}} if self.main else None
 
+    def parts(self, model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict[str, dict[str, Any]]]:
+        if self.stage == 0:
+            return super().parts(model, optimizer)
+        self._link_moments()
+        weights: dict[nn.Parameter, torch.Tensor] = {}
+        moments: dict[str, dict[str, Any]] = {}
+        for number, (name, p) in enumerate(model.named_parameters()):  # whole one by one; each rank keeps its share
+            mine = number % self.world == self.rank
+            value = self._whole(p) if self.stage == 3 else p.detach()
+            if mine:
+                weights[p] = value.cpu()
+            if p.requires_grad and optimizer.parts[0].state:
+                values = {key: self._whole_moment(p, key) for key in ("exp_avg", "exp_avg_sq")}
+                if mine:
+                    moments[name] = {key: value.cpu() for key, value in values.items()} | {"step": self._steps()}
+        return weights, moments
+
     def load_state(self, model: nn.Module, optimizer: Optimizers, state: dict[str, Any]) -> None:
         if self.stage == 0:
             super().load_state(model, optimizer, state)

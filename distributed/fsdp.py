@@ -107,6 +107,10 @@ class FullyShard(ProcessGroup):
         with self.all_modules(model):
             return super().state(model, optimizer)
 
+    def parts(self, model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict[str, dict[str, Any]]]:
+        with self.all_modules(model):
+            return super().parts(model, optimizer)
+
     def whole(self, value: Any) -> Any:
         return value.full_tensor() if isinstance(value, DTensor) else value
 

@@ -155,6 +155,12 @@ class Parallel(FullyShard):
             self._send_moments(moments, stage)
         return {"moments": moments, "scaler": {}} if self.main else None
 
+    def parts(self, model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict[str, dict[str, Any]]]:
+        weights, moments = super().parts(model, optimizer)
+        with self.all_modules(model):
+            own = {name: p for name, p in model.named_parameters() if self._stage_of(name) == self.stage}
+        return {p: weights[p] for p in own.values()}, {name: moments[name] for name in own if name in moments}
+
     def _send_moments(self, moments: dict[str, Any], stage: int) -> None:
         """Add those of a stage to `moments` of the main rank, parameter by parameter."""
         leader = stage * self.data * self.tp

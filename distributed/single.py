@@ -119,6 +119,12 @@ class SingleProcess:
         }
         return {"moments": moments, "scaler": self.scaler.state_dict()} if self.main else None
 
+    def parts(self, model: nn.Module, optimizer: Optimizers) -> tuple[dict, dict[str, dict[str, Any]]]:
+        """Return what this rank has of a state that all ranks write: weights by parameter, moments by name of the
+        parameter; collective. Each is whole, or a part of it (DTensor); several ranks may have the same."""
+        weights = {p: p.detach() for p in model.parameters() if not p.is_meta}
+        return weights, optimizer.by_name(model, optimizer.state_dict())
+
     def load_state(self, model: nn.Module, optimizer: Optimizers, state: dict[str, Any]) -> None:
         """Restore what `state` returned on any backend and any number of ranks; every rank passes the whole of it."""
         # older versions saved the moments by position, under another name
@@ -127,9 +133,10 @@ class SingleProcess:
         mine = {
             name: {key: self.part(parameters[name], value) for key, value in values.items()}
             for name, values in moments.items()
-            if name in parameters  # `by_position` names the others
+            if name in parameters
         }
-        optimizer.load_state_dict(optimizer.by_position(model, moments | mine))
+        elsewhere = {name: {} for name in moments if name not in parameters}  # `by_position` names them
+        optimizer.load_state_dict(optimizer.by_position(model, mine | elsewhere))
         if state["scaler"]:  # empty where the loss was not scaled, in another dtype than float16
             self.scaler.load_state_dict(state["scaler"])
 

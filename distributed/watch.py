@@ -25,9 +25,12 @@ WORDS = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout
 
 
 def lost_connection(error: BaseException | None) -> bool:
-    """Return whether an error says that another process is gone."""
+    """Return whether an error, or its cause, says that another process is gone."""
+    if error is None:
+        return False
     texts = [str(error).lower(), type(error).__name__.lower()]
-    return isinstance(error, RuntimeError) and any(word in text for text in texts for word in WORDS)
+    here = isinstance(error, RuntimeError) and any(word in text for text in texts for word in WORDS)
+    return here or lost_connection(error.__cause__)
 
 
 class Watch:

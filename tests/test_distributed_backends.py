@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.processes import finish
-from safetensors.torch import load_file
 
+from checkpoint.safetensors_files import opened
 from cli.flags import check_flags
 from optim.args import OptimArgs
 from training.args import NEEDS, TrainArgs
 
 SCRIPT = str(Path(__file__).parent / "helpers" / "backend_run.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+FILES = {".metadata", "__0_0.distcp", "__1_0.distcp"}  # of a sharded checkpoint of two ranks
 LONG = 600  # seconds; on two idle cores, each start takes less than ten
 SIX = {"steps": 6, "count": 44}  # an epoch, whose last step has half of its rows
 # name -> fields of helpers.backend_run.Case
@@ -68,10 +70,17 @@ def difference(folder: Path, one: str, other: str) -> tuple[float, float, float]
     return *apart, weights_apart(folder, one, other)
 
 
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, or of its adapter, whole or in parts, in float64."""
+    path = next((directory).glob("*.safetensors"), directory / "sharded" / ".metadata")
+    with opened(path) as file:
+        return {name: file.get_tensor(name).double() for name in sorted(file.keys())}
+
+
 def weights_apart(folder: Path, one: str, other: str) -> float:
-    ours, theirs = (load_file(next((folder / name / "last").glob("*.safetensors"))) for name in (one, other))
+    ours, theirs = (tensors(folder / name / "last") for name in (one, other))
     assert list(ours) == list(theirs)
-    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
 def run(folder: Path, environment: dict[str, str], backend: str, cases: dict[str, dict]) -> str:
@@ -83,15 +92,20 @@ def run(folder: Path, environment: dict[str, str], backend: str, cases: dict[str
 
 def test_fsdp_equals_one_process(alone, environment):
     ours = {f"fsdp {name}": case for name, case in CASES.items()}
-    err = run(alone, environment, "fsdp", ours | {"chain": SIX | {"wide": True, "micro": 1, "stop": 3}})
+    # what FSDP2 saves in parts, one process goes on from; and so does FSDP2 itself, with the same bits
+    chain, parts = SIX | {"wide": True, "micro": 1}, {"train": {"save": "sharded"}}
+    own = {"fsdp chain": chain, 1: chain | parts | {"name": "parts", "stop": 1}, 2: chain | parts | {"name": "parts"}}
+    err = run(alone, environment, "fsdp", ours | own | {"chain": chain | {"stop": 3} | parts})
     assert "going on from step 2" in err and "stopped by SIGTERM after step 4" in err  # of one process, and its own
+    assert {path.name for path in (alone / "chain" / "last" / "sharded").iterdir()} == FILES
+    assert weights_apart(alone, "fsdp chain", "parts") == 0
     for name, case in CASES.items():
         # float64 keeps 16 digits; float32 has 7, and sums in another order
         small, weights = (1e-13, 1e-14) if case.get("wide") else (1e-6, 1e-6)
         loss, norm, apart = difference(alone, name, f"fsdp {name}")
         assert loss < small and norm < 10 * small and apart < weights, name
     # one process, then two, then one: the moments go with the parameters, and no row is left out or used twice
-    assert "going on from step 4" in run(alone, environment, "single", {"chain": SIX | {"wide": True, "micro": 1}})
+    assert "going on from step 4" in run(alone, environment, "single", {"chain": chain})
     assert weights_apart(alone, "whole", "chain") < 1e-14
 
 
@@ -103,8 +117,11 @@ def test_zero_equals_one_process(stage, names, alone, environment):
     ours = {f"zero{stage} {name}": case for name, case in narrow.items()}
     goes_on = f"chain {stage}"
     shutil.copytree(alone / "stopped", alone / goes_on, symlinks=True)
-    err = run(alone, environment, "deepspeed", ours | {goes_on: SIX | {"micro": 1} | zero})
-    assert "going on from step 2" in err
+    parts = {"name": goes_on, "train": zero["train"] | {"save": "sharded"}}  # twice, the second time from its own
+    twice = {1: SIX | parts | {"micro": 1, "stop": 3}, 2: SIX | parts | {"micro": 1}}
+    err = run(alone, environment, "deepspeed", ours | twice)
+    assert "going on from step 2" in err and "going on from step 4" in err
+    assert {path.name for path in (alone / goes_on / "last" / "sharded").iterdir()} == FILES
     for name in names:
         loss, norm, apart = difference(alone, name, f"zero{stage} {name}")
         assert loss < 1e-6 and norm < 1e-5 and apart < 1e-6, name  # float32, with another order of sums

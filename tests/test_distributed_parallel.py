@@ -61,7 +61,11 @@ def runs(tmp_path_factory, environment) -> Path:
     assert status == 0, err
     four = {name: CASES[case] | {"backend": backend, "train": flags} for name, (case, backend, flags) in MESHES.items()}
     words = [{"name": name, "empty": name.endswith("parts")} | case for name, case in four.items()]
-    stops = ({"stop": 3, "train": {"tp": 2, "pp": 2}}, {"stop": 5, "train": {"tp": 2}, "backend": "fsdp"})
+    parts = {"save": "sharded"}  # each process writes its own
+    stops = (
+        {"stop": 3, "train": {"tp": 2, "pp": 2} | parts},
+        {"stop": 5, "train": {"tp": 2} | parts, "backend": "fsdp"},
+    )
     words += [chain | {"name": "chain", "backend": "ddp"} | more for more in stops]
     status, err = finish(start(folder, environment, "ddp", dict(enumerate(words)), 4), LONG)
     assert status == 0, err

@@ -12,7 +12,7 @@ from helpers.tiny_chat_model import chat_tokenizer
 import pretrain
 from bins.token_bin import BinWriter
 from cli.args import parse
-from training.state import check_outside
+from training.identity import check_outside
 
 SHAPE = "--model.dim 32 --model.n_layers 1 --model.n_heads 2 --model.multiple_of 8"
 SMALL = f"{SHAPE} --data.seq_len 16 --data.batch_size 4 --train.compile off --train.device cpu --train.max_steps"

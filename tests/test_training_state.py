@@ -8,7 +8,8 @@ import torch
 from helpers.tiny_training_run import quick, rows, toy_data, toy_trainer  # noqa: F401
 
 from training.checksums import check_model
-from training.state import Diverged, TrainState, load_state, rng_state, set_rng_state
+from training.generators import rng_state, set_rng_state
+from training.state import Diverged, TrainState, load_state
 
 NO_GROUPS = [[], []]
 

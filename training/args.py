@@ -84,6 +84,10 @@ class TrainArgs:
     one with `metric` task_mean or loss/NAME"""
     save_interval: float = 500
     """steps between checkpoints; below 1: a share of an epoch; 0: only the best and the last, which are always saved"""
+    save: Literal["whole", "sharded"] = "whole"
+    """whole: the first process gathers and writes a checkpoint; sharded: every process copies its own part of weights
+    and moments and writes it while steps go on (torch.distributed.checkpoint). All scripts read both, and any number of
+    processes goes on from either; convert.py makes a plain Hugging Face directory of a sharded one"""
     log_norms: Annotated[int, (0, 1000000000)] = 0
     """steps between rows of the log with the gradient norm and the size of the activations of each layer; 0: none"""
     rollbacks: Annotated[int, (0, 1000)] = 2

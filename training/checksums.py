@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cli.progress import say
@@ -38,9 +39,10 @@ def read_result(run: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_sums(directory: Path) -> None:
-    """Write the SHA-256 of every file below a checkpoint directory into its `training_state/sha256.json`."""
-    write_json(directory / SUMS, {name: file_sha256(directory / name) for name in names(directory)})
+def write_sums(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the SHA-256 of every file below a checkpoint directory into its `training_state/sha256.json`; known: those
+    that were computed before."""
+    write_json(directory / SUMS, {name: known.get(name) or file_sha256(directory / name) for name in names(directory)})
 
 
 def names(directory: Path) -> list[str]:
@@ -98,7 +100,7 @@ def check_model(directory: Path, most_bytes: float = math.inf) -> None:
         if Path(name).parts[0] != SUMS.parts[0] and not (path.is_file() and path.stat().st_size > most_bytes):
             changed += [] if path.is_file() and file_sha256(path) == expected else [name]
     what = "missing or not what was saved (its SHA-256 differs)"
-    if weights := [name for name in changed if Path(name).suffix in (".safetensors", ".bin")]:
+    if weights := [name for name in changed if name.endswith((".safetensors", ".bin", ".distcp", "/.metadata"))]:
         raise ValueError(
             f"{directory / weights[0]} is {what}, so it is damaged: copy it again; if you changed it yourself, remove "
             f"{directory / SUMS}"

@@ -161,6 +161,7 @@ def roll_back(trainer: Trainer, error: Diverged) -> None:
     """Go back to the last checkpoint; raises `error` where there is none, or where the run has gone back as often as
     it may. Every rank calls it."""
     old, checkpoints = trainer.state, trainer.checkpoints
+    checkpoints.wait()
     if old.rollbacks >= trainer.args.rollbacks:
         raise error
     state = checkpoints.find(trainer.args.metric)
@@ -190,9 +191,11 @@ def leave_out(trainer: Trainer) -> float:
 
 
 @contextlib.contextmanager
-def closing_log(trainer: Trainer) -> Iterator[None]:
-    """Close the log at the end of the block, the present one: it is replaced where the run goes back."""
+def closing(trainer: Trainer) -> Iterator[None]:
+    """Finish a checkpoint and close the log at the end of the block, the present one: the log is replaced where the run
+    goes back."""
     try:
-        yield
+        with trainer.checkpoints:
+            yield
     finally:
         trainer.log.close()

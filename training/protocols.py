@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 
 class TrainableModel(Protocol):
@@ -58,3 +61,33 @@ class Adaptive(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+class Share(Protocol):
+    """What one process writes of a sharded checkpoint; no step changes it."""
+
+    folder: Path
+    """directory of the files of all processes"""
+
+    def write(self) -> tuple[list[Any], list[Path]]:
+        """Write it, in any thread; return what `finish` needs of every process, and the files."""
+
+    def finish(self, results: list[list[Any]]) -> None:
+        """Write what makes the files of all processes one checkpoint; results: of their `write`, by rank."""
+
+
+class Shards(Protocol):
+    """How a model is saved in the parts that its processes have, and read again."""
+
+    def start(
+        self,
+        directory: Path,
+        weights: Mapping[nn.Parameter, torch.Tensor],
+        moments: Mapping[str, Mapping[str, torch.Tensor]],
+        rank: int,
+        gather: Callable[[Any], list[Any]],
+    ) -> Share:
+        """Return a copy of what this process has to write; every rank calls it, with what `backend.parts` returned."""
+
+    def moments(self, directory: Path) -> dict[str, Mapping[str, torch.Tensor]]:
+        """Return the moments in a checkpoint by name of the parameter; {} where it is not in parts."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ import torch
 
 from cli.progress import say
 from distributed.single import SingleProcess
-from files import point, write_json, written_aside
+from files import explained, place_aside, point, write_json, written_aside
 from optim.optimizers import Optimizers
-from training.checksums import damage, has_sums, read_progress, write_progress, write_sums
-from training.protocols import Adaptive, TrainableModel
+from training.checksums import damage, has_sums, read_progress, write_progress
+from training.generators import rng_state, set_rng_state
+from training.identity import check_identity
+from training.pending import Pending
+from training.protocols import Adaptive, Shards, Share, TrainableModel
 
+IN_PARTS = "models of the LLaMA family that are trained in full, found an adapter or another model"
 MOST_SKIPPED = 20  # steps in a row
 
 
@@ -106,7 +111,9 @@ class Checkpoints:
 
     All ranks call each method at the same point of the run; the main rank writes. `write(directory)` writes the trained
     weights, `read(directory)` copies them back. `identity` names what determines the order of the losses. `keep`
-    checkpoints are kept, beside those that the links lead to.
+    checkpoints are kept, beside those that the links lead to. With `sharded` every rank writes a part, by `shards`.
+
+    `save` returns when steps may go on; the checkpoint appears when `settle` or `wait` finds that it is on the disk.
     """
 
     run: Path
@@ -120,9 +127,19 @@ class Checkpoints:
     adaptive: Adaptive | None = None
     data: Any = None
     """source of the batches; where it can tell what was read (`ledger`), training_state/ledger.json says so"""
-    saved_step: int = -1  # step of the checkpoint that `last` leads to
+    shards: Shards | None = None
+    sharded: bool = False
+    saved_step: int = -1  # step of the checkpoint that `last` leads to, or will when it appears
     nothing_found: bool = True  # by `find`
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
+    _pending: Pending | None = None
+    _pruning: Future | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a model that cannot be saved in parts."""
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        if self.sharded and self.shards is None:
+            raise ValueError(f"--train.save sharded is for {IN_PARTS}: remove it")
 
     def find(self, metric: str) -> TrainState:
         """Return the state of the checkpoint that the run goes on from, a fresh one if there is none.
@@ -130,6 +147,7 @@ class Checkpoints:
         Nothing is restored yet: see `resume`. Raises ValueError when the checkpoint belongs to a run of another
         identity, or when the ranks find different checkpoints.
         """
+        self.wait()
         state = TrainState(metric=metric)
         # one rank reads all files of a checkpoint, and the others take the one that it chose
         last, damaged = self.backend.gather(newest_whole(self.run) if self.backend.main else None)[0]
@@ -156,7 +174,7 @@ class Checkpoints:
             return
         (last, stored), self._found, backend = self._found, None, self.backend
         backend.load(self.model, self.read, last)
-        backend.load_state(self.model, self.optimizer, stored)
+        backend.load_state(self.model, self.optimizer, stored | moments_in(last, stored, self.shards))
         if len(stored["rng"]) == backend.world:
             set_rng_state(stored["rng"][backend.rank], backend.device)
         if self.adaptive is not None:
@@ -171,34 +189,87 @@ class Checkpoints:
             say(f"going on from step {stored['progress']['step']} of {self.run}{why}")
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
-        """Write `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
+        """Save `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
 
-        Where `step_N` is written already, only the progress in it is replaced.
+        Where `step_N` is saved already, only the progress in it is replaced.
         """
+        self.wait()
         backend, directory = self.backend, self.run / f"step_{state.step:08d}"
-        if state.step != self.saved_step:  # what `last` leads to is never rewritten: a kill could leave nothing
-            resumable = backend.state(self.model, self.optimizer)
-            rng = backend.gather(rng_state(backend.device))
-            with written_aside(directory) if backend.main else nullcontext() as aside:
-                backend.save(self.model, self.write, aside)
-                if backend.main:
-                    resumable |= {"progress": vars(state), "rng": rng, "identity": self.identity}
-                    if self.adaptive is not None:
-                        resumable["adaptive"] = self.adaptive.state_dict()
-                    save_state(aside, resumable)
-                    if hasattr(self.data, "ledger"):
-                        write_json(aside / "training_state" / "ledger.json", self.data.ledger(state.step, state.avoid))
-                    write_sums(aside)
-        elif backend.main:
-            write_progress(directory, vars(state))
-        if backend.main:
-            for link in ("best", "last") if is_best else ("last",):
-                point(self.run / link, directory)
-            prune(self.run, self.keep)
+        links = ("best", "last") if is_best else ("last",)
+        if state.step == self.saved_step:  # what `last` leads to is never rewritten: a kill could leave nothing
+            if backend.main:
+                write_progress(directory, vars(state))
+                self._publish(directory, links)
+            return
+        with ExitStack() as stack:
+            stack.enter_context(written_aside(directory) if backend.main else explained(directory))
+            aside = place_aside(directory)
+            share = self._write(aside, state)
+            if backend.main or share is not None:
+                self._pending = Pending(self._thread, aside, stack.pop_all(), share, backend)
+                self._then = partial(self._publish, directory, links)
         self.saved_step = state.step
+
+    def _write(self, aside: Path, state: TrainState) -> Share | None:
+        """Write what the main rank writes; return this rank's share of what all ranks write."""
+        backend = self.backend
+        rng = backend.gather(rng_state(backend.device))  # until then, the main rank has made the directory
+        if self.sharded:
+            weights, moments = backend.parts(self.model, self.optimizer)
+            tensors, others = by_kind(moments)
+            share = self.shards.start(aside, weights, tensors, backend.rank, backend.gather)
+            resumable = {"moments": others, "scaler": backend.scaler.state_dict()}
+            if backend.main:
+                self.write(aside, weights=False)
+        else:
+            share, resumable = None, backend.state(self.model, self.optimizer)
+            backend.save(self.model, self.write, aside if backend.main else None)
+        if backend.main:
+            resumable |= {"progress": vars(state), "rng": rng, "identity": self.identity}
+            if self.adaptive is not None:
+                resumable["adaptive"] = self.adaptive.state_dict()
+            save_state(aside, resumable)
+            if hasattr(self.data, "ledger"):
+                write_json(aside / "training_state" / "ledger.json", self.data.ledger(state.step, state.avoid))
+        return share
+
+    def _publish(self, directory: Path, links: Sequence[str]) -> None:
+        """Let the links lead to a checkpoint, and remove old ones."""
+        for link in links:
+            point(self.run / link, directory)
+        self._pruning = self._thread.submit(prune, self.run, self.keep)
+
+    def done(self) -> bool:
+        """Return whether this rank has done its part of a checkpoint that has still to appear."""
+        return self._pending is not None and self._pending.done()
+
+    def settle(self, share: float) -> None:
+        """Let a checkpoint appear that is on the disk; share: of the ranks that are `done`, the same on all of them."""
+        if self._pending is not None and (self._pending.done() if self._pending.share is None else share > 1 - 1e-9):
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was saved last has appeared; raises OSError where it cannot be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.finish(self._then)
+        pruning, self._pruning = self._pruning, None
+        if pruning is not None:
+            pruning.result()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Wait for the thread. After an error of perhaps this rank alone, a checkpoint that all write is given up."""
+        if error is None or self._pending is None or self._pending.share is None or self.backend.world == 1:
+            with suppress(OSError) if error else nullcontext():
+                self.wait()
+        self._thread.shutdown()
 
     def load_best(self) -> None:
         """Load the weights of the best checkpoint into the model."""
+        self.wait()
         self.backend.barrier()  # until the main rank has written it
         if self.backend.main and (wrong := damage(self.run / "best")):
             raise ValueError(
@@ -213,6 +284,23 @@ class Checkpoints:
                 (self.run / name).unlink(missing_ok=True)
             if everything:
                 prune(self.run, keep=0)
+
+
+def moments_in(directory: Path, stored: dict[str, Any], shards: Shards | None) -> dict[str, Any]:
+    """Return the moments of a checkpoint in parts, with those in `stored`, which are no tensors; {} for another one."""
+    moments = shards.moments(directory) if shards else {}
+    for name, values in stored["moments"].items() if moments else ():
+        moments[name] = {**moments.get(name, {}), **values}
+    return {"moments": moments} if moments else {}
+
+
+def by_kind(moments: dict[str, dict[str, Any]]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Return the moments that are tensors, and those that are not, both by name of the parameter."""
+    kinds = ({}, {})
+    for name, values in moments.items():
+        for key, value in values.items():
+            kinds[not torch.is_tensor(value)].setdefault(name, {})[key] = value
+    return kinds
 
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
@@ -242,24 +330,6 @@ def load_state(directory: Path) -> dict[str, Any]:
         ) from error
     progress = read_progress(directory)
     return state | {"progress": progress} if progress else state
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of every random generator that a step may use, in tensors and plain containers."""
-    version, words, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what `rng_state` returned."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -310,47 +380,6 @@ def newest_whole(run: Path) -> tuple[Path | None, set[str]]:
     raise ValueError(
         f"{run} has no whole checkpoint ({listed}): restore one from a copy, or use --train.resume never to start anew"
     )
-
-
-def check_outside(run: Path, source: Path, resume: str) -> None:
-    """Raise ValueError where a run that replaces the checkpoints in `run` would delete the model it starts from."""
-    if resume == "never" and source.resolve().is_relative_to(run.resolve()):
-        raise ValueError(
-            f"--init_from {source} lies in --out {run}, and --train.resume never deletes the checkpoints there: choose "
-            "another --out"
-        )
-
-
-def check_identity(run: Path, theirs: dict[str, Any], ours: dict[str, Any], main: bool) -> None:
-    """Raise ValueError that names what differs between a run and the identity of the checkpoint in its directory.
-
-    A checkpoint of an older version has neither `data` (name -> SHA-256) nor `shape`: it goes on, and `main` says so.
-    """
-    advice = "choose another --out, or use --train.resume never to replace it"
-    if "data" in ours and "data" not in theirs and main:
-        say(f"{run} does not state the contents of its data (an older version wrote it): they are not compared")
-    for name, value in ours.items():
-        stored = theirs.get(name)
-        if stored == value or (name in ("data", "shape") and stored is None):
-            continue
-        if name == "data":
-            if changed := other_contents(stored, value):
-                raise ValueError(
-                    f"{run} holds a run whose training data had other contents or another order, in "
-                    f"{', '.join(changed)}: it cannot be continued; give it its data again, or {advice}"
-                )
-            continue
-        if isinstance(stored, dict) and isinstance(value, dict):  # name only what differs
-            keys = [key for key in stored | value if stored.get(key) != value.get(key)]
-            stored, value = ({key: each.get(key) for key in keys} for each in (stored, value))
-        what = f"{run} holds a run with {name} {stored!r}, and this one has {value!r}"
-        raise ValueError(f"{what}: it cannot be continued; {advice}")
-
-
-def other_contents(theirs: dict[str, str], ours: dict[str, str]) -> list[str]:
-    """Return the names of the data, name -> SHA-256, whose contents differ by position; a name alone may change."""
-    pairs = zip_longest(theirs.items(), ours.items(), fillvalue=("", ""))
-    return [name or old for (old, before), (name, now) in pairs if before != now]
 
 
 def prune(run: Path, keep: int) -> None:

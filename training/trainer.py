@@ -36,7 +36,7 @@ from training.heldout import batches_on_the_way, evaluate, sums_by_group
 from training.log import Clock, RunLog, format_metrics
 from training.norms import Norms
 from training.precision import about_compiling, check_data, prepare
-from training.protocols import Adaptive, TrainableModel, take_metrics
+from training.protocols import Adaptive, Shards, TrainableModel, take_metrics
 from training.samples import Sampler
 from training.signals import caught_signals
 from training.state import Checkpoints, Diverged, TrainState
@@ -48,7 +48,7 @@ class Trainer:
     save(directory) writes the trained weights, load(directory) copies them back into the model. `identity` names what
     determines the order of the losses (data, seed, batch size): a checkpoint of another identity is not resumed.
     `group_names` are the names of the groups of the batches; their losses are logged as loss/NAME. `sampler` writes
-    what the model says to fixed prompts at every evaluation.
+    what the model says to fixed prompts at every evaluation. `shards` saves checkpoints in parts.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Trainer:
         group_names: Sequence[str] = (),
         adaptive: Adaptive | None = None,
         sampler: Sampler | None = None,
+        shards: Shards | None = None,
     ) -> None:
         check_data(model, args, data, backend)
         self.model, self.optimizer, self.data, self.backend = model, optimizer, data, backend
@@ -84,7 +85,8 @@ class Trainer:
         self.total_steps, self.deadline = args.steps(data.steps_per_epoch), Deadline(args.max_minutes)
         self.signals: list[int] = []  # SIGTERM and SIGINT that this process has received
         self.stopping = False  # whether any rank has received one; the same on all ranks
-        self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, adaptive, data)
+        how = {"adaptive": adaptive, "data": data, "shards": shards, "sharded": args.save == "sharded"}
+        self.checkpoints = Checkpoints(run, args.keep, backend, model, optimizer, save, load, identity, **how)
         self.state = TrainState(metric=args.metric) if args.resume == "never" else self.checkpoints.find(args.metric)
 
     @property
@@ -115,14 +117,14 @@ class Trainer:
         self.checkpoints.clear(everything=self.args.resume == "never")  # only now: a refused run loses nothing
         self.log, self.clock = start_log(self, dtype)
         catching = caught_signals(self.signals, backend.world)
-        with guards.closing_log(self), catching, backends.use(self.args.attention), explain_out_of_memory():
+        with guards.closing(self), catching, backends.use(self.args.attention), explain_out_of_memory():
             while True:
                 try:
                     self._train()
                     break
                 except Diverged as error:
                     guards.roll_back(self, error)
-            return self._stop() if self.stopping else self._finish()
+            return stop(self) if self.stopping else self._finish()
 
     def _train(self) -> None:
         args, state, epoch, first = self.args, self.state, self.data.steps_per_epoch, self.state.step + 1
@@ -170,7 +172,9 @@ class Trainer:
         groups = sum(sums_by_group(each, part, n_groups) for part, (_, each) in zip(micro_batches, outputs))
         metrics = take_metrics(self.model)
         values = {"loss": sum_of_losses(outputs), "groups": groups, "metrics": list(metrics.values())}
-        sums = backend.sum_named(values | {"stop": len(self.signals), "seconds": self.deadline.elapsed()})
+        values |= {"stop": len(self.signals), "saved": self.checkpoints.done(), "seconds": self.deadline.elapsed()}
+        sums = backend.sum_named(values)
+        self.checkpoints.settle(sums["saved"] / backend.data_world)
         self.stopping, state.seconds = sums["stop"] > 0, sums["seconds"] / backend.data_world
         if measured:
             self.log.write(state.step + 1, measured | self.norms.values(norm, self.args.grad_clip))
@@ -186,28 +190,17 @@ class Trainer:
         self.log.write(state.step, {f"eval_{name}": value for name, value in metrics.items()})
         is_best = state.judge(metrics[self.args.metric])
         note = f" (first {n_batches} batches)" * (n_batches > 0) + ", best so far" * is_best
-        self._sample()
+        sample(self)
         self.log.draw()
         self.log.say(f"step {state.step}: held-out {format_metrics(metrics)}{note}")
         self._save(is_best)
-
-    def _sample(self) -> None:
-        if self.sampler is not None:
-            self.sampler.write(self.run, self.state.step, self.backend)
-
-    def _stop(self) -> None:
-        """Save, and end the process as the signal asks."""
-        self._save()
-        number = signal.Signals((self.signals or [signal.SIGTERM])[-1])  # perhaps only another rank received it
-        self.log.say(f"stopped by {number.name} after step {self.state.step}: saved; the same command goes on")
-        raise SystemExit(128 + number)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on all held-out data and write `result.json`."""
         state, checkpoints = self.state, self.checkpoints
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "model": str(self.run / "last")}
         if self.eval_data is None:
-            self._sample()
+            sample(self)
             self._save(is_best=True)
         else:
             if state.evaluated != state.step:  # else stopped early, or killed just before the end
@@ -219,9 +212,25 @@ class Trainer:
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
+        checkpoints.wait()
         if self.backend.main:
             write_result(self.run, result)
         return result
+
+
+def sample(trainer: Trainer) -> None:
+    """Write what the model says to the prompts."""
+    if trainer.sampler is not None:
+        trainer.sampler.write(trainer.run, trainer.state.step, trainer.backend)
+
+
+def stop(trainer: Trainer) -> None:
+    """Save, and end the process as the signal asks."""
+    trainer._save()
+    trainer.checkpoints.wait()
+    number = signal.Signals((trainer.signals or [signal.SIGTERM])[-1])  # perhaps only another rank received it
+    trainer.log.say(f"stopped by {number.name} after step {trainer.state.step}: saved; the same command goes on")
+    raise SystemExit(128 + number)
 
 
 def earlier_result(trainer: Trainer) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ import torch
 
 import optim.muon
 from chat.samples import Samples
-from checkpoint import directory, peft
+from checkpoint import directory, peft, sharded
 from dataset import Batch, BatchSource
 from dataset_sft import PairData, SFTData
 from distributed.backend import make_backend
@@ -129,6 +129,7 @@ def make(folder: Path, case: Case, backend: SingleProcess) -> Trainer:
     optimizer = build_optimizer(model, optim)
     run, identity = folder / case.name, {"seed": 0}
     everything = {"save": save, "load": load, "identity": identity, "eval_data": data}
+    everything["shards"] = sharded.saver_of(model)
     everything["group_names"] = ("all",) if case.grouped else ()
     return Trainer(trained, optimizer, train, backend, args, optim, run, **everything)
 

@@ -73,6 +73,7 @@ def interrupted(world: World, name: str) -> Path:
 
 FILES_OF_RUN = {
     "weights": "last/*.safetensors",
+    "parts of a sharded checkpoint": "last/sharded/*",
     "optimizer and random state": "last/training_state/state.pt",
     "sums of a checkpoint": "last/training_state/*.json",
     "config.json": "last/*config.json",
@@ -229,7 +230,8 @@ def damages() -> dict[str, Kind]:
     found: dict[str, Any] = {}
     goes_on = "Damage to {} of a run that goes on: named, and an older whole checkpoint is used; or no loss changes"
     for what, pattern in FILES_OF_RUN.items():
-        names = ("DPO", "DPO, LoRA") if what == "reference.npz" else ("pretrain, Muon", "LoRA", "DPO")
+        others = {"reference.npz": ("DPO", "DPO, LoRA"), "parts of a sharded checkpoint": ("pretrain, sharded",)}
+        names = others.get(what, ("pretrain, Muon", "LoRA", "DPO"))
         count = 60 if "weights" in what or "state" in what else 40
         found[f"damage: {what}"] = Kind(goes_on.format(what), count, resume(pattern, names))
     refused = "Damage to {}: refused by name, or the result is the same"

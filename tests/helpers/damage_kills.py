@@ -246,6 +246,6 @@ def kills() -> dict[str, Kind]:
         promise_of_lock = "Of two processes in one directory one is refused, and the other one is not disturbed"
         found[f"lock: {name}"] = Kind(promise_of_lock, 6, lock(name))
     promise = "A full disk is one sentence; with room again, the same command ends with the bytes of an undisturbed run"
-    for name in ("pretrain, Muon", "LoRA", "DPO", *OTHERS):
+    for name in ("pretrain, Muon", "pretrain, sharded", "LoRA", "DPO", *OTHERS):
         found[f"full disk: {name}"] = Kind(promise, 10, full_disk(name))
     return found

@@ -24,6 +24,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 BACKENDS = {
     "ddp": (["--train.backend", "ddp"], ("pretrain, Muon", "LoRA", "DPO")),
     "fsdp": (["--train.backend", "fsdp"], ("pretrain, Muon", "LoRA", "DPO")),
+    "fsdp, sharded": (["--train.backend", "fsdp", "--train.save", "sharded"], ("pretrain, Muon", "DPO")),
+    "ZeRO 2, sharded": (
+        ["--train.backend", "deepspeed", "--train.save", "sharded", "--optim.optimizer", "adamw"],
+        ("pretrain, AdamW, bf16",),
+    ),
     "ZeRO 2": (["--train.backend", "deepspeed", "--optim.optimizer", "adamw"], ("pretrain, AdamW, bf16", "DPO, LoRA")),
     "ZeRO 3": (
         ["--train.backend", "deepspeed", "--train.zero_stage", "3", "--optim.optimizer", "adamw"],

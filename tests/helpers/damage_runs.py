@@ -44,6 +44,7 @@ TUNE = f"fine_tuning --init_from model/best {LOOP} --data.seq_len 96 --data.batc
 CHAT, PAIRS = f"{TUNE} --data chats.jsonl", f"{TUNE} --data pairs.jsonl"
 TRAININGS = {
     "pretrain, Muon": f"{PRETRAIN} --train.dtype fp32",
+    "pretrain, sharded": f"{PRETRAIN} --train.dtype fp32 --train.save sharded",
     "pretrain, AdamW, bf16": f"{PRETRAIN} --train.dtype bf16 --optim.optimizer adamw"
     " --train.gradient_checkpointing True",
     "pretrain, bf16": f"{PRETRAIN} --train.dtype bf16 --data.isolate_documents True",
@@ -164,7 +165,8 @@ def computed(run: Path) -> dict[str, Any]:
     weights = {
         f"{link}/{path.name}": file_sha256(path)
         for link in ("last", "best")
-        for path in sorted((run / link).glob("*.safetensors"))
+        for pattern in ("*.safetensors", "sharded/*")
+        for path in sorted((run / link).glob(pattern))
     }
     return {"rows": rows, "result": {name: result[name] for name in result if name != "model"}, "weights": weights}
 

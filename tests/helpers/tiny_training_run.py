@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bins.token_bin import BinWriter, TokenBin
-from checkpoint import directory
+from checkpoint import directory, sharded
 from dataset import Batch, PretrainData
 from distributed.backend import make_backend
 from model import Transformer
@@ -64,6 +64,7 @@ def toy_trainer(
         run,
         save=partial(directory.save_model, model=model),
         load=partial(directory.load_weights, model),
+        shards=sharded.saver_of(model),
         **{"identity": {"seed": 0}} | ours,
     )
 

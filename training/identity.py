@@ -1,0 +1,50 @@
+"""Which run a checkpoint belongs to: only one that has the same losses goes on from it."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from cli.progress import say
+
+
+def check_outside(run: Path, source: Path, resume: str) -> None:
+    """Raise ValueError where a run that replaces the checkpoints in `run` would delete the model it starts from."""
+    if resume == "never" and source.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"--init_from {source} lies in --out {run}, and --train.resume never deletes the checkpoints there: choose "
+            "another --out"
+        )
+
+
+def check_identity(run: Path, theirs: dict[str, Any], ours: dict[str, Any], main: bool) -> None:
+    """Raise ValueError that names what differs between a run and the identity of the checkpoint in its directory.
+
+    A checkpoint of an older version has neither `data` (name -> SHA-256) nor `shape`: it goes on, and `main` says so.
+    """
+    advice = "choose another --out, or use --train.resume never to replace it"
+    if "data" in ours and "data" not in theirs and main:
+        say(f"{run} does not state the contents of its data (an older version wrote it): they are not compared")
+    for name, value in ours.items():
+        stored = theirs.get(name)
+        if stored == value or (name in ("data", "shape") and stored is None):
+            continue
+        if name == "data":
+            if changed := other_contents(stored, value):
+                raise ValueError(
+                    f"{run} holds a run whose training data had other contents or another order, in "
+                    f"{', '.join(changed)}: it cannot be continued; give it its data again, or {advice}"
+                )
+            continue
+        if isinstance(stored, dict) and isinstance(value, dict):  # name only what differs
+            keys = [key for key in stored | value if stored.get(key) != value.get(key)]
+            stored, value = ({key: each.get(key) for key in keys} for each in (stored, value))
+        what = f"{run} holds a run with {name} {stored!r}, and this one has {value!r}"
+        raise ValueError(f"{what}: it cannot be continued; {advice}")
+
+
+def other_contents(theirs: dict[str, str], ours: dict[str, str]) -> list[str]:
+    """Return the names of the data, name -> SHA-256, whose contents differ by position; a name alone may change."""
+    pairs = zip_longest(theirs.items(), ours.items(), fillvalue=("", ""))
+    return [name or old for (old, before), (name, now) in pairs if before != now]
