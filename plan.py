@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,22 +21,22 @@ from cli.memory import check_memory
 from files import write_json, write_text
 from model_args import ModelArgs
 from optim.args import OPTIMIZERS, OptimArgs
-from planning import cluster, devices, launch, measure, memory, picture, published, runs, scaling, single
+from planning import cluster, devices, launch, many, measure, memory, picture, published, runs, scaling, single
 from planning.devices import GIB, Device
 from planning.memory import Step
 from planning.shapes import Source, find_shape, flags_of_shape
-from planning.tables import bars, count, duration, gib, number, some_rows, table
+from planning.tables import bars, count, duration, gib, number, some_rows, spent, table
 from training.flops import train_flops_per_token
 
+NOTHING_FITS = 3  # exit status; 1 is that of mistakes, 2 that of the shell
 MANY = "it describes several GPUs; give their number, or remove it"
 ONE = "it belongs to the plan of one process; remove one of the two"
-MOST_COMMANDS = 3  # that are printed
+ROWS_OF_STEP = 64  # of one process, where nothing says how many: as in pretrain.py and fine_tuning.py
 ALONE = "each prints a table of its own; remove one of the two"
 NEEDS = (
     Needs("shape.*", "model", (None,), "a model has its own shape; remove one of the two"),
     Needs("per_node", "gpus", SET, MANY),
     Needs("node_link", "gpus", SET, MANY),
-    Needs("batch_size", "gpus", SET, "one process accumulates any number of rows; --rows is that of a micro-batch"),
     Needs("gpu_link", "gpus", SET, MANY),
     Needs("rows", "gpus", (1,), ONE),
     Needs("lora_r", "gpus", (1,), ONE),
@@ -56,7 +55,8 @@ NEEDS = (
 
 @dataclass(frozen=True)
 class Args:
-    """Plan a training run, or decoding: memory, time, cost and expected loss. Nothing is built or trained."""
+    """Plan a training run, or decoding: memory, time, cost and expected loss. Nothing is built or trained; the exit
+    status is 3 where nothing fits."""
 
     model: str | None = None
     """a preset (configs/small.yaml), a model directory, a config.json, or a published name such as llama2-7b; without
@@ -83,7 +83,8 @@ class Args:
     rows: Annotated[int | None, (1, 10**6)] = None
     """rows of a micro-batch in the table for one process; None: as the preset says, else 1"""
     batch_size: Annotated[int | None, (1, 10**7)] = None
-    """rows of an optimizer step over all GPUs; None: as the preset says, else about 4 M tokens"""
+    """rows of an optimizer step over all GPUs; None: as the preset says, else about 4 M tokens on several GPUs, and 64
+    rows on one"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of activations; auto: bf16 on a GPU, and on a CPU that has instructions for it"""
     optimizer: Literal[("auto", *OPTIMIZERS)] = "auto"  # type: ignore[valid-type]
@@ -99,11 +100,11 @@ class Args:
     measure: bool = False
     """measure steps of two small models on this machine for ten seconds, and predict the time of a step from them"""
     json: Path | None = None
-    """file for all numbers of the plan"""
+    """new file for all numbers of the plan"""
     picture: Path | None = None
-    """picture to draw of the memory by part: .png, .svg or .pdf"""
+    """new picture of the memory by part: .png, .svg or .pdf"""
     launch: Path | None = None
-    """launch file to write for the fastest strategy that runs here: .slurm or .sbatch for SLURM, else for bash"""
+    """new launch file for the fastest strategy that runs here: .slurm or .sbatch for SLURM, else for bash"""
     published: bool = False
     """print published runs beside the formulas, and nothing else"""
     run: tuple[Path, ...] = ()
@@ -119,13 +120,8 @@ if __name__ == "__main__":
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Print what was asked for; return its numbers."""
-    for name in ("json", "launch"):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"--{name} {path}: there is no directory {path.parent}; make it first")
-    if args.picture is not None:
-        picture.check_suffix(args.picture)
+    """Print what was asked for; return its numbers. SystemExit with status NOTHING_FITS where that is the answer."""
+    check_outputs(args)
     if args.run:
         found = [runs.read(path) for path in args.run]
         print(runs.report(found, args.gpus, args.price or None, args.mfu))
@@ -138,7 +134,21 @@ def main(args: Args) -> dict[str, Any]:
         result = plan(args)
     if args.json is not None:
         write_json(args.json, result)
+    if result.get("fits") is False:
+        raise SystemExit(NOTHING_FITS)
     return result
+
+
+def check_outputs(args: Args) -> None:
+    """Raise ValueError or OSError for a file that cannot be written, or that exists: nothing is overwritten."""
+    for name in ("json", "picture", "launch"):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"--{name} {path}: there is no directory {path.parent}; make it first")
+        if path is not None and path.exists():
+            raise FileExistsError(f"--{name} {path} exists already: choose another, or remove it")
+    if args.picture is not None:
+        picture.check_suffix(args.picture)
 
 
 def plan(args: Args) -> dict[str, Any]:
@@ -147,6 +157,7 @@ def plan(args: Args) -> dict[str, Any]:
     device, step = choose_device(args), choose_step(args, source)
     if step.dtype == "auto":
         step = replace(step, dtype="bf16" if device.is_gpu or devices.cpu_has_bfloat16() else "fp32")
+    source = replace(source, flags=launch.own_flags(source, args.dtype, step.optimizer))
     where = choose_cluster(args, source, device, step) if args.gpus > 1 else None  # refused before anything is printed
     result = describe(source, step.seq_len)
     result |= plan_many(args, source, where, step) if where else plan_one(args, source, device, step)
@@ -177,12 +188,12 @@ def choose_step(args: Args, source: Source) -> Step:
     """Return the step that the flags, or else the preset, describe."""
     recipe = source.recipe
     preset_rows = recipe.train.micro_batch_size or source.batch_size if recipe else None
-    optimizer = recipe.optim.optimizer if recipe else "adamw"
+    optimizer, dtype = (recipe.optim.optimizer, recipe.train.dtype) if recipe else ("adamw", "auto")
     seq_len = args.seq_len or source.seq_len or source.args.max_seq_len
     return Step(
         rows=args.rows or preset_rows or 1,
         seq_len=seq_len,
-        dtype=args.dtype,
+        dtype={"fp16": "bf16"}.get(dtype, dtype) if args.dtype == "auto" else args.dtype,
         optimizer=optimizer if args.optimizer == "auto" else args.optimizer,
         galore_rank=recipe.optim.galore_rank if recipe else OptimArgs.galore_rank,
         checkpointing=bool(recipe and recipe.train.gradient_checkpointing),
@@ -220,9 +231,10 @@ def plan_one(args: Args, source: Source, device: Device, step: Step) -> dict[str
     print(bars(parts), end="\n\n")
     decoding = single.decoding(source.args, device, available, step.seq_len)
     print(single.table_of_decoding(decoding, step.seq_len), end="\n\n")
-    print(single.verdict(found, decoding, available, source.command))
+    print(single.verdict(found, decoding, available, source, rows_of_step(args, source)))
     result = {"device": dataclasses.asdict(device), "training": [dataclasses.asdict(way) for way in found]}
     result |= {"parts": parts, "decoding": decoding}
+    result["fits"] = any(way.most_rows for way in found) or any(row["texts"] for row in decoding)
     result["memory"] = {way.name: memory.training(source.args, way.step) for way in found}
     if args.measure:
         result |= measured(args, source, step)
@@ -231,13 +243,17 @@ def plan_one(args: Args, source: Source, device: Device, step: Step) -> dict[str
     return result
 
 
+def rows_of_step(args: Args, source: Source) -> int:
+    """Return the rows of an optimizer step of one process."""
+    return args.batch_size or source.batch_size or ROWS_OF_STEP
+
+
 def measured(args: Args, source: Source, step: Step) -> dict[str, Any]:
     """Measure for ten seconds; print and return the time of a step on this machine, and of --tokens."""
     need = sum(memory.training(source.args.replace(n_layers=min(3, source.args.n_layers)), step).values())
     check_memory("--measure: a model of three blocks", need, "lower --rows or --seq_len")
     times = measure.measure(source.args, step)
-    batch_size = source.batch_size or step.rows
-    micro_batches = max(1, round(batch_size / step.rows))
+    micro_batches = max(1, round(rows_of_step(args, source) / step.rows))
     seconds, tokens = times.step(micro_batches), micro_batches * step.rows * step.seq_len
     print(
         f"measured here, not compiled: {seconds:.3g} s for a step of {some_rows(micro_batches * step.rows)} "
@@ -254,16 +270,9 @@ def time_and_money(args: Args, device: Device, flops: float) -> dict[str, Any]:
         print(f"time: the speed of {device.name} is not known; give --measure True, --gpu or --gpu_tflops")
         return {}
     seconds = flops * args.tokens / (device.peak * args.mfu)
-    print(f"time: {count(args.tokens)} tokens at {args.mfu:.0%} of the peak take {spent(args, device, seconds)}")
+    costs = spent(seconds, 1, device.watts, args.price)
+    print(f"time: {count(args.tokens)} tokens at {args.mfu:.0%} of the peak take {costs}")
     return {"seconds": seconds}
-
-
-def spent(args: Args, device: Device, seconds: float) -> str:
-    """Return a time with the GPU-hours, the energy and the cost that it means."""
-    hours = seconds / 3600 * args.gpus
-    texts = [duration(seconds), f"{number(hours)} device-hours"]
-    texts += [f"{number(hours * device.watts / 1000)} kWh at the boards' full power"] if device.watts else []
-    return ", ".join([*texts, f"{number(hours * args.price)} at {args.price:g} an hour"] if args.price else texts)
 
 
 def expect_loss(shape: ModelArgs, tokens: float, seq_len: int) -> dict[str, Any]:
@@ -288,31 +297,27 @@ def expect_loss(shape: ModelArgs, tokens: float, seq_len: int) -> dict[str, Any]
 
 def plan_many(args: Args, source: Source, where: cluster.Cluster, step: Step) -> dict[str, Any]:
     """Print and return the strategies for several GPUs, those that fit first."""
-    device = where.device
-    fits, others = cluster.rank(source.args, step, where)
+    device, found = where.device, many.find(source, where, step, args.tokens, args.price)
     nodes = f"{args.gpus} x {device.name}, {min(args.per_node, args.gpus)} in a node"
     print(
         f"{nodes}: {gib(device.memory)} each, of which {gib(devices.usable(device))} are counted on ({devices.SPARE})"
     )
     print(f"{where.batch_size:,} rows of {where.seq_len:,} tokens in a step; products at {args.mfu:.0%} of the peak\n")
-    if fits:
-        print(table(*strategy_rows(args, fits)), end="\n\n")
-    if others:
-        too_large = ", ".join(f"{each.strategy.label} {each.size}" for each in others[:6])
-        more = f" and {len(others) - 6} others" if len(others) > 6 else ""
-        print(f"too large, with their smallest need: {too_large}{more}")
-    for line in conclusion(args, source, where, step, fits, others):
+    if found.fits:
+        print(many.table_of_strategies(found), end="\n\n")
+    for line in (*many.left_out(found), *many.conclusion(found)):
         print(line)
     if args.launch is not None:
-        write_launch(args, source, where, step, fits)
-    rows = []
-    for each in [*fits, *others]:
+        write_launch(args, found)
+    rows, all_of_them = [], [*found.fits, *found.others]
+    for each in all_of_them:
         run_by = launch.Launch(source, where, step, each)
         refused = run_by.refusal()
         how = {"command": None if refused else run_by.command(), "refused": refused}
-        rows.append(dataclasses.asdict(each) | {"total": each.total, "fits": each in fits} | how)
-    by_part = {each.strategy.label: each.memory for each in [*fits, *others]}
-    return {"device": dataclasses.asdict(device), "strategies": rows, "memory": by_part}
+        rows.append(dataclasses.asdict(each) | {"total": each.total, "fits": each in found.fits} | how)
+    by_part = {each.strategy.label: each.memory for each in all_of_them}
+    result = {"device": dataclasses.asdict(device), "strategies": rows, "memory": by_part, "fits": bool(found.fits)}
+    return result | {"undivided": cluster.undivided(source.args, where)}
 
 
 def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cluster.Cluster:
@@ -330,63 +335,9 @@ def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cl
     return cluster.Cluster(device, *sizes, loaded=source.command.startswith("--init_from"))
 
 
-def strategy_rows(args: Args, fits: list[cluster.Prediction]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return head and rows of the table of strategies."""
-    head = ("strategy", "rows", "recomputed", "GPU memory", "s a step", "bubble", "sent", "waiting", "MFU", "tokens/s")
-    if args.tokens:
-        head += ("time", "amount") if args.price else ("time",)
-    lines = []
-    for each in fits:
-        line = (each.strategy.label, str(each.rows), "yes" if each.checkpointing else "no", gib(each.total))
-        line += (f"{each.seconds:.3g}", f"{each.bubble:.1%}", gib(each.volume), f"{each.waiting:.3g} s")
-        line += (f"{each.mfu:.1%}", f"{each.tokens_per_second:,.0f}")
-        if args.tokens:
-            seconds = args.tokens / each.tokens_per_second
-            line += (duration(seconds),)
-            line += (f"{seconds / 3600 * args.gpus * args.price:,.0f}",) if args.price else ()
-        lines.append(line)
-    return head, lines
-
-
-def conclusion(
-    args: Args,
-    source: Source,
-    where: cluster.Cluster,
-    step: Step,
-    fits: list[cluster.Prediction],
-    others: list[cluster.Prediction],
-) -> Iterator[str]:
-    """Yield what follows: the fastest strategy and its price, what runs here, or what is missing."""
-    if not fits:
-        nearest = others[0]
-        missing = gib(nearest.total - devices.usable(where.device))
-        yield (
-            f"Nothing fits: the nearest, {nearest.strategy.label} with {some_rows(nearest.rows)}, needs "
-            f"{gib(nearest.total)}, {missing} more than there are."
-        )
-        yield from cluster.what_fits(source.args, step, where)
-        return
-    best = fits[0]
-    if args.tokens:
-        seconds = args.tokens / best.tokens_per_second
-        yield f"fastest, {best.strategy.label}: {count(args.tokens)} tokens take {spent(args, where.device, seconds)}"
-    able, refused = launch.sorted_out(source, where, step, fits)
-    for why, labels in refused.items():
-        yield f"not run by this repository: {', '.join(labels)}: {why}"
-    if not able:
-        known, _ = launch.sorted_out(source, where, step, others)
-        needs = f": the nearest, {known[0].found.strategy.label}, takes {known[0].found.size}" if known else ""
-        yield f"Nothing that fits can be run with this repository{needs}."
-    each_node = " (in each node)" * (args.gpus > args.per_node)
-    for each in able[:MOST_COMMANDS]:
-        yield f"{each.found.strategy.label} is run by{each_node}:\n  {each.command()}"
-
-
-def write_launch(
-    args: Args, source: Source, where: cluster.Cluster, step: Step, fits: list[cluster.Prediction]
-) -> None:
+def write_launch(args: Args, found: many.Found) -> None:
     """Write the launch file of the fastest strategy that this repository runs. Raises ValueError where none fits."""
-    able, _ = launch.sorted_out(source, where, step, fits)
+    able, _ = found.able()
     if not able:
         raise ValueError(f"--launch {args.launch}: no strategy that this repository runs fits; nothing is written")
     slurm = args.launch.suffix in (".slurm", ".sbatch")

@@ -12,12 +12,13 @@ import os
 import signal
 import socket
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from attention import Choice
 from checkpoint.locate import DEFAULT_MODEL, find_model, is_adapter, read_from
-from cli.args import parse, run
+from cli.args import fail, parse, run
 from cli.extras import need
 from cli.memory import check_memory, memory_bytes, size
 from cli.progress import say
@@ -82,12 +83,25 @@ class Args:
             raise ValueError("--api_key is empty: give a key, or leave it out")
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; exits with an error message where that cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)  # who comes while the model is loaded waits
+    except OSError as error:
+        fail(f"--port {port} at --host {host} cannot be used ({error.strerror}): choose another, or 0 for a free one")
+    return listener
+
+
 if __name__ == "__main__":
     arguments = parse(Args, "serve")  # before torch is loaded: --help and mistakes are answered at once
     need("serve.py", "serve", "fastapi", "uvicorn")
+    listener = listen(arguments.host, arguments.port)
 
 import torch
-import uvicorn
 
 from attention import backends
 from checkpoint.extend import set_length
@@ -95,14 +109,14 @@ from decoding.fixed_rows import FixedRows
 from hardware import DTYPES, choose_device, fastest_dtype
 from serving.api import make_app
 from serving.assistant import Assistant, load_assistant
+from serving.connections import Server
 from serving.engine import Engine
 from serving.service import Service
 from training.checksums import MOST_BYTES, check_models
 
 
-def main(args: Args) -> dict[str, Any]:
+def main(args: Args, listener: socket.socket) -> dict[str, Any]:
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
-    listener = listen(args.host, args.port)  # before the model is loaded: a port in use is told at once
     device = choose_device(args.device)
     dtype = fastest_dtype(device, decodes=True) if args.dtype == "auto" else DTYPES[args.dtype]
     backends.check(args.attention, dtype, device, training=False)
@@ -113,30 +127,13 @@ def main(args: Args) -> dict[str, Any]:
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     app = make_app(services, key, args.hosts, args.cors_origins)
     announce(services, listener, key)
-    options = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False, "ws": "none"}
-    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=round(args.timeout) + 1, **options))
+    server = Server(app, timeout_graceful_shutdown=round(args.timeout) + 1)
     # uvicorn ends at the signal, and raises it once more when all is done: that shall not be the end of a process
     # that has done its work
     signal.signal(signal.SIGTERM, lambda *_: None)
     with backends.use(args.attention):
         server.run(sockets=[listener])
     return {}
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address. Raises ValueError where that cannot be."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)  # who comes while the model is loaded waits
-    except OSError as error:
-        listener.close()
-        raise ValueError(
-            f"--port {port} at --host {host} cannot be used ({error.strerror}): choose another, or 0 for a free one"
-        ) from None
-    return listener
 
 
 def named(args: Args) -> dict[str, Path]:
@@ -203,4 +200,8 @@ def announce(services: list[Service], listener: socket.socket, key: str | None) 
 
 
 if __name__ == "__main__":
-    run(main, arguments, less_memory="a smaller --rows, --max_seq_len or --dtype bf16 takes less")
+    run(
+        partial(main, listener=listener),
+        arguments,
+        less_memory="a smaller --rows, --max_seq_len or --dtype bf16 takes less",
+    )

@@ -47,8 +47,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cli.extras import need
 
 need("bench/serve.py", "bench", "fastapi", "uvicorn", "transformers")
-import uvicorn
-
 import convert
 from bench.train_speed import SHAPES, peer
 from checkpoint.directory import save_model
@@ -59,6 +57,7 @@ from decoding.rows import Token
 from model import Transformer
 from serving.api import make_app
 from serving.assistant import load_assistant
+from serving.connections import Server
 from serving.engine import Engine
 from serving.service import Service
 from tokenizer import load_tokenizer
@@ -126,7 +125,7 @@ def serve(kind: str, directory: Path, args: Args, parent: Connection) -> None:
     assistant = load_assistant(directory, torch.device("cpu"), torch.float32, raw=True)
     rows = (FixedRows if kind == "ours" else StaticBatches)(assistant.model, args.rows)
     service = Service(directory.name, assistant, Engine(rows, 1000), SamplingParams(), 3600)
-    server = uvicorn.Server(uvicorn.Config(make_app([service]), port=0, log_config=None, access_log=False))
+    server = Server(make_app([service]), port=0)
 
     def tell() -> None:
         while not server.started:

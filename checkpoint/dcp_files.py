@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint.pickled_files import asked_for
+
 METADATA = ".metadata"
 
 
@@ -131,6 +133,11 @@ def read_chunk(chunk: Chunk) -> torch.Tensor:
     try:
         tensor = torch.load(stored, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        if asked := asked_for(error):
+            raise ValueError(
+                f"{chunk.file} is refused: at byte {chunk.offset:,} is a pickle that asks for {asked}, and nothing of "
+                "it was run"
+            ) from None
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{chunk.file} is damaged at byte {chunk.offset:,}: {reason}") from None
     if not torch.is_tensor(tensor) or tuple(tensor.shape) != chunk.sizes:

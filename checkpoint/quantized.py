@@ -155,7 +155,8 @@ def scheme_of_group(group: Any, settings: dict[str, Any]) -> Scheme:
             raise ValueError("config.json: int-quantized weights are read here in 8 bits by channel")
         return Scheme("int-quantized", 8, kind="w8a8" if inputs else "int8")
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
-    return checked(Scheme("compressed-tensors", weights.get("num_bits"), size))
+    symmetric = weights.get("symmetric", True) is not False
+    return checked(Scheme("compressed-tensors", weights.get("num_bits"), size, symmetric))
 
 
 def scheme_of_bnb(settings: dict[str, Any]) -> Scheme:
@@ -239,6 +240,9 @@ def load_layer(directory: Path, path: str, layer: nn.Linear, names: dict[str, Pa
     if missing := sorted(form.names - names.keys()):
         raise ValueError(f"{directory} lacks {path}.{missing[0]}, which a layer quantized by {scheme.layout} has")
     tensors = {name: safetensors_files.read_one(file, f"{path}.{name}") for name, file in names.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{directory}: {path}.{name} is not finite: the file is damaged, or its scales overflowed")
     try:
         quantized = form.read(tensors, layer, scheme)
     except (RuntimeError, IndexError, ValueError) as error:

@@ -139,7 +139,8 @@ class Sharded:
         names = {p: name for name, p in self.model.named_parameters()}
         tensors = {WEIGHTS + names[p]: tensor for p, tensor in weights.items()}
         tensors |= {f"{MOMENTS}{name}.{key}": each for name, values in moments.items() for key, each in values.items()}
-        return Share(directory / FOLDER, tensors, rank, gather)
+        in_order = dict(sorted(tensors.items()))  # the same bytes, whether a run has gone on or not
+        return Share(directory / FOLDER, in_order, rank, gather)
 
     def moments(self, directory: Path) -> dict[str, Mapping[str, torch.Tensor]]:
         """Return the moments in a checkpoint by name of the parameter, read one by one; {} where it is not sharded."""

@@ -43,7 +43,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of its range."""
         expected = {
-            "temperature": (self.temperature == 0 or 0.01 <= self.temperature <= 100, "0 or from 0.01 to 100"),
+            "temperature": (0 <= self.temperature <= 100, "from 0 to 100"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),

@@ -32,7 +32,9 @@ def process_logits(logits: torch.Tensor, history: Sequence[Ids], params: Samplin
     if params.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    logits = logits / params.temperature
+    if params.temperature < 0.01:  # the quotients of the likeliest ids could be infinite: 0 is the largest
+        logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(params.temperature, 1e-30)  # which is not 0 in float32
     if params.top_k:
         least = logits.topk(min(params.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)  # ties with the k-th stay

@@ -91,12 +91,14 @@ class Benchmark(Task):
         """
         blocks = [list(islice(block, self.limit)) for block in self.blocks()]
         blocks = [block for block in blocks if block]
+        if not blocks and self.broken:
+            first, rows = self.broken[0], f"{len(self.broken)} row" + "s" * (len(self.broken) > 1)
+            raise ValueError(
+                f"{self.data} has no items: none of its {rows} can be read. The first, {first.where}: {first.reason}. "
+                f"Expected {self.source}"
+            )
         if not blocks:
-            bad_rows = ""
-            if self.broken:
-                first = self.broken[0]
-                bad_rows = f"; the first of {len(self.broken)} bad rows, {first.where}: {first.reason}"
-            raise ValueError(f"{self.data} has no items: expected {self.source}{bad_rows}")
+            raise ValueError(f"{self.data} has no items: expected {self.source}")
         return blocks
 
     def run(self, assistant: Assistant) -> dict[str, Any]:

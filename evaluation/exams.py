@@ -120,9 +120,12 @@ class PublishedExam(Exam):
         first, line = [cell.strip().lower() for cell in rows[0]] if rows else [], 1
         if "question" in first:
             names, rows, line = first, rows[1:], 2
+        needed = 1 + max((i for i, name in enumerate(names) if name in (*LETTERS.lower(), "answer")), default=0)
         questions = []
         for number, row in enumerate(rows):
             try:
+                if len(row) < needed:  # else a row that breaks off would be a question without an answer
+                    raise ValueError(f"expected at least {needed} cells, found {len(row)}")
                 questions.append(read_question(dict(zip(names, row)), str(number)))
             except ValueError as error:
                 self.refuse(f"{path}:{number + line}", str(error), row)

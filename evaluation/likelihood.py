@@ -11,6 +11,7 @@ import torch
 from attention.cache import KVCache
 from decoding.feeder import evaluating
 from decoding.params import Ids, shared_length
+from evaluation.branches import BranchCache, Branches, join
 from model import Transformer
 from serving.assistant import first_id
 from tokenizer import Tokenizer
@@ -86,41 +87,62 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
         prefix = model.make_cache(1, longest)
         if shared:
             model.hidden(torch.tensor([shared], device=model.device), cache=prefix, lengths=[len(shared)])
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+        # branches need keys that are rotated once: not where frequencies depend on the length of a text
+        branched = isinstance(prefix, KVCache) and prefix.rotated
+        for batch in _batches(join(rows, len(shared), model.args.dim if branched else 0), batch_size):
             hidden = _hidden(model, batch, prefix, len(shared))  # (B, T, dim), of the ids behind the shared ones
-            todo = [(at, len(row) - len(shared), i) for at, row in enumerate(batch) for i in members[row]]
-            asked = [(at, end, pairs[i].continuation) for at, end, i in todo]
-            for (_, _, i), (logprob, greedy) in zip(todo, _scores(model, hidden, asked)):
+            T = hidden.shape[1]
+            todo = [
+                (at, path, i) for at, row in enumerate(batch) for text, path in row.paths.items() for i in members[text]
+            ]
+            asked = []
+            for at, path, i in todo:
+                ids = pairs[i].continuation
+                asked.append(([at * T + place for place in path[-len(ids) :]], ids))
+            for (_, _, i), (logprob, greedy) in zip(todo, _scores(model, hidden.flatten(0, 1), asked)):
                 cut = len(pairs[i].context) + len(pairs[i].continuation) > longest + 1
                 results[i] = Likelihood(logprob, greedy, cut)
     return results
 
 
-def _hidden(model: Transformer, rows: Sequence[Ids], prefix: KVCache, past: int) -> torch.Tensor:
-    """Return the hidden states (B, T, dim) of rows of ids from position `past` on; `prefix` holds what is before."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row[past:], *[0] * (width - len(row))] for row in rows], device=model.device)  # (B, T)
+def _batches(rows: Iterable[Branches], size: int) -> Iterator[list[Branches]]:
+    """Yield rows in order, with `size` texts at a time; a row that has more alone."""
+    batch: list[Branches] = []
+    for row in rows:
+        if batch and sum(len(each.paths) for each in (*batch, row)) > size:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _hidden(model: Transformer, rows: Sequence[Branches], prefix: KVCache, past: int) -> torch.Tensor:
+    """Return the hidden states (B, T, dim) of rows from position `past` on; `prefix` holds what is before."""
+    width, alone = max(len(row.ids) for row in rows), all(len(row.paths) == 1 for row in rows)
+    tokens = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=model.device)  # (B, T)
     # no id sees the padding behind it; only an encoding that depends on the length of a text has to know of it
-    if not past and (model.rope.cache_rotated or len(rows[0]) == width):
+    if not past and alone and (model.rope.cache_rotated or len(rows[0].ids) == width):
         return model.hidden(tokens)
+    if isinstance(prefix, KVCache) and prefix.rotated:
+        return model.hidden(tokens, cache=BranchCache(prefix, past, rows, width))
     cache = copy.copy(prefix)  # `reorder` gives the copy tensors of its own
     cache.reorder(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
-    positions = torch.arange(past, width, device=model.device).expand(len(rows), -1)  # (B, T)
-    return model.hidden(tokens, positions=positions, cache=cache, lengths=[len(row) for row in rows])
+    positions = torch.arange(past, past + width, device=model.device).expand(len(rows), -1)  # (B, T)
+    return model.hidden(tokens, positions=positions, cache=cache, lengths=[past + len(row.ids) for row in rows])
 
 
 def _scores(
-    model: Transformer, hidden: torch.Tensor, asked: Sequence[tuple[int, int, Ids]]
+    model: Transformer, hidden: torch.Tensor, asked: Sequence[tuple[Sequence[int], Ids]]
 ) -> Iterator[tuple[float, bool]]:
-    """Yield the summed log-probability of the ids of each (row, end, ids), and whether each is the likeliest, under the
-    hidden states (B, T, dim) of the last positions before `end` of the row."""
-    T, device = hidden.shape[1], hidden.device
-    places = torch.tensor([row * T + at for row, end, ids in asked for at in range(end - len(ids), end)], device=device)
-    targets = torch.tensor([each for _, _, ids in asked for each in ids], device=device)  # (N,), as places
-    owners = torch.repeat_interleave(torch.tensor([len(ids) for _, _, ids in asked])).to(device)
+    """Yield the summed log-probability of the ids of each (places, ids), and whether each is the likeliest, under the
+    hidden states (N, dim) at the places."""
+    device = hidden.device
+    places = torch.tensor([place for each, _ in asked for place in each], device=device)
+    targets = torch.tensor([each for _, ids in asked for each in ids], device=device)  # as places
+    owners = torch.repeat_interleave(torch.tensor([len(ids) for _, ids in asked])).to(device)
     places, numbers = places.unique(return_inverse=True)  # the choices of a question have one place
-    hidden = hidden.flatten(0, 1)[places]  # (U, dim)
+    hidden = hidden[places]  # (U, dim)
     block = max(32, HEAD_ELEMENTS // model.args.vocab_size)
     logprobs, missed = hidden.new_zeros(2, len(asked), dtype=torch.float64)
     for start in range(0, len(places), block):

@@ -129,14 +129,22 @@ def read(path: Path) -> Checkpoint:
 
 
 def in_one_dtype(entries: Entries) -> Entries:
-    """Return the entries with the vectors, which GGUF always keeps in float32, in the dtype of the matrices."""
+    """Return the entries with the vectors, which GGUF keeps in float32, in the dtype of the matrices, unless that would
+    change one of their numbers."""
     matrices = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
     wanted = matrices.pop() if len(matrices) == 1 else "F32"
     dtype = TORCH_DTYPES[wanted]
+    vectors = {name for name, entry in entries.items() if len(entry.shape) == 1}
+    kept = set() if all(holds(dtype, entries[name].load()) for name in vectors) else vectors
     return {
-        name: entry._replace(dtype=wanted, load=lambda load=entry.load: load().to(dtype))
+        name: entry if name in kept else entry._replace(dtype=wanted, load=lambda load=entry.load: load().to(dtype))
         for name, entry in entries.items()
     }
+
+
+def holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    """Whether a dtype has every number of a tensor."""
+    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint.locate import find_tokenizer
 from checkpoint.pickled_files import NAMES, read_training_file
 from checkpoint.streamed_pickle import write_pickle
 from files import written_aside
@@ -41,6 +42,7 @@ from formats.options import ExportOptions
 from model_args import ModelArgs
 
 FILE, LATEST, RANK = "model_optim_rng.pt", "latest_checkpointed_iteration.txt", re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+TOKENIZER = "tokenizer"  # folder that `write` puts beside the ranks; Megatron itself is told where its tokenizer is
 SETTINGS = {  # settings that a model of ours has to have
     "swiglu": (True,),
     "normalization": ("RMSNorm",),
@@ -103,7 +105,10 @@ def read(path: Path) -> Checkpoint:
             raise ValueError(f"{place.files[0]} has {place.name}, which has no place in a model of the LLaMA family")
         entries |= dict(entries_of(known[0], known[1], place, args, directory))
     check_entries(path, args, entries)
-    return Checkpoint(path, args, entries, notes=padding_note(vars(settings), args))
+    found = Checkpoint(path, args, entries, notes=padding_note(vars(settings), args))
+    roots = [each for each in (path, directory.parent) if (each / LATEST).is_file()]
+    found.tokenizer, found.stop_ids = find_tokenizer(*(root / TOKENIZER for root in roots))
+    return found
 
 
 def ranks(directory: Path) -> list[tuple[Path, ...]]:
@@ -238,7 +243,7 @@ def write(checkpoint: Checkpoint, entries: Entries, out: Path, options: ExportOp
             write_pickle(aside / "release" / folder / FILE, state)
         (aside / LATEST).write_text("release")
         if checkpoint.with_tokenizer().tokenizer is not None:
-            checkpoint.tokenizer.save(aside / "tokenizer")
+            checkpoint.tokenizer.save(aside / TOKENIZER)
 
 
 def settings_of(args: ModelArgs, options: ExportOptions, dtype: torch.dtype) -> argparse.Namespace:

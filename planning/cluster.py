@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from model_args import ModelArgs
 from planning.devices import GPUS, Device, usable
 from planning.memory import Step, cast_weights, logits_block, matrices, saved_by_block, saved_outside, training
-from planning.tables import gib
+from planning.tables import gib, some_rows
 from training.flops import train_flops_per_token
 
 MOST_ROWS = 64  # of a micro-batch
@@ -244,6 +244,22 @@ def starts_whole(args: ModelArgs, strategy: Strategy, cluster: Cluster) -> bool:
     """Return whether every process holds the whole model before it is divided (docs/distributed.md)."""
     clex = (args.rope_scaling or {}).get("rope_type") == "clex"  # it draws weights of its own
     return strategy.name not in ("FSDP2", "3D") or cluster.loaded or clex
+
+
+def undivided(args: ModelArgs, cluster: Cluster) -> dict[str, list[str]]:
+    """Return the labels of the strategies that cannot divide the rows of a step, by the reason."""
+    found: dict[str, list[str]] = {}
+    for strategy in strategies(args, cluster):
+        rows, rest = divmod(cluster.batch_size, strategy.data)
+        if rest:
+            most = strategy.data * math.ceil(cluster.batch_size / strategy.data)
+            why = f"{cluster.batch_size} rows of a step do not divide over {strategy.data} data ranks"
+            found.setdefault(f"{why}: take a multiple, such as --batch_size {most}", []).append(strategy.label)
+        elif rows < strategy.pipeline:
+            why = f"{some_rows(rows)} for each data rank, fewer than {strategy.pipeline} stages"
+            least = strategy.data * strategy.pipeline
+            found.setdefault(f"{why}: --batch_size {least} is the least", []).append(strategy.label)
+    return found
 
 
 def best_of(args: ModelArgs, strategy: Strategy, step: Step, cluster: Cluster) -> Prediction | None:

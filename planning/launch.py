@@ -10,7 +10,6 @@ from typing import Any
 
 from cli.flags import check_flags
 from distributed.split import check_rows, check_shape
-from optim.args import OptimArgs
 from planning.cluster import Cluster, Prediction, Strategy
 from planning.memory import Step
 from planning.shapes import Recipe, Source
@@ -35,6 +34,13 @@ def made_by(args: Any) -> str:
         if each.name not in ("shape", "json", "picture") and value != each.default:
             words.append(f"--{each.name} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
     return " ".join(words)
+
+
+def own_flags(source: Source, dtype: str, optimizer: str) -> str:
+    """Return the flags of dtype and optimizer where they are not those of the preset, or else of the scripts."""
+    recipe = source.recipe or Recipe()
+    flags = [f"--optim.optimizer {optimizer}"] * (optimizer != recipe.optim.optimizer)
+    return " ".join([*flags, *[f"--train.dtype {dtype}"] * (dtype not in ("auto", recipe.train.dtype))])
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,7 @@ class Launch:
         flags += [f"--train.{name} {size}" for name, size in sizes.items() if size > 1]
         if strategy.name.startswith("ZeRO"):
             flags.append(f"--train.zero_stage {strategy.name[-1]}" + " --train.zero_offload True" * strategy.offload)
-        default = self.source.recipe.optim.optimizer if self.source.recipe else OptimArgs().optimizer
-        if self.step.optimizer != default:
-            flags.append(f"--optim.optimizer {self.step.optimizer}")
+        flags += [self.source.flags] if self.source.flags else []
         flags.append(f"--data.seq_len {self.where.seq_len} --data.batch_size {self.where.batch_size}")
         again = " --train.gradient_checkpointing True" * self.found.checkpointing
         return [*flags, f"--train.micro_batch_size {self.found.rows}{again}"]

@@ -61,6 +61,8 @@ class Source:
     """rows of an optimizer step"""
     recipe: Recipe | None = None
     """the settings of a preset"""
+    flags: str = ""
+    """further flags of both trainings: what the plan has otherwise than the preset or the scripts"""
 
 
 def find_shape(source: str) -> Source:

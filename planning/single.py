@@ -8,8 +8,9 @@ from typing import Any
 
 from model_args import ModelArgs
 from planning import memory
-from planning.devices import Device
+from planning.devices import GPUS, Device, usable
 from planning.memory import Adapter, Step
+from planning.shapes import Source
 from planning.tables import gib, some_rows, table
 
 ROWS = 4096  # the most rows of a micro-batch that are looked for
@@ -93,14 +94,20 @@ def table_of_decoding(found: list[dict[str, Any]], text_len: int) -> str:
     return table((*head, "tokens/s, one", "tokens/s, all") if rates else head, rows)
 
 
-def verdict(found: list[Way], decodable: list[dict[str, Any]], available: float, command: str) -> str:
-    """Return in sentences whether the model can be trained and decoded, and by which command."""
+def verdict(
+    found: list[Way], decodable: list[dict[str, Any]], available: float, source: Source, batch_size: int
+) -> str:
+    """Return in sentences whether the model can be trained and decoded, and by which command.
+
+    batch_size: rows of an optimizer step
+    """
     fits = [way for way in found if way.most_rows]
     if not fits:
         least = min(found, key=lambda way: way.n_bytes)
         texts = [
             f"It cannot be trained: {least.name} takes {gib(least.n_bytes)}, {gib(least.n_bytes - available)} too much."
         ]
+        texts.append(nearest(least.n_bytes, "trained"))
     else:
         best, whole = fits[0], fits[0].step.adapter is None
         what = "All weights can be trained" if whole else "Adapters can be trained"
@@ -109,13 +116,37 @@ def verdict(found: list[Way], decodable: list[dict[str, Any]], available: float,
         by = "" if whole else f" by {best.name.removesuffix(', recomputed')}"
         again = ", with blocks recomputed" * best.step.checkpointing
         texts = [f"{what}{by}{again}, up to {some_rows(best.most_rows)} at once.{missing}"]
-        script = f"pretrain.py {command}".strip() if whole else "fine_tuning.py --init_from DIR --data FILE"
-        rows = min(best.most_rows, best.step.rows) if best.step.rows > 1 else best.most_rows
-        flags = [best.flags, f"--train.micro_batch_size {rows}"]
-        texts.append(f"  python {script} {' '.join(flag for flag in flags if flag)}")
+        texts.append(f"  {command(best, source, batch_size)}")
     if kinds := [row["weights"] for row in decodable if row["texts"]]:
         texts.append(f"It can answer with weights in {', '.join(kinds)}.")
     else:
         least = min(row["weight_bytes"] + row["cache_bytes"] for row in decodable)
         texts.append(f"It cannot answer even with the fewest bits: {gib(least - available)} too much.")
+        texts += [said] if (said := nearest(least, "asked")) not in texts else []
     return "\n".join(texts)
+
+
+def nearest(n_bytes: float, what: str) -> str:
+    """Return in a sentence which GPU of the table is the smallest that holds so many bytes."""
+    large = [device for device in GPUS.values() if usable(device) >= n_bytes]
+    if not large:
+        return "No GPU of the table is large enough: plan for several with --gpus, or take a shorter --seq_len."
+    least = min(large, key=lambda device: device.memory)
+    return f"The smallest GPU of the table on which it can be {what} is --gpu {least.name}, with {gib(least.memory)}."
+
+
+def command(way: Way, source: Source, batch_size: int) -> str:
+    """Return the command of a training: the rows that are asked for, else the most that fit and divide those of a
+    step."""
+    script = f"pretrain.py {source.command}"
+    if way.step.adapter is not None:
+        loaded = source.command if source.command.startswith("--init_from") else "--init_from DIR"
+        script = f"fine_tuning.py {loaded} --data FILE"
+    rows = min(way.most_rows, way.step.rows)
+    if way.step.rows == 1:
+        rows = max(n for n in range(1, min(way.most_rows, batch_size) + 1) if batch_size % n == 0)
+    data = ""
+    if source.recipe is None or (source.seq_len, source.batch_size) != (way.step.seq_len, batch_size):
+        data = f"--data.seq_len {way.step.seq_len} --data.batch_size {batch_size}"
+    flags = [script, way.flags, source.flags, data, f"--train.micro_batch_size {rows}"]
+    return " ".join(["python", *filter(None, flags)])

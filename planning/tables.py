@@ -41,6 +41,23 @@ def some_rows(n: int) -> str:
     return f"{n:,} row{'s' * (n != 1)}"
 
 
+def some(texts: Sequence[str], most: int = 6) -> str:
+    """Return the first of some texts in one, and how many others there are."""
+    more = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
+
+
+def spent(seconds: float, n_devices: int, watts: float | None, price: float) -> str:
+    """Return a time with the device-hours, the energy and the cost that it means.
+
+    watts: of a device, None where they are not known; price: of a device for an hour, 0 for no amount.
+    """
+    hours = seconds / 3600 * n_devices
+    texts = [duration(seconds), f"{number(hours)} device-hours"]
+    texts += [f"{number(hours * watts / 1000)} kWh at the boards' full power"] if watts else []
+    return ", ".join([*texts, f"{number(hours * price)} at {price:g} an hour"] if price else texts)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return rows of texts below a head, the first column to the left and the others to the right."""
     lines = [head, *rows]

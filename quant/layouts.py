@@ -22,6 +22,8 @@ from quant.grid import Quantized, group_index
 from quant.packing import pack, pack_awq, unpack, unpack_awq
 
 Tensors = dict[str, torch.Tensor]
+Shape = tuple[tuple[int, ...], torch.dtype | type]  # and dtype: one, or int or float for any whole or floating one
+INDICES = frozenset({"g_idx", "weight_g_idx"})  # tensors with the group of each input
 
 
 class Layout(NamedTuple):
@@ -31,8 +33,40 @@ class Layout(NamedTuple):
     """(quantized, bits) -> the layer's tensors by their last name"""
     read: Callable[[Mapping[str, torch.Tensor], int, int], Quantized]
     """(tensors, bits, group_size) -> quantized"""
-    names: frozenset[str]
-    """last names of the tensors that a layer has; more than these may be there"""
+    shapes: Callable[[int, int, int, int], dict[str, Shape]]
+    """(outputs, inputs, bits, groups) -> shape and dtype of the tensors of a layer"""
+    optional: frozenset[str] = frozenset()
+    """tensors of `shapes` that may be missing"""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Last names of the tensors that a layer has; more than these may be there."""
+        return frozenset(self.shapes(32, 32, 4, 1)) - self.optional
+
+    def check(self, tensors: Mapping[str, torch.Tensor], out: int, n_inputs: int, bits: int, group_size: int) -> None:
+        """Raise ValueError for tensors of a layer (out, n_inputs) that have another shape or dtype, or groups of inputs
+        that are not there."""
+        groups = -(-n_inputs // group_size) if group_size > 0 else 1
+        for name, (shape, dtype) in self.shapes(out, n_inputs, bits, groups).items():
+            if name in tensors:
+                check_shape(name, tensors[name], shape, dtype)
+        if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [out, n_inputs]:
+            raise ValueError(f"weight_shape is {tensors['weight_shape'].tolist()}, expected {[out, n_inputs]}")
+        for name in INDICES & tensors.keys():
+            low, high = int(tensors[name].min()), int(tensors[name].max())
+            if low < 0 or high >= groups:
+                raise ValueError(
+                    f"{name} has the groups {low} to {high}, where config.json makes them 0 to {groups - 1}"
+                )
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | type) -> None:
+    """Raise ValueError for a tensor of another shape or dtype; int, float: any whole or floating-point dtype."""
+    kind = float if tensor.is_floating_point() else int
+    if tuple(tensor.shape) != shape or dtype not in (tensor.dtype, kind) or tensor.dtype == torch.bool:
+        found, expected = (str(each).removeprefix("torch.") for each in (tensor.dtype, dtype))
+        expected = {int: "whole numbers", float: "floating point"}.get(dtype, expected)
+        raise ValueError(f"{name} is {found} of shape {tuple(tensor.shape)}, expected {expected} of {shape}")
 
 
 def write_gptq(quantized: Quantized, bits: int, stored_less: int = 1) -> Tensors:
@@ -114,7 +148,9 @@ def read_compressed(tensors: Mapping[str, torch.Tensor], bits: int, group_size: 
     zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
     if "weight_zero_point" in tensors:
         zeros = unpack(tensors["weight_zero_point"].T, bits, out).T.contiguous()
-    groups = group_index(n_inputs, -1 if scales.shape[1] == 1 else group_size)
+    groups = group_index(n_inputs, group_size)
+    if "weight_g_idx" in tensors:  # groups that were made in the order of activation
+        groups = tensors["weight_g_idx"].long()
     return Quantized(codes, scales, zeros, groups)
 
 
@@ -124,13 +160,42 @@ def check_neighbours(quantized: Quantized, name: str) -> None:
         raise ValueError(f"format {name} keeps groups of neighbouring inputs only")
 
 
+def shapes_of_gptq(out: int, n_inputs: int, bits: int, groups: int) -> dict[str, Shape]:
+    """Return what the tensors of a GPTQ file are."""
+    return {
+        "qweight": ((n_inputs * bits // 32, out), torch.int32),
+        "qzeros": ((groups, out * bits // 32), torch.int32),
+        "scales": ((groups, out), float),
+        "g_idx": ((n_inputs,), int),
+    }
+
+
+def shapes_of_awq(out: int, n_inputs: int, bits: int, groups: int) -> dict[str, Shape]:
+    """Return what the tensors of an AWQ file are."""
+    return {
+        "qweight": ((n_inputs, out // 8), torch.int32),
+        "qzeros": ((groups, out // 8), torch.int32),
+        "scales": ((groups, out), float),
+    }
+
+
+def shapes_of_compressed(out: int, n_inputs: int, bits: int, groups: int) -> dict[str, Shape]:
+    """Return what the tensors of a compressed-tensors file are."""
+    return {
+        "weight_packed": ((out, -(-n_inputs * bits // 32)), torch.int32),
+        "weight_scale": ((out, groups), float),
+        "weight_zero_point": ((-(-out * bits // 32), groups), torch.int32),
+        "weight_shape": ((2,), int),
+        "weight_g_idx": ((n_inputs,), int),
+    }
+
+
+NOT_ALWAYS = frozenset({"weight_zero_point", "weight_g_idx"})
 LAYOUTS: dict[str, Layout] = {
-    "gptq": Layout(write_gptq, read_gptq, frozenset({"qweight", "qzeros", "scales"})),
-    "gptq_v2": Layout(write_gptq_v2, read_gptq_v2, frozenset({"qweight", "qzeros", "scales"})),
-    "awq": Layout(write_awq, read_awq, frozenset({"qweight", "qzeros", "scales"})),
-    "compressed-tensors": Layout(
-        write_compressed, read_compressed, frozenset({"weight_packed", "weight_scale", "weight_shape"})
-    ),
+    "gptq": Layout(write_gptq, read_gptq, shapes_of_gptq, frozenset({"g_idx"})),
+    "gptq_v2": Layout(write_gptq_v2, read_gptq_v2, shapes_of_gptq, frozenset({"g_idx"})),
+    "awq": Layout(write_awq, read_awq, shapes_of_awq),
+    "compressed-tensors": Layout(write_compressed, read_compressed, shapes_of_compressed, NOT_ALWAYS),
 }
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,8 +24,10 @@ TESTS = Path(__file__).parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # as pytest has it
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers.small_checkpoints import TOKENS, saved  # noqa: E402
+from helpers.tiny_chat_model import chat_tokenizer  # noqa: E402
 
 import convert  # noqa: E402
 from checkpoint.directory import load_model  # noqa: E402
@@ -53,8 +55,10 @@ FORMATS: dict[str, dict[str, Any]] = {  # column -> flags of export
     "meta, 2 ranks": {"format": "meta", "shards": 2},
     "megatron, 2 x 2": {"format": "megatron", "tensor_parallel": 2, "pipeline_parallel": 2},
     "gguf F32": {"format": "gguf"},
+    "gguf F16": {"format": "gguf", "dtype": "fp16"},
     "gguf BF16": {"format": "gguf", "dtype": "bf16"},
     "gguf Q8_0": {"format": "gguf", "dtype": "q8_0"},
+    "gguf Q4_0": {"format": "gguf", "dtype": "q4_0"},
     "gguf Q4_K": {"format": "gguf", "dtype": "q4_k"},
     "llama2c": {"format": "llama2c"},
     "llama2c_v1": {"format": "llama2c_v1"},
@@ -84,12 +88,12 @@ def error_of(small: Small, folder: Path) -> float:
         return float((load_model(folder)(TOKENS) - small.logits).abs().max() / small.logits.abs().max())
 
 
-def make(folder: Path, wide: bool = False) -> dict[str, Small]:
-    """Write the models; wide: with rows that blocks of 256 divide."""
+def make(folder: Path, wide: bool = False, **more: int) -> dict[str, Small]:
+    """Write the models; wide: with rows that blocks of 256 divide; more: sizes."""
     widths = {"dim": 256, "hidden_dim": 256} if wide else {"dim": 32, "hidden_dim": 64}
     small = {}
     for name, changes in MODELS.items():
-        model = saved(folder / name, **widths, n_layers=2, **changes)
+        model = saved(folder / name, **widths, n_layers=2, **more, **changes)
         with torch.no_grad():
             small[name] = Small(folder / name, model(TOKENS))
     return small
@@ -150,28 +154,79 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def readers(folder: Path) -> list[str]:
-    """Return the lines of a table: programs of others that read our files, and their largest error."""
-    rows = [["reader", "file", "models", "largest error"]]
-    small = make(folder)
-    for name, small_model in small.items():
-        out = folder / f"{name}.gguf"
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            convert.export(Export(model=small_model.folder, out=out, format="gguf"))
-    known = [name for name in small if "Qwen3" not in name and "Llama 3.1" not in name]
-    worst = max(transformers_error(small[name], folder / f"{name}.gguf") for name in known)
-    rows.append(["transformers", "gguf F32", ", ".join(known), shown(worst)])
-    return ["Programs of others that read what was written:", "", *table(rows)]
+    """Return the lines of a table: programs of others that read our files, and their largest error.
+
+    It is measured against the logits of what `convert.py import` makes of the same file, so that rounding is no error.
+    """
+    rows = [["reader", "file", *MODELS]]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = chat_tokenizer(folder)
+    small = make(folder / "models", wide=True, vocab_size=tokenizer.vocab_size)
+    for each in small.values():
+        tokenizer.save(each.folder)
+    names = ["huggingface, shards", *(name for name in FORMATS if name.startswith("gguf"))]
+    errors: dict[tuple[str, str], list[float | None]] = {(reader, name): [] for name in names for reader in READERS}
+    for kind, model in small.items():
+        for name in names:
+            work = folder / f"{kind} {name}"
+            work.mkdir()
+            back = round_trip(model.folder, name, work)
+            for reader, (file, logits) in READERS.items():
+                read = name.startswith(file) and kind not in UNREAD.get((reader, name.split()[0]), ())
+                errors[reader, name].append(reader_error(logits, work / "there", back) if read else None)
+    for (reader, name), found in errors.items():
+        if any(error is not None for error in found):
+            rows.append([reader, name, *map(shown, found)])
+    return ["Programs of others that read what was written, by model; a dash: it is not read:", "", *table(rows)]
 
 
-def transformers_error(small: Small, file: Path) -> float:
-    """Return the error of transformers' own reader of GGUF."""
+def reader_error(logits: Callable[[Path], torch.Tensor], file: Path, back: Path) -> float | None:
+    """Return the largest difference of a program's logits from ours; None where the program is not installed."""
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        try:
+            theirs = logits(file)
+        except (ImportError, pytest.skip.Exception):
+            return None
+        ours = load_model(back)(TOKENS)
+    if theirs.dim() == 1:  # logarithms of probabilities behind the first row
+        ours, theirs = ours[0, -1].log_softmax(-1), theirs.float()
+    return float((theirs - ours).abs().max() / ours.abs().max())
+
+
+def in_transformers(path: Path) -> torch.Tensor:
+    """Return the logits of transformers, of a directory or by its own reader of GGUF."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        return float((model(TOKENS).logits - small.logits).abs().max() / small.logits.abs().max())
+    where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    return AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1])(TOKENS).logits
+
+
+def in_mlx(path: Path) -> torch.Tensor:
+    """Return the logits of mlx-lm, of a directory."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.utils import load_model as load
+
+    return torch.from_numpy(np.array(load(path)[0](mx.array(TOKENS.numpy())).astype(mx.float32)))
+
+
+def in_llama_cpp(path: Path) -> torch.Tensor:
+    """Return the logarithms of the probabilities behind the first row, of llama.cpp."""
+    from helpers.llama_cpp import LlamaCpp
+
+    named = path.with_suffix(".gguf")  # llama.cpp wants the ending
+    named.symlink_to(path.name)
+    return LlamaCpp(named).log_probs(TOKENS[0].tolist(), 330)
+
+
+READERS: dict[str, tuple[str, Callable[[Path], torch.Tensor]]] = {  # name -> which files, and the logits of one
+    "transformers": ("", in_transformers),
+    "MLX": ("huggingface", in_mlx),
+    "llama.cpp": ("gguf", in_llama_cpp),
+}
+UNREAD = {("transformers", "gguf"): ("normed (Qwen3)", "stretched (Llama 3.1)")}
 
 
 def main(arguments: list[str]) -> int:

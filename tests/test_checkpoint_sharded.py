@@ -85,6 +85,21 @@ def test_torch_reads_the_files_too(both):
     assert str(both.folder).encode() not in metadata  # neither a path of this machine nor a random name
 
 
+def test_the_bytes_do_not_depend_on_the_order_of_moments(both, tmp_path):
+    """An optimizer that has loaded its state may have it in another order than one that has made it."""
+    model = load_model(both.whole / "last")
+    weights = {p: p.detach() for p in model.parameters()}
+    moments = {name: {"step": torch.ones(()), "exp_avg": p.detach()} for name, p in model.named_parameters()}
+    turned = {name: dict(reversed(values.items())) for name, values in reversed(moments.items())}
+    for name, each in (("a", moments), ("b", turned)):
+        share = sharded.Sharded(model).start(tmp_path / name, weights, each, 0, lambda value: [value])
+        results, files = share.write()
+        share.finish([results])
+        assert files == [tmp_path / name / "sharded" / "__0_0.distcp"]
+    for name in ("__0_0.distcp", ".metadata"):
+        assert (tmp_path / "a" / "sharded" / name).read_bytes() == (tmp_path / "b" / "sharded" / name).read_bytes()
+
+
 @pytest.mark.parametrize("source", ["last", "last/sharded"])
 def test_convert_makes_a_plain_directory(both, source, tmp_path):
     out = tmp_path / "plain"

@@ -68,6 +68,18 @@ def test_temperature_zero_leaves_the_argmax_after_the_penalty():
     assert out.softmax(-1).tolist() == [[0, 0, 1]] and out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("temperature", [0.009, 1e-3, 1e-9, 5e-324])
+def test_very_low_temperatures_are_nearly_greedy(temperature):
+    logits = torch.tensor([[30.0, -80.0, 29.0, -torch.inf], [-1e4, -2e4, -torch.inf, -3e4]])
+    for top_p in (1.0, 0.5):
+        out = process_logits(logits, [[], []], SamplingParams(temperature=temperature, top_p=top_p, min_p=0.01))
+        assert probabilities(out).tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
+    near = torch.tensor([[1.0, 1.0 + 2**-7]])
+    expected = 1 / (1 + math.exp(-(2**-7) / temperature)) if temperature > 1e-4 else 1
+    out = process_logits(near, [[]], SamplingParams(temperature=temperature))
+    assert probabilities(out)[0, 1].item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_draw_follows_the_exact_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 0.5, -2.0, -torch.inf])
     n = 200_000
@@ -104,7 +116,7 @@ def test_draw_at_both_ends_of_the_unit_interval(monkeypatch):
         assert draw(probabilities(logits), [torch.Generator()]) == [expected]
 
 
-SENSELESS = [("temperature", -0.1), ("temperature", 0.001), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
+SENSELESS = [("temperature", -0.1), ("temperature", 100.5), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
 SENSELESS += [("top_p", 1.1), ("min_p", -0.5), ("repetition_penalty", 0.0), ("max_new_tokens", 0), ("seed", -1)]
 
 

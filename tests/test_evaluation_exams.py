@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_an_examination_is_asked_as_published_and_answered_by_the_likeliest_lett
         ("logic_val.csv:5", "expected one of A, B, C, D as \"answer\", found 'Z'"),
         ("law_val.csv:3", 'expected a text as "question"'),
     ]
+
+
+def test_rows_that_break_off_are_bad(args):
+    path = args.data / "val" / "law_val.csv"
+    path.write_text("id,question,A,B,C,D,answer\n0,何处？,东,南,西,北,A\n1,何处？,东,南\n", encoding="utf8")
+    options = {"subjects": ("law",), "shots": 0}
+    assert main(dataclasses.replace(args, **options))["bad_rows"] == 1
+    assert [item["item"] for item in items_of(args.output)] == ["law/0"]
+    path.write_text("何处？,东,南\n" * 2, encoding="utf8")
+    sentence = f"none of its 2 rows can be read. The first, {path}:1: expected at least 6 cells, found 3"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        main(dataclasses.replace(args, **options))
 
 
 def test_options_as_whole_answers(args, model):

@@ -94,3 +94,33 @@ class Letters:
 def test_a_pair_is_encoded_as_one_text(begins, bos_id, context, continuation, expected):
     pair = encode_pair(Letters(begins, bos_id), context, continuation)
     assert ("".join(map(chr, pair.context)), "".join(map(chr, pair.continuation))) == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 7}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}], ids=str
+)
+@pytest.mark.parametrize("shared", [0, 12])
+def test_texts_that_part_later_are_computed_together(shared, options, monkeypatch):
+    rng = random.Random(shared)
+    model = small_model(max_seq_len=WINDOW, n_kv_heads=1, **options)
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(50) for _ in range(n)]
+
+    start, begins, pairs = ids(shared), [ids(9) for _ in range(3)], []
+    for begin in begins:
+        half = begin + ids(4)
+        for context in (begin, half, half + ids(3), begin[:-2] + ids(3), begin[:2] + ids(8)):  # also one within another
+            pairs += [Pair(start + context, ids(n)) for n in (1, 3, 6)]
+        pairs.append(Pair(start + begin[:1], begin[1:]))  # what is judged lies in what is shared
+    fed, hidden = [], model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda tokens, **options: fed.append(tokens.numel()) or hidden(tokens, **options)
+    )
+    found = log_likelihoods(model, pairs, batch_size=7)
+    monkeypatch.undo()
+    for pair, (logprob, greedy, _) in zip(pairs, found):
+        expected, likeliest = brute_force(model, pair)
+        assert logprob == pytest.approx(expected, abs=2e-4) and greedy == likeliest
+    apart = sum(len(pair.context) + len(pair.continuation) - 1 - shared for pair in pairs)
+    assert (sum(fed) < 0.7 * apart) == ("rope_scaling" not in options)

@@ -121,3 +121,22 @@ def test_metadata_that_wants_to_execute_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"is refused: .* of which nothing was run"):
         convert.import_(Import(source=source, out=tmp_path / "got"))
     assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_chunk_that_wants_to_execute_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it_ran"),)
+
+    source = write(tmp_path / "fsdp", trained(saved(tmp_path / "base")), 1)
+    file = source / "__0_0.distcp"
+    torch.save(Evil(), tmp_path / "evil.pt")
+    evil, whole = (tmp_path / "evil.pt").read_bytes(), file.read_bytes()
+    described = pickle.loads((source / ".metadata").read_bytes())
+    for info in described.storage_data.values():  # every chunk is the evil one
+        info.offset, info.length = 0, len(evil)
+    file.write_bytes(evil + whole[len(evil) :])
+    (source / ".metadata").write_bytes(pickle.dumps(described))
+    with pytest.raises(ValueError, match=r"distcp is refused: at byte 0 is a pickle that asks for \S+, and nothing"):
+        convert.import_(Import(source=source, out=tmp_path / "got", like=tmp_path / "base"))
+    assert not (tmp_path / "it_ran").exists() and not (tmp_path / "got").exists()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.small_checkpoints import KINDS, TOKENS, saved
+from safetensors.torch import load_file
 
 import convert
 from checkpoint import peft
@@ -59,6 +60,21 @@ def test_there_and_back_is_the_same_bit_for_bit(changes, dtype, tmp_path):
     assert back.args == model.args
     ours, theirs = model.state_dict(), back.state_dict()
     assert all(theirs[name].dtype == dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_vectors_that_the_dtype_of_the_matrices_would_round_are_kept(dtype, tmp_path):
+    """GGUF has them in float32, whatever its matrices are."""
+    wanted = dict(saved(tmp_path / "in").named_parameters())
+    source = exported(tmp_path, dtype)
+    convert.import_(Import(source=source, out=tmp_path / "same"))
+    convert.import_(Import(source=source, out=tmp_path / "fp32", dtype="fp32"))
+    for folder in ("same", "fp32"):
+        stored = load_file(tmp_path / folder / "model.safetensors")
+        vectors = [name for name, tensor in stored.items() if tensor.dim() == 1]
+        assert len(vectors) > 3 and all(torch.equal(stored[name], wanted[name]) for name in vectors)
+        matrix = stored["model.layers.0.mlp.up_proj.weight"].dtype
+        assert matrix == (torch.float32 if folder == "fp32" else {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
 
 
 @pytest.mark.parametrize("scaling", ROPES.values(), ids=ROPES)

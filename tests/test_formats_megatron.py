@@ -2,17 +2,23 @@
 
 import argparse
 import enum
+import importlib
 import json
 import os
+import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.small_checkpoints import KINDS, TOKENS, saved
+from helpers.tiny_chat_model import chat_tokenizer
 
 import convert
 from checkpoint.directory import load_model
 from convert import Export, Import
+from tokenizer import load_tokenizer
 
 FILE = "model_optim_rng.pt"
 
@@ -198,21 +204,48 @@ def test_another_dtype_and_a_map(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("named", ["", "release"])
+def test_the_tokenizer_comes_back(named, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path)
+    saved(tmp_path / "ours", vocab_size=tokenizer.vocab_size)
+    tokenizer.save(tmp_path / "ours")
+    convert.export(Export(model=tmp_path / "ours", format="megatron", out=tmp_path / "theirs"))
+    imported(tmp_path / "theirs" / named, tmp_path / "back")
+    assert load_tokenizer(tmp_path / "back").encode("江上 a") == tokenizer.encode("江上 a")
+
+
 class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """Calls a function when its pickle is loaded."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.called = function, arguments
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return self.called
 
 
-def test_a_pickle_that_wants_to_execute_is_refused_and_not_run(tmp_path):
-    write(tmp_path / "theirs", saved(tmp_path / "ours"), 1, 1, evil=Evil(tmp_path / "evil"))
-    with pytest.raises(ValueError, match=r"is refused: it is a pickle that asks for \S+, and nothing of it was run"):
+@pytest.mark.parametrize("place", ["args", "model", "more"])
+@pytest.mark.parametrize(
+    "function", [os.mkdir, subprocess.call, eval, exec, runpy.run_path, shutil.rmtree, importlib.import_module]
+)
+def test_a_pickle_that_wants_to_execute_is_refused_for_that_and_not_run(function, place, tmp_path):
+    """Wherever it stands, also where the settings or the weights should be."""
+    write(tmp_path / "theirs", saved(tmp_path / "ours"), 1, 1)
+    file = tmp_path / "theirs/iter_0000100/mp_rank_00" / FILE
+    whole = torch.load(file, weights_only=False)
+    torch.save(whole | {place: Evil(function, str(tmp_path / "evil"))}, file)
+    with pytest.raises(
+        ValueError, match=r"is refused: it is a pickle that asks for \S+, and nothing of it was run"
+    ) as e:
         imported(tmp_path / "theirs", tmp_path / "back")
-    assert not (tmp_path / "evil").exists()
-    torch.load(tmp_path / "theirs/iter_0000100/mp_rank_00" / FILE, weights_only=False)
-    assert (tmp_path / "evil").exists()  # what it does where it is run
+    assert function.__name__ in str(e.value) and not (tmp_path / "evil").exists()
+
+
+def test_what_would_run_does_run_where_nothing_refuses_it(tmp_path):
+    """The pickle of the test above is a real one."""
+    torch.save(Evil(os.mkdir, str(tmp_path / "evil")), tmp_path / "a.pt")
+    torch.load(tmp_path / "a.pt", weights_only=False)
+    assert (tmp_path / "evil").is_dir()
 
 
 def test_classes_of_megatron_need_not_be_here(tmp_path, monkeypatch):
@@ -235,6 +268,22 @@ def test_a_model_of_another_kind_is_refused(changes, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         imported(tmp_path / "theirs", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>404", bytes(2000), b"XXXXXXXX"])
+def test_what_is_no_file_of_torch_is_called_so(damage, tmp_path):
+    """And no advice of PyTorch comes along, which would have the file executed."""
+    write(tmp_path / "theirs", saved(tmp_path / "ours"), 1, 1)
+    convert.export(Export(model=tmp_path / "ours", format="meta", out=tmp_path / "meta"))
+    files = {
+        "theirs": tmp_path / "theirs/iter_0000100/mp_rank_00" / FILE,
+        "meta": tmp_path / "meta/consolidated.00.pth",
+    }
+    for name, file in files.items():
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"is no file of torch\.save: it begins|is an empty file") as error:
+            imported(tmp_path / name, tmp_path / "back")
+        assert "weights_only" not in str(error.value)
 
 
 def test_files_that_are_missing_or_truncated_are_named(tmp_path):

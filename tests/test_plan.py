@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fine_tuning
 import plan
 import pretrain
 from checkpoint import config_json
@@ -26,6 +27,13 @@ FOUR_BLOCKS = "--shape.dim 64 --shape.n_heads 4 --shape.n_layers 4"
 
 def run(flags: str) -> dict:
     return plan.main(parse(plan.Args, "plan", shlex.split(flags)))
+
+
+def run_too_large(flags: str) -> None:
+    """The answer is no, which the exit status says, too."""
+    with pytest.raises(SystemExit) as ended:
+        run(flags)
+    assert ended.value.code == 3
 
 
 def test_will_it_fit_my_24_gb_card(capsys):
@@ -187,16 +195,85 @@ def test_flags_that_would_do_nothing_are_refused(flags, message):
 
 
 def test_a_cluster_that_nothing_fits_names_the_nearest(capsys):
-    run("--model llama3-405b --gpu 4090 --gpus 8")
+    run_too_large("--model llama3-405b --gpu 4090 --gpus 8")
     said = capsys.readouterr().out
     assert "Nothing fits: the nearest, 3D TP8 PP1 DP1 with 1 row, needs" in said and "more than there are" in said
     count = int(re.search(r"It fits on --gpus (\d+) of them, by 3D TP8 PP(\d+) DP1 in", said)[1])
     run(f"--model llama3-405b --gpu 4090 --gpus {count}")
     assert "Nothing fits" not in capsys.readouterr().out
-    run("--model llama2-7b --gpu 4090 --gpus 2")
+    run_too_large("--model llama2-7b --gpu 4090 --gpus 2")
     name = re.search(r"It fits on 2 x --gpu (\S+), by", capsys.readouterr().out)[1]
     run(f"--model llama2-7b --gpu {name} --gpus 2")
     assert "Nothing fits" not in capsys.readouterr().out
+
+
+def test_what_fits_nowhere_ends_with_another_status_and_names_the_nearest(tmp_path, capsys):
+    run_too_large(f"--model llama2-70b --gpu 4090 --json {tmp_path / 'a.json'}")
+    said = capsys.readouterr().out
+    assert re.search(r"It cannot be trained: QLoRA \(nf4\), recomputed takes \S+ GiB, \S+ GiB too much", said)
+    assert json.loads((tmp_path / "a.json").read_text())["fits"] is False
+    for what in ("trained", "asked"):
+        gpu = re.search(rf"The smallest GPU of the table on which it can be {what} is --gpu (\S+), with", said)[1]
+        found = run(f"--model llama2-70b --gpu {gpu}")
+        ways = found["training"] if what == "trained" else found["decoding"]
+        assert any(way.get("most_rows") or way.get("texts") for way in ways)
+    run_too_large("--model llama3-405b --gpu 4090")
+    assert capsys.readouterr().out.count("No GPU of the table is large enough: plan for several with --gpus") == 1
+    assert run("--model llama2-7b --gpu_memory 7.1")["fits"]  # it answers in 4 bits, but is not trained
+    command = [sys.executable, str(REPOSITORY / "plan.py"), "--model", "llama2-70b", "--gpu", "4090"]
+    assert subprocess.run(command, capture_output=True).returncode == 3
+
+
+def test_rows_that_do_not_divide_are_named(capsys):
+    found = run(f"{FOUR_BLOCKS} --gpu h100 --gpus 8 --seq_len 64 --batch_size 12")
+    said = capsys.readouterr().out
+    assert "not counted: DDP, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3, ZeRO-2, offload and " in said
+    assert "12 rows of a step do not divide over 8 data ranks: take a multiple, such as --batch_size 16" in said
+    assert {row["strategy"]["data"] for row in found["strategies"]} == {1, 2, 4}
+    run(f"{FOUR_BLOCKS} --gpu h100 --gpus 8 --seq_len 64 --batch_size 4")
+    said = capsys.readouterr().out
+    assert "3D TP1 PP2 DP4: 1 row for each data rank, fewer than 2 stages: --batch_size 8 is the least" in said
+    run(f"{FOUR_BLOCKS} --gpu h100 --gpus 8 --seq_len 64 --batch_size 64")
+    assert "not counted: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, rows, wanted",
+    [
+        (f"{FOUR_BLOCKS} --gpu h100 --seq_len 256", 64, "adamw auto 256 64"),
+        (f"{FOUR_BLOCKS} --gpu h100 --seq_len 256 --dtype fp32 --optimizer lion", 64, "lion fp32 256 64"),
+        (f"{FOUR_BLOCKS} --gpu h100 --seq_len 256 --batch_size 48 --rows 16", 16, "adamw auto 256 48"),
+        ("--model llama2-7b --gpu_memory 24", 4, "adamw auto 4096 64"),
+        ("--model llama2-7b --gpu_memory 24 --batch_size 6", 3, "adamw auto 4096 6"),
+        ("--model configs/small.yaml --gpu 4090", 32, "muon auto 1024 64"),
+        ("--model configs/small.yaml --gpu 4090 --seq_len 512 --optimizer adamw", 32, "adamw auto 512 64"),
+    ],
+)
+def test_the_command_of_one_process_is_the_training_that_was_planned(flags, rows, wanted, capsys, monkeypatch):
+    """With its length of rows, rows of a step, dtype and optimizer, whatever the defaults of the scripts are."""
+    monkeypatch.chdir(REPOSITORY)
+    run(flags)
+    words = shlex.split(re.search(r"\n  python (\S+\.py .*)", capsys.readouterr().out)[1])
+    script = {"pretrain.py": pretrain, "fine_tuning.py": fine_tuning}[words[0]]
+    args = parse(script.Args, words[0].removesuffix(".py"), words[1:])
+    found = (args.optim.optimizer, args.train.dtype, args.data.seq_len, args.data.batch_size)
+    assert " ".join(map(str, found)) == wanted and args.train.micro_batch_size == rows
+
+
+def test_a_preset_says_its_dtype(tmp_path):
+    for dtype, planned in (("fp32", "fp32"), ("fp16", "bf16"), ("auto", "bf16")):
+        path = tmp_path / f"{dtype}.yaml"
+        path.write_text(f"pretrain: {{model: {{dim: 64, n_heads: 4, vocab_size: 100}}, train: {{dtype: {dtype}}}}}")
+        assert run(f"--model {path} --gpu h100")["training"][0]["step"]["dtype"] == planned
+
+
+@pytest.mark.parametrize("name", ["json", "picture", "launch"])
+def test_a_file_that_exists_is_not_overwritten(name, tmp_path):
+    path = tmp_path / "mine.png"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"--{name} .*mine.png exists already: choose another, or remove it"):
+        run(f"--model tinyllama --gpu h100 --gpus 8 --tokens 1e9 --{name} {path}")
+    assert path.read_text() == "mine"
 
 
 def test_a_config_without_weights_is_planned_by_flags_that_pretrain_understands(tmp_path, capsys):
@@ -237,7 +314,7 @@ def test_this_machine_is_measured(capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan.measure, "measure", lambda *shape: measure(*shape, seconds=0.0))
         result = run(flags)
-    assert result["tokens_per_second"] == pytest.approx(32 / result["step_seconds"])
+    assert result["tokens_per_second"] == pytest.approx(64 * 16 / result["step_seconds"])  # 64 rows, two at once
     assert "measured here, not compiled" in capsys.readouterr().out
 
 

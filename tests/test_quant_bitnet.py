@@ -169,7 +169,7 @@ def test_what_needs_full_weights_is_refused(trained, tmp_path):
     [
         (lambda t, p: t.pop(f"{p}.weight_scale"), "weight"),
         (lambda t, p: t.update({f"{p}.weight_scale": torch.zeros(1)}), "weight_scale should be above 0"),
-        (lambda t, p: t.update({f"{p}.weight": torch.ones(3, 3).to(torch.uint8)}), "weight is torch.uint8"),
+        (lambda t, p: t.update({f"{p}.weight": torch.ones(3, 3).to(torch.uint8)}), "weight is uint8"),
     ],
 )
 def test_damaged_tensors_are_named(trained, tmp_path, change, message):

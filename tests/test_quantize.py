@@ -214,9 +214,9 @@ def change_tensors(directory, change) -> None:
         (lambda t: t.pop("model.norm.weight"), r"lacks model\.norm\.weight"),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.scales": torch.ones(2, 5).half()}),
-            "do not fit|scales of shape",
+            "scales is float16 of shape",
         ),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(9, 96).int()}), "codes of shape"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(9, 96).int()}), "qweight is int32 of"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(96)}), "has a bias"),
         (lambda t: t.update({"extra.weight": torch.ones(3)}), r"extra\.weight"),
     ],

@@ -1,5 +1,6 @@
 """serve.py as a process: what it says at the start, what it refuses, how it ends."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -70,6 +71,29 @@ def test_sigterm_finishes_what_runs(directory):
         assert text.endswith("data: [DONE]\n\n") == stream
 
 
+def test_sigterm_does_not_wait_for_who_says_nothing(directory):
+    process = start("--model", str(directory), "--port", "0")
+    port = int(re.search(r"127\.0\.0\.1:(\d+)/v1", process.stderr.readline()).group(1))
+    assert ask(port, None, "/health")[0] == 200
+    silent, signalled = [], threading.Event()
+
+    def open_many() -> None:
+        with contextlib.suppress(OSError):
+            while len(silent) < 3000 and process.poll() is None:
+                silent.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                if len(silent) == 200:
+                    signalled.set()
+
+    opening = threading.Thread(target=open_many)
+    opening.start()
+    assert signalled.wait(30)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    opening.join()
+    for connection in silent:
+        connection.close()
+
+
 def test_a_run_is_called_by_its_directory(tmp_path, monkeypatch):
     (tmp_path / "sft" / "step_00000600").mkdir(parents=True)
     (tmp_path / "sft" / "best").symlink_to("step_00000600")  # as training leaves it
@@ -84,9 +108,12 @@ def test_a_port_in_use_is_told_at_once(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = start("--model", str(tmp_path), "--port", str(port))
-        assert process.wait(60) == 1
-    assert process.stderr.read().startswith(f"error: --port {port} at --host 127.0.0.1 cannot be used")
+        # before torch is imported, which takes seconds
+        process = start("--model", str(tmp_path), "--port", str(port), PYTHONPROFILEIMPORTTIME="1")
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and not re.search(r"\| +torch\n", said)
+    said = said[said.index("error: ") :]
+    assert said.startswith(f"error: --port {port} at --host 127.0.0.1 cannot be used")
 
 
 @pytest.mark.parametrize(

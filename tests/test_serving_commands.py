@@ -56,7 +56,7 @@ def test_set_changes_one_field(capsys):
         ("/set temprature 0.7", "unknown setting temprature; did you mean 'temperature'"),
         ("/set top_k 1.5", "top_k should be a whole number, found 1.5"),
         ("/set temperature hot", "temperature should be a number, found hot"),
-        ("/set temperature -1", "temperature should be 0 or from 0.01 to 100, found -1.0"),
+        ("/set temperature -1", "temperature should be from 0 to 100, found -1.0"),
         ("/rest", "unknown command /rest; did you mean '/reset'"),
         ("/retry", "there is no question to answer again"),
         ("/save", "/save expects the name of a file, as in /save talk.jsonl"),

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from decoding.fixed_rows import FixedRows
 from decoding.params import SamplingParams
+from serving import connections
 from serving.api import make_app
 from serving.assistant import load_assistant
 from serving.engine import Engine
@@ -36,9 +36,7 @@ class Server:
 
         self.service = make("tiny", directory)
         app = make_app([self.service, *(make(*pair) for pair in more.items())], **guard)
-        self.uvicorn = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=9)
-        )
+        self.uvicorn = connections.Server(app, port=0, timeout_graceful_shutdown=9)
         self.thread = threading.Thread(target=self.uvicorn.run)
         self.thread.start()
         while not self.uvicorn.started:
