@@ -359,6 +359,7 @@ time_left() {
   if [ -n "$minutes" ]; then # it may be cut
     rest=$((minutes * 60))
     for name in tokenizer data pretrain sft; do rest=$((rest - $(seconds_of "$name"))); done
+    if [ "$rest" -lt "$(foreseen_seconds eval)" ]; then rest=$(foreseen_seconds eval); fi # which is never cut
     if [ "$left" -gt "$rest" ]; then left=$rest; fi
   fi
   if [ "$left" -ge 90 ]; then left=$(((left + 30) / 60))' min'; else left="$left s"; fi

@@ -10,12 +10,17 @@ same, so a step of two processes has twice as many tokens. Times are those of ra
     input      making the batch
     messages   time in which a message was under way, whether hidden by compute or not
     save       writing a checkpoint, divided by the steps between two (--train.save_interval, 500 by default)
-    memory     growth of the resident memory of a process from before the model to after the steps, beside the weights,
-               gradients and moments of plan.py's formula (planning/cluster.py)
+    held       bytes of all tensors of a process between backward pass and update: weights, gradients, moments, buffers
+    formula    weights, gradients and moments of plan.py (planning/cluster.py)
+    resident   growth of the resident memory of a process from before the model to after the steps
+
+Compute is the step of one process: what a second one adds to it are messages that are not hidden, and the waiting for
+memory and caches that the processes share.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -74,7 +79,7 @@ def main(args: Args) -> None:
     """Measure what is missing, and print the table."""
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.is_file() else []
     head = f"{'model':6}{'backend':9}{'procs':>5}{'tok/s':>8}{'step s':>8}{'input':>8}{'messages':>10}{'save':>8}"
-    print(head + f"{'GB':>7}{'formula':>9}")
+    print(head + f"{'held MB':>9}{'formula':>9}{'resident':>10}")
     with tempfile.TemporaryDirectory(prefix="scaling_") as name:
         write_data(Path(name))
         for size in args.sizes:
@@ -96,7 +101,7 @@ def line(row: dict[str, Any]) -> str:
     shares = (row["input"] / step, row["messages"] / step, row["save"] / SAVE_INTERVAL / step)
     words = [f"{row['size']:6}{row['backend']:9}{row['processes']:5}{row['tokens'] / step:8.0f}{step:8.3f}"]
     words += [f"{share:{width}.2%}" for share, width in zip(shares, (8, 10, 8))]
-    return "".join(words) + f"{row['memory'] / 1e9:7.2f}{row['formula'] / 1e9:9.2f}"
+    return "".join(words) + f"{row['held'] / 1e6:9.0f}{row['formula'] / 1e6:9.0f}{row['resident'] / 1e6:10.0f}"
 
 
 def measure(folder: Path, size: str, backend: str, world: int, steps: int) -> dict[str, Any]:
@@ -157,7 +162,7 @@ def work(found: Path, formula: str, flags: list[str]) -> None:
 
     args = parse(pretrain.Args, "pretrain", flags)
     seconds: dict[str, list[float]] = {"input": [], "save": [], "step": []}
-    rss, held = psutil.Process().memory_info, []
+    rss, resident, held = psutil.Process().memory_info, [], []
     PretrainData.batch = timed(PretrainData.batch, seconds["input"])
     Checkpoints.save = timed(Checkpoints.save, seconds["save"])
     step, spans = Trainer._step, []
@@ -165,7 +170,9 @@ def work(found: Path, formula: str, flags: list[str]) -> None:
     def profiled(trainer: Trainer) -> float:
         if trainer.state.step < trainer.total_steps - 1:
             return step(trainer)
-        held.append(rss().rss)
+        resident.append(rss().rss)
+        update = trainer.backend.step
+        trainer.backend.step = lambda limit: held.append(bytes_of_tensors()) or update(limit)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             norm = step(trainer)  # the last step: its time is not counted, because the profiler takes some
         events = [e for e in profile.events() if e.name.startswith("gloo:")]
@@ -186,7 +193,8 @@ def work(found: Path, formula: str, flags: list[str]) -> None:
         numbers["step"] = statistics.median(seconds["step"][WARM_UP:-1])
         numbers |= {
             "messages": spans[0],
-            "memory": held[0] - before,
+            "held": held[0],
+            "resident": resident[0] - before,
             "tokens": args.data.batch_size * args.data.seq_len,
         }
         numbers["formula"] = sum(states[name] for name in ("weights", "gradients", "optimizer"))
@@ -203,6 +211,18 @@ def timed(function: Callable, seconds: list[float]) -> Callable:
         return result
 
     return measured
+
+
+def bytes_of_tensors() -> int:
+    """Return the bytes of the memory of all tensors of this process, each memory once."""
+    import torch
+
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    with torch.no_grad():
+        tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
+    tensors = [getattr(each, "_local_tensor", each) for each in tensors]  # this process's part of it
+    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return sum({each.data_ptr(): each.nbytes() for each in storages if each.nbytes()}.values())
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -22,7 +22,7 @@
 struct Weight {
     const void *data;  // (rows, inputs) numbers; or (rows, groups * group * bits / 8) bytes, codes from the lowest bit on
     const float *scales;    // (rows, groups)
-    const uint8_t *zeros;   // (rows, groups); null: 0
+    const uint8_t *zeros;   // (rows, groups), where has_zeros(bits)
     const int16_t *levels;  // (16), for LEVELS
     int64_t bits;           // 2, 4 or 8, SIGNED or LEVELS, or 0 for a weight that is not quantized
     int64_t group, groups;  // group: a multiple of 32
@@ -42,6 +42,8 @@ typedef Vector<uint16_t, SHORTS>::type ushorts;
 typedef Vector<int32_t, WIDE>::type ints;
 typedef V<float> floats;
 
+// Whether codes have zero points; if not, they have signs, or levels have.
+constexpr bool has_zeros(int bits) { return bits != SIGNED && bits != LEVELS; }
 constexpr int planes_of(int bits) { return bits == SIGNED ? 2 : bits == LEVELS ? 4 : 16 / bits; }
 
 template <class T> inline T read(const void *p) {
@@ -252,74 +254,103 @@ class Rounded {
     }
 };
 
+// out[i] = the sum of the numbers in vectors[i], of which there are `count`, eight at most; added in the order of sum().
+inline void sums(const floats *vectors, int64_t count, float *out) {
+#if defined(__AVX512BW__)
+    if (count == 8) {  // halves of two vectors beside each other, then of four, then of eight
+        __m512 two[4], four[2], last = {};
+        for (int i = 0; i < 4; i++) {
+            const __m512 a = (__m512)vectors[2 * i], b = (__m512)vectors[2 * i + 1];
+            two[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+        }
+        for (int i = 0; i < 2; i++) {
+            const __m512 a = two[2 * i], b = two[2 * i + 1];
+            four[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+        }
+        last = _mm512_shuffle_ps(four[0], four[1], 0x44) + _mm512_shuffle_ps(four[0], four[1], 0xee);
+        last += _mm512_permute_ps(last, 0xb1);  // pairs: those of 0, 4, 1, 5, 2, 6, 3, 7
+        const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+        _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(places, last)));
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < count; i++) out[i] = sum<float>(vectors[i]);
+}
+
+// Where the compiler calls a function of the loop below instead of putting it in, sums go through memory: 1.8 times as long.
+#define INLINE __attribute__((always_inline))
+
 // f(0), f(1), .. f(N - 1), each as a constant of the compiler.
-template <int N, int I = 0, class F> inline void each(F f) {
+template <int N, int I = 0, class F> INLINE inline void each(F f) {
     if constexpr (I < N) {
         f(std::integral_constant<int, I>());
         each<N, I + 1>(f);
     }
 }
 
-// out[b][r] = w[r] . x[b] for R rows of w from `row` on, and N rows of x from `first` on. The order of the sums does not
-// depend on R and N.
-template <int BITS, int R, int N>
-inline void tile(const Weight &w, const Rounded &x, int64_t row, int64_t first, float *out, int64_t out_stride) {
-    constexpr int PLANES = planes_of(BITS), STEP = PLANES * SHORTS;
-    const int64_t n = x.blocks * BLOCK, bytes = 2 * n / PLANES;  // of a row
-    const ints inputs_of_places = counting() * (2 * PLANES);
-    floats total[R][N] = {};
+// w[row] . x[b] for N rows of x from `first` on: the sum of the numbers in out[8 b]. The order of the sums does not depend
+// on N.
+template <int BITS, int N>
+INLINE inline void tile(const Weight &w, const Rounded &x, int64_t row, int64_t first, floats *out) {
+    constexpr int PLANES = planes_of(BITS), STEP = PLANES * SHORTS, CHUNKS = WIDE * BLOCK / STEP;
+    const int64_t bytes = 2 * x.blocks * BLOCK / PLANES;  // of a row
+    const uint8_t *codes = (const uint8_t *)w.data + row * bytes, *const end = codes + bytes;
+    const int16_t *values = x.values + first * x.padded;
+    floats total[N] = {};
     for (int64_t from = 0; from < x.blocks; from += WIDE) {
         // a scale and a zero point for each of WIDE blocks
-        const int64_t group = x.group_of[from], groups = w.groups - group;
-        const ints places = load(x.group_of + from) - (int32_t)group;
-        floats factors[R][N];
-        for (int r = 0; r < R; r++) {
-            const int64_t at = (row + r) * w.groups + group;
-            const floats scale = pick(load_some(w.scales + at, groups), places);
-            const floats zero = w.zeros ? pick(load_some(w.zeros + at, groups), places) : floats{};
-            for (int b = 0; b < N; b++) {
-                factors[r][b] = scale * load(x.scales + (first + b) * x.stride + from);
-                total[r][b] -= scale * zero * load(x.sums + (first + b) * x.stride + from);
-            }
+        const int64_t group = x.group_of[from], groups = w.groups - group, at = row * w.groups + group;
+        floats scale = load_some(w.scales + at, groups), zero = {};
+        if constexpr (has_zeros(BITS)) zero = load_some(w.zeros + at, groups);
+        if (w.group != BLOCK) {
+            const ints places = load(x.group_of + from) - (int32_t)group;
+            scale = pick(scale, places), zero = pick(zero, places);
         }
-        for (int64_t i = from * BLOCK; i < std::min(n, (from + WIDE) * BLOCK); i += STEP) {
-            ushorts codes[R];
-            ints sums[R][N] = {};
-            for (int r = 0; r < R; r++) {
-                const uint8_t *here = (const uint8_t *)w.data + (row + r) * bytes + 2 * i / PLANES;
-                codes[r] = load_codes(here, 2 * (n - i) / PLANES);
-            }
-            each<PLANES>([&](auto p) {
-                shorts numbers[N];
-                for (int b = 0; b < N; b++) numbers[b] = load(x.values + (first + b) * x.padded + i + p() * SHORTS);
-                for (int r = 0; r < R; r++) {
-                    const shorts weights = plane<BITS, p()>(codes[r], w.levels);
-                    for (int b = 0; b < N; b++) sums[r][b] = multiply_add(sums[r][b], weights, numbers[b]);
-                }
+        floats factors[N];
+        for (int b = 0; b < N; b++) {
+            const int64_t of_x = (first + b) * x.stride + from;
+            factors[b] = scale * load(x.scales + of_x);
+            if constexpr (has_zeros(BITS)) total[b] -= scale * zero * load(x.sums + of_x);
+        }
+        // the codes of these blocks, a vector at a time; a constant number of times, so that `block` is a constant
+        const int64_t left = end - codes;
+        each<CHUNKS>([&](auto c) INLINE {
+            if (c() * BYTES >= left) return;
+            const ushorts here = load_codes(codes + c() * BYTES, left - c() * BYTES);
+            ints sums[N] = {};
+            each<PLANES>([&](auto p) INLINE {
+                const shorts weights = plane<BITS, p()>(here, w.levels);
+                for (int b = 0; b < N; b++)
+                    sums[b] = multiply_add(sums[b], weights, load(values + b * x.padded + c() * STEP + p() * SHORTS));
             });
-            const ints block = (inputs_of_places + (int32_t)(i - from * BLOCK)) >> 5;  // of BLOCK
-            for (int r = 0; r < R; r++)
-                for (int b = 0; b < N; b++) {
-                    const floats factor = pick(factors[r][b], block);
-                    total[r][b] = add_product(total[r][b], __builtin_convertvector(sums[r][b], floats), factor);
-                }
-        }
+            const ints block = (counting() * (2 * PLANES) + c() * STEP) >> 5;  // of BLOCK inputs, for each place
+            for (int b = 0; b < N; b++)
+                total[b] = add_product(total[b], __builtin_convertvector(sums[b], floats), pick(factors[b], block));
+        });
+        codes += CHUNKS * BYTES, values += CHUNKS * STEP;
     }
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < N; b++) out[(first + b) * out_stride + row + r] = sum<float>(total[r][b]);
+    for (int b = 0; b < N; b++) out[8 * b] = total[b];
 }
 
 // out[b][r] = w[r] . x[b] for rows first <= r < last, and all rows b of x (batch); out (batch, rows).
 template <int BITS>
-__attribute__((noinline)) void rows_of(const Weight &w, const Rounded &x, int64_t batch, int64_t first, int64_t last,
-                                       int64_t rows, float *out) {
+__attribute__((noinline)) void rows_of(const Weight &weight, const Rounded &rounded, int64_t batch, int64_t first,
+                                       int64_t last, int64_t rows, float *out) {
+    const Weight w = weight;  // copies: the compiler knows that nothing written to `out` changes them
+    const Rounded x = rounded;
+    floats totals[4 * 8];  // of up to four rows of x, and eight of w
     for (int64_t from = first; from < last; from += 8) {  // few enough to stay in the nearest cache for all of x
-        const int64_t to = std::min(last, from + 8);
+        const int64_t count = std::min<int64_t>(8, last - from);
         int64_t b = 0;
-        for (; b + 4 <= batch; b += 4)
-            for (int64_t r = from; r < to; r++) tile<BITS, 1, 4>(w, x, r, b, out, rows);
-        for (; b < batch; b++)  // row after row: four at once are faster in the cache, but slower from memory (0.7 times)
-            for (int64_t r = from; r < to; r++) tile<BITS, 1, 1>(w, x, r, b, out, rows);
+        auto run = [&](auto width) INLINE {
+            for (; b + width() <= batch; b += width()) {
+                // row after row: two at once are slower from memory
+                for (int64_t r = 0; r < count; r++) tile<BITS, width()>(w, x, from + r, b, totals + r);
+                for (int i = 0; i < width(); i++) sums(totals + 8 * i, count, out + (b + i) * rows + from);
+            }
+        };
+        run(std::integral_constant<int, 4>());
+        run(std::integral_constant<int, 1>());
     }
 }
 
