@@ -1,0 +1,190 @@
+"""Measure GPTQ against gptqmodel: held-out loss, seconds and peak memory, same model and calibration rows.
+
+    python3.11 -m venv .venv-gptqmodel                            # an environment of its own
+    .venv-gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.6.0
+    python bench/gptqmodel.py --model DIR --calib corpus.txt --heldout other.txt --python .venv-gptqmodel/bin/python
+
+Each variant quantizes in a process of its own, in turns: 4 bits, zero points where the weights ask for them, the same
+rows of ids, as many threads. Seconds are those from the loaded model to the written directory; peak memory is that of
+the process, and beside it what it is above the memory with the model loaded. The loss is that of the written
+directories, opened and computed by us in float32.
+
+gptq: the settings that both have: inputs in the order of activation, ranges searched, damping 0.01, static groups.
+gptq default: what each of the two does if nothing else is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path[0] = str(REPOSITORY)  # in the place of bench/, where this file would hide the package gptqmodel
+from checkpoint.directory import load_model
+from checkpoint.locate import find_model, find_tokenizer, read_from
+from evaluation.text_rows import draw_rows
+from quantizing.ladder import HELD_OUT_SEED
+from quantizing.measure import compare, figures
+
+METHODS = ("gptq", "gptq default")
+MEMORY = """
+import json, sys, time, torch
+def memory(field):
+    return int(open('/proc/self/status').read().split(field + ':')[1].split()[0]) * 1024
+job = json.load(open(sys.argv[1]))
+torch.set_num_threads(job['threads'])
+clock = time.monotonic if job['clock'] == 'wall' else time.process_time
+def done(loaded, began):
+    found = {'seconds': clock() - began, 'peak': memory('VmHWM')}
+    print('\\n' + json.dumps(found | {'above': found['peak'] - loaded}))
+"""
+OURS = """
+from pathlib import Path
+from checkpoint.directory import load_model
+from checkpoint.locate import find_tokenizer
+from quantizing.args import Args
+from quantizing.job import quantize_in_place, write
+args = Args(Path(job['out']), Path(job['model']), calib=tuple(map(Path, job['calib'])), **job['ours'])
+model = load_model(args.model, 'cpu').eval()
+tokenizer, stop_ids = find_tokenizer(args.model)
+loaded, began = memory('VmRSS'), clock()
+report = quantize_in_place(model, tokenizer, args)
+write(model, tokenizer, stop_ids, args, report)
+done(loaded, began)
+"""
+THEIRS = """
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+model = GPTQModel.load(job['model'], QuantizeConfig(**job['theirs']), device='cpu', dtype=torch.float32)
+loaded, began = memory('VmRSS'), clock()
+rows = [{'input_ids': row} for row in job['rows']]
+model.quantize(rows, batch_size=job['batch'], calibration_sort='', backend=BACKEND.GPTQ_TORCH)
+model.save(job['out'])
+done(loaded, began)
+"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare quantization with gptqmodel."""
+
+    model: Path
+    """model directory; gptqmodel needs sides that are multiples of 64"""
+    calib: tuple[Path, ...]
+    """text to calibrate on"""
+    heldout: tuple[Path, ...]
+    """text to measure the loss on"""
+    python: Path
+    """Python of an environment that has gptqmodel"""
+    methods: tuple[str, ...] = METHODS
+    """gptq, gptq default"""
+    bits: int = 4
+    """width of the codes"""
+    group_size: int = 128
+    """weights that share a scale"""
+    calib_tokens: int = 25_000
+    """tokens to calibrate on"""
+    heldout_tokens: int = 25_000
+    """tokens to measure on"""
+    seq_len: int = 256
+    """tokens in a row"""
+    repeats: int = 3
+    """runs of each variant; each run has a draw of calibration rows of its own"""
+    threads: int = torch.get_num_threads()
+    """threads of each side"""
+    clock: Literal["wall", "processor"] = "wall"
+    """processor: seconds of all threads in place of those of the clock, for a machine that is busy"""
+    out: Path | None = None
+    """also write the rows as JSON"""
+
+
+def settings(args: Args, method: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of both sides."""
+    ours: dict[str, Any] = {"group_size": args.group_size, "bits": args.bits, "seq_len": args.seq_len, "device": "cpu"}
+    ours |= {"calib_tokens": args.calib_tokens, "format": "gptq_v2"}
+    theirs: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "sym": False, "offload_to_disk": False}
+    theirs |= {"format": "gptq_v2"}
+    if method == "gptq":
+        ours |= {"propagation": 0.0, "damping": 0.01}
+        theirs |= {"damp_percent": 0.01, "desc_act": True, "static_groups": True, "mse": 2.4}
+    return {"ours": ours, "theirs": theirs}
+
+
+def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str, Any]:
+    """Quantize in a process of its own, and return its seconds and its memory."""
+    (folder / "job.json").write_text(json.dumps(job))
+    code = MEMORY + (OURS if side == "ours" else THEIRS)
+    workers = {"GPTQMODEL_CPU_WORKERS": str(max(2, job["threads"])), "OMP_NUM_THREADS": str(job["threads"])}
+    done = subprocess.run(
+        [str(python), "-c", code, str(folder / "job.json")],
+        cwd=REPOSITORY if side == "ours" else folder,
+        env=os.environ | workers,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{side} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(args: Args, method: str, full: torch.nn.Module, heldout: torch.Tensor, folder: Path) -> dict[str, Any]:
+    """Return the row of a method: medians over the runs of both sides."""
+    directory = find_model(args.model)
+    tokenizer, _ = find_tokenizer(*read_from(directory))
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "gptqmodel": []}
+    for number in range(args.repeats):
+        both = settings(args, method)
+        both["ours"]["seed"] = number
+        rows = draw_rows(args.calib, tokenizer, args.seq_len, args.calib_tokens, number).tolist()
+        for side, python in (("ours", Path(sys.executable)), ("gptqmodel", args.python.absolute())):
+            out = folder / f"{side}_{number}"
+            job = both | {"out": str(out), "model": str(directory.absolute()), "rows": rows}
+            job |= {"threads": args.threads, "clock": args.clock}
+            job |= {"calib": [str(path.absolute()) for path in args.calib], "batch": max(1, 4096 // args.seq_len)}
+            one = run(job, side, python, folder)
+            compared = compare(full, [load_model(out, "cpu", torch.float32).eval()], heldout)
+            found[side].append(one | {"more": figures(compared, 1.0)["more_nats"]})
+    row: dict[str, Any] = {"method": method, "bits": args.bits, "runs": found}
+    for key in ("more", "seconds", "peak", "above"):
+        row[key] = {side: statistics.median(one[key] for one in runs) for side, runs in found.items()}
+        row[f"{key}_ratio"] = statistics.median(
+            a[key] / b[key] for a, b in zip(found["ours"], found["gptqmodel"], strict=True)
+        )
+    return row
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Measure, print a table, and return its rows."""
+    full = load_model(find_model(args.model), "cpu").float().eval()
+    tokenizer, _ = find_tokenizer(*read_from(find_model(args.model)))
+    heldout = draw_rows(args.heldout, tokenizer, args.seq_len, args.heldout_tokens, HELD_OUT_SEED)
+    counts = f"{full.n_parameters():,} parameters, {args.calib_tokens:,} calibration tokens"
+    print(f"{counts}, {args.threads} threads, {args.clock} time")
+    print(f"{'method':14}{'side':11}{'more nats':>11}{'seconds':>9}{'peak MB':>9}{'above the model MB':>20}")
+    table = []
+    for method in args.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            table.append(row := measure(args, method, full, heldout, Path(folder)))
+        for side in ("ours", "gptqmodel"):
+            print(
+                f"{method:14}{side:11}{row['more'][side]:11.4f}{row['seconds'][side]:9.1f}"
+                f"{row['peak'][side] / 1e6:9.0f}{row['above'][side] / 1e6:20.0f}"
+            )
+        ratios = [row[f"{key}_ratio"] for key in ("more", "seconds", "peak", "above")]
+        print(f"{'':14}{'ratio':11}{ratios[0]:11.2f}{ratios[1]:9.2f}{ratios[2]:9.2f}{ratios[3]:20.2f}", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(table, indent=2))
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
