@@ -86,7 +86,9 @@ def rows_of_rank(order: np.ndarray, step: int, batch_size: int, rank: int, world
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is outside the world of {world} processes")
     if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} does not divide over {world} processes; use a multiple of {world}")
+        raise ValueError(
+            f"--data.batch_size {batch_size} does not divide over {world} processes: use a multiple of {world}"
+        )
     rows = order[step * batch_size : (step + 1) * batch_size]
     return np.pad(rows, (0, batch_size - len(rows)), constant_values=-1)[rank::world]
 

@@ -215,7 +215,7 @@ def test_an_empty_corpus_and_an_uneven_world_are_refused(folder):
     with pytest.raises(ValueError, match="no token to train on"):
         PretrainData(numbered_bins(folder, [0]), 3, 2, 0)
     data = PretrainData(numbered_bins(folder, [9]), 3, 2, 0)
-    with pytest.raises(ValueError, match="batch_size 2 does not divide over 3 processes; use a multiple of 3"):
+    with pytest.raises(ValueError, match="batch_size 2 does not divide over 3 processes: use a multiple of 3"):
         data.batch(0, 0, 3)
     with pytest.raises(ValueError, match="rank 2 is outside the world of 2"):
         data.batch(0, 2, 2)
