@@ -232,9 +232,12 @@ def test_compressed_tensors_computes_smoothquant_as_we_do(model, tmp_path):
     ours = quantized(model, tmp_path / "ours", "smoothquant", calib=(text,), calib_tokens=500, seq_len=50)
     found, peer = load_model(ours), theirs(ours)
     assert {layer.kind for layer in layers(found).values()} == {"w8a8"}
-    # An input that lies between two codes falls to either side by the order of a sum: one step in a few tokens.
-    torch.testing.assert_close(logits(found), logits(peer), atol=0.05, rtol=0)
     dense = logits(load_model(model))
+    # An input that lies between two codes falls to either side by the order of a sum. These steps are far smaller than
+    # what the rounding to 8 bits itself changes.
+    apart, rounding = ((logits(found) - other).square().mean().sqrt() for other in (logits(peer), dense))
+    assert apart < 0.2 * rounding
+    torch.testing.assert_close(logits(found), logits(peer), atol=0.1, rtol=0)
     without = quantized(model, tmp_path / "without", "smoothquant", calib=(text,), calib_tokens=500, alpha=0.0)
     assert (logits(found) - dense).square().mean() < (logits(load_model(without)) - dense).square().mean()
 
