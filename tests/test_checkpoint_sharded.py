@@ -12,13 +12,14 @@ import torch.distributed.checkpoint as dcp
 from helpers.tiny_training_run import Changed, quick, rows, toy_data, toy_trainer  # noqa: F401
 
 import convert
-from checkpoint import sharded
+from checkpoint import history, sharded
 from checkpoint.directory import load_model
 from checkpoint.sharded_writer import Share
 from convert import Import
 from lora import adapters
 from lora.spec import LoraArgs
 from optim.args import OptimArgs
+from planning.shapes import find_shape
 from training import pending
 from training.checksums import check_model
 from training.state import checkpoints, load_state
@@ -67,6 +68,8 @@ def test_the_numbers_are_those_of_whole_checkpoints(both):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not list((both.sharded / link).glob("*.safetensors"))
         check_model(both.sharded / link)
+        assert history.parameters(both.sharded / link) == history.parameters(both.whole / link) == model.n_parameters()
+        assert find_shape(str(both.sharded / link)).command.startswith("--init_from")
     state, stored = (load_state(run / "last") for run in (both.whole, both.sharded))
     moments = sharded.Sharded(model).moments(both.sharded / "last")
     assert moments.keys() == state["moments"].keys() and stored["moments"] == {}
