@@ -40,7 +40,7 @@ DESCRIPTION = "description.json"
 
 def files_of_weights(directory: Path) -> list[Path]:
     """Return the files with the weights of a model or of an adapter."""
-    return [directory / peft.WEIGHTS] if is_adapter(directory) else sorted(weight_files(directory))
+    return [peft.weights_file(directory)] if is_adapter(directory) else sorted(weight_files(directory))
 
 
 class Ladder:
