@@ -249,12 +249,10 @@ class Checkpoints:
             self._appear()
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was saved last has appeared, and old ones are removed; raises OSError where it
-        cannot be written."""
+        """Wait until the last checkpoint has appeared and old ones are removed; OSError where it cannot be written."""
         self._appear()
-        pruning, self._pruning = self._pruning, None
-        if pruning is not None:
-            pruning.result()
+        if self._pruning is not None:
+            self._pruning.result()
 
     def _appear(self) -> None:
         pending, self._pending = self._pending, None
