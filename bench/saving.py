@@ -5,11 +5,11 @@
 
 Each row is a run of pretrain.py, with AdamW in float32 on one thread a process. Times are those of rank 0, medians:
 
-    step      a step while nothing is written
-    at once   saving, where the loop waits until the checkpoint is on the disk
-    stall     saving, where it does not: the time until the next step begins
-    later     from then until the checkpoint appears
-    during    a step in that time
+    step      a step while no checkpoint is written
+    at once   a save after which the loop waits until the checkpoint is on the disk
+    stall     a save after which it does not wait: until the next step begins
+    later     from there until the checkpoint appears
+    during    a step while the checkpoint is written
 """
 
 from __future__ import annotations
@@ -74,16 +74,8 @@ def measure(folder: Path, size: str, way: str, args: Args) -> dict[str, float]:
     flags += ["--optim.optimizer", "adamw", "--train.max_steps", 2 * (args.saves + 1) * args.interval + 1]
     flags += ["--train.save_interval", args.interval, "--train.save", save, "--train.keep", 1]
     flags += ["--train.dtype", "fp32", "--train.compile", "off", "--train.device", "cpu", "--train.log_interval", 0]
-    flags += [
-        "--train.sample_tokens",
-        0,
-        "--train.backend",
-        backend,
-        "--out",
-        folder / "run",
-        "--train.resume",
-        "never",
-    ]
+    flags += ["--train.sample_tokens", 0, "--train.backend", backend]
+    flags += ["--out", folder / "run", "--train.resume", "never"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world] if world > 1 else []
     command = [sys.executable, *launch, __file__, "--worker", folder / "found.json", *flags]
     done = subprocess.run([str(w) for w in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)

@@ -9,7 +9,8 @@ same, so a step of two processes has twice as many tokens. Times are those of ra
     step       median of a step, without evaluations and checkpoints
     input      making the batch
     messages   time in which a message was under way, whether hidden by compute or not
-    save       writing a checkpoint, divided by the steps between two (--train.save_interval, 500 by default)
+    save       how long the loop waits when it saves a checkpoint, not the writing that goes on beside later steps;
+               divided by the steps between two (--train.save_interval, 500 by default)
     held       bytes of all tensors of a process between backward pass and update: weights, gradients, moments, buffers
     formula    weights, gradients and moments of plan.py (planning/cluster.py)
     resident   growth of the resident memory of a process from before the model to after the steps

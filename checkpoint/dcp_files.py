@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint.pickled_files import asked_for
+from checkpoint.pickled_files import asked_for, first_sentence
 
 METADATA = ".metadata"
 
@@ -138,8 +138,7 @@ def read_chunk(chunk: Chunk) -> torch.Tensor:
                 f"{chunk.file} is refused: at byte {chunk.offset:,} is a pickle that asks for {asked}, and nothing of "
                 "it was run"
             ) from None
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{chunk.file} is damaged at byte {chunk.offset:,}: {reason}") from None
+        raise ValueError(f"{chunk.file} is damaged at byte {chunk.offset:,}: {first_sentence(error)}") from None
     if not torch.is_tensor(tensor) or tuple(tensor.shape) != chunk.sizes:
         raise ValueError(f"{chunk.file} has another tensor at byte {chunk.offset:,} than .metadata says")
     return tensor

@@ -159,10 +159,16 @@ def tokens_of(path: Path, source: str) -> int | None:
 
 
 def parameters(model: Path) -> int | None:
-    """Return the number of values in the safetensors files of a directory, tied ones once; None where it has none.
+    """Return the number of values in the safetensors files of a directory, or in its sharded checkpoint, tied ones
+    once; None where it has neither.
 
     Raises ValueError for a file that is damaged.
     """
+    if (metadata := model / "sharded" / ".metadata").is_file():
+        from checkpoint.sharded import ShardedFile  # loads torch
+
+        file = ShardedFile(metadata)
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a mapping
     total = 0
     for path in (files := sorted(model.glob("*.safetensors"))):
         with path.open("rb") as file:

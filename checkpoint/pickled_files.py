@@ -95,9 +95,6 @@ class PickledFile:
         """Return what `get_shape` and `get_dtype` describe."""
         return PickledTensor(self.state[name])
 
-    def metadata(self) -> None:
-        """Return None: a pickle has no metadata."""
-
 
 class PickledTensor:
     """Shape and dtype of a tensor, in safetensors' words."""

@@ -1,9 +1,9 @@
 """The files of weights of a model directory, whatever the model: mapped into memory, written shard by shard.
 
-They are safetensors; PyTorch's `.bin` files are read, too (pickled_files.py), and never written, and so are those of a
-sharded checkpoint (sharded.py). Tensors that are read
-are views of the mapped file: each part takes memory when it is first used, and only once. A file is written aside and
-renamed, so that a model that is still mapped from the old file keeps its numbers.
+They are safetensors. PyTorch's `.bin` files (pickled_files.py) and those of a sharded checkpoint (sharded.py) are read,
+too; they are not written here. Tensors of safetensors and `.bin` files are views of the mapped file: each part takes
+memory when it is first used, and only once. A file is written aside and renamed, so that a model that is still mapped
+from the old file keeps its numbers.
 """
 
 from __future__ import annotations

@@ -52,9 +52,6 @@ class ShardedFile:
         """Return what `get_shape` and `get_dtype` describe."""
         return self.tensors[WEIGHTS + name]
 
-    def metadata(self) -> None:
-        """Return None: there is nothing about the files of other formats."""
-
 
 class NoTensors:
     """What a file with parts holds by itself, with the methods of an opened safetensors file: the metadata name all."""

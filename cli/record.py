@@ -27,7 +27,8 @@ from cli.progress import Progress, say
 FREE = ("out", "init_from", "show", "model.*", "data.dir", "data.train", "data.heldout")
 FREE += tuple(f"train.{name}_interval" for name in ("log", "save", "eval"))
 FREE += tuple(f"train.{name}" for name in ("keep", "resume", "metric", "patience", "eval_batches", "backend", "device"))
-FREE += ("train.prompts", "train.sample_tokens", "train.loggers")
+FREE += tuple(f"train.{name}" for name in ("prompts", "sample_tokens", "sample_minutes", "loggers", "log_norms"))
+FREE += ("train.save", "train.rank_timeout")
 FREE += tuple(f"train.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "compile", "attention"))
 
 

@@ -47,10 +47,11 @@ class Branches:
         return seen
 
 
-def join(texts: Collection[Ids], past: int, dim: int) -> list[Branches]:
+def join(texts: Collection[Ids], past: int, dim: int, most: int) -> list[Branches]:
     """Return the texts in rows, the shortest row first; those that begin alike share one where this takes less time.
 
     past: number of first ids that all share, which no row has. dim: the model's; 0: each text has a row of its own.
+    most: texts of a row, so that its memory has a limit.
     """
     rows: list[Branches] = []
     before: Ids = ()
@@ -59,7 +60,8 @@ def join(texts: Collection[Ids], past: int, dim: int) -> list[Branches]:
         # A shared id saves about 24 dim² operations a layer. Attention takes 4 dim for each place of a row that an id
         # might see, whether it does or not, and its operations take about four times as long as those of products.
         old = len(rows[-1].ids) if rows else 0
-        if not (dim and rows) or shared < 1 or 1.5 * dim * shared <= (old + n - shared) ** 2 - old**2 - n**2:
+        longer = (old + n - shared) ** 2 - old**2 - n**2
+        if not (dim and rows) or shared < 1 or len(rows[-1].paths) == most or 1.5 * dim * shared <= longer:
             rows.append(Branches())
             shared = 0
         rows[-1].add(text, past, shared)

@@ -89,7 +89,7 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
             model.hidden(torch.tensor([shared], device=model.device), cache=prefix, lengths=[len(shared)])
         # branches need keys that are rotated once: not where frequencies depend on the length of a text
         branched = isinstance(prefix, KVCache) and prefix.rotated
-        for batch in _batches(join(rows, len(shared), model.args.dim if branched else 0), batch_size):
+        for batch in _batches(join(rows, len(shared), model.args.dim if branched else 0, batch_size), batch_size):
             hidden = _hidden(model, batch, prefix, len(shared))  # (B, T, dim), of the ids behind the shared ones
             T = hidden.shape[1]
             todo = [
@@ -106,7 +106,7 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
 
 
 def _batches(rows: Iterable[Branches], size: int) -> Iterator[list[Branches]]:
-    """Yield rows in order, with `size` texts at a time; a row that has more alone."""
+    """Yield rows in order, with at most `size` texts at a time; no row has more."""
     batch: list[Branches] = []
     for row in rows:
         if batch and sum(len(each.paths) for each in (*batch, row)) > size:

@@ -91,7 +91,7 @@ def find_shape(source: str) -> Source:
         args = config_json.read(config)
     except ValueError as error:
         raise ValueError(f"--model {source}: {error}") from None
-    weights = any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin"))
+    weights = any(any(directory.glob(each)) for each in ("*.safetensors", "pytorch_model*.bin", "sharded/.metadata"))
     return Source(args, name, f"--init_from {shlex.quote(str(directory))}" if weights else flags_of_shape(args))
 
 

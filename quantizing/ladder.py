@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from checkpoint import peft
 from checkpoint.directory import load_model, save_model
-from checkpoint.locate import find_model, find_tokenizer, read_from
+from checkpoint.locate import find_model, find_tokenizer, is_adapter, read_from
+from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from cli.progress import Progress, say
 from cli.record import file_sha256, to_plain
@@ -34,6 +36,11 @@ from quantizing.measure import compare, figures, resident_bytes, sizes, speeds
 
 HELD_OUT_SEED = 1234  # of the choice of held-out rows: the same for every ladder
 DESCRIPTION = "description.json"
+
+
+def files_of_weights(directory: Path) -> list[Path]:
+    """Return the files with the weights of a model or of an adapter."""
+    return [peft.weights_file(directory)] if is_adapter(directory) else sorted(weight_files(directory))
 
 
 class Ladder:
@@ -62,9 +69,7 @@ class Ladder:
         same = ("group_size", "draws", "calib_tokens", "heldout_tokens", "seq_len")
         texts = [draw_rows(self.args.calib, self.tokenizer, self.length, self.args.calib_tokens, 0), self.rows_of_text]
         depends = {name: getattr(self.args, name) for name in same} | {
-            "model": [
-                file_sha256(path) for each in read_from(self.directory) for path in sorted(each.glob("*.safetensors"))
-            ],
+            "model": [file_sha256(path) for each in read_from(self.directory) for path in files_of_weights(each)],
             "texts": [hashlib.sha256(rows.numpy().tobytes()).hexdigest() for rows in texts],
         }
         before = read_json(self.folder / DESCRIPTION)

@@ -4,6 +4,7 @@ any kill, damage or full disk."""
 import errno
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,16 @@ import torch.distributed.checkpoint as dcp
 from helpers.tiny_training_run import Changed, quick, rows, toy_data, toy_trainer  # noqa: F401
 
 import convert
-from checkpoint import sharded
+from checkpoint import history, sharded
 from checkpoint.directory import load_model
 from checkpoint.sharded_writer import Share
 from convert import Import
 from lora import adapters
 from lora.spec import LoraArgs
 from optim.args import OptimArgs
-from training import pending
+from planning.shapes import find_shape
+from quantizing.ladder import files_of_weights
+from training import pending, state
 from training.checksums import check_model
 from training.state import checkpoints, load_state
 
@@ -67,6 +70,9 @@ def test_the_numbers_are_those_of_whole_checkpoints(both):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not list((both.sharded / link).glob("*.safetensors"))
         check_model(both.sharded / link)
+        assert history.parameters(both.sharded / link) == history.parameters(both.whole / link) == model.n_parameters()
+        assert {path.name for path in files_of_weights(both.sharded / link)} == {".metadata", "__0_0.distcp"}
+        assert find_shape(str(both.sharded / link)).command.startswith("--init_from")
     state, stored = (load_state(run / "last") for run in (both.whole, both.sharded))
     moments = sharded.Sharded(model).moments(both.sharded / "last")
     assert moments.keys() == state["moments"].keys() and stored["moments"] == {}
@@ -157,6 +163,30 @@ def test_steps_go_on_and_change_nothing_of_what_is_written(both, tmp_path, monke
         train(expected, both.data, save="whole", keep=9, save_interval=0)
     assert equal(load_model(tmp_path / "run" / "step_00000004"), load_model(expected / "step_00000004"))
     assert {path.name for path in checkpoints(tmp_path / "run")} == {path.name for path in checkpoints(expected)}
+
+
+def test_steps_do_not_wait_until_old_checkpoints_are_removed(both, tmp_path, monkeypatch):
+    later, prune = threading.Event(), state.prune
+
+    def slow(*given):
+        assert later.wait(20), "no step was done while old checkpoints were removed"
+        prune(*given)
+
+    def batch(step, made):
+        if step == 5:  # the step after the save lets the checkpoint appear
+            until = time.monotonic() + 20
+            while not trainer.checkpoints.done() and time.monotonic() < until:
+                time.sleep(0.01)
+        if step == 6:
+            assert (tmp_path / "last").resolve().name == "step_00000005"
+            later.set()
+        return made
+
+    monkeypatch.setattr(state, "prune", slow)
+    flags = FLAGS | {"save_interval": 5, "eval_interval": 0, "keep": 1}
+    trainer = toy_trainer(tmp_path, Changed(both.data, batch), **flags)
+    trainer.fit()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000010"]
 
 
 def flip(path):

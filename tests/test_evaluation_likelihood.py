@@ -7,6 +7,7 @@ import torch
 from helpers.small_model import small_model
 
 from evaluation import likelihood
+from evaluation.branches import join
 from evaluation.likelihood import Pair, encode_pair, log_likelihoods, windows
 
 WINDOW = 48
@@ -122,5 +123,6 @@ def test_texts_that_part_later_are_computed_together(shared, options, monkeypatc
     for pair, (logprob, greedy, _) in zip(pairs, found):
         expected, likeliest = brute_force(model, pair)
         assert logprob == pytest.approx(expected, abs=2e-4) and greedy == likeliest
+    assert max(len(row.paths) for row in join(sorted({(*start, *begins[0], i) for i in range(20)}), 0, 999, 7)) == 7
     apart = sum(len(pair.context) + len(pair.continuation) - 1 - shared for pair in pairs)
     assert (sum(fed) < 0.7 * apart) == ("rope_scaling" not in options)

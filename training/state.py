@@ -234,7 +234,7 @@ class Checkpoints:
         return share
 
     def _publish(self, directory: Path, links: Sequence[str]) -> None:
-        """Let the links lead to a checkpoint, and remove old ones."""
+        """Let the links lead to a checkpoint; the thread then removes old ones."""
         for link in links:
             point(self.run / link, directory)
         self._pruning = self._thread.submit(prune, self.run, self.keep)
@@ -246,16 +246,18 @@ class Checkpoints:
     def settle(self, share: float) -> None:
         """Let a checkpoint appear that is on the disk; share: of the ranks that are `done`, the same on all of them."""
         if self._pending is not None and (self._pending.done() if self._pending.share is None else share > 1 - 1e-9):
-            self.wait()
+            self._appear()
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was saved last has appeared; raises OSError where it cannot be written."""
+        """Wait until the last checkpoint has appeared and old ones are removed; OSError where it cannot be written."""
+        self._appear()
+        if self._pruning is not None:
+            self._pruning.result()
+
+    def _appear(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.finish(self._then)
-        pruning, self._pruning = self._pruning, None
-        if pruning is not None:
-            pruning.result()
 
     def __enter__(self) -> Checkpoints:
         return self
