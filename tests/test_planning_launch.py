@@ -71,10 +71,12 @@ def test_the_steps_are_those_of_the_tokens(tmp_path):
     assert steps == math.ceil(3e9 / (512 * 2048))
 
 
-def test_what_cannot_be_run_gets_no_file(tmp_path):
+def test_what_cannot_be_run_gets_no_file(tmp_path, capsys):
     words = f"--model llama2-70b --gpu 4090 --gpus 8 --tokens 1e12 --launch {tmp_path / 'a.slurm'}"
-    with pytest.raises(ValueError, match="no strategy that this repository runs fits; nothing is written"):
+    with pytest.raises(SystemExit) as ended:
         made(shlex.split(words))
+    assert ended.value.code == plan.NOTHING_FITS
+    assert "no strategy fits; nothing is written" in capsys.readouterr().out
     assert not (tmp_path / "a.slurm").exists()
 
 
