@@ -22,7 +22,7 @@ from planning.memory import Step
 from planning.shapes import from_preset
 
 TASKS = {"pretrain": "pretrain", "sft": "fine_tuning"}  # stage -> its section of a preset
-OTHERS = {"tokenizer": 29.0, "data": 12.0, "eval": 45.0}  # seconds of the stages that do not train, of preset tiny
+OTHERS = {"tokenizer": 29.0, "data": 12.0, "eval": 95.0}  # seconds of the stages that do not train, of preset tiny
 LOOP_SECONDS = 0.028  # of `loop_seconds` on the machine of docs/tiny.md
 AROUND = 8.0  # seconds of a training beside its steps and its compilation: loading, evaluations, checkpoints
 COMPILED = {"fp32": 0.75, "bf16": 0.57}  # seconds of a compiled step, of those of a step that is not (docs/speed.md)

@@ -22,7 +22,7 @@ def foreseen(monkeypatch, preset, slower=1.0, compiler=True, bf16=False):
 
 def test_steps_compilation_and_what_is_no_training(monkeypatch):
     plain = foreseen(monkeypatch, "tiny", compiler=False)
-    assert plain == {"tokenizer": 29, "data": 12, "eval": 45, "pretrain": 1100 * 1.25 + 8, "sft": 600 * 1.25 + 8}
+    assert plain == {"tokenizer": 29, "data": 12, "eval": 95, "pretrain": 1100 * 1.25 + 8, "sft": 600 * 1.25 + 8}
     compiled = foreseen(monkeypatch, "tiny")
     assert compiled["pretrain"] == 1100 * 1.25 * 0.75 + 6 * 10 + 8  # 10 seconds for each of 6 layers
     assert foreseen(monkeypatch, "tiny", bf16=True)["sft"] == 600 * 1.25 * 0.57 + 6 * 10 + 8
