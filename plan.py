@@ -337,10 +337,10 @@ def choose_cluster(args: Args, source: Source, device: Device, step: Step) -> cl
 
 def write_launch(args: Args, found: many.Found) -> None:
     """Write the launch file of the fastest strategy that is run here. Raises ValueError where only others fit."""
-    able, _ = found.able()
     if not found.fits:
         print(f"--launch {args.launch}: no strategy fits; nothing is written")
         return
+    able, _ = found.able()
     if not able:
         raise ValueError(f"--launch {args.launch}: no strategy that this repository runs fits; nothing is written")
     slurm = args.launch.suffix in (".slurm", ".sbatch")

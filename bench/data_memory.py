@@ -67,7 +67,8 @@ encode = Tokenizer.from_file(tokenizer).encode_batch_fast
 def ids(rows):
     return {"ids": [[*each.ids, int(eos)] for each in encode(rows["text"], add_special_tokens=False)]}
 data = load_dataset("json", data_files=path, split="train", cache_dir=out + "/cache")
-data.map(ids, batched=True, remove_columns=["text"], num_proc=int(processes)).save_to_disk(out + "/tokens")
+several = int(processes) if int(processes) > 1 else None
+data.map(ids, batched=True, remove_columns=["text"], num_proc=several).save_to_disk(out + "/tokens")
 """
 
 

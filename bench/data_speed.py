@@ -29,21 +29,9 @@ import tyro
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
-from bench.data_memory import watch
+from bench.data_memory import PEER, watch
 from tokenizer import load_tokenizer
 
-PEER = """
-import sys
-from datasets import load_dataset
-from tokenizers import Tokenizer
-path, tokenizer, out, processes, eos = sys.argv[1:]
-encode = Tokenizer.from_file(tokenizer).encode_batch_fast
-def ids(rows):
-    return {"ids": [[*each.ids, int(eos)] for each in encode(rows["text"], add_special_tokens=False)]}
-data = load_dataset("json", data_files=path, split="train", cache_dir=out + "/cache")
-several = int(processes) if int(processes) > 1 else None
-data.map(ids, batched=True, remove_columns=["text"], num_proc=several).save_to_disk(out + "/tokens")
-"""
 COMPARE = """
 import sys
 import numpy as np

@@ -27,7 +27,8 @@ def draw_rows(paths: Sequence[Path], tokenizer: Tokenizer, length: int, n_tokens
     """
     generator = np.random.default_rng(seed)
     streams = [read_ids(path, tokenizer, ENOUGH * n_tokens, generator) for path in paths]
-    ends = np.cumsum([len(ids) // length for ids in streams])  # rows up to the end of each stream
+    counts = [len(ids) // length for ids in streams]
+    ends = np.cumsum(counts)  # rows up to the end of each stream
     names = ", ".join(map(str, paths))
     if not ends[-1]:
         total = sum(map(len, streams))
@@ -38,7 +39,7 @@ def draw_rows(paths: Sequence[Path], tokenizer: Tokenizer, length: int, n_tokens
     rows = torch.empty(len(drawn), length, dtype=torch.int64)
     for row, n in zip(rows, drawn):
         stream = np.searchsorted(ends, n, side="right")
-        at = (n - ends[stream - 1] * (stream > 0)) * length
+        at = (n - ends[stream] + counts[stream]) * length
         row.copy_(torch.from_numpy(streams[stream][at : at + length].astype(np.int64)))
     if int(rows.max()) >= tokenizer.vocab_size:
         raise ValueError(

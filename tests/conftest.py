@@ -9,7 +9,7 @@ import setuptools  # noqa: F401  (torch.compile wants its distutils; whoever imp
 import torch
 from helpers.miniature import Miniature, build
 
-pytest_plugins = ["helpers.vocabularies"]
+pytest_plugins = ["helpers.page", "helpers.tokenizer_corpus", "helpers.vocabularies"]
 
 # What a shell starts in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

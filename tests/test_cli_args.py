@@ -1,6 +1,5 @@
 """One YAML file a run: what flags, files and defaults give together, and how wrong ones are refused."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 import fine_tuning
 import pretrain
 from cli import args as cli_args
-from cli.args import read_section, run
+from cli.args import read_section
 from cli.record import record_run
 
 
@@ -314,46 +313,7 @@ def test_a_model_that_does_not_divide_is_refused_by_its_dataclass(capsys):
     assert message.startswith("error: dim 30 does not divide into n_heads 4")
 
 
-# ---- running a script
-
-
-@pytest.mark.parametrize(
-    "error, code",
-    [
-        (ValueError("two\n  lines"), "error: two lines"),
-        (FileNotFoundError("no such bin"), "error: no such bin"),
-        (FileNotFoundError(2, "No such file", "x.bin"), "error: No such file: x.bin"),
-        (
-            OSError(28, "No space left on device"),
-            "error: no space left on the disk (No space left on device); free some space, "
-            "then repeat the command to continue",
-        ),
-        (
-            OSError(30, "Read-only file system", "out"),
-            "error: no access to out (Read-only file system); choose another place, or change its permissions",
-        ),
-        (ValueError("found " + "x" * 10_000), f"error: found {'x' * 594} ... {'x' * 600}"),
-        (KeyboardInterrupt(), 130),
-        (SystemExit(143), 143),
-    ],
-)
-def test_errors_a_user_can_mend_become_one_sentence(monkeypatch, error, code):
-    def main(args):
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(SystemExit) as stop:
-        run(main, cli_args.parse(Args, "pretrain"))
-    assert stop.value.code == code
-
-
-def test_our_own_mistakes_keep_their_traceback(monkeypatch):
-    def main(args):
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(KeyError):
-        run(main, cli_args.parse(Args, "pretrain"))
+# ---- help, and odd presets
 
 
 def test_help_describes_every_flag(capsys):
@@ -397,12 +357,3 @@ def test_odd_presets_are_one_sentence(tmp_path, text, sentence):
     with pytest.raises(SystemExit, match=sentence) as refused:
         cli_args.parse(pretrain.Args, "pretrain", ["--config", str(tmp_path / "p.yaml")])
     assert "\n" not in refused.value.code
-
-
-def test_the_word_that_the_deepspeed_launcher_adds_is_left_out(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--local_rank=1", "--train.seed", "3"])
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert cli_args.parse(pretrain.Args, "pretrain").train.seed == 3
-    monkeypatch.delenv("LOCAL_RANK")  # typed by hand it is a flag that does not exist
-    with pytest.raises(SystemExit, match="--local_rank is no flag"):
-        cli_args.parse(pretrain.Args, "pretrain")

@@ -1,4 +1,4 @@
-"""The page at / in a real browser: what a person does on it, and what a model must not be able to do."""
+"""The page at / in a real browser: what a person does on it."""
 
 import json
 import re
@@ -8,118 +8,18 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from helpers.browser import browser
+from helpers.page import CHAT, EXAMPLES
 from helpers.server import served
 from helpers.tiny_chat_model import save_chat_model
 
-CHAT, TEXT = "**/v1/chat/completions", "**/v1/completions"
-EXAMPLES = ["以《江上》为题写一首五言绝句", "hello"]
 
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = save_chat_model(tmp_path_factory.mktemp("model"), max_seq_len=30000)
-    (directory / "examples.txt").write_text("\n".join(EXAMPLES), encoding="utf8")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def server(directory):
-    with served(directory) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as found:
-        yield found
-
-
-class Screen:
-    """A window of the browser with a store of its own, in which nothing may go wrong unseen."""
-
-    def __init__(self, chromium, server, **options) -> None:
-        options = {"locale": "en-US", "viewport": {"width": 1000, "height": 700}} | options
-        self.context = chromium.new_context(**options)
-        self.context.set_default_timeout(90_000)  # for machines that are busy with other tests
-        self.page, self.wrong, self.asked = self.context.new_page(), [], []
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.server, self.expected = server, ()
-        self.page.goto(server.url)
-
-    def __getattr__(self, name):
-        return getattr(self.page, name)
-
-    def send(self, text: str, wait: bool = True) -> None:
-        self.locator("#model option").first.wait_for(state="attached")
-        self.fill("#input", text)
-        self.press("#input", "Enter")
-        if wait:
-            self.wait()
-
-    def wait(self) -> None:
-        self.locator("#send").wait_for()
-
-    def texts(self) -> list[str]:
-        """The messages that are shown."""
-        return self.locator(".message > .text").all_inner_texts()
-
-    def set(self, **values) -> None:
-        """Fill in some settings."""
-        self.click("#open")
-        for name, value in values.items():
-            self.fill(f"#{name}", str(value))
-        self.press("#settings", "Escape")
-
-    def answer_with(self, *pieces: str, path: str = CHAT, status: int = 200, end: bool = True, **headers: str) -> list:
-        """Let a stand-in for the server stream an answer, or say an error; return the requests that it gets."""
-        requests = []
-
-        def fulfil(route) -> None:
-            requests.append(route.request.post_data_json)
-            if status != 200:
-                return route.fulfill(status=status, headers=headers, json={"error": json.loads(pieces[0])})
-            choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
-            events = [json.dumps({"choices": [choice]}) for choice in choices]
-            done = ["[DONE]"] if end else []
-            body = "".join(f"data: {event}\n\n" for event in [*events, *done])
-            return route.fulfill(status=200, content_type="text/event-stream", body=body)
-
-        self.page.unroute_all()
-        self.page.route(path, fulfil)
-        return requests
-
-
-@pytest.fixture
-def open_screen(chromium, server):
-    screens = []
-
-    def open_one(server=server, **options) -> Screen:
-        screens.append(Screen(chromium, server, **options))
-        return screens[-1]
-
-    yield open_one
-    for screen in screens:
-        screen.context.close()
-        wrong = [each for each in screen.wrong if not any(word in each for word in screen.expected)]
-        assert wrong == [], wrong
-        assert all(url.startswith((screen.server.url, "data:", "blob:")) for url in screen.asked), screen.asked
-
-
-@pytest.fixture
-def screen(open_screen):
-    return open_screen()
-
-
-def test_a_question_gets_the_answer_of_the_api(screen, server):
+def test_a_question_gets_the_answer_of_the_api(screen, page_server):
     screen.set(temperature=0, max_tokens=12, system="诗")
     assert screen.locator(".hello li").all_inner_texts() == EXAMPLES
     screen.send("举头望明月")
     messages = [{"role": "system", "content": "诗"}, {"role": "user", "content": "举头望明月"}]
     body = {"messages": messages, "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 5}
-    answer = server.ask("/v1/chat/completions", body)[2]
+    answer = page_server.ask("/v1/chat/completions", body)[2]
     (question, found), choice = screen.texts(), answer["choices"][0]
     assert question == "举头望明月" and found.split() == choice["message"]["content"].split()
     stats = screen.locator(".stats").inner_text()
@@ -139,7 +39,7 @@ def test_a_question_gets_the_answer_of_the_api(screen, server):
     assert not screen.is_visible("#tip")
 
 
-def test_an_answer_comes_in_pieces_and_stops(screen, server):
+def test_an_answer_comes_in_pieces_and_stops(screen, page_server):
     screen.set(max_tokens=29000)
     with_more = {"ignore_eos": True}
     screen.route(CHAT, lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | with_more)))
@@ -151,7 +51,7 @@ def test_an_answer_comes_in_pieces_and_stops(screen, server):
     screen.send("not yet", wait=False)
     screen.click("#stop")
     screen.wait()
-    server.wait_until_idle()
+    page_server.wait_until_idle()
     assert "stopped" in screen.locator(".stats").inner_text() and screen.input_value("#input") == "not yet"
     texts = screen.texts()
     assert len(texts) == 2 and len(texts[1]) >= max(lengths)
@@ -216,124 +116,6 @@ def test_conversations_and_settings_are_kept(screen):
     other.close()
 
 
-HOSTILE = """<img src=x onerror="window.hacked=1"> <script>window.hacked=1</script>
-[a link](javascript:window.hacked=1) [b](JaVaScRiPt:alert(1)) [c](data:text/html,<script>window.hacked=1</script>)
-![picture](https://evil.example/x.png) <https://evil.example> <a href="https://evil.example">d</a> [e](//evil.example)
-
-- <svg onload="window.hacked=1">
-> <iframe src="https://evil.example"></iframe>
-
-| <b onclick=1>x</b> | y |
-|---|---|
-| **<i>z</i>** | `<u>` |
-
-```html" onload="window.hacked=1
-<style>body { display: none }</style>
-</code></pre><script>window.hacked=1</script>
-```
-# <h1 style="position: fixed">&lt;b&gt;"""
-
-
-@pytest.mark.parametrize("answered", [True, False], ids=["answer", "question"])
-def test_no_text_becomes_html(screen, answered):
-    screen.answer_with(HOSTILE if answered else "fine")
-    screen.send("question" if answered else HOSTILE)
-    assert screen.evaluate("window.hacked") is None
-    thread = "#thread .text "
-    assert (
-        screen.locator(", ".join(thread + name for name in ("img", "script", "iframe", "svg", "style", "u"))).count()
-        == 0
-    )
-    links = screen.locator(f"{thread} a").evaluate_all("all => all.map(a => [a.protocol, a.rel])")
-    assert all(protocol == "https:" and "noopener" in rel for protocol, rel in links)
-    assert screen.locator("[onerror], [onload], [onclick], #thread .text [style]").count() == 0
-    shown = "".join(screen.texts())
-    for text in (
-        '<img src=x onerror="window.hacked=1">',
-        "<script>window.hacked=1</script>",
-        "&lt;b&gt;",
-        "javascript:",
-    ):
-        assert text in shown
-    error = screen.evaluate(
-        "() => { try { document.body.innerHTML = '<b>x</b>' } catch (error) { return error.name } }"
-    )
-    assert error == "TypeError"  # the browser itself refuses
-    screen.expected = ("TrustedHTML",)
-
-
-MARKDOWN = """# Head *line* #
-
-床前**明月**光，
-疑是_地上_霜 and snake_case_word, 2 * 3 * 4, a\\*b, ~~gone~~ `co*de*` ``a`b``
-
-1. one
-2. two
-   - deeper **bold *both***
-   - again
-
-   a paragraph
-
-3. three
-
-> quoted
-> > twice
-> - item
-
-***
-
-| a | b |
-|:--|--:|
-| `1` | *2* \\| 3 |
-
-```python
-if a < b:  # *plain*
-
-    pass
-```
-
-[text](https://example.org/a_(b)?c=1&d=2 "title") ![alt](https://example.org/p.png)
-***both*** and **unclosed
-- * -
-+ plus
-"""
-
-
-def outline(html: str) -> list[str]:
-    """The tags and words of HTML, without attributes but addresses."""
-    html = re.sub(r"</?(thead|tbody|pre)[^>]*>|\s(?!href)[\w-]+=\"[^\"]*\"", "", html)
-    return re.findall(r"<[^>]+>|[^<>\s]+", html)
-
-
-def test_markdown_is_that_of_a_well_kept_library(screen):
-    """markdown-it-py, with ends of lines kept, pictures as links and code without the language above it."""
-    markdown_it = pytest.importorskip("markdown_it")
-    parser = markdown_it.MarkdownIt("commonmark", {"breaks": True, "html": False}).enable(["table", "strikethrough"])
-    expected = re.sub("(</?)h1>", r"\1h3>", parser.render(MARKDOWN)).replace("<s>", "<del>").replace("</s>", "</del>")
-    expected = re.sub(r'<img src="([^"]*)" alt="([^"]*)"[^>]*/?>', r'<a href="\1">\2</a>', expected)
-    expected = re.sub(r"<li>\s*<p>(.*?)</p>", r"<li>\1", re.sub("<br />", "<br>", expected.replace("<hr />", "<hr>")))
-    script = """text => {
-        const box = document.createElement("div");
-        box.append(new Markdown(text, null, words).nodes());
-        for (const each of box.querySelectorAll(".code > div")) each.remove();
-        for (const each of box.querySelectorAll("div")) each.replaceWith(...each.childNodes);
-        return new XMLSerializer().serializeToString(box);
-    }"""
-    found = screen.evaluate(script, MARKDOWN)
-    found = re.sub(r"<li>\s*<p>(.*?)</p>", r"<li>\1", re.sub(r"^<div[^>]*>|</div>$", "", found).replace(" />", ">"))
-    assert outline(found) == outline(expected)
-    for text in (
-        "> " * 3000,
-        "- " * 3000,
-        "*a " * 20_000,
-        "[" * 20_000,
-        "`" * 9999 + "a`",
-        "|" * 5000 + "\n|-|",
-        "**" * 9999,
-    ):
-        assert screen.evaluate(f"text => ({script})(text).length", text) > 0
-
-
 def test_languages(open_screen):
     screen = open_screen(locale="zh-CN")
     assert screen.inner_text("#new") == "新对话" and screen.get_attribute("html", "lang") == "zh-CN"
@@ -379,8 +161,8 @@ def test_dark_and_light(open_screen):
     assert screen.evaluate(brightness) < 150
 
 
-def test_the_key_is_asked_for_and_not_kept(open_screen, directory):
-    with served(directory, api_key="secret") as server:
+def test_the_key_is_asked_for_and_not_kept(open_screen, page_model):
+    with served(page_model, api_key="secret") as server:
         screen = open_screen(server)
         screen.expected = ("401",)
         screen.locator("#key").wait_for()
@@ -395,8 +177,8 @@ def test_the_key_is_asked_for_and_not_kept(open_screen, directory):
         assert "secret" not in screen.evaluate("JSON.stringify({ ...localStorage })")
 
 
-def test_a_model_without_a_template_continues_texts(open_screen, directory, monkeypatch):
-    with served(directory) as server:
+def test_a_model_without_a_template_continues_texts(open_screen, page_model, monkeypatch):
+    with served(page_model) as server:
         monkeypatch.setattr(server.service.assistant, "template", None)
         screen = open_screen(server)
         assert "no chat template" in screen.inner_text(".hello") and not screen.locator(".choice").count()
@@ -438,8 +220,8 @@ def test_errors_are_told_in_plain_words(screen):
     assert screen.texts() == ["again", "whole"] and not screen.locator("[role=alert]").count()
 
 
-def test_a_server_that_is_gone_is_told(open_screen, directory):
-    with served(directory) as server:
+def test_a_server_that_is_gone_is_told(open_screen, page_model):
+    with served(page_model) as server:
         screen = open_screen(server, locale="zh-CN")
         screen.locator(".hello li").first.wait_for()
     screen.expected = ("ERR_CONNECTION_REFUSED",)
