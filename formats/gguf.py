@@ -172,6 +172,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         stored = {tensor.name: Stored(path, tensor) for tensor in reader.tensors}
+    except IndexError:  # a number is read behind the end
+        raise ValueError(
+            f"{path} cannot be read as GGUF (truncated): its {size:,} bytes end inside its header"
+        ) from None
     except Exception as error:  # what numpy and the library meet in bytes that are not what they should be
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as GGUF (truncated or damaged): {reason}") from None
