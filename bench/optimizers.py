@@ -1,24 +1,24 @@
 """Compare the optimizers by loss against tokens and seconds: the best rate of a small sweep each, then more seeds.
 
-    python bench/optimizers.py --flags "--train.max_steps 300 --train.eval_interval 25"
+    python bench/optimizers.py --steps 300 --flags "--train.eval_interval 25"
     python bench/optimizers.py --names "AdamW, cosine" "Muon, WSD" --picture docs/optimizers.png
 
 Runs of pretrain.py on the data of a preset; the model is LLaMA's exactly (an untied head). Every rate is tried with
 seed 0, and where the best one is at an edge, the next one beyond it, too. Then the best rate runs with the other seeds.
 Runs are kept in `results.tsv` and not repeated. The table has the held-out loss at the end, and the seconds until a run
-was as good as "AdamW, cosine" at its end with the same seed.
+was as good as "AdamW, cosine" at its end with the same seed. A name with "half" has half of the steps, so that its rate
+falls in that time; in the first half of a longer run it does not.
 """
 
 from __future__ import annotations
 
 import math
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -26,15 +26,28 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import ablate
 from files import read_rows
 
+
+class Optimizer(NamedTuple):
+    """Flags of an optimizer, the flag of the rate that is tried, the rates, and its share of --steps."""
+
+    flags: str
+    dial: str
+    rates: tuple[float, ...]
+    share: float = 1.0
+
+
 REFERENCE = "AdamW, cosine"
-# name -> flags, the flag of the rate that is tried, the rates
-OPTIMIZERS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    REFERENCE: ("--optim.optimizer adamw --optim.schedule cosine", "lr", (2e-3, 4e-3, 8e-3)),
-    "AdamW, WSD": ("--optim.optimizer adamw --optim.schedule wsd", "lr", (2e-3, 4e-3, 8e-3)),
-    "Muon, WSD": ("--optim.optimizer muon --optim.schedule wsd", "muon_lr", (6e-3, 12e-3, 24e-3)),
-    "Lion, WSD": ("--optim.optimizer lion --optim.schedule wsd --optim.weight_decay 0.5", "lr", (5e-4, 1e-3, 2e-3)),
-    "Adafactor, WSD": ("--optim.optimizer adafactor --optim.schedule wsd", "lr", (0.01, 0.02, 0.04)),
-    "GaLore AdamW, WSD": ("--optim.optimizer galore_adamw --optim.schedule wsd", "lr", (4e-3, 8e-3, 16e-3)),
+MUON = Optimizer("--optim.optimizer muon --optim.schedule wsd", "muon_lr", (6e-3, 12e-3, 24e-3))
+OPTIMIZERS = {
+    REFERENCE: Optimizer("--optim.optimizer adamw --optim.schedule cosine", "lr", (2e-3, 4e-3, 8e-3)),
+    "AdamW, WSD": Optimizer("--optim.optimizer adamw --optim.schedule wsd", "lr", (2e-3, 4e-3, 8e-3)),
+    "Muon, WSD": MUON,
+    "Muon, WSD, half": MUON._replace(share=0.5),
+    "Lion, WSD": Optimizer(
+        "--optim.optimizer lion --optim.schedule wsd --optim.weight_decay 0.5", "lr", (5e-4, 1e-3, 2e-3)
+    ),
+    "Adafactor, WSD": Optimizer("--optim.optimizer adafactor --optim.schedule wsd", "lr", (0.01, 0.02, 0.04)),
+    "GaLore AdamW, WSD": Optimizer("--optim.optimizer galore_adamw --optim.schedule wsd", "lr", (4e-3, 8e-3, 16e-3)),
 }
 FACTOR = 2.0  # between the rates of a sweep
 MOST_RATES = 6
@@ -48,8 +61,10 @@ class Args:
     """which ones; the first is what the others are compared with"""
     config: Path = Path("configs/tiny.yaml")
     """preset, whose data have to be there (bash run.sh --stage data)"""
-    flags: str = "--train.max_steps 300 --train.eval_interval 25"
-    """flags of all runs"""
+    steps: int = 300
+    """steps of a run"""
+    flags: str = "--train.eval_interval 25"
+    """more flags of all runs"""
     seeds: int = 3
     """seeds of the best rate of each"""
     out: Path = Path("out/optimizers")
@@ -88,7 +103,7 @@ def main(args: Args) -> None:
 
 def swept(args: Args, name: str) -> float:
     """Return the rate with the least loss with seed 0."""
-    losses = {rate: float(trained(args, name, rate, 0)["metric"]) for rate in OPTIMIZERS[name][2]}
+    losses = {rate: float(trained(args, name, rate, 0)["metric"]) for rate in OPTIMIZERS[name].rates}
     while len(losses) < MOST_RATES:
         rate = min(losses, key=losses.get)
         beyond = {min(losses): rate / FACTOR, max(losses): rate * FACTOR}.get(rate)
@@ -102,8 +117,9 @@ def swept(args: Args, name: str) -> float:
 def trained(args: Args, name: str, rate: float, seed: int) -> dict[str, Any]:
     """Return the row of a run, which is done where there is none."""
     table, variant = args.out / "results.tsv", f"{name}, {rate:g}"
-    of_all = shlex.split(f"{args.flags} --model.tie_embeddings False")
-    flags = shlex.join([*of_all, *shlex.split(OPTIMIZERS[name][0]), f"--optim.{OPTIMIZERS[name][1]}", f"{rate:g}"])
+    chosen = OPTIMIZERS[name]
+    steps = f"--train.max_steps {round(args.steps * chosen.share)}"
+    flags = f"{args.flags} --model.tie_embeddings False {steps} {chosen.flags} --optim.{chosen.dial} {rate:g}"
     for row in ablate.read_table(table):
         if (row["variant"], row["seed"]) == (variant, str(seed)):
             if row["flags"] != flags:
