@@ -1,4 +1,4 @@
-"""Measure GPTQ against gptqmodel: held-out loss, seconds and peak memory, same model and calibration rows.
+"""Measure GPTQ and AWQ against gptqmodel: held-out loss, seconds and peak memory, same model and calibration rows.
 
     python3.11 -m venv .venv-gptqmodel                            # an environment of its own
     .venv-gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.6.0
@@ -11,6 +11,7 @@ directories, opened and computed by us in float32.
 
 gptq: the settings that both have: inputs in the order of activation, ranges searched, damping 0.01, static groups.
 gptq default: what each of the two does if nothing else is asked for.
+awq: scales and clipped ranges are searched by both; gptqmodel has no other settings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from evaluation.text_rows import draw_rows
 from quantizing.ladder import HELD_OUT_SEED
 from quantizing.measure import compare, figures
 
-METHODS = ("gptq", "gptq default")
+METHODS = ("gptq", "gptq default", "awq")
 MEMORY = """
 import json, sys, time, torch
 def memory(field):
@@ -52,7 +53,9 @@ OURS = """
 from pathlib import Path
 from checkpoint.directory import load_model
 from checkpoint.locate import find_tokenizer
+from cli.memory import give_back_freed
 from quantizing.args import Args
+give_back_freed()
 from quantizing.job import quantize_in_place, write
 args = Args(Path(job['out']), Path(job['model']), calib=tuple(map(Path, job['calib'])), **job['ours'])
 model = load_model(args.model, 'cpu').eval()
@@ -67,7 +70,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 model = GPTQModel.load(job['model'], QuantizeConfig(**job['theirs']), device='cpu', dtype=torch.float32)
 loaded, began = memory('VmRSS'), clock()
 rows = [{'input_ids': row} for row in job['rows']]
-model.quantize(rows, batch_size=job['batch'], calibration_sort='', backend=BACKEND.GPTQ_TORCH)
+model.quantize(rows, batch_size=job['batch'], calibration_sort='', backend=BACKEND[job['backend']])
 model.save(job['out'])
 done(loaded, began)
 """
@@ -86,7 +89,7 @@ class Args:
     python: Path
     """Python of an environment that has gptqmodel"""
     methods: tuple[str, ...] = METHODS
-    """gptq, gptq default"""
+    """gptq, gptq default, awq (4 bits alone)"""
     bits: int = 4
     """width of the codes"""
     group_size: int = 128
@@ -107,16 +110,21 @@ class Args:
     """also write the rows as JSON"""
 
 
-def settings(args: Args, method: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of both sides."""
+def settings(args: Args, method: str) -> dict[str, Any]:
+    """Return the settings of both sides, and what gptqmodel computes with."""
     ours: dict[str, Any] = {"group_size": args.group_size, "bits": args.bits, "seq_len": args.seq_len, "device": "cpu"}
-    ours |= {"calib_tokens": args.calib_tokens, "format": "gptq_v2"}
+    ours |= {"calib_tokens": args.calib_tokens}
     theirs: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "sym": False, "offload_to_disk": False}
+    if method == "awq":
+        ours |= {"method": "awq", "format": "awq"}
+        theirs |= {"quant_method": "awq", "format": "gemm"}
+        return {"ours": ours, "theirs": theirs, "backend": "AWQ_TORCH"}
+    ours |= {"format": "gptq_v2"}
     theirs |= {"format": "gptq_v2"}
     if method == "gptq":
         ours |= {"propagation": 0.0, "damping": 0.01}
         theirs |= {"damp_percent": 0.01, "desc_act": True, "static_groups": True, "mse": 2.4}
-    return {"ours": ours, "theirs": theirs}
+    return {"ours": ours, "theirs": theirs, "backend": "GPTQ_TORCH"}
 
 
 def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str, Any]:
