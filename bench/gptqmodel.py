@@ -31,9 +31,10 @@ import tyro
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[0] = str(REPOSITORY)  # in the place of bench/, where this file would hide the package gptqmodel
-from checkpoint.directory import load_model
+from checkpoint.directory import load_model, save_model
 from checkpoint.locate import find_model, find_tokenizer, read_from
 from evaluation.text_rows import draw_rows
+from quant.methods import pad_feed_forward
 from quantizing.ladder import HELD_OUT_SEED
 from quantizing.measure import compare, figures
 
@@ -88,6 +89,8 @@ class Args:
     """text to measure the loss on"""
     python: Path
     """Python of an environment that has gptqmodel"""
+    pad: int = 0
+    """first widen the feed-forward layers to a multiple of this with zeros, which changes nothing; 0: do not"""
     methods: tuple[str, ...] = METHODS
     """gptq, gptq default, awq (4 bits alone)"""
     bits: int = 4
@@ -144,9 +147,10 @@ def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str,
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(args: Args, method: str, full: torch.nn.Module, heldout: torch.Tensor, folder: Path) -> dict[str, Any]:
-    """Return the row of a method: medians over the runs of both sides."""
-    directory = find_model(args.model)
+def measure(
+    args: Args, method: str, directory: Path, full: torch.nn.Module, heldout: torch.Tensor, folder: Path
+) -> dict[str, Any]:
+    """Return the row of a method: medians over the runs of both sides on the model in `directory`."""
     tokenizer, _ = find_tokenizer(*read_from(directory))
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "gptqmodel": []}
     for number in range(args.repeats):
@@ -172,8 +176,17 @@ def measure(args: Args, method: str, full: torch.nn.Module, heldout: torch.Tenso
 
 def main(args: Args) -> list[dict[str, Any]]:
     """Measure, print a table, and return its rows."""
-    full = load_model(find_model(args.model), "cpu").float().eval()
-    tokenizer, _ = find_tokenizer(*read_from(find_model(args.model)))
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_methods(args, find_model(args.model), Path(folder) / "padded")
+
+
+def measure_methods(args: Args, directory: Path, padded: Path) -> list[dict[str, Any]]:
+    """Measure the model in a directory, which is written anew to `padded` where its layers are widened."""
+    full = load_model(directory, "cpu").float().eval()
+    tokenizer, stop_ids = find_tokenizer(*read_from(directory))
+    if args.pad and pad_feed_forward(full, args.pad):
+        save_model(padded, full, tokenizer, stop_ids)
+        directory = padded
     heldout = draw_rows(args.heldout, tokenizer, args.seq_len, args.heldout_tokens, HELD_OUT_SEED)
     counts = f"{full.n_parameters():,} parameters, {args.calib_tokens:,} calibration tokens"
     print(f"{counts}, {args.threads} threads, {args.clock} time")
@@ -181,7 +194,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     table = []
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
-            table.append(row := measure(args, method, full, heldout, Path(folder)))
+            table.append(row := measure(args, method, directory, full, heldout, Path(folder)))
         for side in ("ours", "gptqmodel"):
             print(
                 f"{method:14}{side:11}{row['more'][side]:11.4f}{row['seconds'][side]:9.1f}"
