@@ -91,7 +91,7 @@ def to_inputs(scale: torch.Tensor, fold: Fold) -> torch.Tensor:
 
 
 def to_channels(magnitude: torch.Tensor, fold: Fold) -> torch.Tensor:
-    """Return the mean magnitude of each channel of `before` over the inputs that it feeds."""
+    """Return the magnitude of each channel of `fold.before`: the mean over the inputs of `after` that it feeds."""
     if fold.repeats == 1:
         return magnitude
     return magnitude.view(-1, fold.repeats, fold.head_dim).mean(1).reshape(-1)  # (K, H/K, D) -> (channels,)

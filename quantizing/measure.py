@@ -26,13 +26,13 @@ class Comparison(NamedTuple):
     """Some models beside the full one on n held-out rows."""
 
     losses: torch.Tensor
-    """(models, n): the mean loss of each row, in nats a token"""
+    """mean loss of each model on each row, (models, n), in nats a token"""
     base: torch.Tensor
-    """(n,): the full model's"""
+    """mean loss of the full model on each row, (n,)"""
     kl: list[float]
-    """of each model: the KL divergence of the full model's predictions to its own, in nats a token"""
+    """KL divergence of the full model's predictions to those of each model, in nats a token"""
     top1: list[float]
-    """of each model: the share of tokens after which the likeliest continuation is the full model's"""
+    """share of tokens after which each model finds the same continuation likeliest as the full model"""
 
 
 @torch.inference_mode()
