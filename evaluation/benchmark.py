@@ -85,7 +85,7 @@ class Benchmark(Task):
         return assistant
 
     def chosen(self) -> list[list[Item]]:
-        """Return the blocks of the subjects and of the number of items that the flags ask for.
+        """Return the blocks of --subjects, each with its first --limit items.
 
         Raises ValueError where no item is left.
         """
