@@ -314,6 +314,11 @@ def run(main: typing.Callable[[Any], dict], args: Any, less_memory: str = "use a
             stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as `head`, has ended; Python would flush it once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         full = memory_is_full(error)
         if isinstance(error, (RuntimeError, MemoryError)) and not full:

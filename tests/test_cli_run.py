@@ -1,7 +1,10 @@
 """How a script ends: an error that a user can mend is one sentence, and our own mistakes keep their traceback."""
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +66,13 @@ def test_the_word_that_the_deepspeed_launcher_adds_is_left_out(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")  # typed by hand it is a flag that does not exist
     with pytest.raises(SystemExit, match="--local_rank is no flag"):
         parse(pretrain.Args, "pretrain")
+
+
+def test_a_reader_that_ends_ends_the_script_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    script = Path(pretrain.__file__).with_name("plan.py")
+    command = [sys.executable, str(script), "--model", "llama2-7b", "--gpu", "h100"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

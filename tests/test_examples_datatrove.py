@@ -1,7 +1,8 @@
-"""The example for corpora of many machines, under a stand-in for datatrove's executor: it calls each task in turn."""
+"""The example for corpora of many machines, under datatrove and under a stand-in that calls each task in turn."""
 
 import json
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -34,19 +35,24 @@ def example(monkeypatch, tmp_path):
     """Run the example with some flags on five files of texts."""
     monkeypatch.setitem(sys.modules, "datatrove", types.ModuleType("datatrove"))
     monkeypatch.setitem(sys.modules, "datatrove.executor", types.SimpleNamespace(LocalPipelineExecutor=InTurn))
-    tokenizer = train_tiny_tokenizer(tmp_path)
-    (tmp_path / "texts").mkdir()
-    texts = made_up_texts(50)
-    for i in range(5):
-        write_texts(tmp_path / "texts" / f"part{i}.jsonl", texts[i::5])
+    words = make_input(tmp_path)
 
     def run(*flags: str) -> Path:
-        words = ["--input", tmp_path / "texts", "--tokenizer", tokenizer, "--out", tmp_path / "out", *flags]
-        monkeypatch.setattr(sys, "argv", ["datatrove_bins.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["datatrove_bins.py", *map(str, words), *flags])
         runpy.run_path(str(EXAMPLE), run_name="__main__")
         return tmp_path / "out"
 
     return run
+
+
+def make_input(folder: Path) -> list:
+    """Write five files of texts and a tokenizer; return the flags that name them."""
+    tokenizer = train_tiny_tokenizer(folder)
+    (folder / "texts").mkdir()
+    texts = made_up_texts(50)
+    for i in range(5):
+        write_texts(folder / "texts" / f"part{i}.jsonl", texts[i::5])
+    return ["--input", folder / "texts", "--tokenizer", tokenizer, "--out", folder / "out"]
 
 
 def test_all_documents_lie_in_the_bins_of_the_parts_and_the_manifest_lists_them(example):
@@ -63,3 +69,15 @@ def test_all_documents_lie_in_the_bins_of_the_parts_and_the_manifest_lists_them(
 def test_more_tasks_than_files_is_one_sentence(example):
     with pytest.raises(SystemExit, match=r"--tasks 6 needs as many files, found 5 in .*texts: lower it"):
         example("--tasks", "6")
+
+
+def test_datatrove_makes_the_same_bins(example, tmp_path):
+    pytest.importorskip("datatrove")
+    (tmp_path / "of_datatrove").mkdir()
+    words = make_input(tmp_path / "of_datatrove")
+    command = [sys.executable, str(EXAMPLE), *map(str, words), "--tasks", "2", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    outs = example("--tasks", "2"), tmp_path / "of_datatrove" / "out"
+    ours, theirs = (find_bins(out, "train*.bin") for out in outs)
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]

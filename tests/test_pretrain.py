@@ -216,7 +216,7 @@ def test_another_causal_lm_goes_on(folder):
     again, info = transformers.AutoModelForCausalLM.from_pretrained(result["model"], output_loading_info=True)
     assert not any(info.values())
     assert not torch.equal(again.get_output_embeddings().weight, peer.get_output_embeddings().weight)
-    with pytest.raises(ValueError, match="is not of the LLaMA family: it goes on as it is"):
+    with pytest.raises(ValueError, match="need a model of the LLaMA family, found --init_from"):
         go_on(folder, str(folder / "neox"), "--model.max_seq_len", "64")
 
 

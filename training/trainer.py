@@ -209,6 +209,7 @@ class Trainer:
             if state.evals_since_best and math.isfinite(state.best):  # the last weights are not the best ones
                 checkpoints.load_best()
             metrics = self.evaluate(with_error=True)
+            checkpoints.wait()  # a run that has diverged keeps what it has saved, too
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the held-out loss is {metrics['loss']}: the run diverged; lower the learning rate")
             result |= metrics | {"model": str(self.run / "best")}
