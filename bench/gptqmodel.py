@@ -11,7 +11,7 @@ directories, opened and computed by us in float32.
 
 gptq: the settings that both have: inputs in the order of activation, ranges searched, damping 0.01, static groups.
 gptq default: what each of the two does if nothing else is asked for.
-awq: scales and clipped ranges are searched by both; gptqmodel has no other settings.
+awq: scales and clipped ranges are searched by both; gptqmodel has no other settings, and computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ done(loaded, began)
 """
 THEIRS = """
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-model = GPTQModel.load(job['model'], QuantizeConfig(**job['theirs']), device='cpu', dtype=torch.float32)
+model = GPTQModel.load(job['model'], QuantizeConfig(**job['theirs']), device='cpu', dtype=getattr(torch, job['dtype']))
 loaded, began = memory('VmRSS'), clock()
 rows = [{'input_ids': row} for row in job['rows']]
 model.quantize(rows, batch_size=job['batch'], calibration_sort='', backend=BACKEND[job['backend']])
@@ -103,6 +103,8 @@ class Args:
     """tokens to measure on"""
     seq_len: int = 256
     """tokens in a row"""
+    awq_dtype: Literal["float16", "bfloat16"] = "float16"
+    """dtype in which gptqmodel computes AWQ, which it does not in float32"""
     repeats: int = 3
     """runs of each variant; each run has a draw of calibration rows of its own"""
     threads: int = torch.get_num_threads()
@@ -121,13 +123,13 @@ def settings(args: Args, method: str) -> dict[str, Any]:
     if method == "awq":
         ours |= {"method": "awq", "format": "awq"}
         theirs |= {"quant_method": "awq", "format": "gemm"}
-        return {"ours": ours, "theirs": theirs, "backend": "AWQ_TORCH"}
+        return {"ours": ours, "theirs": theirs, "backend": "AWQ_TORCH", "dtype": args.awq_dtype}
     ours |= {"format": "gptq_v2"}
     theirs |= {"format": "gptq_v2"}
     if method == "gptq":
         ours |= {"propagation": 0.0, "damping": 0.01}
         theirs |= {"damp_percent": 0.01, "desc_act": True, "static_groups": True, "mse": 2.4}
-    return {"ours": ours, "theirs": theirs, "backend": "GPTQ_TORCH"}
+    return {"ours": ours, "theirs": theirs, "backend": "GPTQ_TORCH", "dtype": "float32"}
 
 
 def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def check_memory(what: str, n_bytes: int, advice: str, memory: int | None = None
         raise ValueError(f"{what} needs {size(n_bytes)} of memory, and there are {size(memory)}: {advice}")
 
 
-def give_back_freed(n_bytes: int = 4 << 20) -> None:
+def give_back_freed(n_bytes: int = 1 << 20) -> None:
     """Have blocks of memory from `n_bytes` on given back to the system as soon as they are freed; where the C library
     is not glibc, nothing changes.
 
