@@ -102,10 +102,15 @@ class _InputsSeen(Exception):
 
 def inputs_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -> torch.Tensor:
     """Return what goes into the layer `name` when `run(block)` runs; what comes behind that layer is not computed."""
-    inputs: list[torch.Tensor] = []
+    return arguments_of(block, name, run)[0].detach()
 
-    def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(args[0].detach())
+
+def arguments_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -> tuple[Any, ...]:
+    """Return all that the module `name` is called with when `run(block)` runs; what comes behind it is not computed."""
+    found: list[tuple[Any, ...]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args)
         raise _InputsSeen
 
     handle = block.get_submodule(name).register_forward_pre_hook(keep)
@@ -114,4 +119,4 @@ def inputs_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -> t
             run(block)
     finally:
         handle.remove()
-    return inputs[0]
+    return found[0]

@@ -11,7 +11,7 @@ from torch import nn
 
 from quant import awq, qat, smooth
 from quant.bitnet import PackedBitLinear
-from quant.calibrate import Solve, Stream, inputs_of
+from quant.calibrate import Solve, Stream, arguments_of, inputs_of
 from quant.four_bit import FourBitLinear
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
 from quant.grid import GridOptions
@@ -91,7 +91,8 @@ def scale_block(
 ) -> None:
     """Enlarge the columns of a block's weights that carry the largest activations; search(fold, inputs, run): a scale.
 
-    The scales of all folds are found on the weights as they are, and applied together.
+    The scales of all folds are found on the weights as they are, and applied together. run() is the output of what the
+    papers compare: the attention for q, k and v, the feed-forward part for its first two layers, else the layer alone.
     """
     attention, mlp = block.self_attn, block.mlp
     repeats = model.args.n_heads // model.args.n_kv_heads
@@ -102,10 +103,11 @@ def scale_block(
         "mlp.down_proj": awq.Fold(mlp.up_proj, [mlp.down_proj]),
     }
     first = partial(stream.call, block, stream.hidden[0], 0)
-    scales = {}
+    context, scales = arguments_of(block, "self_attn", lambda _: first()), {}
     for name, fold in folds.items():
         x = inputs_of(block, name, lambda _: first())
-        scales[name], _ = search(fold, x, first)
+        around = {"self_attn.q_proj": partial(attention, *context), "mlp.gate_proj": partial(mlp, x)}
+        scales[name], _ = search(fold, x, around.get(name, partial(fold.after[0], x)))
     for name, fold in folds.items():
         awq.apply_scale(fold, scales[name])
 
