@@ -40,9 +40,9 @@ class Stream:
 
     call: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
     hidden: list[torch.Tensor]
-    """hidden states of each batch, as the quantized blocks below leave them"""
+    """of each batch, as the quantized blocks below leave them"""
     full: list[torch.Tensor] | None = None
-    """hidden states of the unquantized model; None: not needed"""
+    """the same of the unquantized model; None: not needed"""
 
     def through(self, block: nn.Module, original: nn.Module | None) -> None:
         """Pass on to what `block`, and of the unquantized model `original`, put out."""
@@ -102,15 +102,10 @@ class _InputsSeen(Exception):
 
 def inputs_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -> torch.Tensor:
     """Return what goes into the layer `name` when `run(block)` runs; what comes behind that layer is not computed."""
-    return arguments_of(block, name, run)[0].detach()
+    inputs: list[torch.Tensor] = []
 
-
-def arguments_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -> tuple[Any, ...]:
-    """Return all that the module `name` is called with when `run(block)` runs; what comes behind it is not computed."""
-    found: list[tuple[Any, ...]] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args)
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0].detach())
         raise _InputsSeen
 
     handle = block.get_submodule(name).register_forward_pre_hook(keep)
@@ -119,4 +114,4 @@ def arguments_of(block: nn.Module, name: str, run: Callable[[nn.Module], Any]) -
             run(block)
     finally:
         handle.remove()
-    return found[0]
+    return inputs[0]

@@ -11,7 +11,7 @@ from torch import nn
 
 from quant import awq, qat, smooth
 from quant.bitnet import PackedBitLinear
-from quant.calibrate import Solve, Stream, arguments_of, inputs_of
+from quant.calibrate import Solve, Stream, inputs_of
 from quant.four_bit import FourBitLinear
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
 from quant.grid import GridOptions
@@ -91,8 +91,8 @@ def scale_block(
 ) -> None:
     """Enlarge the columns of a block's weights that carry the largest activations; search(fold, inputs, run): a scale.
 
-    The scales of all folds are found on the weights as they are, and applied together. run() is the output of what the
-    papers compare: the attention for q, k and v, the feed-forward part for its first two layers, else the layer alone.
+    The scales of all folds are found on the weights as they are, and applied together, by the error of the block's
+    output. What a layer of the feed-forward part changes in it comes from that part, or from the last layer, alone.
     """
     attention, mlp = block.self_attn, block.mlp
     repeats = model.args.n_heads // model.args.n_kv_heads
@@ -103,11 +103,11 @@ def scale_block(
         "mlp.down_proj": awq.Fold(mlp.up_proj, [mlp.down_proj]),
     }
     first = partial(stream.call, block, stream.hidden[0], 0)
-    context, scales = arguments_of(block, "self_attn", lambda _: first()), {}
+    scales = {}
     for name, fold in folds.items():
         x = inputs_of(block, name, lambda _: first())
-        around = {"self_attn.q_proj": partial(attention, *context), "mlp.gate_proj": partial(mlp, x)}
-        scales[name], _ = search(fold, x, around.get(name, partial(fold.after[0], x)))
+        parts = {"mlp.gate_proj": partial(mlp, x), "mlp.down_proj": partial(mlp.down_proj, x)}
+        scales[name], _ = search(fold, x, parts.get(name, first))
     for name, fold in folds.items():
         awq.apply_scale(fold, scales[name])
 
