@@ -56,7 +56,7 @@ class Tokenizer:
             raise
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of `encode` for each text, (n,) whole numbers; some vocabularies are faster with many texts."""
+        """Return the ids of `encode` for each text, (n,) whole numbers. SentencePiece is faster with many texts."""
         return [np.array(self.encode(text), np.int64) for text in texts]
 
     def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
