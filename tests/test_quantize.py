@@ -243,7 +243,7 @@ def test_damaged_tensors_are_named(made, change, message):
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' is not read here"),
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {}}},
-            "only pack-quantized and int-quantized",
+            "the formats pack-quantized and int-quantized are read here, found",
         ),
         ("gptq", "should be a mapping"),
     ],
