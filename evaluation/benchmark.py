@@ -156,7 +156,7 @@ class Benchmark(Task):
     def about(self, assistant: Assistant, blocks: list[list[Item]]) -> dict[str, Any]:
         """Return what a report has to say about its numbers: model, shots, prompts, and the hash of the data."""
         items = [item for block in blocks for item in block]
-        data = json.dumps([dataclasses.astuple(item) for item in items]).encode()
+        data = json.dumps([[*vars(item).values()] for item in items]).encode()
         settings = {
             field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "output"
         }
