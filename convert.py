@@ -48,7 +48,7 @@ class Merge:
     """directory to write"""
     base: Literal[("auto", "full", *KINDS)] = "auto"  # type: ignore[valid-type]
     """weights that the adapter is added to. full: as they are; the others: quantized and made dense again; auto: as in
-    the adapter's training, which its file states (PEFT's own do not: full)"""
+    the adapter's training, which its file states (files written by PEFT do not: full)"""
     double_quant: bool = True
     """quantize the scales of nf4 and fp4, too; with auto, the adapter's file decides"""
     untie: bool = False

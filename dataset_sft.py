@@ -299,7 +299,7 @@ class PairData(SFTData):
 
     @property
     def n_pairs(self) -> int:
-        """Number of pairs of an epoch."""
+        """Number of pairs in an epoch."""
         return len(self.samples) // 2
 
     def _divide(self, random: np.random.Generator | None) -> Rows:

@@ -57,7 +57,7 @@ class Args:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """dtype that a training on this machine would be given"""
     json: Path | None = None
-    """file for all checks"""
+    """file to write all checks to, as JSON"""
 
     def __post_init__(self) -> None:
         """Raise ValueError where a flag needs another one."""

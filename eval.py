@@ -150,8 +150,8 @@ class Args:
     """letters: the options stand in the prompt and the model names a letter; answers: they do not, and the model says
     the whole answer"""
     cut: Literal["middle", "left"] = "middle"
-    """what a long prompt loses that does not fit the model's window. middle: as LongBench is published; left: its
-    beginning, as in lm-evaluation-harness"""
+    """part that is cut from a prompt which is longer than the model's window. middle: as LongBench is published; left:
+    the beginning, as in lm-evaluation-harness"""
     limit: int | None = None
     """number of items of each subject; None: all"""
     stride: int | None = None

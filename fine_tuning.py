@@ -51,7 +51,7 @@ class Args:
     add_special_tokens: tuple[str, ...] = ()
     """control tokens to add, e.g. <|im_start|>. Text never turns into them; only a chat template inserts them"""
     show: Annotated[int, (0, 1000000)] = 0
-    """print this many samples of each task with what is trained marked, and statistics, and do not train"""
+    """print this many samples of each task, with the trained tokens marked, and statistics; do not train"""
     check: bool = False
     """look at the machine, the data and the first steps of this run, say what is wrong, and do not train"""
     out: Path = Path("out/tiny/sft")

@@ -127,9 +127,9 @@ class RopeArgs:
     """How to stretch the positions of a checkpoint that training continues from."""
 
     type: str | None = None
-    """how they are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as in the checkpoint, else yarn"""
+    """how positions are stretched (linear, ntk, dynamic, yarn, llama3, clex); None: as in the checkpoint, else yarn"""
     factor: float | None = None
-    """how much longer than the checkpoint's first context; None: as --model.max_seq_len asks"""
+    """new context divided by the context of the first training; None: as --model.max_seq_len asks"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a factor that would shorten the context."""

@@ -92,11 +92,11 @@ class Args:
     lora_r: Annotated[int, (1, 65536)] = 8
     """rank of the adapters in the rows on LoRA"""
     tokens: Annotated[float | None, (1, 1e18)] = None
-    """tokens to train on: time, energy and loss are predicted; None: not"""
+    """tokens to train on, for which time, energy and loss are predicted; None: no prediction"""
     mfu: Annotated[float, (0.01, 1)] = 0.45
     """share of the peak that the products of a step reach by themselves; published runs: 0.33 to 0.56"""
     price: Annotated[float, (0, 1e6)] = 0
-    """price of one GPU for an hour, in any currency; 0: no amounts"""
+    """price of one GPU for an hour, in any currency; 0: no costs are printed"""
     measure: bool = False
     """measure steps of two small models on this machine for ten seconds, and predict the time of a step from them"""
     json: Path | None = None

@@ -77,7 +77,7 @@ class DataArgs:
     dir: Path = Path("data/tiny")
     """directory that data_process.py wrote: train*.bin, heldout.bin, tokenizer/"""
     verify: bool = False
-    """compare the SHA-256 of bins above 512 MB, too, with their .json: 2 s a GB; smaller ones always are"""
+    """also compare bins above 512 MB with the SHA-256 in their .json (2 s a GB); smaller bins are always compared"""
     seq_len: Annotated[int, (1, 2147483647)] = 128
     """tokens per row of a batch"""
     batch_size: Annotated[int, (1, 10000000)] = 64
@@ -113,7 +113,7 @@ class Args:
     check: bool = False
     """look at the machine, the data and the first steps of this run, say what is wrong, and do not train"""
     qat_bits: Literal[0, 2, 3, 4, 8] = 0
-    """train linear layers but the head with weights that are rounded to so many bits in every step; 0: they are not.
+    """train linear layers but the head with weights that are rounded to this many bits in every step; 0: off.
     quantize.py --method qat packs the result, without any further loss"""
     qat_group_size: Annotated[int, (-1, 1048576)] = 128
     """weights of a row that share a scale, with --qat_bits; -1: the whole row"""
@@ -322,7 +322,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
     if isinstance(model, TransformersModel):
         if asked or args.rope != RopeArgs():
             raise ValueError(
-                f"{args.init_from} is not of the LLaMA family: it goes on as it is, without --model, --rope"
+                f"--model.*, --rope.* need a model of the LLaMA family, found --init_from {args.init_from}: remove them"
             )
         changes = []
     else:
@@ -334,7 +334,7 @@ def make_model(args: Args, tokenizer: Tokenizer) -> tuple[Transformer | Transfor
 
 
 def starts_in_parts(args: Args) -> bool:
-    """Return whether no process of the run ever holds a whole new model."""
+    """Return whether each process makes only its part of a new model, so that none ever holds all of it."""
     divided = args.train.backend == "fsdp" or max(args.train.tp, args.train.pp) > 1
     clex = (args.model.rope_scaling or {}).get("rope_type") == "clex"  # it draws weights of its own
     return divided and not clex and args.bitnet == "none" and not args.qat_bits
@@ -353,7 +353,7 @@ def in_bits(model: Transformer | TransformersModel, args: Args) -> list[str]:
     if isinstance(model, TransformersModel):
         raise ValueError(f"{flag} is for models of the LLaMA family, and {args.init_from} is none: remove it")
     if (found := kind_of_bits(model)) not in (None, kind):
-        raise ValueError(f"{flag} does not fit {args.init_from}, which was trained with {found}")
+        raise ValueError(f"{flag} does not fit {args.init_from}, which was trained with {found}: remove it")
     train_in_bits(model, kind)
     return [f"linear layers but the head are trained with weights of {words}"]
 

@@ -32,7 +32,7 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """directories of runs, of quantized models, or of several of them (out/tiny)"""
     out: Path | None = None
-    """file of the page; default: report.html in the directory, of a single one"""
+    """file of the page; default: report.html in the directory, if there is only one"""
 
 
 def main(args: Args) -> dict[str, str | int]:

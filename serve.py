@@ -51,13 +51,13 @@ class Args:
     timeout: float = 600.0
     """seconds that a request may take"""
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=1024))
-    """what a request leaves out"""
+    """settings of decoding that a request leaves out"""
     stop: tuple[str, ...] = ()
     """texts that end every answer, beside those of the request"""
     system: str = ""
     """system message before every conversation that has none"""
     api_key: str | None = None
-    """key that clients have to send; None: the environment's LITTLE_LLAMA_API_KEY, without which there is none"""
+    """key that clients have to send; None: the environment variable LITTLE_LLAMA_API_KEY, else clients need no key"""
     hosts: tuple[str, ...] = ()
     """names of this machine that clients may use beside localhost and addresses"""
     cors_origins: tuple[str, ...] = ()

@@ -48,9 +48,9 @@ class Vocabulary:
 
 
 def of_tokenizer(tokenizer: Tokenizer, path: Path) -> Vocabulary:
-    """Return what a tokenizer says. Raises ValueError for one without eos, which parts our documents."""
+    """Return what a tokenizer says. Raises ValueError for one without eos, which ends our documents."""
     if tokenizer.eos_id is None:
-        raise ValueError(f"--tokenizer {path} has no eos, which ends the documents of a token bin")
+        raise ValueError(f"--tokenizer {path} has no eos, which ends the documents of a token bin: give one that has")
     own = (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256(), tuple(tokenizer.begins), tokenizer.bos_id)
     return Vocabulary(f"--tokenizer {path}", *own, tokenizer.token_bytes(), tokenizer.dummy_prefix)
 
@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass
 class Counts:
-    """What was written for one role."""
+    """Counts of what was written for one role: train or heldout."""
 
     files: str
     documents: int = 0
@@ -113,7 +113,7 @@ def whole(group: Group, form: str, vocabulary: Vocabulary, settings: Settings, c
     before = settings.separator == "bos" and form not in INDEXED
     separator = vocabulary.bos_id if before else vocabulary.eos_id
     if separator is None:
-        raise ValueError(f"--separator bos: {vocabulary.name} has no bos")
+        raise ValueError(f"--separator bos: {vocabulary.name} has no bos; use --separator eos")
     number, parted = 0, form in INDEXED
     for number, ids in enumerate(documents(group, form, separator, before), 1):
         if not ids.size:
@@ -255,7 +255,8 @@ def answers(group: Group, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
             for ids in (question, answer):
                 if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
                     raise ValueError(
-                        f"{path} has ids outside of the {tokenizer.vocab_size} of --tokenizer: it is another"
+                        f"{path} has ids outside of the {tokenizer.vocab_size} of --tokenizer: give the tokenizer that "
+                        "the ids were made with"
                     )
             yield {"prompt": tokenizer.decode(question.tolist()), "answer": tokenizer.decode(answer.tolist())}
 

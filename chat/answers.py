@@ -33,7 +33,7 @@ def find_answers(
             continue
         start = _start(fill, messages, n, text, tokens)
         if start < last:
-            raise ValueError(f"the place of message {n} cannot be found: {WAY_ON}")
+            raise ValueError(f"the place of message {n} in the rendered text cannot be found: {WAY_ON}")
         last = end_of_answer(text, start, tokens, ends)
         spans.append((start, last))
     return spans
@@ -57,7 +57,9 @@ def _start(fill: Fill, messages: list[Message], n: int, text: str, tokens: re.Pa
     after_prompt = fill(marked, True).partition(FINISH)[2]
     before, _, after = fill([*marked, *messages[n:]], False).partition(FINISH)
     if before + after != text or not after:
-        raise ValueError(f"the place of message {n} cannot be found, because its prompt is another text: {WAY_ON}")
+        raise ValueError(
+            f"the rendered text does not begin with the prompt of message {n}, whose place cannot be found: {WAY_ON}"
+        )
     same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(after_prompt, after)))
     if same != after_prompt:  # an answer may begin like the rest of the prompt by chance: go back to a token or a line
         ends = [match.end() for match in tokens.finditer(same) if match[0] != BREAK]
@@ -85,7 +87,7 @@ def with_last_thought(fill: Fill, messages: list[Message], text: str, start: int
     if not (closed or opens) or CLOSE in rest or (thought in rest and not opens):
         return text, start
     if not prompt.startswith(text[:start]):
-        raise ValueError(f"the template cuts out the thought of the last answer: {WAY_ON}")
+        raise ValueError(f"the template leaves out the last answer's thought, and its place cannot be found: {WAY_ON}")
     head = f"{OPEN}\n{thought}\n{CLOSE}\n\n"
     if closed:  # as it is written, with the space after it
         head = content[: len(content) - len(content.rpartition(CLOSE)[2].lstrip())]

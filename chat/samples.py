@@ -218,7 +218,7 @@ def read_samples(
     if samples.stats[kind.records]:
         raise ValueError(f"{path}: {kind.all_useless}")
     raise ValueError(
-        f"{path}: a share of {share} holds out all there is; lower --data.heldout_share, or 0 for no evaluation"
+        f"{path}: --data.heldout_share {share} holds out every record; lower it, or set it to 0 for no evaluation"
     )
 
 

@@ -43,7 +43,7 @@ class Chunk(NamedTuple):
     file: Path
     offset: int
     length: int
-    """bytes"""
+    """number of bytes"""
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
 

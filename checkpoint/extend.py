@@ -142,8 +142,8 @@ def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[str
     new = [*special, *texts]
     if refused := [each for n, each in enumerate(new) if known & {each, each.encode()} or not each or each in new[:n]]:
         raise ValueError(
-            f"--add_tokens, --add_special_tokens: the tokenizer has {refused[0]!r} already; "
-            "tokens to add should be new, and no two alike"
+            "--add_tokens, --add_special_tokens: expected texts that the tokenizer does not have as tokens, and no two "
+            f"alike, found {refused[0]!r}"
         )
     more = [AddedToken(each, special=True, normalized=False) for each in special]
     return with_tokens(tokenizer, [*more, *(AddedToken(each, special=False, normalized=False) for each in texts)])

@@ -47,11 +47,11 @@ class Stage:
     settings: dict[str, Any]
     record: dict[str, Any]
     progress: dict[str, Any]
-    """of the checkpoint: step, tokens"""
+    """step and tokens of the checkpoint"""
     result: dict[str, Any]
-    """on all held-out data, where the checkpoint is the one that was measured"""
+    """losses on all held-out data, where the checkpoint is the one that was measured"""
     on_the_way: dict[str, float]
-    """of the last evaluation at or before the checkpoint's step, where there is no result"""
+    """losses of the last evaluation at or before the checkpoint's step, where there is no result"""
     samples: list[dict[str, Any]]
     """what the model wrote at that step"""
     data: list[Data] = field(default_factory=list)

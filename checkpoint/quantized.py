@@ -58,9 +58,10 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
         return scheme_of_bnb(settings)
     if kind := BITNET_METHODS.get(method):
         if settings.get("linear_class", "bitlinear") != "bitlinear" or settings.get("use_rms_norm"):
+            found = {key: settings[key] for key in ("linear_class", "use_rms_norm") if key in settings}
             raise ValueError(
-                "config.json: of packed BitNet weights, those of linear_class bitlinear without norms of their own are "
-                "read here"
+                "config.json: packed BitNet weights are read with linear_class bitlinear and without use_rms_norm, "
+                f"found {found!r:.100}"
             )
         return Scheme("bitnet", 2 if kind == "b158" else 1, kind=kind)
     raise ValueError(
@@ -93,7 +94,7 @@ def layers_of_gptq(dynamic: Any, scheme: Scheme) -> tuple[tuple[str, Scheme], ..
     """Return the schemes of single layers in gptqmodel's `dynamic`: regular expression -> settings. Those that are not
     quantized (-:) are known by their tensors."""
     if not isinstance(dynamic, dict) or not all(isinstance(own, dict) for own in dynamic.values()):
-        raise ValueError("config.json: dynamic should map regular expressions to settings")
+        raise ValueError(f"config.json: dynamic should map regular expressions to settings, found {dynamic!r:.100}")
     return tuple(
         (
             checked_pattern(pattern.removeprefix("+:")),
@@ -120,7 +121,7 @@ def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
     """
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ValueError("config.json: config_groups of compressed-tensors should have a group at least")
+        raise ValueError(f"config.json: config_groups should map names to at least one group, found {groups!r:.100}")
     schemes = [(group, scheme_of_group(group, settings)) for group in groups.values()]
     if len(schemes) == 1:
         return schemes[0][1]
@@ -140,19 +141,26 @@ def scheme_of_group(group: Any, settings: dict[str, Any]) -> Scheme:
     form = (isinstance(group, dict) and group.get("format")) or settings.get("format")
     if not isinstance(weights, dict) or form not in ("pack-quantized", "int-quantized"):
         raise ValueError(
-            "config.json: of compressed-tensors, only pack-quantized and int-quantized weights are read here"
+            "config.json: of compressed-tensors, the formats pack-quantized and int-quantized are read here, found "
+            f"{form!r:.50} with weights {weights!r:.100}"
         )
     if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
-        raise ValueError("config.json: of compressed-tensors, only integer weights by group or channel are read here")
+        raise ValueError(
+            "config.json: weights of compressed-tensors are read with type int and strategy group or channel, found "
+            f"{weights.get('type', 'int')!r:.50} and {weights.get('strategy')!r:.50}"
+        )
     wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     if inputs and (form != "int-quantized" or any(inputs.get(key, wanted[key]) != wanted[key] for key in wanted)):
         raise ValueError(
-            "config.json: of compressed-tensors, inputs are read here in 8 bits, symmetric, dynamic, by token, beside "
-            "int-quantized weights, or not quantized"
+            f"config.json: input_activations are read here beside int-quantized weights with {wanted}, "
+            f"found {inputs!r:.200} beside {form}"
         )
     if form == "int-quantized":
         if (weights.get("strategy"), weights.get("num_bits")) != ("channel", 8):
-            raise ValueError("config.json: int-quantized weights are read here in 8 bits by channel")
+            raise ValueError(
+                "config.json: int-quantized weights are read here with num_bits 8 and strategy channel, found "
+                f"{weights.get('num_bits')!r:.50} and {weights.get('strategy')!r:.50}"
+            )
         return Scheme("int-quantized", 8, kind="w8a8" if inputs else "int8")
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
     symmetric = weights.get("symmetric", True) is not False
@@ -163,7 +171,8 @@ def scheme_of_bnb(settings: dict[str, Any]) -> Scheme:
     """Return the scheme of bitsandbytes' settings."""
     four, eight = bool(settings.get("load_in_4bit")), bool(settings.get("load_in_8bit"))
     if four == eight:
-        raise ValueError(f"config.json: {KEY} should have one of load_in_4bit and load_in_8bit true")
+        found = "both" if four else "neither"
+        raise ValueError(f"config.json: {KEY} should set one of load_in_4bit and load_in_8bit, found {found}")
     if four:
         if (storage := settings.get("bnb_4bit_quant_storage", "uint8")) != "uint8":
             raise ValueError(f"config.json: bnb_4bit_quant_storage {storage!r} is not read here; uint8 is")

@@ -93,7 +93,7 @@ def held_out(train: Iterable[TokenBin], heldout: TokenBin) -> list[Check]:
 
 
 def digests(each: TokenBin) -> Iterator[bytes]:
-    """Yield a digest of the ids of each document, of the first MOST_READ tokens."""
+    """Yield a digest of the ids of each document that ends within the first MOST_READ tokens of a bin."""
     offsets = np.asarray(each.offsets, dtype=np.int64)
     for begin, end in itertools.pairwise(offsets):
         if end > MOST_READ:

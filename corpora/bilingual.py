@@ -113,7 +113,7 @@ _ALTERNATIVES = {"computers.yml", "emotion.yml"}
 
 
 def _dialogues(raw_dir: Path) -> Iterator[list[str] | BadRecord]:
-    """Yield the turns of every distinct dialogue: a question, an answer, and perhaps more turns."""
+    """Yield the turns of every distinct dialogue: a question, an answer, perhaps more turns; and broken records."""
     folder = pip_package("chatterbot-corpus", "1.3.3", raw_dir, "BSD") / "chatterbot_corpus" / "data"
     seen = set()
     for path in [*sorted((folder / "chinese").glob("*.yml")), *sorted((folder / "english").glob("*.yml"))]:

@@ -188,12 +188,13 @@ class Pipeline:
         shapes = [tuple(micro["tokens"].shape) if micro.get("token_losses") else () for micro in micro_batches]
         sizes = [torch.Size(shape).numel() for shape in shapes]
         device = micro_batches[0]["tokens"].device
+        # one message: for each micro-batch its loss, then what goes with it; float64 keeps float32 exact
         flat = torch.empty(sum(sizes) + len(sizes), dtype=torch.float64, device=device)
         if self.part.last:
             both = ((loss.reshape(1), more.reshape(-1)[:size]) for (loss, more), size in zip(outputs, sizes))
             flat = torch.cat([x.to(torch.float64) for pair in both for x in pair])
         dist.broadcast(flat, group=self.group, group_src=self.n_stages - 1)
-        parts = flat.split([size for each in sizes for size in (1, each)])
+        parts = flat.split([size for each in sizes for size in (1, each)])  # loss, more, loss, more, ...
         return [(loss[0], more.view(shape)) for loss, more, shape in zip(parts[::2], parts[1::2], shapes)]
 
 
@@ -202,6 +203,7 @@ def filled(micro: dict[str, Any], rows: int) -> dict[str, Any]:
     missing = rows - len(micro["tokens"])
     if not missing:
         return micro
+    # expand makes no copies: (1, T) -> (missing, T)
     more = {name: x[:1].expand(missing, -1) for name, x in micro.items() if torch.is_tensor(x)}
     more["targets"] = torch.full_like(more["targets"], IGNORE)
     return {name: torch.cat([x, more[name]]) if name in more else x for name, x in micro.items()}

@@ -85,7 +85,7 @@ class Benchmark(Task):
         return assistant
 
     def chosen(self) -> list[list[Item]]:
-        """Return the blocks of the subjects and of the number of items that the flags ask for.
+        """Return the blocks of --subjects, each with its first --limit items.
 
         Raises ValueError where no item is left.
         """
@@ -156,7 +156,7 @@ class Benchmark(Task):
     def about(self, assistant: Assistant, blocks: list[list[Item]]) -> dict[str, Any]:
         """Return what a report has to say about its numbers: model, shots, prompts, and the hash of the data."""
         items = [item for block in blocks for item in block]
-        data = json.dumps([dataclasses.astuple(item) for item in items]).encode()
+        data = json.dumps([[*vars(item).values()] for item in items]).encode()
         settings = {
             field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "output"
         }

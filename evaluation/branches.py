@@ -24,7 +24,7 @@ class Branches:
     positions: list[int] = field(default_factory=list)
     """position of each id in its text"""
     paths: dict[Ids, list[int]] = field(default_factory=dict)
-    """of each text: the places of its ids in the row"""
+    """for each text, the places of its ids in the row"""
 
     def add(self, text: Ids, past: int, shared: int) -> None:
         """Add a text whose ids from `past` on begin with `shared` ids of the text before it."""

@@ -35,8 +35,8 @@ def estimate(scores: Sequence[Sequence[float]]) -> Estimate:
 
     The interval of counted items is Wilson's (1927); of other scores that of a ratio of means (Cochran 1977, 6.4).
     """
-    pairs = np.asarray(scores, np.float64)
-    amount, of = pairs.T
+    pairs = np.asarray(scores, np.float64)  # (n, 2)
+    amount, of = pairs.T  # (n,) each
     if (of == 1).all() and np.isin(amount, (0, 1)).all():
         low, high = Share(int(amount.sum()), len(pairs)).interval()
         return Estimate(float(amount.mean()), low, high, len(pairs))
@@ -49,19 +49,22 @@ def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]
     the two intervals together: items that are hard are hard for both."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)  # (n, 2), item by item
     value = ours[:, 0].sum() / ours[:, 1].sum() - theirs[:, 0].sum() / theirs[:, 1].sum()
+    # the influences are subtracted item by item, so what both models find hard cancels
     error = Z * _standard_error(_influence(ours) - _influence(theirs))
     return Estimate(float(value), float(value - error), float(value + error), len(ours))
 
 
 def _influence(pairs: np.ndarray) -> np.ndarray:
     """Return how much each item moves the ratio of the sums, (n,) for pairs (n, 2)."""
-    amount, of = pairs.T
+    amount, of = pairs.T  # (n,) each
+    # the ratio R = sum(amount) / sum(of), linear in the items: item i moves it by (amount_i - R of_i) / sum(of)
     return (amount - amount.sum() / of.sum() * of) / of.sum()
 
 
 def _standard_error(influence: np.ndarray) -> float:
     """Return the standard error of a sum from what each of n items adds to it; infinite for a single item."""
     n = len(influence)
+    # the influences have mean 0; n / (n - 1) makes their variance unbiased
     return float(np.sqrt((influence**2).sum() * n / (n - 1))) if n > 1 else float("inf")
 
 

@@ -70,27 +70,29 @@ def encode(weight: np.ndarray, kind: str) -> np.ndarray:
 
 def q4_k(weight: np.ndarray) -> np.ndarray:
     """Return the rows (out, in / 256 * 144) uint8 of a matrix (out, in)."""
-    blocks = np.ascontiguousarray(weight, np.float32).reshape(-1, 256)
+    blocks = np.ascontiguousarray(weight, np.float32).reshape(-1, 256)  # (out * in / 256, 256)
     packed = [q4_k_blocks(blocks[at : at + ROWS]) for at in range(0, len(blocks), ROWS)]
     return np.concatenate(packed).reshape(*weight.shape[:-1], -1)
 
 
 def q4_k_blocks(blocks: np.ndarray) -> np.ndarray:
     """Return (n, 144) uint8 for n blocks (n, 256) float32."""
-    x = blocks.reshape(-1, 8, 32)
+    x = blocks.reshape(-1, 8, 32)  # (n, runs, weights of a run)
     # A weight counts by its size and by the root mean square of its run.
     importance = np.sqrt((x * x).sum(-1, keepdims=True) / 32) + np.abs(x)  # (n, 8, 32)
-    scales, minima, codes = fit_runs(x.reshape(-1, 32), importance.reshape(-1, 32))
+    scales, minima, codes = fit_runs(x.reshape(-1, 32), importance.reshape(-1, 32))  # (8 n,), (8 n,), (8 n, 32)
     scales, minima = scales.reshape(-1, 8), minima.reshape(-1, 8)
     d, scale_codes = six_bits(scales)  # (n, 1) float16, (n, 8) uint8
     dmin, minimum_codes = six_bits(minima)
     step = d.astype(np.float32) * scale_codes  # (n, 8): the scale of each run as it is read back
     low = dmin.astype(np.float32) * minimum_codes
+    # Scales and minima were rounded to 6 bits since the fit: codes are found anew for what a reader will compute.
     with np.errstate(divide="ignore", invalid="ignore"):
-        again = np.rint((x + low[..., None]) / step[..., None])
+        again = np.rint((x + low[..., None]) / step[..., None])  # (n, 8, 32)
     codes = np.where(step[..., None] == 0, codes.reshape(-1, 8, 32), np.clip(np.nan_to_num(again), 0, 15))
     pairs = codes.astype(np.uint8).reshape(-1, 4, 2, 32)  # a byte holds a code of a run, and one of the next run
-    nibbles = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, 128)
+    nibbles = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, 128)  # (n, 4, 32) -> (n, 128)
+    # a block: 2 bytes of d, 2 of dmin, 12 of six-bit codes, 128 of weights
     return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), pack_six(scale_codes, minimum_codes), nibbles], 1)
 
 
@@ -103,7 +105,7 @@ def fit_runs(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     low, high = np.minimum(x.min(-1), 0), x.max(-1)  # (m,)
     flat = high == low
     span = np.where(flat, 1, high - low).astype(np.float32)
-    sum_w, sum_x = w.sum(-1), (w * x).sum(-1)
+    sum_w, sum_x = w.sum(-1), (w * x).sum(-1)  # (m,) each, as are all sums below
 
     def codes_for(count: float) -> np.ndarray:
         # `low` is that of the best fit so far, as in the original
@@ -112,9 +114,10 @@ def fit_runs(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 
     scale = span / np.float32(15)
     codes = codes_for(15.0)
-    best = (w * (scale[:, None] * codes + low[:, None] - x) ** 2).sum(-1)
+    best = (w * (scale[:, None] * codes + low[:, None] - x) ** 2).sum(-1)  # (m,) weighted squared error
     for i in range(21):
-        tried = codes_for(-1.0 + 0.1 * i + 15)
+        tried = codes_for(-1.0 + 0.1 * i + 15)  # (m, 32); the range is cut into 14.0, 14.1, ..., 16.0 steps
+        # Normal equations of the line x = scale * tried + low, two unknowns a run, by Cramer's rule.
         sum_l, sum_l2, sum_xl = (w * tried).sum(-1), (w * tried * tried).sum(-1), (w * tried * x).sum(-1)
         determinant = sum_w * sum_l2 - sum_l * sum_l
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -80,8 +80,8 @@ def joined_shapes(shapes: list[tuple[int, ...]], cut: str, args: ModelArgs) -> l
         return [(min(rows, args.vocab_size), *rest)]
     if cut == "halves":
         return [(rows // 2, *rest)] * 2
-    share = args.n_heads // args.n_kv_heads
-    kv = rows // (share + 2)
+    share = args.n_heads // args.n_kv_heads  # query heads to a key/value head
+    kv = rows // (share + 2)  # rows of all keys: a group has `share` heads of queries, one of keys, one of values
     return [(kv * share, *rest), (kv, *rest), (kv, *rest)]
 
 
@@ -90,15 +90,16 @@ def join(pieces: list[torch.Tensor], cut: str, number: int, args: ModelArgs) -> 
     if cut == "whole":
         return pieces[0]
     if cut == "columns":
-        return torch.cat(pieces, 1)
+        return torch.cat(pieces, 1)  # (out, in / tp) each -> (out, in)
     if cut == "rows":
-        return torch.cat(pieces)[: args.vocab_size]
+        return torch.cat(pieces)[: args.vocab_size]  # (padded V / tp, dim) each -> (V, dim)
     if cut == "halves":  # every rank has its part of the gate, then its part of up
         return torch.cat([piece.chunk(2)[number] for piece in pieces])
+    # qkv: a rank has whole groups, and in each group its query heads, then its key, then its value
     rows, share = torch.cat(pieces), args.n_heads // args.n_kv_heads
-    groups = rows.unflatten(0, (args.n_kv_heads, share + 2, args.head_dim))  # queries, key, value of each group
+    groups = rows.unflatten(0, (args.n_kv_heads, share + 2, args.head_dim))  # (K, H/K + 2, D, ...), K: n_kv_heads
     part = (slice(0, share), slice(share, share + 1), slice(share + 1, None))[number]
-    return groups[:, part].flatten(0, 2)
+    return groups[:, part].flatten(0, 2)  # (K, heads of the part, D, ...) -> (rows of the part, ...)
 
 
 # ---- parts to pieces
@@ -144,12 +145,13 @@ def cut_piece(parts: list[Entry], cut: str, rank: int, tp: int, args: ModelArgs)
     if cut == "whole":
         return tensors[0]
     if cut == "columns":
-        return tensors[0].chunk(tp, 1)[rank]
+        return tensors[0].chunk(tp, 1)[rank]  # (out, in / tp)
     if cut == "halves":
-        return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
+        return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])  # (2 hidden / tp, in)
     if cut == "rows":
         table = tensors[0]
         more = table.new_zeros(padded(len(table), tp) - len(table), table.shape[1])
-        return torch.cat([table, more]).chunk(tp)[rank]
-    heads = [tensor.unflatten(0, (args.n_kv_heads, -1, args.head_dim)) for tensor in tensors]
-    return torch.cat(heads, 1).chunk(tp)[rank].flatten(0, 2)
+        return torch.cat([table, more]).chunk(tp)[rank]  # (padded V / tp, dim)
+    # qkv: cut by groups, not by rows, so that query heads stay with their key and value
+    heads = [tensor.unflatten(0, (args.n_kv_heads, -1, args.head_dim)) for tensor in tensors]  # (K, H/K or 1, D, ...)
+    return torch.cat(heads, 1).chunk(tp)[rank].flatten(0, 2)  # (K / tp, H/K + 2, D, ...) -> (rows / tp, ...)

@@ -38,7 +38,7 @@ class ImportOptions(Options):
     """What a source may not say of its model."""
 
     n_heads: Annotated[int | None, (1, 65536)] = None
-    """query heads of the model in a .pth that does not say; None: as the file or one beside it says"""
+    """number of query heads, for a .pth that does not say it; None: as the file or one beside it says"""
     norm_eps: Annotated[float | None, (0, 1)] = None
     """epsilon of RMSNorm, likewise"""
     rope_theta: Annotated[float | None, (1, 1e12)] = None

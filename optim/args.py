@@ -18,7 +18,7 @@ class OptimArgs:
     """Optimizer and schedule."""
 
     optimizer: Literal[OPTIMIZERS] = "muon"  # type: ignore[valid-type]
-    """muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and adapters; adamw: for all;
+    """muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all parameters;
     adamw8bit: with moments of 8 bits (bitsandbytes); lion: one moment; adafactor: second moments of rows and columns;
     galore_*: the matrices of the blocks in a subspace of `galore_rank` dimensions. docs/training.md compares them"""
     lr: Annotated[float, (0, 10)] = 4e-3

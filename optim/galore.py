@@ -49,7 +49,7 @@ def _galore(
     parameters: Parameters, args: OptimArgs, inner: Callable[..., torch.optim.Optimizer], rest: list
 ) -> list[torch.optim.Optimizer]:
     if not (matrices := parameters["matrix"]):
-        raise ValueError(f"--optim.optimizer {args.optimizer} needs matrices to train, and an adapter has none: adamw")
+        raise ValueError(f"--optim.optimizer {args.optimizer} needs matrices to train; an adapter has none: use adamw")
     how = {"rank": args.galore_rank, "every": args.galore_every, "scale": args.galore_scale}
     return [GaLore(matrices, inner, args.lr, args.weight_decay, **how), *rest]
 

@@ -39,7 +39,7 @@ class Cluster:
     gpus: int
     per_node: int
     node_link: float
-    """between nodes, bytes a second for each GPU in one direction"""
+    """bandwidth between nodes, bytes a second for each GPU in one direction"""
     efficiency: float
     """share of the peak that the products of a step reach by themselves"""
     seq_len: int
@@ -79,12 +79,12 @@ class Prediction:
 
     strategy: Strategy
     rows: int
-    """of a micro-batch"""
+    """rows of a micro-batch"""
     checkpointing: bool
     memory: dict[str, float]
     """bytes on the fullest GPU, by part"""
     seconds: float
-    """of an optimizer step"""
+    """duration of an optimizer step"""
     bubble: float
     """share of the step in which a stage waits"""
     volume: float

@@ -19,17 +19,17 @@ class Device:
 
     name: str
     memory: float
-    """bytes"""
+    """size of the memory, bytes"""
     peak: float | None = None
     """dense bfloat16 operations a second"""
     bandwidth: float | None = None
-    """of the memory, bytes a second"""
+    """bandwidth of the memory, bytes a second"""
     link: float | None = None
-    """to the other devices of a node, bytes a second in one direction"""
+    """bandwidth to the other devices of a node, bytes a second in one direction"""
     watts: float | None = None
     """power of the board"""
     is_gpu: bool = True
-    """whether it is not the CPU"""
+    """whether it is a GPU; False: the CPU"""
 
 
 def gpu(name: str, gib: float, tera: float, bandwidth: float, link: float, watts: float) -> Device:

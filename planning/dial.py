@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
     """fields of ModelArgs"""
     optim: dict[str, Any]
     batch_size: int
-    """rows of a step"""
+    """rows of an optimizer step"""
     micro_batch_size: int
     max_steps: int
     tokens: float

@@ -62,7 +62,7 @@ class Launch:
         try:
             check_flags(asked, [row for row in NEEDS if row.flag in DIVIDING])
             if strategy.name.startswith("ZeRO") and self.step.optimizer == "muon":
-                raise ValueError("DeepSpeed's flat parts hold no whole matrices, which Muon needs: --optimizer adamw")
+                raise ValueError("Muon needs whole matrices, and DeepSpeed's parts are flat: use --optimizer adamw")
             if strategy.name == "3D":
                 check_shape(self.source.args, strategy.tensor, strategy.pipeline)
                 rows = where.batch_size // strategy.data

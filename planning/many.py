@@ -21,13 +21,13 @@ class Found(NamedTuple):
     where: Cluster
     step: Step
     fits: list[Prediction]
-    """the fastest first"""
+    """strategies that fit, the fastest first"""
     others: list[Prediction]
-    """the smallest first"""
+    """strategies that do not fit, the smallest first"""
     tokens: float | None
-    """to train on"""
+    """number of tokens to train on; None: not said"""
     price: float
-    """of a GPU for an hour; 0: no amounts"""
+    """price of a GPU for an hour; 0: no costs are printed"""
 
     def able(self) -> tuple[list[launch.Launch], dict[str, list[str]]]:
         """Return the strategies that fit and run here, and the labels of those that only fit, by the reason."""

@@ -21,9 +21,9 @@ class Times(NamedTuple):
     """Seconds of one model with some number of blocks."""
 
     micro_batch: float
-    """forward and backward pass"""
+    """seconds of a forward and backward pass"""
     update: float
-    """of all weights"""
+    """seconds of an update of all weights"""
 
     def step(self, micro_batches: int) -> float:
         """Return the seconds of an optimizer step."""

@@ -26,7 +26,7 @@ class Progress:
     steps: int | None
     tokens: int
     seconds: float
-    """of training, evaluations and pauses left out"""
+    """seconds of training, without evaluations and pauses"""
     rate: float
     """tokens a second, the last that was logged"""
     mfu: float | None
@@ -41,7 +41,7 @@ class Progress:
     """seconds of evaluations, checkpoints and samples; None in logs that do not say them"""
     loss: float | None
     held_out: float | None
-    """the lowest"""
+    """lowest held-out loss"""
 
     @property
     def left(self) -> float | None:

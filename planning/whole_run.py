@@ -65,7 +65,7 @@ def training_seconds(args: ModelArgs, section: dict[str, Any], slower: float) ->
 
 
 def loop_seconds() -> float:
-    """Return the seconds of some plain Python: dictionaries, strings, numbers; the best of five times."""
+    """Return how many seconds a fixed loop over strings and a dictionary takes here; the best of five times."""
 
     def once() -> float:
         start, counts = time.perf_counter(), {}

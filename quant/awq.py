@@ -47,12 +47,12 @@ def search_scale(
     """
     magnitude = to_channels(x.reshape(-1, x.shape[-1]).abs().float().mean(0), fold)  # (channels,)
     weights = [layer.weight.detach().clone() for layer in fold.after]
-    wanted = run()
+    wanted = run()  # output with the weights unrounded
     best: tuple[float, torch.Tensor, float] | None = None
     for step in range(STEPS):
         exponent = step / STEPS
         scale = magnitude.clamp(min=1e-8).pow(exponent).clamp(min=1e-4)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+        scale = scale / (scale.max() * scale.min()).sqrt()  # (channels,), around 1
         wide = to_inputs(scale, fold)  # (in,)
         for layer, weight in zip(fold.after, weights):
             # The layer gets the weight that it would compute with, its input not being divided: Q(W s) / s.
@@ -74,7 +74,7 @@ def search_scale(
 def apply_scale(fold: Fold, scale: torch.Tensor) -> None:
     """Divide what makes the inputs by `scale` (channels,), and multiply the weights that take them: nothing changes."""
     before = fold.before
-    shape = (-1, *[1] * (before.weight.dim() - 1))
+    shape = (-1, *[1] * (before.weight.dim() - 1))  # (channels,) of a norm, (channels, 1) of a linear layer
     before.weight.div_(scale.to(before.weight).view(shape))
     if getattr(before, "bias", None) is not None:
         before.bias.div_(scale.to(before.bias))
@@ -91,7 +91,7 @@ def to_inputs(scale: torch.Tensor, fold: Fold) -> torch.Tensor:
 
 
 def to_channels(magnitude: torch.Tensor, fold: Fold) -> torch.Tensor:
-    """Return the mean magnitude of each channel of `before` over the inputs that it feeds."""
+    """Return the magnitude of each channel of `fold.before`: the mean over the inputs of `after` that it feeds."""
     if fold.repeats == 1:
         return magnitude
     return magnitude.view(-1, fold.repeats, fold.head_dim).mean(1).reshape(-1)  # (K, H/K, D) -> (channels,)
@@ -100,8 +100,8 @@ def to_channels(magnitude: torch.Tensor, fold: Fold) -> torch.Tensor:
 def rounded(weight: torch.Tensor, options: GridOptions) -> torch.Tensor:
     """Return a weight (out, in) rounded to its grid."""
     groups = group_index(weight.shape[1], options.group_size, weight.device)
-    scales, zeros = find_grids(weight, options)
-    scale, zero = scales[:, groups], zeros[:, groups]
+    scales, zeros = find_grids(weight, options)  # (out, groups) each
+    scale, zero = scales[:, groups], zeros[:, groups]  # (out, in): each weight with the grid of its group
     return scale * (round_to_grid(weight, scale, zero, options) - zero)
 
 
@@ -119,7 +119,7 @@ def solve_clipped(weight: torch.Tensor, x: torch.Tensor, options: GridOptions) -
         scale, zero = clipped_grid(part, inputs, options)
         scales.append(scale)
         zeros.append(zero)
-    all_scales, all_zeros = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
+    all_scales, all_zeros = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)  # (out, groups) each
     groups = group_index(weight.shape[1], options.group_size, weight.device)
     codes = round_to_grid(weight, all_scales[:, groups], all_zeros[:, groups], options)
     return Quantized(codes.to(torch.uint8), all_scales, all_zeros.to(torch.uint8), groups)
@@ -131,11 +131,13 @@ def clipped_grid(weight: torch.Tensor, x: torch.Tensor, options: GridOptions) ->
     least = scale = zero = None
     for step in range(CLIPS):
         share = 1 - step / (2 * CLIPS)
-        limit = share * weight.abs().amax(1, keepdim=True)
+        limit = share * weight.abs().amax(1, keepdim=True)  # (out, 1)
         narrow = find_grid(weight.clamp(-limit, limit), options)
         codes = round_to_grid(weight, *narrow, options)
         miss = narrow[0] * (codes - narrow[1]) - weight  # (out, g)
-        error = ((miss @ gram) * miss).sum(1, keepdim=True)
+        error = ((miss @ gram) * miss).sum(
+            1, keepdim=True
+        )  # (out, 1) = sum over inputs of (x · miss)², without (n, out)
         if least is None:
             least, (scale, zero) = error, narrow
             continue

@@ -40,11 +40,11 @@ class Scheme(NamedTuple):
     act_order: bool = True
     damping: float = 0.01
     threshold: float = THRESHOLD
-    """of bnb_8bit"""
+    """magnitude from which an input is an outlier (bnb_8bit)"""
     kind: str = "nf4"
-    """of bnb_4bit: nf4 or fp4; of int-quantized: w8a8 or int8; of bitnet: b158 or b1"""
+    """variant of the layout: nf4 or fp4 (bnb_4bit), w8a8 or int8 (int-quantized), b158 or b1 (bitnet)"""
     double: bool = True
-    """likewise"""
+    """whether the scales are quantized, too (bnb_4bit)"""
     layers: tuple[tuple[str, Scheme], ...] = ()
     """regular expression -> scheme of the layers whose whole name it matches from the start on; the first one counts"""
 

@@ -59,20 +59,20 @@ def solve(
 
     The arithmetic is in the dtype of `statistics.gram`. Raises ValueError where H cannot be inverted.
     """
-    gram = statistics.gram
+    gram = statistics.gram  # H, (in, in)
     original = weight.to(gram.dtype)
     target = propagate_error(original, statistics, options) if options.propagation else original
     w = target.clone()
-    dead = gram.diagonal() == 0
+    dead = gram.diagonal() == 0  # (in,)
     w[:, dead] = 0  # an input that is always 0: its weights change nothing
-    order = torch.arange(w.shape[1], device=w.device)
+    order = torch.arange(w.shape[1], device=w.device)  # (in,) inputs in the order of rounding
     if options.act_order:
         order = gram.diagonal().argsort(descending=True, stable=True)
     factor, damping = inverse_factor(gram[order][:, order], options.damping)
     groups = group_index(w.shape[1], options.grid.group_size, w.device)
-    scales, zeros = find_grids(w, options.grid)
+    scales, zeros = find_grids(w, options.grid)  # (out, groups) each, over neighbouring inputs
     codes = round_in_order(w[:, order].clone(), factor, groups[order], (scales, zeros), options)
-    back = order.argsort()
+    back = order.argsort()  # the inverse permutation: columns of codes return to their old places
     quantized = Quantized(codes[:, back].to(torch.uint8), scales, zeros.to(torch.uint8), groups)
     nearest = round_to_grid(target, scales[:, groups], zeros[:, groups], options.grid)
     rtn = Quantized(nearest.to(torch.uint8), scales, zeros.to(torch.uint8), groups)
@@ -152,13 +152,15 @@ def propagate_error(weight: torch.Tensor, statistics: InputStatistics, options: 
     gram = statistics.gram
     ridge = options.damping * float(gram.diagonal().mean())
     damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # X (H + ridge) = W C for X: transposed, because `solve` has the unknown on the right
     step = torch.linalg.solve(damped, (weight @ statistics.cross).T).T  # (out, in); H is symmetric
     return weight + options.propagation * step
 
 
 def relative_error(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> float:
     """Return the squared error of the layer's output with `other` in place of `weight`, as a share of its output."""
-    difference = weight - other
+    # sum over inputs x of |D x|² = trace(D H Dᵀ) up to the factor of H, which the ratio cancels
+    difference = weight - other  # D, (out, in)
     total = ((weight @ gram) * weight).sum()
     return float(((difference @ gram) * difference).sum() / total.clamp(min=torch.finfo(gram.dtype).tiny))
 

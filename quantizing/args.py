@@ -59,7 +59,7 @@ class Args:
     propagation: float = 0.5
     """strength of QEP in gptq, 0 to 1: correct each layer for the error that the layers below it leave"""
     damping: float = 0.01
-    """share of the mean second moment that gptq adds, so that it can be inverted"""
+    """gptq: this share of their mean is added to the second moments of the inputs, so that they can be inverted"""
     act_order: bool = True
     """gptq rounds the inputs with the largest second moment first"""
     search: bool = True
@@ -67,7 +67,7 @@ class Args:
     alpha: float | None = None
     """smoothquant: share of the difficulty that is moved from inputs into weights, 0 to 1; None: searched"""
     threshold: float = 6.0
-    """llm_int8: inputs this large are outliers, multiplied in full precision; 0: none are"""
+    """llm_int8: inputs of this magnitude or more are outliers, multiplied in full precision; 0: no outliers"""
     double_quant: bool = True
     """nf4 and fp4: quantize the scales as well, which then take 0.127 instead of 0.5 bits for each weight"""
     seed: int = 0
@@ -85,7 +85,8 @@ class Args:
         for name in ("bits", "format"):
             if getattr(self, name) not in (can := getattr(method, name.removesuffix("s") + "s")):
                 raise ValueError(
-                    f"--method {self.method} has --{name} {', '.join(map(str, can))}, found {getattr(self, name)}"
+                    f"--{name} should be {' or '.join(map(str, can))} with --method {self.method}, "
+                    f"found {getattr(self, name)}"
                 )
         if method.text and not self.calib:
             raise ValueError(f"--method {self.method} needs calibration text: name a file with --calib (or use rtn)")

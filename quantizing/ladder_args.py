@@ -16,7 +16,7 @@ class Step(NamedTuple):
 
     settings: dict[str, Any]
     bits: tuple[int, ...] = (8, 4, 3, 2)
-    """widths it has"""
+    """bits of a weight that it has"""
     format: str | None = None
     """layout of its files; None: one that keeps the model's shapes"""
     text: bool = False
@@ -63,7 +63,7 @@ class LadderArgs:
     """rows of the table. rtn-: plain rounding; rtn: with the search for a range; gptq-: GPTQ as published;
     gptq_no_qep: with the search; gptq: with the search and QEP. Others are the methods of quantize.py"""
     bits: tuple[Literal[2, 3, 4, 8], ...] = (8, 4, 3, 2)
-    """widths"""
+    """bits of a weight"""
     draws: Annotated[int, (1, 100)] = 3
     """draws of calibration rows; a row is the mean over them"""
     calib_tokens: Annotated[int, (1, 2147483647)] = 25_000

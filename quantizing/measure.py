@@ -26,13 +26,13 @@ class Comparison(NamedTuple):
     """Some models beside the full one on n held-out rows."""
 
     losses: torch.Tensor
-    """(models, n): the mean loss of each row, in nats a token"""
+    """mean loss of each model on each row, (models, n), in nats a token"""
     base: torch.Tensor
-    """(n,): the full model's"""
+    """mean loss of the full model on each row, (n,)"""
     kl: list[float]
-    """of each model: the KL divergence of the full model's predictions to its own, in nats a token"""
+    """KL divergence of the full model's predictions to those of each model, in nats a token"""
     top1: list[float]
-    """of each model: the share of tokens after which the likeliest continuation is the full model's"""
+    """share of tokens after which each model finds the same continuation likeliest as the full model"""
 
 
 @torch.inference_mode()
@@ -41,13 +41,14 @@ def compare(full: Transformer, models: Sequence[Transformer], rows: torch.Tensor
     losses, base = torch.zeros(len(models), len(rows)), torch.zeros(len(rows))
     kl, same = [0.0] * len(models), [0.0] * len(models)
     for number, row in enumerate(track(rows, "measuring", "rows", len(rows))):
-        wanted = logits_of(full, row)
-        base[number] = cross_entropy(wanted[:-1], row[1:])
+        wanted = logits_of(full, row)  # (T, V)
+        base[number] = cross_entropy(wanted[:-1], row[1:])  # logits after token t predict token t + 1
         p = log_softmax(wanted.double(), -1)  # (T, V)
         for i, model in enumerate(models):
-            found = logits_of(model, row, cache)
+            found = logits_of(model, row, cache)  # (T, V)
             losses[i, number] = cross_entropy(found[:-1], row[1:])
             q = log_softmax(found.double(), -1)
+            # KL(p || q) at each of T places, then the mean over places and rows
             kl[i] += float((p.exp() * (p - q)).sum(-1).mean()) / len(rows)
             same[i] += float((p.argmax(-1) == q.argmax(-1)).double().mean()) / len(rows)
     return Comparison(losses, base, kl, same)

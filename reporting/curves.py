@@ -24,7 +24,7 @@ class Line(NamedTuple):
     values: tuple[float, ...]
     colour: int = 0
     marked: bool = False
-    """with a point at every value, and dashed between them: few values, such as those of evaluations"""
+    """whether each value has a point, on a dashed line: for few values, such as those of evaluations"""
 
 
 def chart(lines: Iterable[Line], logarithmic: bool = False) -> Markup:

@@ -122,6 +122,14 @@ def duration(run: Run) -> str:
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
+def rate(run: Run) -> str:
+    """Return the tokens a second of the whole training, and of its last steps."""
+    tokens, rates = run.series("tokens")[1], run.series("tokens_per_second")[1]
+    if not tokens or not rates or not (time := seconds(run)):
+        return "-"
+    return f"{tokens[-1] / time:,.0f} on average, {rates[-1]:,.0f} at the end"
+
+
 def lowest(run: Run, name: str) -> str:
     """Return the lowest held-out value of a metric, with its step."""
     steps, values = run.series(f"eval_{name}")
@@ -148,7 +156,7 @@ OVERVIEW = {
     "parameters": parameters,
     "tokens trained": lambda run: last(run, "tokens", "{:,.0f}"),
     "time of training": duration,
-    "tokens a second": lambda run: last(run, "tokens_per_second", "{:,.0f}"),
+    "tokens a second": rate,
     "training loss, last": lambda run: last(run, "loss", "{:.4f}"),
     "held-out loss, lowest": lambda run: lowest(run, "loss"),
     "held-out bits per byte, lowest": lambda run: lowest(run, "bits_per_byte"),

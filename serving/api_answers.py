@@ -34,7 +34,7 @@ class Choice:
     prefix: str = ""
     """text before the answer (echo)"""
     told: int = 0
-    """tokens of the job that are told"""
+    """number of the job's tokens that were sent to the client"""
     visible: dict[int, bytes] = field(default_factory=dict)
     """special tokens that are part of the text"""
     drawn: bool = True

@@ -40,7 +40,7 @@ class Job:
     streams: bool = False
     """tell every token; False: only the end"""
     deadline: float = math.inf
-    """on time.monotonic()"""
+    """latest end of the job, by time.monotonic()"""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """jobs of one request may share it"""
     tokens: list[Token] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Job:
     gone: bool = False
     """nobody waits for it any more"""
     times: dict[str, float] = field(default_factory=lambda: {"came": time.monotonic()})
-    """of came, begun, first (token), ended, on time.monotonic()"""
+    """when the job came, was begun, had its first token and ended, by time.monotonic()"""
 
     @property
     def over(self) -> bool:

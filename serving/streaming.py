@@ -67,7 +67,7 @@ class Pieces:
         self._waiting = b""
 
     def add(self, i: int) -> str:
-        """Return the text that is certain with one more id."""
+        """Take one more id; return the text that no later id can change, without what was returned before."""
         self._waiting += self._visible.get(i) or self._to_bytes(i)
         end = self._stop.find(self._waiting)
         if end is not None:

@@ -11,10 +11,12 @@ passkey, answers, perplexity) it is given the texts as they are, so that transfo
 
 Columns of the table: items, choices or answers that differ between any two (answers but for blanks at their ends),
 largest difference of a log-probability, also as a share of it (the harness adds up in float32), seconds of each, and
-how many times eval.py is faster than `hf`. Seconds are those of the models of the harness without what it does beside,
-and all that eval.py takes. All get the same batch size and the same id before a text without context, and leave out
-the beginning of a prompt that does not fit. Items that eval.py asks with fewer examples, or of which it asks for a
-shorter answer, are not compared. --random makes a model with random weights by transformers, with the shape and the
+how many times eval.py is faster than `hf`. Seconds are those of the processor (of all threads), so that other programs
+of the machine count little: for the harness those of its models without what it does beside, for eval.py all. All get
+the same batch size and the same id before a text without context, and leave out the beginning of a prompt that does not
+fit. Items that eval.py asks with fewer examples, or of which it asks for a shorter answer, are not compared. With
+--server, perplexity is that of files whose texts all fit the window: the harness's client of servers judges longer ones
+in windows that are one id shorter. --random makes a model with random weights by transformers, with the shape and the
 tokenizer of --model and a window of 2048 tokens.
 """
 
@@ -188,8 +190,11 @@ def given(name: str, folder: Path, args: argparse.Namespace) -> Asked:
     task = make_task(name, eval_script.Args(task=name, limit=args.items, **options))
     if name == "passkey":
         task.tokenizer, task.window = load_tokenizer(args.model), args.window
+    blocks, tokenizer = task.chosen(), load_tokenizer(args.model)
+    if name == "perplexity" and args.server:
+        blocks = [items for items in blocks if all(len(tokenizer.encode(i.question)) < args.window for i in items)]
     tasks = {}
-    for items in task.chosen()[: args.subjects]:
+    for items in blocks[: args.subjects]:
         longest = None if name == "perplexity" else task.length(items[0]) if name != "answers" else task.new_tokens
         key = items[0].subject
         tasks[key] = plain_task(folder / key, f"{name}_{key}", [item.question for item in items], longest)
@@ -228,11 +233,11 @@ def ask_harness(model: Any, tasks: dict[str, dict[str, Any]], limit: int, chat: 
     def timed(method: Callable) -> Callable:
         def call(*args: Any, **options: Any) -> Any:
             nonlocal seconds
-            begin = time.perf_counter()
+            begin = time.process_time()
             try:
                 return method(*args, **options)
             finally:
-                seconds += time.perf_counter() - begin
+                seconds += time.process_time() - begin
 
         return call
 
@@ -259,10 +264,10 @@ def ask_ourselves(name: str, args: argparse.Namespace, options: dict[str, Any]) 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "report.json"
         options = {"limit": args.items, "batch_size": args.batch_size, "dtype": "fp32"} | options
-        begin = time.perf_counter()
+        begin = time.process_time()
         with contextlib.redirect_stdout(sys.stderr):
             eval_script.main(eval_script.Args(model=args.model, task=name, output=output, **options))
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         found: dict[str, list] = {}
         for record in json_rows(output.with_suffix(".items.jsonl")):
             same = record.get("shots", 0) == options.get("shots", 0) and not record.get("shorter_answer")
@@ -361,11 +366,10 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[list[Any]]:
             ours = adapter()(str(args.model), batch_size=args.batch_size)
             results.append(ask_harness(ours, tasks, args.items, chat))
         results.append(ask_ourselves(name, args, options))
-        asks_server = args.server and name != "perplexity"  # where its client judges in shorter windows
-        if asks_server:
+        if args.server:
             results.append(ask_server(args, tasks, begins, chat))
     items, differ, largest, share = compare([found for found, _ in results])
-    seconds = [f"{each:.1f}" for _, each in results] + ["-"] * (args.server and not asks_server)
+    seconds = [f"{each:.1f}" for _, each in results]
     cells = [options.get("shots", 0), items, differ, f"{largest:.1e}", f"{share:.1e}"]
     yield [*cells, *seconds, f"{results[0][1] / results[2][1]:.1f}"]
 

@@ -152,7 +152,7 @@ def test_why_nothing_is_left_to_train_is_one_sentence(tmp_path, chat_template):
             match=r"a\.jsonl: no conversation has an answer within 4 tokens; --data\.seq_len \d+ ",
         ):
             read_samples(path, chat_template, 4, too_long)
-    with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
+    with pytest.raises(ValueError, match=r"--data\.heldout_share 0\.9999 holds out every record; lower it"):
         read_samples(path, chat_template, 4, share=0.9999)
     path.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a", "loss": false}]}')
     for seq_len in (2, 40):

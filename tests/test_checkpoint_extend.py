@@ -152,7 +152,7 @@ def test_tokens_that_are_there_already_are_refused(tmp_path, tokens, special):
     tokenizer = chat_tokenizer(tmp_path)
     if tokens == [" the"]:
         tokens = [next(p.decode() for i in range(300, 330) if len(p := tokenizer.id_to_bytes(i)) > 2)]
-    with pytest.raises(ValueError, match="already; tokens to add should be new"):
+    with pytest.raises(ValueError, match="expected texts that the tokenizer does not have as tokens"):
         add_tokens(tokenizer, tokens, special)
 
 

@@ -104,7 +104,7 @@ def test_files_are_split_by_the_hash_of_the_question(template, tmp_path):
         match=r"no pair has two different answers within 3 tokens; --data\.seq_len \d+ ",
     ):
         read_samples(path, template, 3, kind=PAIRS)
-    with pytest.raises(ValueError, match=r"share of 0\.9999 holds out all there is; lower --data\.heldout_share"):
+    with pytest.raises(ValueError, match=r"--data\.heldout_share 0\.9999 holds out every record; lower it"):
         read_samples(path, template, 3, share=0.9999, kind=PAIRS)
 
 

@@ -152,7 +152,7 @@ def test_the_same_conversations_from_another_model_are_another_run(folder):
             ["--data.coba_tau", "2", "--data.loss", "sample"],
             r"coba_tau 2\.0 needs --data\.loss coba, found sample: .* CoBa",
         ),
-        (["--data.heldout_share", "0.9999"], r"a share of 0\.9999 holds out all there is; lower --data\.heldout_sh"),
+        (["--data.heldout_share", "0.9999"], r"--data\.heldout_share 0\.9999 holds out every record; lower it"),
         (
             ["--data.seq_len", "4"],
             r"no conversation has an answer within 4 tokens; --data\.seq_len \d+ ",

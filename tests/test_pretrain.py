@@ -180,7 +180,7 @@ def test_new_tokens_get_rows_and_are_saved(folder, trained, capsys):
             ["--rope.type", "yarn", "--rope.factor", "2", "--model.max_seq_len", "128"],
             r"factor 2 .* covers 64 positions",
         ),
-        (["--add_tokens", "the", "the"], r"already; tokens to add should be new"),
+        (["--add_tokens", "the", "the"], r"does not have as tokens, and no two alike, found .the."),
     ],
 )
 def test_what_contradicts_the_checkpoint_is_refused(folder, trained, flags, message):
@@ -216,7 +216,7 @@ def test_another_causal_lm_goes_on(folder):
     again, info = transformers.AutoModelForCausalLM.from_pretrained(result["model"], output_loading_info=True)
     assert not any(info.values())
     assert not torch.equal(again.get_output_embeddings().weight, peer.get_output_embeddings().weight)
-    with pytest.raises(ValueError, match="is not of the LLaMA family: it goes on as it is"):
+    with pytest.raises(ValueError, match="need a model of the LLaMA family, found --init_from"):
         go_on(folder, str(folder / "neox"), "--model.max_seq_len", "64")
 
 

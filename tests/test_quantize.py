@@ -140,8 +140,14 @@ def test_a_width_that_gptq_cannot_keep_is_padded_and_the_config_says_so(folder, 
     [
         ({"calib": ()}, "--method gptq needs calibration text"),
         ({"bits": 3, "format": "awq"}, "--format awq needs --bits 4, found 3"),
-        ({"bits": 4, "method": "int8", "calib": (), "group_size": 128}, "--method int8 has --bits 8, found 4"),
-        ({"method": "nf4", "format": "gptq", "calib": (), "group_size": 128}, "nf4 has --format bnb, found gptq"),
+        (
+            {"bits": 4, "method": "int8", "calib": (), "group_size": 128},
+            "--bits should be 8 with --method int8, found 4",
+        ),
+        (
+            {"method": "nf4", "format": "gptq", "calib": (), "group_size": 128},
+            "--format should be bnb with --method nf4, found gptq",
+        ),
         ({"method": "rtn", "threshold": 5.0}, r"--threshold 5\.0 needs --method llm_int8, found rtn"),
         (
             {"method": "int8", "calib": (), "group_size": 32},
@@ -243,7 +249,7 @@ def test_damaged_tensors_are_named(made, change, message):
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' is not read here"),
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {}}},
-            "only pack-quantized and int-quantized",
+            "the formats pack-quantized and int-quantized are read here, found",
         ),
         ("gptq", "should be a mapping"),
     ],

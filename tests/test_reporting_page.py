@@ -93,6 +93,7 @@ def test_a_run_has_all_its_parts(tmp_path):
         "not finished: step 300 of 300 is the last in the log",
         "1,234,567",
         "1 min 0 s",  # 3000 tokens at 50 a second
+        "50 on average, 50 at the end",
         "held-out loss, lowest 0.2000 (step 300)",
         "Learning rate",
         "temperature 0.7",

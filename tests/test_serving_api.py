@@ -3,6 +3,7 @@
 import concurrent.futures
 import re
 import threading
+import time
 
 import pytest
 
@@ -157,6 +158,18 @@ def test_settings_are_obeyed(server):
     assert several[0]["text"] == answers[0] and several[1]["text"] == answers[2] and len(several) == 3
 
 
+def test_settings_that_openai_does_not_have(server):
+    own = server.service.assistant
+    greedy, hot = text_of(server.ask(TEXT, GO_ON)[2]), GO_ON | {"temperature": 3.0, "top_k": 0, "seed": 1}
+    assert text_of(server.ask(TEXT, hot)[2]) != greedy
+    for only_the_likeliest in ({"top_k": 1}, {"min_p": 1.0}):
+        assert text_of(server.ask(TEXT, hot | only_the_likeliest)[2]) == greedy
+    params = SamplingParams(temperature=0, max_new_tokens=20, repetition_penalty=1.8)
+    (tokens,) = generate_scored(own.model, [own.encode_text(GO_ON["prompt"])], params, own.stop)
+    found = text_of(server.ask(TEXT, GO_ON | {"repetition_penalty": 1.8})[2])
+    assert found == own.tokenizer.decode([token.id for token in tokens]) and found != greedy
+
+
 def test_frequency_and_presence_penalties_are_openai_s(server):
     own = server.service.assistant
     prompt, frequency, presence = own.encode_text("the moon"), 0.7, 0.4
@@ -221,6 +234,16 @@ def test_turns_read_only_what_is_new(server):
         assert usage["prompt_tokens_details"]["cached_tokens"] > seen - 10 or not turn  # the template's last tokens
         seen = usage["prompt_tokens"]
         messages += [{"role": "assistant", "content": text_of(answer) or "好"}, {"role": "user", "content": "再来"}]
+
+
+def test_the_time_of_a_request_is_told(server):
+    began = time.monotonic()
+    answers = [server.ask(path, body)[2] for path, body in ((CHAT, ASK), (TEXT, GO_ON))]
+    answers.append(server.events(CHAT, ASK | {"stream_options": {"include_usage": True}})[-1])
+    most = 1000 * (time.monotonic() - began)
+    for times in (answer["timings"] for answer in answers):
+        assert 0 <= times["queue_ms"] <= times["first_token_ms"] <= times["total_ms"] <= most
+        assert times["total_ms"] > 0
 
 
 # ---- other paths
@@ -310,6 +333,14 @@ def test_tokens_and_texts(server):
 def test_what_is_wrong_is_named(server, path, body, status, message):
     found, sentence = server.error(path, body)
     assert found == status and message in sentence
+
+
+def test_a_model_without_a_template_says_so_and_continues_texts(server, monkeypatch):
+    monkeypatch.setattr(server.service.assistant, "template", None)
+    sentence = "tiny has no chat template, it only continues texts: POST to /v1/completions"
+    assert server.error(CHAT, ASK) == server.error(CHAT, ASK | {"stream": True}) == (400, sentence)
+    assert server.error("/tokenize", {"messages": ASK["messages"]}) == (400, sentence)
+    assert server.ask(TEXT, GO_ON)[0] == 200
 
 
 def test_what_clients_send_besides_is_ignored(server):

@@ -120,6 +120,17 @@ def test_a_client_that_goes_away_frees_its_row_and_no_other(server, stream, when
     assert server.ask(TEXT, SHORT)[0] == 200
 
 
+def test_a_client_that_goes_away_while_its_prompt_is_read_frees_its_row(tmp_path):
+    directory = save_chat_model(tmp_path, max_seq_len=3000, dim=128, n_layers=4, hidden_dim=512)
+    with served(directory, rows=1, most=1) as server:  # one id of the prompt a step
+        engine, metrics = server.service.engine, server.service.metrics
+        with connected(server, {"prompt": "疑是地上霜" * 400, "max_tokens": 1, "stream": True}):
+            until(lambda: engine.running == 1)
+        until(lambda: engine.running == 0, 5)  # less than 1 s on a machine that does nothing else
+        assert metrics.cancelled == 1 and engine.rows.free == 1
+        assert server.ask(TEXT, SHORT)[0] == 200
+
+
 def test_a_full_queue_says_when_to_come_again(server):
     with contextlib.ExitStack() as stack:
         engine = server.service.engine

@@ -116,6 +116,18 @@ def test_tools_and_calls_enter_the_prompt(server, monkeypatch):
     assert without["usage"]["prompt_tokens"] == len(own.encode(ASK["messages"]))
 
 
+def test_a_template_without_tools_refuses_them(tmp_path):
+    directory = save_chat_model(tmp_path)
+    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf8"))
+    settings["chat_template"] = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf8")
+    with served(directory) as server:
+        sentence = "the chat template of tiny has no tools: leave them out"
+        assert server.error(CHAT, ASK | {"tools": [TOOL]}) == (400, sentence)
+        for none in ({"tools": []}, {"tools": [TOOL], "tool_choice": "none"}):  # clients send an empty list
+            assert server.ask(CHAT, ASK | none)[0] == 200
+
+
 # ---- JSON
 
 

@@ -155,7 +155,7 @@ def read_settings(text: str, path: Path) -> dict[str, Any]:
         if model.get("type", "BPE") not in ("BPE", "Unigram"):
             raise ValueError(f"expected a BPE or Unigram model, found {model['type']}")
         if prefix := model.get("continuing_subword_prefix"):  # the library panics on some
-            raise ValueError(f"pieces with a continuing_subword_prefix, {prefix!r:.50}, which no language model has")
+            raise ValueError(f"pieces with a continuing_subword_prefix, {prefix!r:.50} (WordPiece), are not supported")
         if unnamed := [token for token in added if not isinstance(token["content"], str)]:
             raise ValueError(f"an added token without content: {unnamed[0]!r:.100}")
         for i in (max(ids_of_pieces(model).values(), default=0), *(token["id"] for token in added)):

@@ -25,8 +25,8 @@ class TrainArgs:
     epochs: Annotated[float, (0, 1000000)] = 1.0
     """passes over the data, when max_steps is 0"""
     max_minutes: Annotated[float, (0, 1000000)] = 0.0
-    """end after this many minutes where the steps take longer: the learning rate then follows the time, so that the
-    warm-up, the decay and the end are where they should be on a machine of any speed; 0: no limit"""
+    """limit of the run in minutes. Where the steps would take longer, the learning rate follows the time, so that the
+    warm-up, the decay and the end come in time on a machine of any speed; 0: no limit"""
     micro_batch_size: Annotated[int, (0, 10000000)] = 0
     """rows that a process runs through the model at once (gradients are accumulated over a step); 0: all of its rows"""
     z_loss: Annotated[float, (0, 1)] = 0.0
@@ -64,13 +64,13 @@ class TrainArgs:
     can be, with less memory"""
     zero_stage: Literal["auto", "0", "1", "2", "3"] = "auto"
     """what DeepSpeed divides over the processes. 0: nothing, 1: the moments, 2: also the gradients, 3: also the
-    weights; auto: that of `deepspeed`, else 2"""
+    weights; auto: the stage in the file of --train.deepspeed, else 2"""
     zero_offload: bool = False
-    """keep the moments, and update, in the memory of the CPU (DeepSpeed's optimizer offload)"""
+    """keep the moments in the memory of the CPU, and update there (DeepSpeed's optimizer offload)"""
     deepspeed: Path | None = None
     """JSON file with more settings of DeepSpeed; what contradicts another flag is refused with its name"""
     rank_timeout: Annotated[float, (1, 1000000)] = 600.0
-    """seconds that the processes wait for one of them before they end the run with its name; saving has to be faster"""
+    """seconds to wait for a process that does not answer; then the run ends and names it. Saving has to take less"""
     device: str = "auto"
     """cpu, cuda or mps; auto: cuda, else mps, else cpu"""
     seed: Annotated[int, (0, 9223372036854775807)] = 0

@@ -36,7 +36,9 @@ def check_data(model: TrainableModel, args: TrainArgs, data: BatchSource, backen
     if max(args.tp, args.pp) == 1:
         return
     if not isinstance(model, Transformer):
-        raise ValueError("--train.tp and --train.pp divide a LLaMA that is trained on tokens: remove them")
+        raise ValueError(
+            "--train.tp and --train.pp need a model of the LLaMA family, and no pairs of answers: remove them"
+        )
     check_shape(model.args, args.tp, args.pp)
     padded = getattr(data, "packing", None) in ("bucket", "none")
     rows = data.batch_size // backend.data_world

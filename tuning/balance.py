@@ -68,10 +68,11 @@ class CoBa:
             return {}
         losses = np.array(self.measure(self.n_measures), np.float64)
         self.first = np.where(np.isnan(self.first), losses, self.first)
-        self.ratios = np.vstack([self.ratios, losses / self.first])[-self.history :]
+        self.ratios = np.vstack([self.ratios, losses / self.first])[-self.history :]  # (measures, n)
         self.n_measures += 1
         if self.n_measures >= self.warmup:
             self.slopes = np.vstack([self.slopes, [slope(column) for column in self.ratios.T]])[-self.history :]
+            # fmax passes over NaN: the largest ratio of each time among the tasks that were measured
             self.steepest.append(slope(np.fmax.reduce(self.ratios, axis=1)))
             self.weighted.weights = self._balance()
         return {f"weight/{name}": float(w) for name, w in zip(self.names, self.weighted.weights)}
@@ -82,7 +83,7 @@ class CoBa:
         # 1e-300 instead of 0: where all slopes are 0, the weights are equal
         relative = softmax(n * now / max(np.abs(now).sum(), 1e-300))
         absolute = softmax(-len(self.slopes) * now / np.abs(self.slopes).sum(0).clip(1e-300))
-        worst = np.array(self.steepest)
+        worst = np.array(self.steepest)  # (t,) a_max of each time; a softmax over times, of which the last is now
         divergence = min(1.0, t * softmax(-self.tau * t * worst / max(np.abs(worst).sum(), 1e-300))[-1])
         # a task whose weight is 0 would never be seen to recover: 1 / (10 n) at least, and the sum stays 1
         weights = softmax(n * (divergence * relative + (1 - divergence) * absolute))
@@ -108,7 +109,7 @@ def slope(values: np.ndarray) -> float:
     x = np.flatnonzero(~np.isnan(values)).astype(np.float64)
     if len(x) < 2:
         return 0.0
-    x, y = x - x.mean(), values[x.astype(int)]
+    x, y = x - x.mean(), values[x.astype(int)]  # the right side is evaluated first: y at the places before centring
     return float((x * (y - y.mean())).sum() / (x * x).sum())
 
 

@@ -125,7 +125,7 @@ class PreferenceModel(nn.Module):
 
     @property
     def args(self) -> ModelArgs:
-        """Shape of the model inside."""
+        """Shape of the model that is trained."""
         return self.model.args
 
     @property
