@@ -27,7 +27,7 @@ from cli.record import beginning, file_sha256, record_training, to_plain
 from lora.spec import LoraArgs
 from optim.args import OptimArgs
 from training.args import TrainArgs
-from tuning.args import NEEDS, DataArgs, ObjectiveName, PreferenceArgs
+from tuning.args import NEEDS, OBJECTIVES, DataArgs, ObjectiveName, PreferenceArgs
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,16 @@ def contents(samples: Samples) -> str:
     return sha256.hexdigest()
 
 
+def settings_of_objective(args: Args) -> dict[str, Any]:
+    """Return the settings of the objective by name, as a checkpoint keeps them.
+
+    Those of DPO stand in the checkpoints of every loss on pairs; what another loss has added stands in its own only, so
+    that a run that began before is resumed.
+    """
+    kept = {*OBJECTIVES["dpo"], *OBJECTIVES[args.objective]}
+    return {name: value for name, value in to_plain(args.preference).items() if name in kept}
+
+
 def identity(args: Args, split: Split, template: ChatTemplate) -> dict[str, Any]:
     """Return all that determines the losses of a run: a checkpoint is resumed only by a run of the same identity."""
     trained, names = split.trained, [task.name for task in args.data.tasks]
@@ -272,7 +282,7 @@ def identity(args: Args, split: Split, template: ChatTemplate) -> dict[str, Any]
         "loss": None if args.data.loss == "token" else [args.data.loss, *args.data.weights],
         "temperature": None if args.data.temperature == 1 else args.data.temperature,
         "template": template_hash(template.jinja + (template.tool_use.jinja if template.tool_use else "")),
-        "objective": None if args.objective == "sft" else [args.objective, to_plain(args.preference)],
+        "objective": None if args.objective == "sft" else [args.objective, settings_of_objective(args)],
         "optimizer": args.optim.optimizer,
         "lora": None if args.lora.method == "none" else to_plain(args.lora),
         "neftune_alpha": args.neftune_alpha or None,

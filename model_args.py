@@ -90,7 +90,9 @@ class ModelArgs:
             import rope  # not at the top: it loads torch, and the argument parser should not
 
             # Make the encoding once, only to refuse a rope_scaling that contradicts itself before a model is built.
-            rope.make(self.head_dim, self.rope_theta, self.rope_scaling, self.max_seq_len)
+            # Where the data will give the length, the window is one that every entry covers, and `made` checks anew.
+            length = self.max_seq_len or self.rope_scaling.get(rope.WINDOW) or 1
+            rope.make(self.head_dim, self.rope_theta, self.rope_scaling, length)
 
     def n_parameters(self) -> int:
         """Return the number of parameters of a model of this shape, without building it (and without those of CLEX)."""

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
 from operator import not_
 from typing import NamedTuple
 
@@ -109,9 +108,11 @@ def encode(tokenizer: Tokenizer, texts: list[str], filters: Filters = NO_FILTERS
     """
     kept = filters.kept(texts)
     texts = drop(texts, kept)
-    documents = [[*tokenizer.begins, *tokenizer.encode(text), tokenizer.eos_id] for text in texts if not written]
-    ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
-    return Encoded(np.fromiter(chain.from_iterable(documents), np.uint32), ends, kept, filters.bands(texts))
+    begins, eos = (np.array(ids, np.uint32) for ids in (tokenizer.begins, [tokenizer.eos_id]))
+    documents = [] if written else tokenizer.encode_all(texts)
+    ends = np.cumsum([len(begins) + len(ids) + 1 for ids in documents], dtype=np.int64)
+    parts = [begins[:0], *(part for ids in documents for part in (begins, ids, eos))]
+    return Encoded(np.concatenate(parts).astype(np.uint32), ends, kept, filters.bands(texts))
 
 
 def split(ids: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:

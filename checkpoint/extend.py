@@ -86,7 +86,7 @@ def set_length(model: Transformer | TransformersModel, max_seq_len: int) -> None
     Raises ValueError where its scaling does not reach so far.
     """
     changes: dict[str, Any] = {"max_seq_len": max_seq_len}
-    if isinstance(model, Transformer) and rope.rope_type(model.args.rope_scaling) == "dynamic":
+    if isinstance(model, Transformer) and WINDOW in rope.FAMILIES[rope.rope_type(model.args.rope_scaling)].optional:
         # its window is the old length where the entry has none
         changes["rope_scaling"] = {WINDOW: model.args.max_seq_len} | model.args.rope_scaling
     model.args = args = dataclasses.replace(model.args, **changes)

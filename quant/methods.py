@@ -14,7 +14,7 @@ from quant.bitnet import PackedBitLinear
 from quant.calibrate import Solve, Stream, inputs_of
 from quant.four_bit import FourBitLinear
 from quant.gptq import GPTQOptions, relative_error, solve, solve_nearest
-from quant.grid import GridOptions
+from quant.grid import GridOptions, Quantized
 from quant.grouped import GroupedLinear
 from quant.int8 import W8A8Linear, solve_rows
 from quant.linear import QuantizedLinear
@@ -51,11 +51,11 @@ def make_solver(args: Any, grid_of: Callable[[str], GridOptions]) -> Solve:
         error = (quantized.product(x) - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
         return quantized, {"error_after": float(error)}
 
-    def by_rounding(name: str, layer: nn.Linear) -> QuantizedLinear:
-        return GroupedLinear(layer, solve_nearest(layer.weight.detach(), grid_of(name)), grid_of(name).bits)
+    def rounded(solve: Callable[[torch.Tensor, GridOptions], Quantized]) -> Callable[[str, nn.Linear], QuantizedLinear]:
+        return lambda name, layer: GroupedLinear(layer, solve(layer.weight.detach(), grid_of(name)), grid_of(name).bits)
 
     without_text: dict[str, Callable[[str, nn.Linear], QuantizedLinear]] = {
-        "rtn": by_rounding,
+        "rtn": rounded(solve_nearest),
         "int8": lambda _, layer: GroupedLinear(layer, solve_rows(layer.weight.detach().float()), 8),
         "qat": lambda _, layer: GroupedLinear(layer, qat.nearest_grid(layer), layer.grid.bits),
         "bitnet": lambda _, layer: PackedBitLinear(layer, layer.kind),

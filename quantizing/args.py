@@ -51,7 +51,7 @@ class Args:
     """layout of the files. gptq: AutoGPTQ's; gptq_v2: the same with true zero points; awq: AutoAWQ's, 4 bits only;
     compressed-tensors: pack-quantized, any shape; bnb: bitsandbytes'. None: gptq, or bnb for llm_int8, nf4 and fp4"""
     calib: tuple[Path, ...] = ()
-    """calibration text for gptq and awq: token bins, text files or folders, or conversations in any form"""
+    """calibration text (gptq, awq, smoothquant): token bins, text files or folders, or conversations in any form"""
     calib_tokens: int = 25_000
     """tokens to calibrate on"""
     seq_len: int = 0

@@ -84,7 +84,8 @@ def quantize_in_place(
     directory: that of the model; then blocks are kept in a folder beside --out, and those that are there are taken.
     """
     least_zero = 1 if args.format == "gptq" else 0
-    grid = GridOptions(args.bits, args.group_size, args.symmetric, args.search and args.method != "awq", least_zero)
+    searched = args.search and "search" in METHODS[args.method].flags
+    grid = GridOptions(args.bits, args.group_size, args.symmetric, searched, least_zero)
     if args.method in KINDS:
         need_package(args.method, f"--method {args.method}")
     if multiple := BLOCK if args.method in ("nf4", "fp4") else 32 if args.format.startswith("gptq") else 0:

@@ -70,8 +70,10 @@ def write_pairs(folder: Path, names: Sequence[str], sentences: list[str], space:
     """Write a file for each paradigm: a sentence, and the same with two words (characters) in the wrong order."""
     for name in names:
         rows = []
-        for number, good in enumerate(rng.sample(sentences, ROWS)):
-            bad = space.join(swapped(rng, good.split() if space else list(good)))
+        parts = {good: good.split() if space else list(good) for good in sentences}
+        known = [good for good in sentences if len(set(parts[good][:-1])) > 1]
+        for number, good in enumerate(rng.sample(known, ROWS)):
+            bad = space.join(swapped(rng, parts[good]))
             row = {
                 "sentence_good": good,
                 "sentence_bad": bad,

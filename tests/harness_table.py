@@ -177,7 +177,8 @@ def longbench(name: str, folder: Path, args: argparse.Namespace) -> Asked:
             task = its_task(folder / each, f"longbench/{each}{suffix}.yaml", {"test": rows})
             task["doc_to_text"] = prompts[each].replace("{context}", "{{context}}").replace("{input}", "{{question}}")
             task["generation_kwargs"] = task["generation_kwargs"] | {"until": [], "temperature": 0}
-            tasks[each] = task
+            if task["generation_kwargs"]["max_gen_toks"] <= args.window // 2:  # else eval.py asks for a shorter answer
+                tasks[each] = task
     return tasks, {"data": args.data / "longbench", "subjects": tuple(tasks)}
 
 

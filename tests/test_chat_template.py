@@ -20,6 +20,11 @@ CARRIERS |= {"llama2": ("llama", "chatglm2", "ours"), "mftcoder": ("llama", "byt
 PAIRS = [f"{template}-{vocabulary}" for template, names in CARRIERS.items() for vocabulary in names]
 
 
+def test_every_template_of_ours_is_tested_here():
+    names = {path.stem for path in TEMPLATES.glob("*.jinja")}
+    assert CARRIERS.keys() == names and {name.partition("-")[0] for name in LOOKS} == names
+
+
 def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict]]:
     """Any valid conversation: with or without a system message, ending with either role."""
 

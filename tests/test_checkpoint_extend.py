@@ -152,7 +152,7 @@ def test_tokens_that_are_there_already_are_refused(tmp_path, tokens, special):
     tokenizer = chat_tokenizer(tmp_path)
     if tokens == [" the"]:
         tokens = [next(p.decode() for i in range(300, 330) if len(p := tokenizer.id_to_bytes(i)) > 2)]
-    with pytest.raises(ValueError, match="already; tokens to add should be new"):
+    with pytest.raises(ValueError, match="expected texts that the tokenizer does not have as tokens"):
         add_tokens(tokenizer, tokens, special)
 
 
@@ -214,11 +214,13 @@ def test_a_larger_vocabulary_needs_the_models_own_tokenizer(tmp_path):
         (None, 4096),
         ({"rope_type": "linear", "factor": 2.0}, 4096),
         ({"rope_type": "dynamic", "factor": 2.0}, 4096),
+        ({"rope_type": "dynamic by another name", "factor": 2.0}, 4096),
         ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
         ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, 4096),
     ],
 )
-def test_a_longer_text_has_the_same_frequencies(scaling, fits):
+def test_a_longer_text_has_the_same_frequencies(scaling, fits, monkeypatch):
+    monkeypatch.setitem(rope.FAMILIES, "dynamic by another name", rope.FAMILIES["dynamic"])
     if scaling and scaling["rope_type"] == "longrope":
         scaling["original_max_position_embeddings"] = 16
     torch.manual_seed(0)

@@ -186,7 +186,7 @@ REFUSED = {
         ("--batch_size 3", "--batch_size 3 needs --input or --task: other answers come one by one"),
     ],
     "quantize": [
-        ("--out o --method rtn --calib c", "--calib needs --method gptq, awq or"),
+        ("--out o --method rtn --calib c", "--calib needs --method gptq, awq"),
         ("--out o --calib c --method awq --damping 1", "--damping 1.0 needs --method gptq, found awq"),
         ("--out o --calib c --format awq --bits 3", "--format awq needs --bits 4, found 3: its files keep 4 bits"),
     ],

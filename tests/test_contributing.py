@@ -17,6 +17,7 @@ import rope
 from attention.backends import BACKENDS, Backend
 from chat import conversations
 from chat.conversations import to_messages
+from chat.template import load_template
 from checkpoint import peft
 from corpora import CORPORA, SourceArgs, named, read
 from decoding.params import SamplingParams
@@ -24,6 +25,8 @@ from evaluation.task import Share
 from lora import adapters, inject
 from lora.adapters import LoraArgs
 from optim.optimizers import Optimizers
+from quant.grid import GridOptions
+from tokenizer import Tokenizer
 from tuning import objectives
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf8")
@@ -39,7 +42,7 @@ def skeleton(path: str, inside: types.ModuleType | None = None) -> types.SimpleN
 
 def test_a_path_in_the_text_is_there() -> None:
     paths = re.findall(r"`((?:\w+/)+\w*(?:\.\w+)?)`", TEXT)
-    new = {"tests/test_rope_mine.py", "tests/test_evaluation_sums.py", "data/raw/NAME/"}
+    new = {"tests/test_rope_mine.py", "tests/test_evaluation_sums.py", "tests/test_quant_narrow.py", "data/raw/NAME/"}
     missing = {path for path in paths if not (Path(__file__).parents[1] / path).exists()} - new
     assert len(paths) > 20 and missing == set()
 
@@ -81,6 +84,31 @@ def test_a_quantized_layer() -> None:
     x = torch.ones(1, 3, requires_grad=True)
     ours(x).backward()
     assert torch.equal(x.grad, ours.dequantize())
+
+
+def test_a_method_of_quantize() -> None:
+    solve = skeleton("quant/narrow.py").solve_narrow
+    weight = torch.tensor([[-1.0, 2.0, 0.3, 0.0]], dtype=torch.float64)
+    step = 0.95 * 3 / 15
+    zero = round(0.95 / step)
+    codes = [min(max(round(x / step) + zero, 0), 15) for x in weight[0].tolist()]
+    solution = solve(weight, GridOptions(4, -1, search=False))
+    assert solution.codes.tolist() == [codes] and codes[1] == 15  # clipped
+    torch.testing.assert_close(solution.dequantize()[0], torch.tensor([step * (c - zero) for c in codes]).double())
+
+
+def test_a_chat_template(ours: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(re.search(r"^```jinja\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)[1])
+    template = load_template(ours, str(tmp_path / "mine.jinja"))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ids, mask = template.encode(messages)
+    assert ours.decode(ids, skip_special=False) == "<|user|>q<|end|><|assistant|>a<|end|>"
+    assert ours.decode([i for i, t in zip(ids, mask) if t], skip_special=False) == "a<|end|>"
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    with pytest.raises(ValueError, match="refuses this conversation"):
+        template.encode(
+            [messages[0], messages[1] | {"tool_calls": [call]}, {"role": "tool", "content": "r"}, messages[1]]
+        )
 
 
 def test_an_optimizer() -> None:

@@ -1,7 +1,9 @@
 """The flags of fine_tuning.py that go together only."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,8 +50,20 @@ def test_settings_of_another_objective(setting):
     preference = PreferenceArgs(**{setting: 0.1})
     fine_tuning.Args(objective="dpo", preference=preference)
     for objective in ("sft", "orpo"):
-        with pytest.raises(ValueError, match=rf"--preference\.{setting} 0\.1 needs --objective dpo, found {objective}"):
+        with pytest.raises(ValueError, match=rf"{setting} 0\.1 needs --objective dpo.*, found {objective}"):
             fine_tuning.Args(objective=objective, preference=preference)
+
+
+def test_a_setting_that_a_loss_adds_is_in_the_checkpoints_of_that_loss_only(monkeypatch):
+    @dataclass(frozen=True)
+    class More(PreferenceArgs):
+        gamma: float = 1.0
+
+    args = SimpleNamespace(objective="orpo", preference=More(0.5))
+    before = {"beta": 0.5, "label_smoothing": 0.0, "sft_weight": 0.0}
+    assert fine_tuning.settings_of_objective(args) == before
+    monkeypatch.setitem(fine_tuning.OBJECTIVES, "orpo", ("beta", "gamma"))
+    assert fine_tuning.settings_of_objective(args) == before | {"gamma": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import config_json
 from model import Transformer
-from model_args import ModelArgs
+from model_args import ModelArgs, NewModelArgs
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 53, "multiple_of": 8, "max_seq_len": 64}
 
@@ -77,6 +78,35 @@ def test_shape_survives_config_json(n_kv_heads, group, head_dim, hidden_dim, mul
         **kind,
     )
     assert config_json.read(json.loads(json.dumps(config_json.write(args)))) == args
+
+
+WINDOW = {"original_max_position_embeddings": 64}
+STRETCHED = {
+    "linear": {"factor": 2},
+    "dynamic": {"factor": 2},
+    "yarn": {"factor": 4} | WINDOW,
+    "llama3": {"factor": 4, "low_freq_factor": 1, "high_freq_factor": 4} | WINDOW,
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} | WINDOW,
+    "clex": {"max_factor": 4} | WINDOW,
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_positions_may_be_stretched_before_the_length_is_known(name):
+    scaling = {"rope_type": name} | STRETCHED[name]
+    args = NewModelArgs(**SHAPE | {"dim": 64, "max_seq_len": None}, rope_scaling=scaling)
+    assert args.made(53, 256) == ModelArgs(**SHAPE | {"dim": 64, "max_seq_len": 256}, rope_scaling=scaling)
+    with pytest.raises(ValueError, match=f"type '{name}' does not know spin"):
+        NewModelArgs(rope_scaling=scaling | {"spin": 1})
+
+
+def test_a_length_that_stretched_positions_do_not_cover_is_refused_once_it_is_known():
+    words = "--rope_scaling rope_type yarn factor 2 original_max_position_embeddings 64 --n_heads 4 --dim 64"
+    args = tyro.cli(NewModelArgs, args=words.split())
+    assert args.rope_scaling == {"rope_type": "yarn", "factor": 2} | WINDOW
+    assert args.made(53, 128).max_seq_len == 128
+    with pytest.raises(ValueError, match="covers 128 positions, max_seq_len is 256"):
+        args.made(53, 256)
 
 
 def test_equality_means_the_same_model():

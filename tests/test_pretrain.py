@@ -180,7 +180,7 @@ def test_new_tokens_get_rows_and_are_saved(folder, trained, capsys):
             ["--rope.type", "yarn", "--rope.factor", "2", "--model.max_seq_len", "128"],
             r"factor 2 .* covers 64 positions",
         ),
-        (["--add_tokens", "the", "the"], r"already; tokens to add should be new"),
+        (["--add_tokens", "the", "the"], r"does not have as tokens, and no two alike, found .the."),
     ],
 )
 def test_what_contradicts_the_checkpoint_is_refused(folder, trained, flags, message):

@@ -56,7 +56,7 @@ def run(folder, out, **changes) -> dict:
     settings = {"group_size": 32, "calib": (folder / "text.txt",), "calib_tokens": 1000, "seq_len": 50, "device": "cpu"}
     settings |= {"model": folder / "model", "out": out} | changes
     if not quantize.METHODS[settings.get("method", "gptq")].text:  # what the others would refuse
-        unread = ["calib_tokens", "seq_len"] + ["calib"] * (settings.get("method") == "rtn")
+        unread = ["calib_tokens", "seq_len"] + ["calib"] * ("calib" not in changes)
         settings = {name: value for name, value in settings.items() if name not in unread}
     return quantize.main(quantize.Args(**settings))
 
@@ -149,8 +149,14 @@ def test_a_width_that_gptq_cannot_keep_is_padded_and_the_config_says_so(folder, 
             "--format should be bnb with --method nf4, found gptq",
         ),
         ({"method": "rtn", "threshold": 5.0}, r"--threshold 5\.0 needs --method llm_int8, found rtn"),
-        ({"method": "int8", "calib": (), "group_size": 32}, "--group_size 32 needs --method gptq, awq or rtn, found"),
-        ({"method": "nf4", "group_size": 128}, "--calib needs --method gptq, awq or .*, found nf4"),
+        (
+            {"method": "int8", "calib": (), "group_size": 32},
+            "--group_size 32 needs --method gptq, awq.*rtn.*, found int8",
+        ),
+        (
+            {"method": "nf4", "group_size": 128, "calib": ("short.txt",)},
+            "--calib needs --method gptq, awq.*, found nf4",
+        ),
         ({"method": "llm_int8", "calib": (), "group_size": 128, "threshold": -1.0}, "--threshold should be"),
         ({"calib_tokens": 0}, "--calib_tokens should be 1 or more"),
         ({"damping": 0.0}, "damping should be above 0"),
@@ -268,7 +274,7 @@ def test_damaged_tensors_are_named(made, change, message):
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' is not read here"),
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {}}},
-            "only pack-quantized and int-quantized",
+            "the formats pack-quantized and int-quantized are read here, found",
         ),
         ("gptq", "should be a mapping"),
     ],

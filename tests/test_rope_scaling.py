@@ -210,7 +210,7 @@ def test_survives_config_json(scaling):
     "scaling, message",
     [
         ({"rope_type": "yarm", "factor": 2.0}, "type 'yarm'; did you mean 'yarn'"),
-        ({"type": "spiral"}, "type 'spiral'; known types are clex, default, dynamic, linear, llama3, longrope, ntk"),
+        ({"type": "spiral"}, "type 'spiral'; known types are .*dynamic, .*linear, .*yarn"),
         ({"rope_type": "linear", "type": "dynamic", "factor": 2.0}, "two types, rope_type 'linear' and type 'dynamic'"),
         ({"rope_type": "linear"}, "type 'linear' needs factor"),
         ({"rope_type": "linear", "factor": None}, "type 'linear' needs factor"),
@@ -291,7 +291,7 @@ def test_extending_what_is_stretched_already_counts_from_the_first_window():
         (YARN, (256, 1024), {"type": "linear"}, "--rope.type linear does not go with a checkpoint stretched by 'yarn'"),
         (None, (256, 1024), {"type": "longrope"}, "its factors are found by a search"),
         (None, (256, 1024), {"type": "default"}, "it stretches nothing"),
-        (None, (256, 1024), {"type": "yam"}, "there is no such type; choose one of clex, dynamic, linear"),
+        (None, (256, 1024), {"type": "yam"}, "there is no such type; choose one of .*dynamic, .*linear, .*yarn"),
     ],
 )
 def test_extensions_that_make_no_sense_are_refused(scaling, lengths, asked, message):

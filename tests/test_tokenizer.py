@@ -287,6 +287,18 @@ def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@FUZZ
+@given(texts=st.lists(TEXT, max_size=4))
+def test_many_texts_have_the_ids_of_each(any_tokenizer, texts):
+    found = any_tokenizer.encode_all(texts)
+    assert [ids.tolist() for ids in found] == [any_tokenizer.encode(text) for text in texts]
+
+
+def test_a_surrogate_among_many_texts_is_named(any_tokenizer):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        any_tokenizer.encode_all(["whole", "half \ud800"])
+
+
 def test_what_cannot_be_encoded_or_decoded(ours, byte_level):
     for tokenizer in (ours, byte_level):
         with pytest.raises(ValueError, match="surrogates not allowed"):

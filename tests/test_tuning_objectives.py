@@ -73,10 +73,16 @@ def orpo_by_hand(objective: ORPO, chosen, rejected, n_chosen, n_rejected, *_) ->
     }
 
 
+BY_HAND = {DPO: dpo_by_hand, ORPO: orpo_by_hand}
+
+
+def test_every_loss_on_pairs_is_tested_here():
+    assert {type(each) for each in PAIRWISE} == BY_HAND.keys() == set(OBJECTIVES.values()) - {SFT}
+
+
 @pytest.mark.parametrize("objective", PAIRWISE)
 def test_each_pair_by_hand(objective):
-    pairs = some_pairs()
-    by_hand = dpo_by_hand if isinstance(objective, DPO) else orpo_by_hand
+    pairs, by_hand = some_pairs(), BY_HAND[type(objective)]
     losses, metrics = objective(pairs)
     assert tuple(metrics) == objective.metrics and not any(value.requires_grad for value in metrics.values())
     for n in range(7):

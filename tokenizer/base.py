@@ -55,6 +55,10 @@ class Tokenizer:
             text.encode()  # raises UnicodeEncodeError, a ValueError, which names the character
             raise
 
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids of `encode` for each text, (n,) whole numbers. SentencePiece is faster with many texts."""
+        return [np.array(self.encode(text), np.int64) for text in texts]
+
     def encode_spans(self, text: str, follows_special: bool = False) -> tuple[list[int], np.ndarray]:
         """Return the ids of `encode` and the characters of `text` that each covers: (n, 2) int64, start and stop."""
         raise NotImplementedError

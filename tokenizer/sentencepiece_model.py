@@ -78,6 +78,12 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, follows_special: bool) -> list[int]:
         return (self._following if follows_special else self._processor).encode(text)
 
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        try:
+            return self._processor.encode(texts, return_type="numpy", num_threads=1)
+        except (RuntimeError, TypeError):  # a surrogate; one text after another, `encode` names it
+            return super().encode_all(texts)
+
     def guarding(self, names: Iterable[str]) -> SentencePieceTokenizer:
         more = {self._processor.piece_to_id(name): AddedToken(name, special=True) for name in names}
         model = self._processor.serialized_model_proto()
