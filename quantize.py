@@ -15,8 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from checkpoint.locate import find_model, find_tokenizer, read_from
+from checkpoint.locate import find_model, find_tokenizer, is_adapter, read_from
 from cli.args import parse_command, run, with_values
+from cli.memory import give_back_freed
 from cli.progress import say
 from quant.kinds import BITNETS, METHODS
 from quantizing.args import Args
@@ -31,7 +32,9 @@ if __name__ == "__main__":
 import shutil
 import time
 
-from checkpoint.directory import load_model
+import torch
+
+from checkpoint.directory import kept_dtype, load_model
 from checkpoint.transformers_model import TransformersModel
 from hardware import choose_device
 from quant.qat import grid_of
@@ -50,7 +53,9 @@ def main(args: Args) -> dict[str, Any]:
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
     device = choose_device(args.device)
-    model = load_model(directory, device).eval()
+    give_back_freed()
+    dtype = torch.float32 if is_adapter(directory) else kept_dtype(directory)  # float32: what adapters are merged in
+    model = load_model(directory, device, dtype).eval()
     if isinstance(model, TransformersModel):
         raise ValueError(f"--model {directory} is not of the LLaMA family, which is all that is quantized here")
     refuse_quantized(model, "quantizing them again would add to the error")
@@ -113,6 +118,7 @@ def notable(report: dict[str, dict[str, Any]], args: Args) -> list[str]:
 
 def ladder(args: LadderArgs) -> list[dict[str, Any]]:
     """Measure a model quantized by every method; print the table, write it with a picture, and return its rows."""
+    give_back_freed()
     work = Ladder(args)
     print(work.description(), header(), sep="\n", flush=True)
     rows = []

@@ -1,6 +1,6 @@
 """Compare settings of a training by paired runs: variants are flags, each runs with the same seeds.
 
-    python bench/ablate.py --config configs/tiny.yaml --flags "--train.max_minutes 2" --seeds 3 \\
+    python bench/ablate.py --config configs/tiny.yaml --flags="--train.max_minutes 2" --seeds 3 \\
         --variants "base:" "muon 9e-3: --optim.muon_lr 9e-3" "no decay: --optim.weight_decay 0"
 
 The first variant is the one that the others are compared with. A variant is a name, a colon, and flags of the script;

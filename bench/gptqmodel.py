@@ -1,4 +1,4 @@
-"""Measure GPTQ against gptqmodel: held-out loss, seconds and peak memory, same model and calibration rows.
+"""Measure GPTQ and AWQ against gptqmodel: held-out loss, seconds and peak memory, same model and calibration rows.
 
     python3.11 -m venv .venv-gptqmodel                            # an environment of its own
     .venv-gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.6.0
@@ -11,6 +11,7 @@ directories, opened and computed by us in float32.
 
 gptq: the settings that both have: inputs in the order of activation, ranges searched, damping 0.01, static groups.
 gptq default: what each of the two does if nothing else is asked for.
+awq: scales and clipped ranges are searched by both; gptqmodel has no other settings, and computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ import tyro
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[0] = str(REPOSITORY)  # in the place of bench/, where this file would hide the package gptqmodel
-from checkpoint.directory import load_model
+from checkpoint.directory import load_model, save_model
 from checkpoint.locate import find_model, find_tokenizer, read_from
 from evaluation.text_rows import draw_rows
+from quant.methods import pad_feed_forward
 from quantizing.ladder import HELD_OUT_SEED
 from quantizing.measure import compare, figures
 
-METHODS = ("gptq", "gptq default")
+METHODS = ("gptq", "gptq default", "awq")
 MEMORY = """
 import json, sys, time, torch
 def memory(field):
@@ -52,7 +54,9 @@ OURS = """
 from pathlib import Path
 from checkpoint.directory import load_model
 from checkpoint.locate import find_tokenizer
+from cli.memory import give_back_freed
 from quantizing.args import Args
+give_back_freed()
 from quantizing.job import quantize_in_place, write
 args = Args(Path(job['out']), Path(job['model']), calib=tuple(map(Path, job['calib'])), **job['ours'])
 model = load_model(args.model, 'cpu').eval()
@@ -64,10 +68,10 @@ done(loaded, began)
 """
 THEIRS = """
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-model = GPTQModel.load(job['model'], QuantizeConfig(**job['theirs']), device='cpu', dtype=torch.float32)
+model = GPTQModel.load(job['model'], QuantizeConfig(**job['theirs']), device='cpu', dtype=getattr(torch, job['dtype']))
 loaded, began = memory('VmRSS'), clock()
 rows = [{'input_ids': row} for row in job['rows']]
-model.quantize(rows, batch_size=job['batch'], calibration_sort='', backend=BACKEND.GPTQ_TORCH)
+model.quantize(rows, batch_size=job['batch'], calibration_sort='', backend=BACKEND[job['backend']])
 model.save(job['out'])
 done(loaded, began)
 """
@@ -85,8 +89,10 @@ class Args:
     """text to measure the loss on"""
     python: Path
     """Python of an environment that has gptqmodel"""
+    pad: int = 0
+    """first widen the feed-forward layers to a multiple of this with zeros, which changes nothing; 0: do not"""
     methods: tuple[str, ...] = METHODS
-    """gptq, gptq default"""
+    """gptq, gptq default, awq (4 bits alone)"""
     bits: int = 4
     """width of the codes"""
     group_size: int = 128
@@ -97,6 +103,8 @@ class Args:
     """tokens to measure on"""
     seq_len: int = 256
     """tokens in a row"""
+    awq_dtype: Literal["float16", "bfloat16"] = "float16"
+    """dtype in which gptqmodel computes AWQ, which it does not in float32"""
     repeats: int = 3
     """runs of each variant; each run has a draw of calibration rows of its own"""
     threads: int = torch.get_num_threads()
@@ -107,16 +115,21 @@ class Args:
     """also write the rows as JSON"""
 
 
-def settings(args: Args, method: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of both sides."""
+def settings(args: Args, method: str) -> dict[str, Any]:
+    """Return the settings of both sides, and what gptqmodel computes with."""
     ours: dict[str, Any] = {"group_size": args.group_size, "bits": args.bits, "seq_len": args.seq_len, "device": "cpu"}
-    ours |= {"calib_tokens": args.calib_tokens, "format": "gptq_v2"}
+    ours |= {"calib_tokens": args.calib_tokens}
     theirs: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "sym": False, "offload_to_disk": False}
+    if method == "awq":
+        ours |= {"method": "awq", "format": "awq"}
+        theirs |= {"quant_method": "awq", "format": "gemm"}
+        return {"ours": ours, "theirs": theirs, "backend": "AWQ_TORCH", "dtype": args.awq_dtype}
+    ours |= {"format": "gptq_v2"}
     theirs |= {"format": "gptq_v2"}
     if method == "gptq":
         ours |= {"propagation": 0.0, "damping": 0.01}
         theirs |= {"damp_percent": 0.01, "desc_act": True, "static_groups": True, "mse": 2.4}
-    return {"ours": ours, "theirs": theirs}
+    return {"ours": ours, "theirs": theirs, "backend": "GPTQ_TORCH", "dtype": "float32"}
 
 
 def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str, Any]:
@@ -136,9 +149,10 @@ def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str,
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(args: Args, method: str, full: torch.nn.Module, heldout: torch.Tensor, folder: Path) -> dict[str, Any]:
-    """Return the row of a method: medians over the runs of both sides."""
-    directory = find_model(args.model)
+def measure(
+    args: Args, method: str, directory: Path, full: torch.nn.Module, heldout: torch.Tensor, folder: Path
+) -> dict[str, Any]:
+    """Return the row of a method: medians over the runs of both sides on the model in `directory`."""
     tokenizer, _ = find_tokenizer(*read_from(directory))
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "gptqmodel": []}
     for number in range(args.repeats):
@@ -164,8 +178,17 @@ def measure(args: Args, method: str, full: torch.nn.Module, heldout: torch.Tenso
 
 def main(args: Args) -> list[dict[str, Any]]:
     """Measure, print a table, and return its rows."""
-    full = load_model(find_model(args.model), "cpu").float().eval()
-    tokenizer, _ = find_tokenizer(*read_from(find_model(args.model)))
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_methods(args, find_model(args.model), Path(folder) / "padded")
+
+
+def measure_methods(args: Args, directory: Path, padded: Path) -> list[dict[str, Any]]:
+    """Measure the model in a directory, which is written anew to `padded` where its layers are widened."""
+    full = load_model(directory, "cpu").float().eval()
+    tokenizer, stop_ids = find_tokenizer(*read_from(directory))
+    if args.pad and pad_feed_forward(full, args.pad):
+        save_model(padded, full, tokenizer, stop_ids)
+        directory = padded
     heldout = draw_rows(args.heldout, tokenizer, args.seq_len, args.heldout_tokens, HELD_OUT_SEED)
     counts = f"{full.n_parameters():,} parameters, {args.calib_tokens:,} calibration tokens"
     print(f"{counts}, {args.threads} threads, {args.clock} time")
@@ -173,7 +196,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     table = []
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
-            table.append(row := measure(args, method, full, heldout, Path(folder)))
+            table.append(row := measure(args, method, directory, full, heldout, Path(folder)))
         for side in ("ours", "gptqmodel"):
             print(
                 f"{method:14}{side:11}{row['more'][side]:11.4f}{row['seconds'][side]:9.1f}"

@@ -1,6 +1,6 @@
 """Compare the optimizers by loss against tokens and seconds: the best rate of a small sweep each, then more seeds.
 
-    python bench/optimizers.py --steps 300 --flags "--train.eval_interval 25"
+    python bench/optimizers.py --steps 300 --flags="--train.eval_interval 25"
     python bench/optimizers.py --names "AdamW, cosine" "Muon, WSD" --picture docs/optimizers.png
 
 Runs of pretrain.py on the data of a preset; the model is LLaMA's exactly (an untied head). Every rate is tried with

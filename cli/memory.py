@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
 from pathlib import Path
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of a container, in versions 2 and 1 of Linux's cgroups
 WORDS = re.compile(
     "out of memory|not enough memory|(can't|cannot|unable to) allocate|bad_?alloc|storage size calculation overflowed",
@@ -33,6 +35,18 @@ def check_memory(what: str, n_bytes: int, advice: str, memory: int | None = None
     memory = memory_bytes() if memory is None else memory
     if n_bytes > memory:
         raise ValueError(f"{what} needs {size(n_bytes)} of memory, and there are {size(memory)}: {advice}")
+
+
+def give_back_freed(n_bytes: int = 1 << 20) -> None:
+    """Have blocks of memory from `n_bytes` on given back to the system as soon as they are freed; where the C library
+    is not glibc, nothing changes.
+
+    By itself glibc raises the size from which it does that up to 32 MiB. Tensors of many sizes that are freed below it
+    leave gaps, and a process may take several times the memory that is in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, n_bytes)
 
 
 def size(n_bytes: int) -> str:

@@ -40,9 +40,9 @@ class Stream:
 
     call: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
     hidden: list[torch.Tensor]
-    """hidden states of each batch, as the quantized blocks below leave them"""
+    """of each batch, as the quantized blocks below leave them"""
     full: list[torch.Tensor] | None = None
-    """hidden states of the unquantized model; None: not needed"""
+    """the same of the unquantized model; None: not needed"""
 
     def through(self, block: nn.Module, original: nn.Module | None) -> None:
         """Pass on to what `block`, and of the unquantized model `original`, put out."""

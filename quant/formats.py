@@ -72,7 +72,8 @@ def grouped(name: str) -> Format:
 
     def write(layer: GroupedLinear, dtype: torch.dtype) -> Tensors:
         tensors = layout.write(layer.quantized(), layer.bits)
-        return {key: t.to(dtype) if key == "weight_scale" else t for key, t in tensors.items()}
+        wide = torch.promote_types(dtype, torch.float16)  # bfloat16 has too few digits for a scale of many codes
+        return {key: t.to(wide) if key == "weight_scale" else t for key, t in tensors.items()}
 
     def read(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> GroupedLinear:
         if name == "compressed-tensors" and not scheme.symmetric and "weight_zero_point" not in tensors:
@@ -89,7 +90,8 @@ def grouped(name: str) -> Format:
 
 def write_int(layer: Int8Linear, dtype: torch.dtype) -> Tensors:
     """Return the tensors of a layer with int8 weights."""
-    return {"weight": layer.codes, "weight_scale": layer.scale.view(torch.float32).to(dtype)}
+    wide = torch.promote_types(dtype, torch.float16)
+    return {"weight": layer.codes, "weight_scale": layer.scale.view(torch.float32).to(wide)}
 
 
 def read_int(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Scheme) -> QuantizedLinear:

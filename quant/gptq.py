@@ -150,6 +150,8 @@ def propagate_error(weight: torch.Tensor, statistics: InputStatistics, options: 
     if statistics.cross is None:
         raise ValueError("propagation needs the unquantized model's inputs, and none were given")
     gram = statistics.gram
+    if not gram.diagonal().any():  # inputs that are always 0: there is nothing to correct, and no inverse
+        return weight
     ridge = options.damping * float(gram.diagonal().mean())
     damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # X (H + ridge) = W C for X: transposed, because `solve` has the unknown on the right

@@ -24,6 +24,7 @@ from quant.packing import pack, pack_awq, unpack, unpack_awq
 Tensors = dict[str, torch.Tensor]
 Shape = tuple[tuple[int, ...], torch.dtype | type]  # and dtype: one, or int or float for any whole or floating one
 INDICES = frozenset({"g_idx", "weight_g_idx"})  # tensors with the group of each input
+NO_ORDER = -1  # everywhere in a weight_g_idx: groups of neighbours (compressed-tensors' first value of it)
 
 
 class Layout(NamedTuple):
@@ -53,6 +54,8 @@ class Layout(NamedTuple):
         if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [out, n_inputs]:
             raise ValueError(f"weight_shape is {tensors['weight_shape'].tolist()}, expected {[out, n_inputs]}")
         for name in INDICES & tensors.keys():
+            if name == "weight_g_idx" and bool((tensors[name] == NO_ORDER).all()):
+                continue
             low, high = int(tensors[name].min()), int(tensors[name].max())
             if low < 0 or high >= groups:
                 raise ValueError(
@@ -149,8 +152,8 @@ def read_compressed(tensors: Mapping[str, torch.Tensor], bits: int, group_size: 
     if "weight_zero_point" in tensors:
         zeros = unpack(tensors["weight_zero_point"].T, bits, out).T.contiguous()
     groups = group_index(n_inputs, group_size)
-    if "weight_g_idx" in tensors:  # groups that were made in the order of activation
-        groups = tensors["weight_g_idx"].long()
+    if "weight_g_idx" in tensors and (tensors["weight_g_idx"] != NO_ORDER).any():
+        groups = tensors["weight_g_idx"].long()  # groups that were made in the order of activation
     return Quantized(codes, scales, zeros, groups)
 
 

@@ -91,7 +91,8 @@ def scale_block(
 ) -> None:
     """Enlarge the columns of a block's weights that carry the largest activations; search(fold, inputs, run): a scale.
 
-    The scales of all folds are found on the weights as they are, and applied together.
+    The scales of all folds are found on the weights as they are, and applied together, by the error of the block's
+    output. What a layer of the feed-forward part changes in it comes from that part, or from the last layer, alone.
     """
     attention, mlp = block.self_attn, block.mlp
     repeats = model.args.n_heads // model.args.n_kv_heads
@@ -105,7 +106,8 @@ def scale_block(
     scales = {}
     for name, fold in folds.items():
         x = inputs_of(block, name, lambda _: first())
-        scales[name], _ = search(fold, x, first)
+        parts = {"mlp.gate_proj": partial(mlp, x), "mlp.down_proj": partial(mlp.down_proj, x)}
+        scales[name], _ = search(fold, x, parts.get(name, first))
     for name, fold in folds.items():
         awq.apply_scale(fold, scales[name])
 

@@ -107,7 +107,12 @@ def quantize_in_place(
         weights = [file_sha256(path) for path in weight_files(directory)]
         rows_hash = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
         begun = BegunBlocks(begun_folder(args), {"settings": settings, "model": weights, "rows": rows_hash})
-    return quantize_model(model, rows, args, grid, begun)
+    try:
+        return quantize_model(model, rows, args, grid, begun)
+    except ValueError:  # it would be found again by the same command, which needs no blocks for that
+        if begun:
+            begun.remove()
+        raise
 
 
 def begun_folder(args: Args) -> Path:
@@ -121,8 +126,10 @@ def quantize_model(
 ) -> dict[str, dict[str, Any]]:
     """Quantize the blocks of `model` in place, one after another; returns the report of each layer by name.
 
-    On SIGTERM or SIGINT it ends with SystemExit; blocks that are done stay in `begun`.
+    It computes in float32, for which one block at a time is converted; what is not quantized keeps its dtype. On
+    SIGTERM or SIGINT it ends with SystemExit; blocks that are done stay in `begun`.
     """
+    dtype, computed, model.compute_dtype = model.dtype, model.compute_dtype, torch.float32
     stream = make_stream(model, rows, keep_full=args.method == "gptq" and args.propagation > 0)
     solver = make_solver(args, lambda name: replace(grid, bits=args.bits_of(name)))
     scaling, blocks, report, received = make_scaling(args, grid), model.model.layers, {}, []
@@ -131,10 +138,12 @@ def quantize_model(
         say(f"{begun.folder} has {sum(kept)} of {len(blocks)} blocks already: going on behind them")
     with Progress("quantizing", "layers", 7 * len(blocks), 7 * sum(kept)) as bar, caught_signals(received, world=1):
         for number, block in enumerate(blocks):
+            own_weights(block)
             if kept[number]:
                 original = copy.deepcopy(block) if stream.full is not None else None
                 report |= begun.load(number, block)
                 stream.through(block, original)
+                block.to(dtype)
                 continue
             with named(f"model.layers.{number}"):
                 scaling(model, block, stream)
@@ -149,7 +158,15 @@ def quantize_model(
             report |= found
             if begun:
                 begun.save(number, block, found)
+            block.to(dtype)
+    model.compute_dtype = computed
     return report
+
+
+def own_weights(block: nn.Module) -> None:
+    """Give a block weights in float32 of its own in the place of those in the mapped file, which methods may change."""
+    for parameter in block.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
 
 
 def stop(signal_number: int, done: int, blocks: int, begun: BegunBlocks | None) -> NoReturn:
@@ -165,7 +182,7 @@ def stop(signal_number: int, done: int, blocks: int, begun: BegunBlocks | None) 
 def make_stream(model: nn.Module, rows: torch.Tensor, keep_full: bool, batch_tokens: int = 4096) -> Stream:
     """Return the calibration rows (n, T) as hidden states in front of the first block, in batches."""
     batches = rows.split(max(1, batch_tokens // rows.shape[1])) if len(rows) else []
-    hidden = [model.embedding(batch) for batch in batches]  # (B, T, dim) each
+    hidden = [model.embedding(batch).float() for batch in batches]  # (B, T, dim) each
 
     def call(block: nn.Module, x: torch.Tensor, number: int) -> torch.Tensor:
         return block(x, *model.context_for_rows(batches[number]), None)

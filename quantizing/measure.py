@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
+from checkpoint import sharded
 from checkpoint.safetensors_files import opened, weight_files
 from cli.progress import say, track
 from decoding.feeder import Feeder
@@ -126,14 +127,17 @@ def one_speed(model: Transformer, row: torch.Tensor, cache: str, tokens: int = 4
 def sizes(directory: Path, model: Transformer) -> dict[str, float]:
     """Return what the directory of a model, or of a quantized copy of `model`, takes: bytes of its weight files, the
     same in bits for each parameter of `model`, and bits for each weight of the linear layers alone, their scales and
-    zero points counted."""
-    linear, of_linear = dict(base_layers(model)), 0
-    for path in weight_files(directory):
+    zero points counted. Of a sharded checkpoint, whose files hold the optimizer's moments, too, the weights alone
+    count."""
+    linear, of_linear, of_all, files = dict(base_layers(model)), 0, 0, weight_files(directory)
+    for path in files:
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118  not a mapping
+                n_bytes = file.get_tensor(name).nbytes
+                of_all += n_bytes
                 if any(name.startswith(f"{layer}.") for layer in linear):
-                    of_linear += file.get_tensor(name).nbytes
-    size = sum(path.stat().st_size for path in weight_files(directory))
+                    of_linear += n_bytes
+    size = of_all if files == sharded.files_of(directory) else sum(path.stat().st_size for path in files)
     weights = sum(layer.in_features * layer.out_features for layer in linear.values())
     return {
         "bytes": size,

@@ -89,3 +89,17 @@ def test_groups_in_the_order_of_activation_are_read_from_compressed_tensors(writ
     scales, zeros = before.scales[:, order // 32], before.zeros[:, order // 32].float()  # (out, in) each
     assert torch.equal(layer.dequantize(), scales * (before.codes.float() - zeros))
     assert logits(load_model(tmp_path / "copy")).isfinite().all()
+
+
+def test_a_group_index_of_nothing_but_minus_1_is_groups_of_neighbours(written, tmp_path):
+    """The value that compressed-tensors gives it first."""
+    shutil.copytree(written("compressed-tensors"), tmp_path / "copy")
+    path = tmp_path / "copy/model.safetensors"
+    before, tensors = logits(load_model(tmp_path / "copy")), load_file(path)
+    tensors[f"{LAYER}.weight_g_idx"] = torch.full((64,), -1, dtype=torch.int32)
+    save_file(tensors, path, {"format": "pt"})
+    assert torch.equal(logits(load_model(tmp_path / "copy")), before)
+    tensors[f"{LAYER}.weight_g_idx"][5] = 0
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{LAYER} do not fit together: weight_g_idx has the groups -1 to 0"):
+        load_model(tmp_path / "copy")

@@ -22,6 +22,7 @@ from lora.spec import LoraArgs
 from optim.args import OptimArgs
 from planning.shapes import find_shape
 from quantizing.ladder import files_of_weights
+from quantizing.measure import sizes
 from training import pending, state
 from training.checksums import check_model
 from training.state import checkpoints, load_state
@@ -73,6 +74,9 @@ def test_the_numbers_are_those_of_whole_checkpoints(both):
         assert history.parameters(both.sharded / link) == history.parameters(both.whole / link) == model.n_parameters()
         assert {path.name for path in files_of_weights(both.sharded / link)} == {".metadata", "__0_0.distcp"}
         assert find_shape(str(both.sharded / link)).command.startswith("--init_from")
+        found = sizes(both.sharded / link, model)  # without the moments, which lie in the same files
+        assert found["bytes"] == 4 * model.n_parameters()
+        assert found["bits_per_parameter"] == found["bits_per_weight"] == 32
     state, stored = (load_state(run / "last") for run in (both.whole, both.sharded))
     moments = sharded.Sharded(model).moments(both.sharded / "last")
     assert moments.keys() == state["moments"].keys() and stored["moments"] == {}

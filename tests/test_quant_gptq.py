@@ -144,6 +144,12 @@ def test_dead_inputs_and_rows_of_zeros():
     assert not values[2].any() and not values[:, 3].any()
 
 
+def test_inputs_that_are_always_0_leave_nothing_to_propagate():
+    weight, x = some_weight(4, 12), torch.zeros(60, 12, dtype=torch.float64)
+    quantized, report = solve(weight, statistics_of(x, x), GPTQOptions(GridOptions(4, 4), propagation=0.5))
+    assert report["dead"] == 12 and not quantized.dequantize().any()
+
+
 def test_statistics_in_parts_are_those_of_the_whole():
     x, other = correlated(90, 7), correlated(90, 7, seed=4)
     whole, parts = statistics_of(x, other), InputStatistics(7, dtype=torch.float64)

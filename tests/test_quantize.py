@@ -179,6 +179,31 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(folder, tmp_p
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("form", ["gptq_v2", "compressed-tensors"])
+def test_a_bfloat16_model_keeps_its_dtype_and_has_the_codes_of_its_float32_copy(folder, tmp_path, form):
+    model, tokenizer = load_model(folder / "model", dtype=torch.bfloat16), load_tokenizer(folder / "model")
+    save_model(tmp_path / "half", model, tokenizer)
+    save_model(tmp_path / "full", load_model(tmp_path / "half"), tokenizer)
+    for name in ("half", "full"):
+        run(folder, tmp_path / f"{name}_4bit", model=tmp_path / name, format=form)
+    ours, theirs = (load_file(tmp_path / f"{name}_4bit/model.safetensors") for name in ("half", "full"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.float(), theirs[name].float()), name
+    kept = {name for name, tensor in ours.items() if tensor.dtype == torch.bfloat16}
+    assert kept == {name for name, _ in model.named_parameters() if "_proj" not in name} | (
+        {"lm_head.weight"} if form == "gptq_v2" else set()
+    )
+    assert json.loads((tmp_path / "half_4bit/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_file_of_the_model_is_not_changed(folder, tmp_path, method):
+    before = (folder / "model/model.safetensors").read_bytes()
+    run(folder, tmp_path / "out", method=method)
+    assert (folder / "model/model.safetensors").read_bytes() == before
+
+
 def test_a_directory_that_is_there_is_not_replaced(folder, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists already"):
