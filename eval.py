@@ -51,6 +51,7 @@ NEEDS = (
     ),
     *(Needs(flag, "task", WITH_DATA, "only benchmarks with items read it; remove it") for flag in ITEM_FLAGS),
     Needs("stride", "task", ("perplexity",), "only there a window slides over texts; remove it"),
+    Needs("per_document", "task", ("perplexity",), "only there documents are measured; remove it"),
     Needs("cut", "task", LONG, "the other tasks leave out the beginning; remove it"),
     Needs("shots", "task", (*EXAMS, "gsm8k"), "only examinations have solved examples; remove it"),
     Needs("form", "task", EXAMS, "only questions with options have a form; remove it"),
@@ -156,6 +157,8 @@ class Args:
     """number of items of each subject; None: all"""
     stride: int | None = None
     """tokens by which the window of --task perplexity moves; None: half the model's context"""
+    per_document: Path | None = None
+    """JSON lines file of --task perplexity: loss and bits per byte of each document, the highest loss first"""
     against: Path | None = None
     """another model: answer the same items, and print the difference with the interval of paired items"""
     max_seq_len: int | None = None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from corpora.files import find_files, read_files
 from corpora.registry import BadRecord
 from evaluation.benchmark import Benchmark, Item
 from evaluation.likelihood import Pair, log_likelihoods, windows
+from files import write_json_lines
 from serving.assistant import Assistant, first_id
 
 LETTER = re.compile(r"[^\W\d_]")
@@ -25,6 +28,7 @@ class Perplexity(Benchmark):
     """Loss of every document of a text file or folder; `--subjects` are names of files."""
 
     stride: int | None
+    per_document: Path | None
 
     name = "perplexity"
     source = "a text file, or a folder of them (txt, jsonl, json, csv, parquet, also compressed)"
@@ -63,7 +67,20 @@ class Perplexity(Benchmark):
     def run(self, assistant: Assistant) -> dict[str, Any]:
         result = super().run(assistant)
         print(f"perplexity by token {math.exp(result['all']['loss']['value']):.3f}")
+        if self.per_document is not None:
+            self.write_documents(self.report_path(assistant).with_suffix(".items.jsonl"))
         return result
+
+    def write_documents(self, items: Path) -> None:
+        """Write a line for each document of `items` to --per_document, the highest loss per token first."""
+        rows = []
+        for item in map(json.loads, items.open(encoding="utf8")):
+            (nats, tokens), (bits, n_bytes) = item["scores"]["loss"], item["scores"]["bits_per_byte"]
+            file, _, number = item["item"].rpartition("/")
+            row = {"file": file, "document": int(number), "loss": nats / max(1, tokens)}
+            rows.append(row | {"bits_per_byte": bits / n_bytes, "tokens": tokens, "bytes": n_bytes})
+        write_json_lines(self.per_document, sorted(rows, key=lambda row: -row["loss"]))
+        print(f"by document, the highest loss first: {self.per_document}")
 
 
 def language(text: str) -> str:

@@ -140,7 +140,7 @@ def test_perplexity_of_documents_longer_than_the_window(model, tmp_path, stride)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     window = 48
     args = Args(model=model, task="perplexity", data=tmp_path / "a.jsonl", stride=stride, max_seq_len=window)
-    args = dataclasses.replace(args, output=tmp_path / "p.json")
+    args = dataclasses.replace(args, output=tmp_path / "p.json", per_document=tmp_path / "documents.jsonl")
     result = main(args)
     loaded, tokenizer = load_model(model).eval(), load_tokenizer(model)
     nats, n_tokens = 0.0, 0
@@ -162,6 +162,11 @@ def test_perplexity_of_documents_longer_than_the_window(model, tmp_path, stride)
         nats, n_tokens = nats + document, n_tokens + len(ids) - 1
     assert result["all"]["loss"]["value"] == pytest.approx(nats / n_tokens, abs=1e-4)
     assert result["by_category"].keys() == {"zh", "other"}
+    rows = [json.loads(line) for line in (tmp_path / "documents.jsonl").open()]
+    assert sorted(row["document"] for row in rows) == [0, 1, 2] and {row["file"] for row in rows} == {"a.jsonl"}
+    assert [row["loss"] for row in rows] == sorted((row["loss"] for row in rows), reverse=True)
+    assert sum(row["loss"] * row["tokens"] for row in rows) == pytest.approx(nats, abs=1e-3)
+    assert [row["bytes"] for row in rows] == [len(texts[row["document"]].encode()) for row in rows]
 
 
 def test_languages():
