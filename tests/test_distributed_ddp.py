@@ -200,3 +200,10 @@ def test_named_sums_keep_names_shapes_and_every_bit():
     assert (once["loss"], once["stop"], twice["loss"], twice["stop"]) == (0.1, 1.0, 0.2, 2.0)
     assert once["groups"] == numbers.tolist() and twice["groups"] == (2 * numbers).tolist()
     assert once["none"] == [[], []]
+
+
+def test_four_ranks_add_in_their_order_wherever_a_gradient_lies(environment):
+    script = str(Path(__file__).parent / "helpers" / "bucket_order_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["[true, true, true]"], done.stderr
