@@ -135,9 +135,8 @@ def clipped_grid(weight: torch.Tensor, x: torch.Tensor, options: GridOptions) ->
         narrow = find_grid(weight.clamp(-limit, limit), options)
         codes = round_to_grid(weight, *narrow, options)
         miss = narrow[0] * (codes - narrow[1]) - weight  # (out, g)
-        error = ((miss @ gram) * miss).sum(
-            1, keepdim=True
-        )  # (out, 1) = sum over inputs of (x · miss)², without (n, out)
+        # (out, 1): the sum over inputs x of (x · miss)², without the (n, out) products
+        error = ((miss @ gram) * miss).sum(1, keepdim=True)
         if least is None:
             least, (scale, zero) = error, narrow
             continue
