@@ -1,5 +1,6 @@
 """What the adapter for lm-evaluation-harness does itself; tests/harness_table.py compares it with the harness."""
 
+import json
 import random
 
 import pytest
@@ -8,9 +9,11 @@ from helpers.tiny_chat_model import save_chat_model
 
 from cli.progress import Progress
 from decoding.params import SamplingParams
-from evaluation.harness import alike, answer_texts, encode_chat, load, render_chat, sampling, score_pairs
+from eval import Args, main
+from evaluation.harness import Requests, alike, answer_texts, encode_chat, load, render_chat, sampling, score_pairs
 from evaluation.likelihood import Pair, log_likelihoods
-from serving.assistant import usable_template
+from evaluation.registry import make_task
+from serving.assistant import Assistant, usable_template
 
 
 def test_pairs_that_begin_alike_are_together_and_all_are_scored_in_order():
@@ -59,6 +62,47 @@ def test_a_conversation_becomes_a_text_and_the_same_ids(tmp_path):
     tokenizer.chat_template, tokenizer.special = None, {}
     with pytest.raises(ValueError, match="no chat template: leave out --apply_chat_template"):
         render_chat(tokenizer, talk)
+
+
+LONG_PROMPT = {"longeval": "line a: 5\nWhich number?", "longbench": "月 moon: 何处？"}
+DATA = {  # task -> file, record, prompt
+    "gsm8k": ("test.jsonl", {"question": "2 + 2?", "answer": "#### 4"}, "Question: 2 + 2?\nAnswer:"),
+    "answers": ("own.jsonl", {"question": " 江上</s>", "answer": "月"}, " 江上</s>"),
+    "longeval": ("5_lines.jsonl", {"prompt": LONG_PROMPT["longeval"], "expected_number": 5}, LONG_PROMPT["longeval"]),
+    "longbench": ("lcc.jsonl", {"input": "何处？", "context": "月 moon", "answers": ["x"]}, LONG_PROMPT["longbench"]),
+    "passkey": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("name", DATA)
+def test_prompts_without_a_template_have_the_ids_that_the_harness_asks(name, begins, tmp_path, monkeypatch):
+    model, (file, record, prompt) = save_chat_model(tmp_path / "model", max_seq_len=512), DATA[name]
+    if begins:
+        config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf8")) | {"add_bos_token": True}
+        (model / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf8")
+    if name == "longbench":
+        (tmp_path / "dataset2prompt.json").write_text(json.dumps({"lcc": "{context}: {input}"}))
+        (tmp_path / "dataset2maxlen.json").write_text(json.dumps({"lcc": 4}))
+    if file:
+        (tmp_path / file).write_text(json.dumps(record) + "\n")
+    requests, asked = Requests(str(model), device="cpu"), []
+
+    def answers(self, prompts, *_):
+        asked.extend(map(list, prompts))
+        return iter([""] * len(prompts))
+
+    monkeypatch.setattr(Assistant, "answers", answers)
+    data = None if file is None else tmp_path / file if name == "answers" else tmp_path
+    options = {"passkey": {"subjects": ("64",)}, "gsm8k": {"shots": 0}}.get(name, {})
+    args = Args(model=model, task=name, data=data, raw=True, limit=1, output=tmp_path / "r.json", **options)
+    if prompt is None:
+        task = make_task(name, args)
+        task.tokenizer, task.window = requests.assistant.tokenizer, 512
+        prompt = task.chosen()[0][0].question
+    main(args)
+    assert asked == [requests.tok_encode(prompt)]
+    assert (asked[0][0] == requests.assistant.tokenizer.bos_id) == begins
 
 
 def test_answers_end_before_a_stop_text(tmp_path):
