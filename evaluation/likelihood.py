@@ -17,6 +17,8 @@ from serving.assistant import first_id
 from tokenizer import Tokenizer
 
 HEAD_ELEMENTS = 1 << 22  # logits that exist at a time: 16 MiB in float32; more of them no longer fit a CPU's cache
+PASS_TOKENS = 1024  # tokens of a pass on a CPU, whose cache no longer holds the activations of more
+MOST_PADDING = 128  # of them; a pass less saves about as much time
 SHORTEST_PREFIX = 8  # a shared beginning of fewer ids is fed with every row
 
 
@@ -89,7 +91,8 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
             model.hidden(torch.tensor([shared], device=model.device), cache=prefix, lengths=[len(shared)])
         # branches need keys that are rotated once: not where frequencies depend on the length of a text
         branched = isinstance(prefix, KVCache) and prefix.rotated
-        for batch in _batches(join(rows, len(shared), model.args.dim if branched else 0, batch_size), batch_size):
+        joined = join(rows, len(shared), model.args.dim if branched else 0, batch_size)
+        for batch in _batches(joined, batch_size, model.device.type == "cpu"):
             hidden = _hidden(model, batch, prefix, len(shared))  # (B, T, dim), of the ids behind the shared ones
             T = hidden.shape[1]
             todo = [
@@ -105,11 +108,15 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
     return results
 
 
-def _batches(rows: Iterable[Branches], size: int) -> Iterator[list[Branches]]:
-    """Yield rows in order, with at most `size` texts at a time; no row has more."""
+def _batches(rows: Iterable[Branches], size: int, small: bool) -> Iterator[list[Branches]]:
+    """Yield rows, the shortest first, with at most `size` texts at a time; no row has more. small: as many as a CPU
+    computes fastest."""
     batch: list[Branches] = []
     for row in rows:
-        if batch and sum(len(each.paths) for each in (*batch, row)) > size:
+        width, texts = len(row.ids), sum(len(each.paths) for each in (*batch, row))
+        padding = sum(width - len(each.ids) for each in batch)
+        large = small and ((len(batch) + 1) * width > PASS_TOKENS or padding > MOST_PADDING)
+        if batch and (texts > size or large):
             yield batch
             batch = []
         batch.append(row)
