@@ -114,3 +114,21 @@ def test_answers_end_before_a_stop_text(tmp_path):
         answers = answer_texts(assistant, prompts, {"until": until, "max_gen_toks": 40}, 2)
         assert next(answers) == whole[: whole.index(stop)]
         assert isinstance(next(answers), str)  # a prompt longer than the window loses its beginning
+
+
+def test_short_contexts_share_a_group_and_long_beginnings_keep_their_own():
+    rng = random.Random(5)
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(1, 50) for _ in range(n)]
+
+    # questions of an examination, which begin alike by their first 20 ids only, and have four choices each
+    questions = [[1] * 20 + ids(80) for _ in range(10)]
+    pairs = [Pair(context, [choice]) for context in questions for choice in range(4)]
+    (group,) = alike(pairs, 100)
+    assert sorted(group) == list(range(40))
+    assert [len(group) for group in alike(pairs, 16)] == [16, 16, 8]
+    # one question alone, then eight after the same 200 ids: these are computed once for the eight
+    examples = [2] * 200
+    pairs = [Pair([1, *ids(150)], [1]), *(Pair([*examples, *ids(30)], [1]) for _ in range(8))]
+    assert [len(group) for group in alike(pairs, 100)] == [1, 8]
