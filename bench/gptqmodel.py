@@ -6,8 +6,10 @@
 
 Each variant quantizes in a process of its own, in turns: 4 bits, zero points where the weights ask for them, the same
 rows of ids, as many threads. Seconds are those from the loaded model to the written directory; peak memory is that of
-the process, and beside it what it is above the memory with the model loaded. The loss is that of the written
-directories, opened and computed by us in float32.
+the process, and beside it what it is above the memory with the model loaded. Loss and KL divergence from the model
+before are those of the written directories, opened and computed by us in float32: means over the runs, seconds and
+memory are medians. Both sides are measured on the same rows, so the difference of their losses has an interval that is
+narrower than either's.
 
 gptq: the settings that both have: inputs in the order of activation, ranges searched, damping 0.01, static groups.
 gptq default: what each of the two does if nothing else is asked for.
@@ -36,9 +38,10 @@ from checkpoint.locate import find_model, find_tokenizer, read_from
 from evaluation.text_rows import draw_rows
 from quant.methods import pad_feed_forward
 from quantizing.ladder import HELD_OUT_SEED
-from quantizing.measure import compare, figures
+from quantizing.measure import Comparison, compare, figures, half
 
 METHODS = ("gptq", "gptq default", "awq")
+SIDES = ("ours", "gptqmodel")
 MEMORY = """
 import json, sys, time, torch
 def memory(field):
@@ -152,28 +155,43 @@ def run(job: dict[str, Any], side: str, python: Path, folder: Path) -> dict[str,
 def measure(
     args: Args, method: str, directory: Path, full: torch.nn.Module, heldout: torch.Tensor, folder: Path
 ) -> dict[str, Any]:
-    """Return the row of a method: medians over the runs of both sides on the model in `directory`."""
+    """Return the row of a method: both sides on the model in `directory`."""
     tokenizer, _ = find_tokenizer(*read_from(directory))
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "gptqmodel": []}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number in range(args.repeats):
         both = settings(args, method)
         both["ours"]["seed"] = number
         rows = draw_rows(args.calib, tokenizer, args.seq_len, args.calib_tokens, number).tolist()
-        for side, python in (("ours", Path(sys.executable)), ("gptqmodel", args.python.absolute())):
-            out = folder / f"{side}_{number}"
-            job = both | {"out": str(out), "model": str(directory.absolute()), "rows": rows}
+        for side, python in zip(SIDES, (Path(sys.executable), args.python.absolute()), strict=True):
+            job = both | {"out": str(folder / f"{side}_{number}"), "model": str(directory.absolute()), "rows": rows}
             job |= {"threads": args.threads, "clock": args.clock}
             job |= {"calib": [str(path.absolute()) for path in args.calib], "batch": max(1, 4096 // args.seq_len)}
-            one = run(job, side, python, folder)
-            compared = compare(full, [load_model(out, "cpu", torch.float32).eval()], heldout)
-            found[side].append(one | {"more": figures(compared, 1.0)["more_nats"]})
+            found[side].append(run(job, side, python, folder))
     row: dict[str, Any] = {"method": method, "bits": args.bits, "runs": found}
-    for key in ("more", "seconds", "peak", "above"):
+    for key in ("seconds", "peak", "above"):
         row[key] = {side: statistics.median(one[key] for one in runs) for side, runs in found.items()}
         row[f"{key}_ratio"] = statistics.median(
             a[key] / b[key] for a, b in zip(found["ours"], found["gptqmodel"], strict=True)
         )
-    return row
+    return row | quality(args, full, heldout, folder)
+
+
+def quality(args: Args, full: torch.nn.Module, heldout: torch.Tensor, folder: Path) -> dict[str, Any]:
+    """Return how far the written models of both sides are from the full one, and from each other, on the same rows."""
+    names = [f"{side}_{number}" for side in SIDES for number in range(args.repeats)]
+    models = [load_model(folder / name, "cpu", torch.float32).eval() for name in names]
+    compared = compare(full, models, heldout)
+    row: dict[str, Any] = {"more": {}, "more_half": {}, "more_of_draws": {}, "kl": {}, "kl_of_draws": {}}
+    for number, side in enumerate(SIDES):
+        own = slice(number * args.repeats, (number + 1) * args.repeats)
+        part = figures(Comparison(compared.losses[own], compared.base, compared.kl[own], compared.top1[own]), 1.0)
+        row["more"][side], row["more_half"][side] = part["more_nats"], part["more_nats_half"]
+        row["more_of_draws"][side], row["kl_of_draws"][side] = part["more_nats_of_draws"], compared.kl[own]
+        row["kl"][side] = part["kl"]
+    ours, theirs = compared.losses.double().split(args.repeats)  # (repeats, n) each
+    difference = (ours - theirs).mean(0)  # (n,): of each row, the mean over the draws
+    row |= {"difference": float(difference.mean()), "difference_half": half(difference)}
+    return row | {f"{key}_ratio": row[key]["ours"] / row[key]["gptqmodel"] for key in ("more", "kl")}
 
 
 def main(args: Args) -> list[dict[str, Any]]:
@@ -192,18 +210,20 @@ def measure_methods(args: Args, directory: Path, padded: Path) -> list[dict[str,
     heldout = draw_rows(args.heldout, tokenizer, args.seq_len, args.heldout_tokens, HELD_OUT_SEED)
     counts = f"{full.n_parameters():,} parameters, {args.calib_tokens:,} calibration tokens"
     print(f"{counts}, {args.threads} threads, {args.clock} time")
-    print(f"{'method':14}{'side':11}{'more nats':>11}{'seconds':>9}{'peak MB':>9}{'above the model MB':>20}")
+    print(f"{'method':14}{'side':11}{'more nats':>18}{'KL':>9}{'seconds':>9}{'peak MB':>9}{'above the model MB':>20}")
     table = []
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             table.append(row := measure(args, method, directory, full, heldout, Path(folder)))
-        for side in ("ours", "gptqmodel"):
+        for side in SIDES:
             print(
-                f"{method:14}{side:11}{row['more'][side]:11.4f}{row['seconds'][side]:9.1f}"
-                f"{row['peak'][side] / 1e6:9.0f}{row['above'][side] / 1e6:20.0f}"
+                f"{method:14}{side:11}{row['more'][side]:10.4f} ±{row['more_half'][side]:.4f}{row['kl'][side]:9.5f}"
+                f"{row['seconds'][side]:9.1f}{row['peak'][side] / 1e6:9.0f}{row['above'][side] / 1e6:20.0f}"
             )
-        ratios = [row[f"{key}_ratio"] for key in ("more", "seconds", "peak", "above")]
-        print(f"{'':14}{'ratio':11}{ratios[0]:11.2f}{ratios[1]:9.2f}{ratios[2]:9.2f}{ratios[3]:20.2f}", flush=True)
+        ratios = [row[f"{key}_ratio"] for key in ("more", "kl", "seconds", "peak", "above")]
+        widths = zip(ratios, (18, 9, 9, 9, 20), strict=True)
+        print(f"{'':14}{'ratio':11}" + "".join(f"{ratio:{width}.2f}" for ratio, width in widths))
+        print(f"{'':14}{'ours - gptqmodel':16}{row['difference']:+13.4f} ±{row['difference_half']:.4f}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(table, indent=2))
     return table

@@ -18,8 +18,7 @@ from torch import nn
 from quant.grid import GridOptions, Quantized, find_grid, find_grids, group_index, round_to_grid
 
 STEPS = 20  # exponents tried: 0, 0.05, .., 0.95
-CLIPS = 10  # ranges tried: 1, 0.95, .., 0.55 of the full one
-SAMPLE = 512  # tokens that the clipping looks at
+CLIPS = 10  # shares of the range tried: 1, 0.95, .., 0.55
 
 
 @dataclass(frozen=True)
@@ -106,17 +105,19 @@ def rounded(weight: torch.Tensor, options: GridOptions) -> torch.Tensor:
 
 
 @torch.no_grad()
-def solve_clipped(weight: torch.Tensor, x: torch.Tensor, options: GridOptions) -> Quantized:
-    """Return the weight (out, in) rounded to grids whose ranges leave the least output error on inputs x (n, in).
+def solve_clipped(weight: torch.Tensor, gram: torch.Tensor, options: GridOptions) -> Quantized:
+    """Return the weight (out, in) rounded to grids whose ranges leave the least output error on the inputs x of the
+    calibration text.
 
-    Groups are compared one by one: the error of a group's share of the output, over SAMPLE inputs spread evenly.
+    gram (in, in): sum of x xᵀ, times any factor. Groups are compared one by one: the error of a group's share of the
+    output.
     """
-    weight, x = weight.float(), x.reshape(-1, x.shape[-1]).float()
-    x = x[torch.linspace(0, len(x) - 1, min(SAMPLE, len(x)), device=x.device).long()]  # (n, in)
+    weight, gram = weight.float(), gram.float()
     size = options.group_size if options.group_size > 0 else weight.shape[1]
     scales, zeros = [], []
-    for part, inputs in zip(weight.split(size, dim=1), x.split(size, dim=1)):  # (out, g), (n, g)
-        scale, zero = clipped_grid(part, inputs, options)
+    for start, part in zip(range(0, weight.shape[1], size), weight.split(size, dim=1)):  # (out, g)
+        inputs = slice(start, start + part.shape[1])
+        scale, zero = clipped_grid(part, gram[inputs, inputs], options)
         scales.append(scale)
         zeros.append(zero)
     all_scales, all_zeros = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)  # (out, groups) each
@@ -125,22 +126,26 @@ def solve_clipped(weight: torch.Tensor, x: torch.Tensor, options: GridOptions) -
     return Quantized(codes.to(torch.uint8), all_scales, all_zeros.to(torch.uint8), groups)
 
 
-def clipped_grid(weight: torch.Tensor, x: torch.Tensor, options: GridOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero point (out, 1) of one group: weight (out, g), inputs (n, g)."""
-    gram = x.T @ x  # (g, g)
-    least = scale = zero = None
-    for step in range(CLIPS):
+def clipped_grid(weight: torch.Tensor, gram: torch.Tensor, options: GridOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero point (out, 1) of one group: weight (out, g), second moments of its inputs (g, g)."""
+    scale, zero = find_grid(weight, options)
+    least = output_error(weight, scale, zero, gram, options)
+    largest = weight.abs().amax(1, keepdim=True)  # (out, 1)
+    for step in range(1, CLIPS):
         share = 1 - step / (2 * CLIPS)
-        limit = share * weight.abs().amax(1, keepdim=True)  # (out, 1)
-        narrow = find_grid(weight.clamp(-limit, limit), options)
-        codes = round_to_grid(weight, *narrow, options)
-        miss = narrow[0] * (codes - narrow[1]) - weight  # (out, g)
-        # (out, 1): the sum over inputs x of (x · miss)², without the (n, out) products
-        error = ((miss @ gram) * miss).sum(1, keepdim=True)
-        if least is None:
-            least, (scale, zero) = error, narrow
-            continue
-        better = error < least
-        least = torch.where(better, error, least)
-        scale, zero = torch.where(better, narrow[0], scale), torch.where(better, narrow[1], zero)
+        # Either the larger side of the range is cut first, or both sides are cut by the same share.
+        for narrowed in (weight.clamp(-share * largest, share * largest), share * weight):
+            narrow = find_grid(narrowed, options)
+            error = output_error(weight, *narrow, gram, options)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, zero = torch.where(better, narrow[0], scale), torch.where(better, narrow[1], zero)
     return scale, zero
+
+
+def output_error(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, gram: torch.Tensor, options: GridOptions
+) -> torch.Tensor:
+    """Return the squared error (out, 1) of the outputs of weights (out, g) when they are rounded to a grid."""
+    miss = scale * (round_to_grid(weight, scale, zero, options) - zero) - weight  # (out, g)
+    return ((miss @ gram) * miss).sum(1, keepdim=True)  # sum over inputs of (x · miss)², without (n, out)

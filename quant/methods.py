@@ -39,9 +39,7 @@ def make_solver(args: Any, grid_of: Callable[[str], GridOptions]) -> Solve:
 
     def by_awq(name: str, layer: nn.Linear, statistics: InputStatistics) -> Solved:
         weight, grid = layer.weight.detach(), grid_of(name)
-        solution = nearest = solve_nearest(weight, grid)
-        if not name.endswith(("q_proj", "k_proj")):  # their errors are multiplied in the scores: clipping costs more
-            solution = awq.solve_clipped(weight, statistics.sample, grid)
+        nearest, solution = solve_nearest(weight, grid), awq.solve_clipped(weight, statistics.gram, grid)
         before, after = (relative_error(weight, each.dequantize(), statistics.gram) for each in (nearest, solution))
         return GroupedLinear(layer, solution, grid.bits), {"error_before": before, "error_after": after}
 

@@ -99,22 +99,21 @@ def test_clipping_takes_the_range_of_least_output_error(group_size):
     weight = torch.randn(5, 20, generator=generator) ** 3
     x = outliers(40, 20).float()
     options = GridOptions(3, group_size, search=False)
-    quantized = solve_clipped(weight, x, options)
+    quantized = solve_clipped(weight, x.T @ x, options)
     size = 20 if group_size == -1 else group_size
     for g, (part, inputs) in enumerate(zip(weight.split(size, 1), x.split(size, 1))):
         for row in range(5):
-            errors = []
+            w, errors = part[row], []
             for step in range(CLIPS):
-                limit = (1 - step / (2 * CLIPS)) * part[row].abs().max()
-                low, high = (
-                    part[row].clamp(-limit, limit).min().clamp(max=0),
-                    part[row].clamp(-limit, limit).max().clamp(min=0),
-                )
-                scale = (high - low) / 7
-                zero = (-low / scale).round().clamp(0, 7)
-                codes = ((part[row] / scale).round() + zero).clamp(0, 7)
-                errors.append(float((inputs @ (scale * (codes - zero) - part[row])).square().sum()))
-            ours = quantized.dequantize()[row, g * size : (g + 1) * size] - part[row]
+                share = 1 - step / (2 * CLIPS)
+                limit = share * w.abs().max()
+                low, high = w.min().clamp(max=0), w.max().clamp(min=0)
+                for lo, hi in ((low.clamp(min=-limit), high.clamp(max=limit)), (share * low, share * high)):
+                    scale = (hi - lo) / 7
+                    zero = (-lo / scale).round().clamp(0, 7)
+                    codes = ((w / scale).round() + zero).clamp(0, 7)
+                    errors.append(float((inputs @ (scale * (codes - zero) - w)).square().sum()))
+            ours = quantized.dequantize()[row, g * size : (g + 1) * size] - w
             assert float((inputs @ ours).square().sum()) == pytest.approx(min(errors), rel=1e-4)
 
 
@@ -124,6 +123,6 @@ def test_clipping_never_loses_to_rounding():
         x = outliers(100, 32, seed).float()
         for bits in (2, 3, 4):
             options = GridOptions(bits, 32, search=False)
-            clipped, nearest = solve_clipped(weight, x, options), solve_nearest(weight, options)
+            clipped, nearest = solve_clipped(weight, x.T @ x, options), solve_nearest(weight, options)
             miss = [(x @ (each.dequantize() - weight).T).square().sum() for each in (clipped, nearest)]
             assert miss[0] <= miss[1] * (1 + 1e-6)

@@ -106,6 +106,16 @@ def test_more_bits_and_calibration_lose_less(folder, tmp_path):
     assert loss("gptq", bits=3) < loss("rtn", bits=3, method="rtn")
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_layer_of_awq_loses_more_than_rounding(folder, tmp_path, bits):
+    """The whole range is one of those that are tried, on all of the calibration text."""
+    layers = run(folder, tmp_path / "awq", method="awq", bits=bits)["layers"]
+    assert all(layer["error_after"] <= layer["error_before"] * (1 + 1e-5) for layer in layers.values())
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        found = [layer for full, layer in layers.items() if full.endswith(name)]
+        assert any(layer["error_after"] < 0.99 * layer["error_before"] for layer in found), name
+
+
 @pytest.mark.parametrize("name", ["text.txt", "chats.jsonl", "bins"])
 def test_every_kind_of_calibration_text(folder, tmp_path, name):
     path = folder / name
