@@ -6,7 +6,7 @@
 Runs of pretrain.py on the data of a preset; the model is LLaMA's exactly (an untied head). Every rate is tried with
 seed 0, and where the best one is at an edge, the next one beyond it, too. Then the best rate runs with the other seeds.
 Runs are kept in `results.tsv` and not repeated. The table has the held-out loss at the end, and the seconds until a run
-was as good as "AdamW, cosine" at its end with the same seed. A name with "short" has 40 % of the steps, so that its
+was as good as "AdamW, cosine" at its end with the same seed. A name with "short" has 45 % of the steps, so that its
 rate falls in that time; in the first part of a longer run it does not.
 """
 
@@ -43,7 +43,7 @@ OPTIMIZERS = {
     REFERENCE: ADAMW,
     "AdamW, WSD": ADAMW._replace(flags="--optim.optimizer adamw --optim.schedule wsd"),
     "Muon, WSD": MUON,
-    "Muon, WSD, short": MUON._replace(share=0.4),
+    "Muon, WSD, short": MUON._replace(share=0.45),
     "Lion, WSD": Optimizer(
         "--optim.optimizer lion --optim.schedule wsd --optim.weight_decay 0.5", "lr", (5e-4, 1e-3, 2e-3)
     ),
