@@ -219,7 +219,7 @@ class Transformer(nn.Module):
             parts = zip(tokens.split(sizes, dim=1), at)
             return torch.cat([self.hidden(x, positions=p, cache=cache, lengths=lengths) for x, p in parts], dim=1)
         else:
-            context = self._context_for_cache(cache.extend(positions, tokens.shape[1], lengths))
+            context = self.context_for_cache(cache.extend(positions, tokens.shape[1], lengths))
         x = self.model.embed_tokens(tokens).to(self.activation_dtype)  # (B, T, dim): the residual stream
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
         prepare(mask, T, self.args.head_dim, self.activation_dtype, device)
         return self._angles(positions, length, 2, self.training), None, mask
 
-    def _context_for_cache(self, view: View) -> Context:
+    def context_for_cache(self, view: View) -> Context:
         """The same for a pass that reads a key-value cache."""
         # Keys have their heads in dimension 1, (B, K, S, D), when they come out of the cache; new queries in 2.
         keys = None if view.key_positions is None else self._angles(view.key_positions, view.lengths, 1)

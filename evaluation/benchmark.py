@@ -24,7 +24,8 @@ from evaluation.estimate import Estimate, difference, estimates
 from evaluation.task import Task
 from files import json_line
 from serving.answer_file import begin, file_times, keep_aside
-from serving.assistant import Assistant
+from serving.assistant import Assistant, first_id
+from tokenizer import Tokenizer
 
 BATCHES = 8  # batches of items between two writes
 
@@ -221,6 +222,13 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def plain(values: dict[str, Estimate]) -> dict[str, dict]:
     """Return estimates as they are written in JSON."""
     return {name: vars(value) for name, value in values.items()}
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a prompt without a chat template, never none: the text as it is, behind bos where the tokenizer
+    puts one. lm-evaluation-harness asks the same ids. `Assistant.encode_text`, which is for texts to continue, puts eos
+    before those of our own vocabularies."""
+    return [*tokenizer.begins, *tokenizer.encode(text)] or [first_id(tokenizer)]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from decoding.params import SamplingParams
-from evaluation.benchmark import Benchmark, Item
+from evaluation.benchmark import Benchmark, Item, prompt_ids
 from evaluation.text_metrics import bleu, normalize, rouge_l
 from serving.assistant import Assistant
 from serving.streaming import StopStrings
@@ -29,8 +29,8 @@ class AnswerBenchmark(Benchmark):
         """Return the scores of an answer, see evaluation/estimate.py."""
 
     def encode(self, assistant: Assistant, prompt: str) -> list[int]:
-        """Return the ids of a prompt: of its text as it is, without a chat template."""
-        return [*assistant.tokenizer.begins, *assistant.tokenizer.encode(prompt)]
+        """Return the ids of a prompt, without a chat template."""
+        return prompt_ids(assistant.tokenizer, prompt)
 
     def ask(self, assistant: Assistant, items: Sequence[Item]) -> list[dict[str, Any]]:
         shots = [self.fit(assistant, item) for item in items]
@@ -139,6 +139,8 @@ class OwnAnswers(AnswerBenchmark):
         yield from (subjects[name] for name in self.subjects or subjects)
 
     def encode(self, assistant: Assistant, prompt: str) -> list[int]:
+        if assistant.template is None:
+            return super().encode(assistant, prompt)
         return assistant.encode([{"role": "user", "content": prompt}])
 
     def score(self, item: Item, answer: str) -> dict[str, list[float]]:

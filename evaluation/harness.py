@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from checkpoint.locate import find_model, read_from
 from cli.extras import need
 from cli.progress import Progress
 from decoding.params import SamplingParams, shared_length
-from evaluation.likelihood import SHORTEST_PREFIX, Likelihood, Pair, log_likelihoods, windows
+from evaluation.likelihood import MOST_PADDING, SHORTEST_PREFIX, Likelihood, Pair, log_likelihoods, windows
 from hardware import DTYPES, choose_device
 from model import Transformer
 from serving.assistant import Assistant, first_id, load_assistant, usable_template
@@ -35,21 +35,62 @@ NAME = "little-llama"
 BLOCK = 8  # batches that are handed to `log_likelihoods` at a time
 
 
+class Group(NamedTuple):
+    """Pairs that are computed together."""
+
+    members: list[int]
+    contexts: int
+    """number of different contexts"""
+    shared: int
+    """number of first ids that all contexts share"""
+
+
 def alike(pairs: Sequence[Pair], most: int) -> Iterator[list[int]]:
-    """Yield the indices of pairs whose contexts have a long beginning in common, at most `most` at a time."""
-    order = sorted(range(len(pairs)), key=lambda i: tuple(pairs[i].context))
-    group: list[int] = []
-    for i in order:
-        if group:
-            first = pairs[group[0]].context
-            shared = shared_length(first, pairs[i].context)
-            # a text that begins otherwise would shorten what the whole group shares
-            if len(group) == most or (len(first) > 4 * SHORTEST_PREFIX and shared < len(first) // 2):
-                yield group
-                group = []
-        group.append(i)
+    """Yield the indices of pairs that are computed together, at most `most` at a time: those whose contexts have a long
+    beginning in common, and others as long as little of such beginnings is lost."""
+    before: Group | None = None
+    for group in _beginnings(pairs, most):
+        both = before and _merge(before, group, pairs)
+        if both and len(both.members) <= most and _lost(before, both) + _lost(group, both) <= MOST_PADDING:
+            before = both
+            continue
+        if before:
+            yield before.members
+        before = group
+    if before:
+        yield before.members
+
+
+def _beginnings(pairs: Sequence[Pair], most: int) -> Iterator[Group]:
+    """Yield pairs whose contexts have a long beginning in common, in the order of their contexts."""
+    group: Group | None = None
+    for i in sorted(range(len(pairs)), key=lambda i: tuple(pairs[i].context)):
+        context = pairs[i].context
+        alone = Group([i], 1, len(context))
+        if group is None:
+            group = alone
+            continue
+        both, longest = _merge(group, alone, pairs), len(pairs[group.members[0]].context)
+        # a text that begins otherwise would shorten what the whole group shares
+        if len(both.members) > most or (longest > 4 * SHORTEST_PREFIX and both.shared < longest // 2):
+            yield group
+            group = alone
+        else:
+            group = both
     if group:
         yield group
+
+
+def _merge(one: Group, two: Group, pairs: Sequence[Pair]) -> Group:
+    """Return two groups as one; the contexts of `two` follow those of `one` in order."""
+    last, first = pairs[one.members[-1]].context, pairs[two.members[0]].context
+    shared = min(one.shared, two.shared, shared_length(last, first))
+    return Group([*one.members, *two.members], one.contexts + two.contexts - (last == first), shared)
+
+
+def _lost(group: Group, both: Group) -> int:
+    """Return how many more ids are computed where `both` are a group: what contexts share is computed once."""
+    return (group.shared - both.shared) * (group.contexts - 1)
 
 
 def score_pairs(model: Transformer, pairs: Sequence[Pair], batch_size: int, progress: Progress) -> list[Likelihood]:

@@ -12,11 +12,14 @@ from attention.cache import KVCache
 from decoding.feeder import evaluating
 from decoding.params import Ids, shared_length
 from evaluation.branches import BranchCache, Branches, join
+from evaluation.last_block import hidden_at, pick
 from model import Transformer
 from serving.assistant import first_id
 from tokenizer import Tokenizer
 
 HEAD_ELEMENTS = 1 << 22  # logits that exist at a time: 16 MiB in float32; more of them no longer fit a CPU's cache
+PASS_TOKENS = 1024  # tokens of a pass on a CPU, whose cache no longer holds the activations of more
+MOST_PADDING = 128  # of them; a pass less saves about as much time
 SHORTEST_PREFIX = 8  # a shared beginning of fewer ids is fed with every row
 
 
@@ -89,27 +92,36 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
             model.hidden(torch.tensor([shared], device=model.device), cache=prefix, lengths=[len(shared)])
         # branches need keys that are rotated once: not where frequencies depend on the length of a text
         branched = isinstance(prefix, KVCache) and prefix.rotated
-        for batch in _batches(join(rows, len(shared), model.args.dim if branched else 0, batch_size), batch_size):
-            hidden = _hidden(model, batch, prefix, len(shared))  # (B, T, dim), of the ids behind the shared ones
-            T = hidden.shape[1]
+        joined = join(rows, len(shared), model.args.dim if branched else 0, batch_size)
+        for batch in _batches(joined, batch_size, model.device.type == "cpu"):
             todo = [
-                (at, path, i) for at, row in enumerate(batch) for text, path in row.paths.items() for i in members[text]
+                (at, path[-len(pairs[i].continuation) :], i)
+                for at, row in enumerate(batch)
+                for text, path in row.paths.items()
+                for i in members[text]
             ]
-            asked = []
-            for at, path, i in todo:
-                ids = pairs[i].continuation
-                asked.append(([at * T + place for place in path[-len(ids) :]], ids))
+            needed: list[dict[int, int]] = [{} for _ in batch]  # place whose logits are read -> its number in the row
+            for at, path, _ in todo:
+                for place in path:
+                    needed[at].setdefault(place, len(needed[at]))
+            hidden = _hidden(model, batch, prefix, len(shared), [[*places] for places in needed])  # (B, n, dim)
+            n = hidden.shape[1]
+            asked = [([at * n + needed[at][place] for place in path], pairs[i].continuation) for at, path, i in todo]
             for (_, _, i), (logprob, greedy) in zip(todo, _scores(model, hidden.flatten(0, 1), asked)):
                 cut = len(pairs[i].context) + len(pairs[i].continuation) > longest + 1
                 results[i] = Likelihood(logprob, greedy, cut)
     return results
 
 
-def _batches(rows: Iterable[Branches], size: int) -> Iterator[list[Branches]]:
-    """Yield rows in order, with at most `size` texts at a time; no row has more."""
+def _batches(rows: Iterable[Branches], size: int, small: bool) -> Iterator[list[Branches]]:
+    """Yield rows, the shortest first, with at most `size` texts at a time; no row has more. small: as many as a CPU
+    computes fastest."""
     batch: list[Branches] = []
     for row in rows:
-        if batch and sum(len(each.paths) for each in (*batch, row)) > size:
+        width, texts = len(row.ids), sum(len(each.paths) for each in (*batch, row))
+        padding = sum(width - len(each.ids) for each in batch)
+        large = small and ((len(batch) + 1) * width > PASS_TOKENS or padding > MOST_PADDING)
+        if batch and (texts > size or large):
             yield batch
             batch = []
         batch.append(row)
@@ -117,19 +129,25 @@ def _batches(rows: Iterable[Branches], size: int) -> Iterator[list[Branches]]:
         yield batch
 
 
-def _hidden(model: Transformer, rows: Sequence[Branches], prefix: KVCache, past: int) -> torch.Tensor:
-    """Return the hidden states (B, T, dim) of rows from position `past` on; `prefix` holds what is before."""
+def _hidden(
+    model: Transformer, rows: Sequence[Branches], prefix: KVCache, past: int, needed: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Return the hidden states (B, n, dim) of rows in their `needed` places, those of row i first; `prefix` holds the
+    `past` ids before all rows."""
     width, alone = max(len(row.ids) for row in rows), all(len(row.paths) == 1 for row in rows)
     tokens = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=model.device)  # (B, T)
+    n = max(map(len, needed))
+    places = torch.tensor([[*each, *[0] * (n - len(each))] for each in needed], device=model.device)  # (B, n)
     # no id sees the padding behind it; only an encoding that depends on the length of a text has to know of it
     if not past and alone and (model.rope.cache_rotated or len(rows[0].ids) == width):
-        return model.hidden(tokens)
+        return hidden_at(model, tokens, places)
     if isinstance(prefix, KVCache) and prefix.rotated:
-        return model.hidden(tokens, cache=BranchCache(prefix, past, rows, width))
+        return hidden_at(model, tokens, places, BranchCache(prefix, past, rows, width))
     cache = copy.copy(prefix)  # `reorder` gives the copy tensors of its own
     cache.reorder(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
     positions = torch.arange(past, past + width, device=model.device).expand(len(rows), -1)  # (B, T)
-    return model.hidden(tokens, positions=positions, cache=cache, lengths=[past + len(row.ids) for row in rows])
+    hidden = model.hidden(tokens, positions=positions, cache=cache, lengths=[past + len(row.ids) for row in rows])
+    return pick(hidden, places)
 
 
 def _scores(

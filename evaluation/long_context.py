@@ -6,7 +6,6 @@ both ends; or its beginning, as lm-evaluation-harness cuts it (--cut left).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from abc import abstractmethod
@@ -19,7 +18,7 @@ from cli.extras import need
 from cli.progress import say
 from decoding.params import SamplingParams
 from evaluation import long_metrics as metrics
-from evaluation.benchmark import Benchmark, Item, plain, summarize
+from evaluation.benchmark import Benchmark, Item, plain, prompt_ids, summarize
 from evaluation.estimate import estimates
 from serving.assistant import Assistant
 
@@ -91,11 +90,10 @@ class LongAnswers(Benchmark):
     def encode(self, assistant: Assistant, item: Item, room: int) -> tuple[list[int], bool]:
         """Return the ids of a prompt, at most `room`, and whether it had to be cut."""
         tokenizer = assistant.tokenizer
-        plain_assistant = dataclasses.replace(assistant, template=None)
-        asked = assistant if assistant.template is not None and self.templated(item) else plain_assistant
+        templated = assistant.template is not None and self.templated(item)
 
         def whole(text: str) -> list[int]:
-            return asked.encode([{"role": "user", "content": text}])
+            return assistant.encode([{"role": "user", "content": text}]) if templated else prompt_ids(tokenizer, text)
 
         ids = whole(item.question)
         if len(ids) <= room:

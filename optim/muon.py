@@ -84,9 +84,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     if tall:  # the smaller Gram matrix
         x = x.mT
     # the Frobenius norm bounds the largest singular value: all start in [0, 1], where the iteration converges
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).contiguous()
     for _ in range(steps):
         # each singular value s becomes a s + b s^3 + c s^5
-        gram = x @ x.mT  # (n, r, r), r <= c
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)  # (n, r, r), r <= c
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -10,8 +10,10 @@ harness reads them by its own tasks, of which only the place of the data is chan
 passkey, answers, perplexity) it is given the texts as they are, so that transformers computes them again.
 
 Columns of the table: items, choices or answers that differ between any two (answers but for blanks at their ends),
-largest difference of a log-probability, also as a share of it (the harness adds up in float32), seconds of each, and
-how many times eval.py is faster than `hf`. Seconds are those of the processor (of all threads), so that other programs
+answers of the same ids that transformers writes as another text (it writes U+FFFD for all bytes of a run in which a
+byte belongs to no character, also for those that are one; they are compared as our tokenizer writes them), largest
+difference of a log-probability, also as a share of it (the harness adds up in float32), seconds of each, and how many
+times eval.py is faster than `hf`. Seconds are those of the processor (of all threads), so that other programs
 of the machine count little: for the harness those of its models without what it does beside, for eval.py all. All get
 the same batch size and the same id before a text without context, and leave out the beginning of a prompt that does not
 fit. Items that eval.py asks with fewer examples, or of which it asks for a shorter answer, are not compared. With
@@ -41,7 +43,7 @@ from cli.extras import need
 from evaluation.harness import adapter
 from serving.assistant import first_id, usable_template
 from tests.helpers.harness_tasks import TASKS, json_rows, make_asked
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 # ---- who is asked
 
@@ -72,6 +74,24 @@ def ask_harness(model: Any, tasks: dict[str, dict[str, Any]], limit: int, chat: 
         # GSM8K has two samples of a problem, one for each way to find its number
         found[subject] = list({sample["doc_id"]: responses(sample["resps"]) for sample in samples}.values())
     return found, seconds
+
+
+def write_as_ours(hf: Any, tokenizer: Tokenizer) -> list[str]:
+    """Let the harness's `hf` model write the ids of an answer as `tokenizer` does. Return a list that will hold the
+    answers that transformers writes as another text, blanks at the ends apart."""
+    theirs, otherwise = hf.tok_decode, []
+
+    def decode(ids: int | list[int], skip_special_tokens: bool = True) -> str:
+        text = theirs(ids, skip_special_tokens=skip_special_tokens)
+        if isinstance(ids, int):  # the name of eos, which may end an answer
+            return text
+        ours = tokenizer.decode(ids)
+        if ours.strip() != text.strip():
+            otherwise.append(text)
+        return ours
+
+    hf.tok_decode = decode
+    return otherwise
 
 
 def responses(found: list) -> list[float] | str:
@@ -182,6 +202,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[list[Any]]:
         # of a text that is judged whole, the first id stands before it already
         begins = bool(load_tokenizer(args.model).begins) and name != "perplexity"
         hf = HFLM(str(args.model), dtype="float32", device="cpu", add_bos_token=begins, **same)
+        otherwise = write_as_ours(hf, load_tokenizer(args.model))
         chat = name == "answers" and usable_template(load_tokenizer(args.model)) is not None
         results = [ask_harness(hf, tasks, args.items, chat)]
         with torch.inference_mode():
@@ -192,7 +213,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[list[Any]]:
             results.append(ask_server(args, tasks, begins, chat))
     items, differ, largest, share = compare([found for found, _ in results])
     seconds = [f"{each:.1f}" for _, each in results]
-    cells = [options.get("shots", 0), items, differ, f"{largest:.1e}", f"{share:.1e}"]
+    cells = [options.get("shots", 0), items, differ, len(otherwise), f"{largest:.1e}", f"{share:.1e}"]
     yield [*cells, *seconds, f"{results[0][1] / results[2][1]:.1f}"]
 
 
@@ -211,7 +232,7 @@ def main() -> None:
     args = parser.parse_args()
     need("tests.harness_table", "eval", "lm_eval")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    heads = ["shots", "items", "differ", "largest difference", "as a share", "hf s", "adapter s", "eval.py s"]
+    heads = ["shots", "items", "differ", "bytes", "largest difference", "as a share", "hf s", "adapter s", "eval.py s"]
     heads += ["server s"] * args.server + ["eval.py is faster"]
     print(f"{'task':<12}" + "".join(f"{head:>{len(head) + 2}}" for head in heads))
     with tempfile.TemporaryDirectory() as saved:

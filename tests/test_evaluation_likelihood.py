@@ -7,7 +7,8 @@ import torch
 from helpers.small_model import small_model
 
 from evaluation import likelihood
-from evaluation.branches import join
+from evaluation.branches import BranchCache, Branches, join
+from evaluation.last_block import hidden_at
 from evaluation.likelihood import Pair, encode_pair, log_likelihoods, windows
 
 WINDOW = 48
@@ -126,3 +127,42 @@ def test_texts_that_part_later_are_computed_together(shared, options, monkeypatc
     assert max(len(row.paths) for row in join(sorted({(*start, *begins[0], i) for i in range(20)}), 0, 999, 7)) == 7
     apart = sum(len(pair.context) + len(pair.continuation) - 1 - shared for pair in pairs)
     assert (sum(fed) < 0.7 * apart) == ("rope_scaling" not in options)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"qk_norm": True, "attention_bias": True}], ids=str)
+@pytest.mark.parametrize("past", [0, 4])
+def test_the_last_block_in_a_few_places_is_that_of_all_places(past, options, monkeypatch):
+    model = small_model(max_seq_len=WINDOW, n_kv_heads=1, **options)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50, (3, past + 12), generator=generator)
+    places = torch.tensor([[11, 2], [0, 0], [5, 6]])
+    tokens[:, :past] = tokens[0, :past]  # all rows begin alike
+    cache = None
+    with torch.no_grad():
+        expected = model.hidden(tokens)[torch.arange(3)[:, None], past + places]
+        if past:
+            prefix = model.make_cache(1, WINDOW)
+            model.hidden(tokens[:1, :past], cache=prefix, lengths=[past])
+            rows = [Branches([*text[past:]], [*range(past, past + 12)], {text: [*range(12)]}) for text in texts(tokens)]
+            cache = BranchCache(prefix, past, rows, 12)
+        monkeypatch.setattr(model, "hidden", None)  # not all places
+        found = hidden_at(model, tokens[:, past:], places, cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def texts(tokens: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in tokens.tolist()]
+
+
+def test_batches_are_small_on_a_cpu_and_have_little_padding():
+    rng = random.Random(0)
+    rows = [
+        Branches([1] * n, [*range(n)], {(n,): [*range(n)]}) for n in sorted(rng.randrange(1, 600) for _ in range(200))
+    ]
+    batches = [*likelihood._batches(rows, 32, small=True)]
+    assert [row for batch in batches for row in batch] == rows
+    for batch in batches:
+        width = len(batch[-1].ids)
+        assert len(batch) <= 32 and (len(batch) == 1 or len(batch) * width <= likelihood.PASS_TOKENS)
+        assert sum(width - len(row.ids) for row in batch) <= likelihood.MOST_PADDING
+    assert [len(batch) for batch in likelihood._batches(rows, 32, small=False)] == [32] * 6 + [8]

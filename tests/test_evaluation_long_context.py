@@ -12,6 +12,7 @@ from helpers.tiny_chat_model import save_chat_model
 from decoding.generate import generate
 from decoding.params import SamplingParams
 from eval import Args, main
+from evaluation.benchmark import prompt_ids
 from evaluation.long_context import SETS, SETS_E, LongBench, LongEval
 from evaluation.passkey import DEPTHS, Passkey
 from evaluation.registry import make_task
@@ -89,7 +90,7 @@ def test_answers_are_those_of_the_model_after_the_template_where_one_is_used(mod
     for item, templated in zip(items, (True, False)):
         text = PROMPTS[item["subject"]].replace("{context}", "月 moon " * 3).replace("{input}", "q0 {context}")
         alone = dataclasses.replace(assistant, template=assistant.template if templated else None)
-        ids = alone.encode([{"role": "user", "content": text}])
+        ids = alone.encode([{"role": "user", "content": text}]) if templated else prompt_ids(alone.tokenizer, text)
         (answer,) = generate(assistant.model, [ids], SamplingParams(temperature=0, max_new_tokens=8), alone.stop)
         assert item["answer"] == alone.text(answer) or item["answer"] == assistant.text(answer)
         assert item["tokens"] == len(ids)

@@ -1,12 +1,14 @@
 """Rows that are made in the published layouts are read by our own tasks, none of them bad, and are right or wrong."""
 
 import random
+import re
 
 import pytest
-from harness_rows import BLIMP, SHOTS, ZHOBLIMP, swapped, write_exam, write_longeval, write_pairs, write_texts
+from harness_rows import BLIMP, SHOTS, ZHOBLIMP, long_row, swapped, write_exam, write_longeval, write_pairs, write_texts
 
 import eval as eval_script
 from evaluation.exam_subjects import ACLUE
+from evaluation.long_context import SETS
 from evaluation.registry import make_task
 
 DIGITS = "零一二三四五六七八九"
@@ -41,6 +43,16 @@ def test_pairs_differ_by_the_order_of_two_parts(task, names, sentences, space, t
         good, bad = item.choices
         assert good.strip() in sentences and good != bad and sorted(good) == sorted(bad)
     assert swapped(random.Random(1), ["a", "a", "b", "c"]) == ["a", "b", "a", "c"]  # equal neighbours stay
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_right_answer_to_a_long_prompt_has_the_full_score(name):
+    language, metric = SETS[name]
+    row = long_row(random.Random(1), name, language, {"zh": ZH, "en": EN}, 0)
+    (answer,) = row["answers"]
+    assert metric(answer, answer, row["all_classes"] or []) == pytest.approx(1)
+    if name.startswith("passage"):  # as published: a paragraph has a name with its number, a count is a number
+        assert re.fullmatch({"en": r"Paragraph \d+", "zh": r"段落\d+"}.get(name[-2:], r"\d+"), answer)
 
 
 def test_long_prompts_and_texts(tmp_path):
