@@ -45,6 +45,7 @@ ZERO_PASSED = (
     *("stage3_gather_16bit_weights_on_model_save", "elastic_checkpoint", "ignore_unused_parameters"),
     *("load_from_fp32_weights", "log_trace_cache_warnings"),
 )
+NEVER = 10**12  # steps between two lines of DeepSpeed
 BUCKET = 50_000_000  # numbers that are exchanged at once; DeepSpeed's own 500 million take 2 GB
 
 
@@ -77,6 +78,9 @@ def make_config(wanted: Wanted) -> dict[str, Any]:
     check_sizes(users, wanted, where)
     zero = make_zero(section(users, "zero_optimization", where), wanted, where)
     passed = {key: users[key] for key in PASSED if users.get(key, AUTO) != AUTO}
+    steps = NEVER if users.get("steps_per_print") in (None, 0, AUTO) else users["steps_per_print"]
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"{where}: steps_per_print should be a number of steps, found {steps!r:.100}")
     return passed | {
         # a rank calls the engine once for each micro-batch and says itself which one is the last
         "train_micro_batch_size_per_gpu": 1,
@@ -84,7 +88,7 @@ def make_config(wanted: Wanted) -> dict[str, Any]:
         "gradient_clipping": wanted.grad_clip,  # always: DeepSpeed clips at 1.0 where the key is missing
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # the optimizer is ours, on the CPU as well
-        "steps_per_print": users.get("steps_per_print") or 10**12,  # a large number: never
+        "steps_per_print": steps,
     }
 
 
@@ -161,10 +165,10 @@ def make_zero(users: dict[str, Any], wanted: Wanted, where: str) -> dict[str, An
     check_names(users, ("stage", "offload_optimizer", *ZERO_PASSED), ["offload_param"], f"{where}: zero_optimization")
     passed = {key: users[key] for key in ZERO_PASSED if users.get(key) not in (None, AUTO)}
     for key, value in passed.items():
-        if not isinstance(value, (int, float)) or value < 0:
-            raise ValueError(
-                f"{where}: zero_optimization.{key} should be a number or true or false, found {value!r:.100}"
-            )
+        least = 1 if key.endswith("bucket_size") else 0
+        if not (isinstance(value, (int, float)) and value >= least):
+            what = f"should be a number of at least {least}, or true or false"
+            raise ValueError(f"{where}: zero_optimization.{key} {what}, found {value!r:.100}")
     zero = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET} | passed | {"stage": int(stage)}
     if wanted.offload or offload == "cpu":
         if stage == "0":

@@ -56,6 +56,7 @@ def test_offload(tmp_path):
 
 
 def test_what_is_turned_off_may_stay(tmp_path):
+    assert config(tmp_path, {"steps_per_print": "auto"})["steps_per_print"] == config(tmp_path)["steps_per_print"]
     users = {"bfloat16": {"enabled": False}, "sparse_gradients": False, "communication_data_type": "auto"}
     assert not users.keys() & config(tmp_path, users | {"zero_optimization": {"cpu_offload": False}}).keys()
 
@@ -87,6 +88,8 @@ CPU = {"device": "cpu"}
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients is unknown, or would"),
         ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization: cpu_offload is unknown"),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size should be a number .*found 'big'"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size should be a number of at least 1"),
+        ({"steps_per_print": "x"}, "steps_per_print should be a number of steps, found 'x'"),
     ],
 )
 def test_what_contradicts_a_flag_is_named(users, message, tmp_path):
