@@ -116,6 +116,20 @@ def test_starting_anew_on_request(tmp_path, monkeypatch):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000003"]
 
 
+@pytest.mark.parametrize(("began", "names"), [(0, "was None"), (2, "was step_00000002")])
+def test_a_run_that_another_process_has_changed_meanwhile_is_refused(began, names, tmp_path):
+    data = toy_data(tmp_path)
+    if began:
+        toy_trainer(tmp_path / "run", data, max_steps=began).fit()
+    late = toy_trainer(tmp_path / "run", data, max_steps=6)  # has looked at the run, and is not in it yet
+    toy_trainer(tmp_path / "run", data, max_steps=4).fit()
+    with pytest.raises(
+        ValueError, match=f"another process has changed .*run meanwhile.* {names}, and is step_00000004"
+    ):
+        late.fit()
+    assert toy_trainer(tmp_path / "run", data, max_steps=6).fit()["steps"] == 6
+
+
 def test_rows_that_do_not_divide_are_refused_before_an_older_run_is_replaced(tmp_path):
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=2).fit()

@@ -18,6 +18,20 @@ def check_outside(run: Path, source: Path, resume: str) -> None:
         )
 
 
+def resolved(checkpoint: Path | None) -> Path | None:
+    """Return the directory that a checkpoint or a link to one is."""
+    return checkpoint and checkpoint.resolve()
+
+
+def check_unchanged(run: Path, before: Path | None, now: Path | None) -> None:
+    """Raise ValueError where the newest checkpoint of `run` is no longer what it was before the run was locked."""
+    if now != before:
+        raise ValueError(
+            f"another process has changed {run} meanwhile: its newest checkpoint was {before and before.name}, and is "
+            f"{now and now.name}; repeat the command"
+        )
+
+
 def check_identity(run: Path, theirs: dict[str, Any], ours: dict[str, Any], main: bool) -> None:
     """Raise ValueError that names what differs between a run and the identity of the checkpoint in its directory.
 

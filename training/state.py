@@ -21,7 +21,7 @@ from files import explained, place_aside, point, write_json, written_aside
 from optim.optimizers import Optimizers
 from training.checksums import damage, has_sums, read_progress, write_progress
 from training.generators import rng_state, set_rng_state
-from training.identity import check_identity
+from training.identity import check_identity, check_unchanged, resolved
 from training.pending import Pending
 from training.protocols import Adaptive, Shards, Share, TrainableModel
 
@@ -132,6 +132,7 @@ class Checkpoints:
     saved_step: int = -1  # step of the checkpoint that `last` leads to, or will when it appears
     nothing_found: bool = True  # by `find`
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
+    _newest: tuple[Path | None, ...] = ()  # the newest checkpoint when `find` looked, on the main rank
     _pending: Pending | None = None
     _pruning: Future | None = None
 
@@ -149,6 +150,7 @@ class Checkpoints:
         """
         self.wait()
         state = TrainState(metric=metric)
+        self._newest = (resolved(newest(self.run)),) if self.backend.main else ()
         # one rank reads all files of a checkpoint, and the others take the one that it chose
         last, damaged = self.backend.gather(newest_whole(self.run) if self.backend.main else None)[0]
         self.nothing_found = last is None
@@ -170,6 +172,8 @@ class Checkpoints:
 
     def resume(self) -> None:
         """Restore the weights, the optimizer and the random generators from the checkpoint that `find` has found."""
+        if self._newest:  # the run was not locked yet
+            check_unchanged(self.run, *self._newest, resolved(newest(self.run)))
         if self._found is None:
             return
         (last, stored), self._found, backend = self._found, None, self.backend
