@@ -208,6 +208,15 @@ def test_a_damaged_only_checkpoint_is_refused_by_name(tmp_path, harm):
         toy_trainer(tmp_path / "run", data, max_steps=3)
 
 
+def test_a_checkpoint_that_lost_its_training_state_is_damaged(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=4, save_interval=2).fit()
+    shutil.rmtree((tmp_path / "run" / "last").resolve() / "training_state")
+    assert toy_trainer(tmp_path / "run", data, max_steps=4, save_interval=2).fit()["steps"] == 4
+    said = capsys.readouterr().err
+    assert "step_00000004 is damaged: training_state/state.pt is missing" in said and "going on from step 2" in said
+
+
 def test_an_old_checkpoint_without_sums_goes_on_with_a_notice(tmp_path, capsys):
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=2).fit()

@@ -19,9 +19,9 @@ from cli.progress import say
 from distributed.single import SingleProcess
 from files import explained, place_aside, point, write_json, written_aside
 from optim.optimizers import Optimizers
-from training.checksums import damage, has_sums, read_progress, write_progress
+from training.checksums import STATE, damage, has_sums, read_progress, write_progress
 from training.generators import rng_state, set_rng_state
-from training.identity import check_identity, check_unchanged, resolved
+from training.identity import begin_from, check_identity, check_unchanged, resolved
 from training.pending import Pending
 from training.protocols import Adaptive, Shards, Share, TrainableModel
 
@@ -184,13 +184,7 @@ class Checkpoints:
         if self.adaptive is not None:
             self.adaptive.load_state_dict(stored["adaptive"])
         if backend.main:
-            why = ""
-            if last.name != "last" and (self.run / "last").is_symlink():  # it leads to a damaged checkpoint
-                point(self.run / "last", last)
-                why = f" (from its newest whole checkpoint, {last.name})"
-            elif last.name != "last":
-                why = f" (there is no link `last`: from its newest checkpoint, {last.name})"
-            say(f"going on from step {stored['progress']['step']} of {self.run}{why}")
+            begin_from(self.run, last, stored["progress"]["step"])
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
         """Save `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
@@ -311,7 +305,7 @@ def by_kind(moments: dict[str, dict[str, Any]]) -> tuple[dict[str, dict], dict[s
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
     """Write what resumes training (tensors, numbers, strings, and containers of them) into a checkpoint directory."""
-    path = directory / "training_state" / "state.pt"
+    path = directory / STATE
     path.parent.mkdir()
     torch.save(state, path)
 
@@ -321,7 +315,7 @@ def load_state(directory: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, ValueError where it cannot be read.
     """
-    path = directory / "training_state" / "state.pt"
+    path = directory / STATE
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} holds no training_state/state.pt: it can start a run, but not resume one (use --init_from)"
