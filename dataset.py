@@ -77,6 +77,14 @@ def check_batch_shape(seq_len: int, batch_size: int, seed: int) -> None:
         )
 
 
+def check_division(batch_size: int, world: int) -> None:
+    """Raise ValueError for rows of a step that do not divide over `world` ranks."""
+    if batch_size % world:
+        raise ValueError(
+            f"--data.batch_size {batch_size} does not divide over {world} processes: use a multiple of {world}"
+        )
+
+
 def rows_of_rank(order: np.ndarray, step: int, batch_size: int, rank: int, world: int) -> np.ndarray:
     """Return the rows of `rank` in `step` of an epoch with this `order` of rows, (batch_size // world,) int64.
 
@@ -85,10 +93,7 @@ def rows_of_rank(order: np.ndarray, step: int, batch_size: int, rank: int, world
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is outside the world of {world} processes")
-    if batch_size % world:
-        raise ValueError(
-            f"--data.batch_size {batch_size} does not divide over {world} processes: use a multiple of {world}"
-        )
+    check_division(batch_size, world)
     rows = order[step * batch_size : (step + 1) * batch_size]
     return np.pad(rows, (0, batch_size - len(rows)), constant_values=-1)[rank::world]
 

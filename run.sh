@@ -117,13 +117,22 @@ check_switches() {
   contains "$use" single ddp fsdp deepspeed || misused "--use should be single, ddp, fsdp or deepspeed, found $use"
   [[ "$minutes" =~ ^([1-9][0-9]{0,5})?$ ]] || misused "--minutes expects a whole number of minutes, found $minutes"
   if [ -n "$minutes" ] && [ "$stage" != all ]; then misused "--minutes is for a whole run; for stage $stage there is -- --train.max_minutes"; fi
-  [[ "$nproc" =~ ^([1-9][0-9]*)?$ ]] || misused "--nproc expects a positive number, found $nproc"
+  [[ "$nproc" =~ ^([1-9][0-9]{0,3})?$ ]] || misused "--nproc expects a positive number, found $nproc"
   if [ "$use" = single ] && [ "${nproc:-1}" != 1 ]; then misused "--nproc $nproc needs --use ddp, fsdp or deepspeed"; fi
+  if [ "${nproc:-1}" -gt 2 ] && [ -z "$dry_run" ]; then check_nproc; fi
   check_nodes
   if [ -n "$hostfile" ]; then check_hostfile; fi
   if [ ${#extra[@]} -gt 0 ] && [ "$stage" = all ]; then
     misused "arguments after -- go to one script; name its stage with --stage: one of $(list "${stages[@]:1}" quant)"
   fi
+}
+
+# Every process loads PyTorch, 0.3 GB, before it can find out that there are too many of them.
+check_nproc() {
+  local most what=GPUs
+  most=$(gpus)
+  if [ "$most" = 0 ]; then most=$(getconf _NPROCESSORS_ONLN) what='processor cores'; fi
+  [ "$nproc" -le "$most" ] || misused "--nproc $nproc is more than the $most $what of this machine: use $most or fewer"
 }
 
 check_nodes() { # several machines: which one is this, and do they know each other?
@@ -148,7 +157,7 @@ check_hostfile() {
   [ -z "$nproc$nnodes" ] || misused "--hostfile says which machines and how many processes: remove --nproc and --nnodes"
   [ -f "$hostfile" ] || misused "--hostfile $hostfile: no such file"
   while read -r line || [ -n "$line" ]; do
-    number=$((number + 1))
+    number=$((number + 1)) line=${line%$'\r'} # a file from Windows
     case $line in '' | '#'*) continue ;; esac
     read -r host slots <<<"$line"
     [[ "$slots" =~ ^slots=[1-9][0-9]*$ ]] || misused "--hostfile $hostfile, line $number: expected HOST slots=N, found $line"

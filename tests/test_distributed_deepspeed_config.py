@@ -46,6 +46,19 @@ def test_offload(tmp_path):
         assert found["zero_optimization"]["offload_optimizer"] == CPU
         assert found["zero_force_ds_cpu_optimizer"] is False
     assert "offload_optimizer" not in config(tmp_path)["zero_optimization"]
+    auto = {"zero_optimization": {"offload_optimizer": {"device": "auto", "pin_memory": True}}}
+    assert "offload_optimizer" not in config(tmp_path, auto)["zero_optimization"]
+    assert config(tmp_path, auto, offload=True)["zero_optimization"]["offload_optimizer"] == CPU | {"pin_memory": True}
+    none = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
+    assert "offload_optimizer" not in config(tmp_path, none)["zero_optimization"]
+    with pytest.raises(ValueError, match=r"offload_optimizer.device none contradicts --train.zero_offload"):
+        config(tmp_path, none, offload=True)
+
+
+def test_what_is_turned_off_may_stay(tmp_path):
+    assert config(tmp_path, {"steps_per_print": "auto"})["steps_per_print"] == config(tmp_path)["steps_per_print"]
+    users = {"bfloat16": {"enabled": False}, "sparse_gradients": False, "communication_data_type": "auto"}
+    assert not users.keys() & config(tmp_path, users | {"zero_optimization": {"cpu_offload": False}}).keys()
 
 
 CPU = {"device": "cpu"}
@@ -67,6 +80,16 @@ CPU = {"device": "cpu"}
         ({"zero_optimization": {"stage": 3, "offload_param": CPU}}, "only offload_optimizer to the device cpu"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": CPU}}, "--train.zero_offload needs .* 1, 2 or 3"),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning contradicts the flags"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is unknown.* did you mean 'zero_optimization'"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 is unknown, or would change the numbers"),  # bf16, by its old name
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is unknown, or would change the numbers"),
+        ({"communication_data_type": "fp16"}, "communication_data_type is unknown, or would change the numbers"),
+        ({"zero_optimization": {"reduce_bucket_sizes": 1}}, "zero_optimization: reduce_bucket_sizes is unknown"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients is unknown, or would"),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization: cpu_offload is unknown"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size should be a number .*found 'big'"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size should be a number of at least 1"),
+        ({"steps_per_print": "x"}, "steps_per_print should be a number of steps, found 'x'"),
     ],
 )
 def test_what_contradicts_a_flag_is_named(users, message, tmp_path):

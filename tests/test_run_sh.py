@@ -65,6 +65,7 @@ def test_help_names_every_switch_stage_and_preset(stubs: StubScripts) -> None:
         (["--use=deepspeed", "--stage=sft", "--hostfile=a", "--nproc=2"], "remove --nproc and --nnodes"),
         (["--use", "ddp", "--nproc", "two"], "positive number, found two"),
         (["--use", "ddp", "--nproc", "0"], "positive number, found 0"),
+        (["--use", "ddp", "--nproc", "9999"], "--nproc 9999 is more than the "),
         (["--minutes", "0"], "--minutes expects a whole number of minutes, found 0"),
         (["--minutes", "9", "--stage", "sft"], "for stage sft there is -- --train.max_minutes"),
         (["--nproc", "2"], "--use ddp, fsdp or deepspeed"),
@@ -133,7 +134,7 @@ def test_a_machine_among_several_is_told_its_number_and_the_first_one(stubs: Stu
 
 
 def test_a_hostfile_goes_to_the_launcher_of_deepspeed(stubs: StubScripts) -> None:
-    (stubs.root / "hosts").write_text("# two machines\n\nnode0 slots=8\nnode1   slots=8")
+    (stubs.root / "hosts").write_text("# two machines\r\n\nnode0 slots=8\r\nnode1   slots=8")
     words = ["--stage", "sft", "--use", "deepspeed", "--hostfile", "hosts"]
     command = commands(stubs.bash("run.sh", "--dry_run", *words).stdout)[1]
     assert command[:3] == [".venv/bin/deepspeed", "--hostfile", "hosts"]

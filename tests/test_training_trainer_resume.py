@@ -9,6 +9,7 @@ import torch
 from helpers.tiny_training_run import Changed, quick, rows, toy_data, toy_trainer  # noqa: F401
 
 from checkpoint.directory import load_model
+from distributed.single import SingleProcess
 from optim.args import OptimArgs
 from training import trainer
 from training.state import checkpoints, load_state
@@ -113,6 +114,16 @@ def test_starting_anew_on_request(tmp_path, monkeypatch):
     toy_trainer(tmp_path / "run", data, max_steps=3, resume="never").fit()
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000003"]
+
+
+def test_rows_that_do_not_divide_are_refused_before_an_older_run_is_replaced(tmp_path):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=2).fit()
+    four = SingleProcess(torch.device("cpu"))
+    four.world = 4
+    with pytest.raises(ValueError, match="batch_size 6 does not divide over 4 processes: use a multiple of 4"):
+        toy_trainer(tmp_path / "run", data, resume="never", use_backend=four)
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
 def test_a_last_that_leads_nowhere_is_refused_not_started_anew(tmp_path):

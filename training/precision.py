@@ -6,7 +6,7 @@ import torch
 
 from attention import backends
 from attention.shifted_sparse import ShiftedSparse
-from dataset import BatchSource
+from dataset import BatchSource, check_division
 from distributed.single import SingleProcess
 from distributed.split import check_rows, check_shape
 from hardware import DTYPES, can_compile, exact_float32_matmul, has_bfloat16
@@ -30,9 +30,10 @@ def check_length(seq_len: int, model: TrainableModel) -> None:
 
 
 def check_data(model: TrainableModel, args: TrainArgs, data: BatchSource, backend: SingleProcess) -> None:
-    """Raise ValueError for rows that are too long, and for a model or rows that --train.tp and --train.pp cannot
-    divide."""
+    """Raise ValueError for rows that are too long, for a step whose rows do not divide over the ranks, and for a model
+    or rows that --train.tp and --train.pp cannot divide."""
     check_length(data.seq_len, model)
+    check_division(data.batch_size, backend.data_world)  # here, before a run in the same directory is replaced
     if max(args.tp, args.pp) == 1:
         return
     if not isinstance(model, Transformer):
