@@ -182,7 +182,13 @@ class Benchmark(Task):
         return 0
 
     def read(self, path: Path, expected: str, is_right: Callable[[dict], bool]) -> Iterator[tuple[int, dict]]:
-        """Yield the records of a file with their numbers; those that are not `expected` go to `broken`."""
+        """Yield the records of a file with their numbers; those that are not `expected` go to `broken`.
+
+        Raises FileNotFoundError for a folder, and where there is no file.
+        """
+        if not path.is_file():
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"--task {self.name}: {path} {found}; expected {self.source}")
         for number, record in enumerate(records(path)):
             if isinstance(record, BadRecord):
                 self.broken.append(record)

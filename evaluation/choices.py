@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.benchmark import Benchmark, Item
-from evaluation.likelihood import encode_pair, log_likelihoods
+from evaluation.likelihood import Pair, encode_pair, log_likelihoods
 from serving.assistant import Assistant
 
 
@@ -24,6 +24,7 @@ class ChoiceBenchmark(Benchmark):
             for item, n in zip(items, shots)
             for choice in item.choices
         ]
+        self.check_lengths(assistant, items, pairs)
         likelihoods = iter(log_likelihoods(assistant.model, pairs, self.batch_size))
         records = []
         for item, n in zip(items, shots):
@@ -41,3 +42,17 @@ class ChoiceBenchmark(Benchmark):
             records.append({"scores": scores, "choice": choice, "answer": item.answer, "logprobs": logprobs})
             records[-1] |= {"shots": n, "cut": cut}
         return records
+
+    def check_lengths(self, assistant: Assistant, items: Sequence[Item], pairs: Sequence[Pair]) -> None:
+        """Raise ValueError for a choice without a token, and for one that is longer than the model's window.
+
+        pairs: those of all choices of all items, in order.
+        """
+        window = assistant.model.args.max_seq_len
+        owners = [item for item in items for _ in item.choices]
+        for item, (_, continuation) in zip(owners, pairs):
+            if not 0 < len(continuation) <= window:
+                raise ValueError(
+                    f"{self.data}: a choice of {item.key} has {len(continuation)} tokens; expected 1 to {window}, the "
+                    "model's window: remove this row, or measure a model with another window or vocabulary"
+                )

@@ -88,12 +88,14 @@ class PublishedExam(Exam):
     def blocks(self) -> Iterator[list[Item]]:
         """Raises ValueError for a subject that does not exist, FileNotFoundError where none has a file."""
         self.check_subjects(self.table)
-        for name in self.subjects or self.table:
-            path = self.path(name, self.split or self.usual_split)
+        split = self.split or self.usual_split
+        paths = {name: self.path(name, split) for name in self.subjects or self.table}
+        if missing := [name for name, path in paths.items() if path is None]:
+            which = f"--subjects {' '.join(missing)}" if self.subjects else "any subject"
+            if self.subjects or len(missing) == len(paths):
+                raise FileNotFoundError(f"{self.data / split} has no file of {which}; expected {self.source}")
+        for name, path in paths.items():
             if path is None:
-                if self.subjects:
-                    where = self.data / (self.split or self.usual_split)
-                    raise FileNotFoundError(f"{where} has no file of --subjects {name}; expected {self.source}")
                 continue
             shots = []
             if self.n_shots:
@@ -195,7 +197,7 @@ class MMLUExam(PublishedExam):
 class OwnQuestions(Exam):
     """A file of the user's own: records with "question", "A", "B", ... or "choices", "answer", and perhaps "subject".
 
-    The first --shots records of a subject are its solved examples, and are not asked.
+    The first --shots records of a subject that have an answer are its solved examples, and are not asked.
     """
 
     name = "choices"
@@ -212,9 +214,17 @@ class OwnQuestions(Exam):
                 continue
             subjects.setdefault(str(record.get("subject", self.data.stem)), []).append(question)
         self.check_subjects(subjects)
+        blocks = []
         for subject in self.subjects or subjects:
-            shots, questions = subjects[subject][: self.n_shots], subjects[subject][self.n_shots :]
-            yield [self.item(subject, Subject(subject, ""), question, shots) for question in questions]
+            shots = [question for question in subjects[subject] if question.answer is not None][: self.n_shots]
+            questions = [question for question in subjects[subject] if question not in shots]
+            blocks.append([self.item(subject, Subject(subject, ""), question, shots) for question in questions])
+        if blocks and not any(blocks):
+            raise ValueError(
+                f"--shots {self.n_shots}: all questions of {self.data} would be examples, and none would be asked; "
+                "give fewer shots"
+            )
+        yield from blocks
 
     def body(self, question: Question) -> str:
         chinese = any("\u4e00" <= character <= "\u9fff" for character in question.text)
@@ -243,7 +253,7 @@ def read_question(record: Mapping, number: str) -> Question:
     given = record.get("answer")
     if given is None or given == "":
         answer = None
-    elif isinstance(given, int) and 0 <= given < len(options):
+    elif type(given) is int and 0 <= given < len(options):
         answer = given
     elif (letter := str(given).strip()).upper() in LETTERS[: len(options)] and letter:
         answer = LETTERS.index(letter.upper())

@@ -138,10 +138,11 @@ def _hidden(
     tokens = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=model.device)  # (B, T)
     n = max(map(len, needed))
     places = torch.tensor([[*each, *[0] * (n - len(each))] for each in needed], device=model.device)  # (B, n)
+    ours = isinstance(prefix, KVCache)  # a model that runs through transformers has other caches, and no blocks of ours
     # no id sees the padding behind it; only an encoding that depends on the length of a text has to know of it
-    if not past and alone and (model.rope.cache_rotated or len(rows[0].ids) == width):
+    if ours and not past and alone and (prefix.rotated or len(rows[0].ids) == width):
         return hidden_at(model, tokens, places)
-    if isinstance(prefix, KVCache) and prefix.rotated:
+    if ours and prefix.rotated:
         return hidden_at(model, tokens, places, BranchCache(prefix, past, rows, width))
     cache = copy.copy(prefix)  # `reorder` gives the copy tensors of its own
     cache.reorder(torch.zeros(len(rows), dtype=torch.int64, device=model.device))

@@ -165,6 +165,30 @@ def test_own_questions_with_their_first_records_as_examples(model, tmp_path):
     assert result["all"]["accuracy_norm"]["value"] == float(sums[0] >= sums[1] / 2)
     with pytest.raises(ValueError, match="--subjects 丙: expected names among 甲, 乙"):
         main(dataclasses.replace(args, subjects=("丙",)))
+    with pytest.raises(ValueError, match=r"--shots 2: all questions of .* would be examples"):
+        main(dataclasses.replace(args, shots=2))
+    with pytest.raises(FileNotFoundError, match=f"--task choices: {tmp_path} is a folder; expected a csv"):
+        main(dataclasses.replace(args, data=tmp_path))
+
+
+def test_only_questions_with_an_answer_are_examples(model, tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [
+        {"question": f"{n}何？", "choices": ["东", "西"], "answer": answer}
+        for n, answer in enumerate([None, 0, 1, True])
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    result = main(Args(model=model, task="choices", data=path, shots=1, output=tmp_path / "own.json"))
+    assert result["first_prompt"] == "1何？\nA. 东\nB. 西\n答案： A\n\n0何？\nA. 东\nB. 西\n答案："
+    assert [item["item"] for item in items_of(tmp_path / "own.json")] == ["own/0", "own/2"]
+    assert (result["all"]["accuracy"]["items"], result["bad_rows"]) == (1, 1)  # true is no number of a choice
+
+
+def test_a_choice_beyond_the_window_is_named(model, tmp_path):
+    path = tmp_path / "order.jsonl"
+    path.write_text(json.dumps({"sentence_good": "江" * 2000, "sentence_bad": "上"}), encoding="utf8")
+    with pytest.raises(ValueError, match=r"a choice of order/0 has \d+ tokens; expected 1 to 1024, the model's window"):
+        main(Args(model=model, task="zhoblimp", data=path, output=tmp_path / "p.json"))
 
 
 @pytest.mark.parametrize(("task", "space"), [("blimp", " "), ("zhoblimp", "")])
@@ -250,6 +274,7 @@ def test_two_models_are_compared_on_the_same_items(args, tmp_path, capsys):
         ({"subjects": ("logics",)}, "--subjects logics: expected names among computer_network,"),
         ({"subjects": ("physician",)}, "val has no file of --subjects physician"),
         ({"split": "test", "subjects": ("logic",)}, "test has no file of --subjects logic"),
+        ({"task": "cmmlu", "data": Path(__file__).parent}, "test has no file of any subject; expected CMMLU's"),
     ],
 )
 def test_missing_data_is_one_sentence(args, changes, sentence):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.small_model import small_model
 
+from checkpoint.transformers_model import TransformersModel
 from evaluation import likelihood
 from evaluation.branches import BranchCache, Branches, join
 from evaluation.last_block import hidden_at
@@ -166,3 +167,21 @@ def test_batches_are_small_on_a_cpu_and_have_little_padding():
         assert len(batch) <= 32 and (len(batch) == 1 or len(batch) * width <= likelihood.PASS_TOKENS)
         assert sum(width - len(row.ids) for row in batch) <= likelihood.MOST_PADDING
     assert [len(batch) for batch in likelihood._batches(rows, 32, small=False)] == [32] * 6 + [8]
+
+
+@pytest.mark.parametrize("shared", [0, 12])
+def test_a_model_that_runs_through_transformers_is_judged_alike(shared):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = transformers.GPTNeoXConfig(**shape, vocab_size=50, max_position_embeddings=WINDOW)
+    model = TransformersModel(transformers.GPTNeoXForCausalLM(config).double()).eval()
+    rng = random.Random(shared)
+    start = [rng.randrange(50) for _ in range(shared)]
+    pairs = [
+        Pair(start + [rng.randrange(50) for _ in range(n)], [rng.randrange(50) for _ in range(m)])
+        for n, m in ((1, 1), (1, 4), (7, 2), (60, 3))
+    ]
+    for pair, (logprob, greedy, _) in zip(pairs, log_likelihoods(model, pairs, batch_size=3)):
+        expected, likeliest = brute_force(model, pair)
+        assert logprob == pytest.approx(expected, rel=1e-9) and greedy == likeliest  # all in float64
