@@ -22,7 +22,7 @@ def run_directory(run: Path) -> list[Check]:
     for path in checkpoints(run):
         wrong = damage(path)
         found.append(judged(path.name, "files with the SHA-256 that was saved", wrong or "whole", OLDER, bool(wrong)))
-    advice = f"python report.py --run {run} shows the curves"
+    advice = f"python report.py {run} shows the curves"
     for each in findings(read_run(run)):
         text = f"{each.title}: {each.text}"
         found.append(Check(LEVELS[each.level], "log", "numbers of a healthy run", text, advice))

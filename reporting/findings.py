@@ -56,7 +56,7 @@ def not_finite(run: Run) -> list[Finding]:
 
 def initial_loss(run: Run) -> list[Finding]:
     """The first loss of a new model is near ln V, since it finds all V ids about equally likely."""
-    first, vocab = first_loss(run), run.training.get("vocab_size") or run.settings.get("model.vocab_size")
+    first, vocab = first_loss(run), vocab_size(run)
     if run.kind != "pretrain" or run.settings.get("init_from") or first is None or not vocab:
         return []
     expected = math.log(vocab)
@@ -69,6 +69,11 @@ def initial_loss(run: Run) -> list[Finding]:
         return [Finding("warning", "First loss", f"{compared} Initial weights that are too large look like this.")]
     text = f"{compared} A model that sees what it should predict looks like this, or data of a few ids only."
     return [Finding("warning", "First loss", text)]
+
+
+def vocab_size(run: Run) -> int | None:
+    """Return the number of ids of a run's model; None where its record does not say."""
+    return run.training.get("vocab_size") or run.settings.get("model.vocab_size")
 
 
 def first_loss(run: Run) -> float | None:
@@ -139,6 +144,19 @@ def not_learning(run: Run) -> list[Finding]:
             "The rate may be far too low or too high, or nothing is trained (--show 3 marks the targets)."
         )
     return [Finding("warning", "Not learning", text)]
+
+
+def worse_than_chance(run: Run) -> list[Finding]:
+    """A loss at the end that is above ln V, that of a model which finds all V ids equally likely."""
+    values, vocab = finite(run.series("eval_loss")[1]) or finite(run.series("loss")[1]), vocab_size(run)
+    if not values or not vocab or run.settings.get("objective", "sft") != "sft" or values[-1] < math.log(vocab) + 0.5:
+        return []
+    text = (
+        f"The loss ends at {values[-1]:.2f}, and a model that has learned nothing has ln {vocab:,} = "
+        f"{math.log(vocab):.2f}: the rate is far too high (lower --optim.lr and --optim.muon_lr by ten), or the model "
+        "began with damaged weights, or with those for another tokenizer."
+    )
+    return [Finding("error", "Worse than chance", text)]
 
 
 def overfitting(run: Run) -> list[Finding]:
@@ -295,6 +313,6 @@ def _now(values: Any) -> str:
 
 
 CHECKS: tuple[Callable[[Run], list[Finding]], ...] = (
-    *(not_finite, initial_loss, warming_up, spikes, not_learning, overfitting, gap),
+    *(not_finite, initial_loss, warming_up, spikes, not_learning, worse_than_chance, overfitting, gap),
     *(slow, held_out, repeated, left_out, samples, changes, clipped),
 )

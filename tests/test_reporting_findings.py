@@ -46,6 +46,7 @@ SICK = {
     "Warm-up": {"training": {"steps": 20}},
     "Spikes": {"metrics": rows(loss=lambda n, v: v + 2 * (n == 40))},
     "Not learning": {"metrics": rows(loss=lambda n, v: 8.4 + 0.01 * (n % 3))},
+    "Worse than chance": {"metrics": rows(eval_loss=lambda n, v: 9.1)},
     "Overfitting": {"metrics": rows(eval_loss=lambda n, v: v + max(0, n - 30) / 50)},
     "Gap": {"metrics": rows(loss=lambda n, v: v - n / 25)},
     "Slower": {"metrics": rows(tokens_per_second=lambda n, v: v if n < 30 else 200.0)},

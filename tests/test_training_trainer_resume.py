@@ -116,6 +116,20 @@ def test_starting_anew_on_request(tmp_path, monkeypatch):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000003"]
 
 
+@pytest.mark.parametrize(("began", "names"), [(0, "was None"), (2, "was step_00000002")])
+def test_a_run_that_another_process_has_changed_meanwhile_is_refused(began, names, tmp_path):
+    data = toy_data(tmp_path)
+    if began:
+        toy_trainer(tmp_path / "run", data, max_steps=began).fit()
+    late = toy_trainer(tmp_path / "run", data, max_steps=6)  # has looked at the run, and is not in it yet
+    toy_trainer(tmp_path / "run", data, max_steps=4).fit()
+    with pytest.raises(
+        ValueError, match=f"another process has changed .*run meanwhile.* {names}, and is step_00000004"
+    ):
+        late.fit()
+    assert toy_trainer(tmp_path / "run", data, max_steps=6).fit()["steps"] == 6
+
+
 def test_rows_that_do_not_divide_are_refused_before_an_older_run_is_replaced(tmp_path):
     data = toy_data(tmp_path)
     toy_trainer(tmp_path / "run", data, max_steps=2).fit()
@@ -192,6 +206,15 @@ def test_a_damaged_only_checkpoint_is_refused_by_name(tmp_path, harm):
         weights.unlink()
     with pytest.raises(ValueError, match=r"no whole checkpoint \(step_00000002: model\.safetensors is "):
         toy_trainer(tmp_path / "run", data, max_steps=3)
+
+
+def test_a_checkpoint_that_lost_its_training_state_is_damaged(tmp_path, capsys):
+    data = toy_data(tmp_path)
+    toy_trainer(tmp_path / "run", data, max_steps=4, save_interval=2).fit()
+    shutil.rmtree((tmp_path / "run" / "last").resolve() / "training_state")
+    assert toy_trainer(tmp_path / "run", data, max_steps=4, save_interval=2).fit()["steps"] == 4
+    said = capsys.readouterr().err
+    assert "step_00000004 is damaged: training_state/state.pt is missing" in said and "going on from step 2" in said
 
 
 def test_an_old_checkpoint_without_sums_goes_on_with_a_notice(tmp_path, capsys):

@@ -16,6 +16,7 @@ from files import read_sealed, write_json, write_sealed
 SUMS = Path("training_state", "sha256.json")
 MOST_BYTES = 1 << 30  # of a file that is compared each time a model is asked: SHA-256 takes about 2 s a GB
 RESULT = "result.json"
+STATE = Path("training_state", "state.pt")
 PROGRESS = Path("training_state", "progress.json")  # it may be newer than the other files, and holds its own sum
 
 
@@ -58,8 +59,8 @@ def has_sums(directory: Path) -> bool:
 
 def damage(directory: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, in words; None where they are whole, or without sums."""
-    if not has_sums(directory):
-        return None
+    if not has_sums(directory):  # an older version wrote it; but the state of the run it wrote, too
+        return None if (directory / STATE).is_file() else f"{STATE} is missing"
     try:
         sums = dict(json.loads((directory / SUMS).read_text(encoding="utf8")))
     except (ValueError, TypeError):

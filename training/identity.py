@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.progress import say
+from files import point
 
 
 def check_outside(run: Path, source: Path, resume: str) -> None:
@@ -16,6 +17,31 @@ def check_outside(run: Path, source: Path, resume: str) -> None:
             f"--init_from {source} lies in --out {run}, and --train.resume never deletes the checkpoints there: choose "
             "another --out"
         )
+
+
+def resolved(checkpoint: Path | None) -> Path | None:
+    """Return the directory that a checkpoint or a link to one is."""
+    return checkpoint and checkpoint.resolve()
+
+
+def check_unchanged(run: Path, before: Path | None, now: Path | None) -> None:
+    """Raise ValueError where the newest checkpoint of `run` is no longer what it was before the run was locked."""
+    if now != before:
+        raise ValueError(
+            f"another process has changed {run} meanwhile: its newest checkpoint was {before and before.name}, and is "
+            f"{now and now.name}; repeat the command"
+        )
+
+
+def begin_from(run: Path, checkpoint: Path, step: int) -> None:
+    """Say from which checkpoint a run goes on. Let the link `last` lead to it, where it leads to a damaged one."""
+    why = ""
+    if checkpoint.name != "last" and (run / "last").is_symlink():
+        point(run / "last", checkpoint)
+        why = f" (from its newest whole checkpoint, {checkpoint.name})"
+    elif checkpoint.name != "last":
+        why = f" (there is no link `last`: from its newest checkpoint, {checkpoint.name})"
+    say(f"going on from step {step} of {run}{why}")
 
 
 def check_identity(run: Path, theirs: dict[str, Any], ours: dict[str, Any], main: bool) -> None:

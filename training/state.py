@@ -19,9 +19,9 @@ from cli.progress import say
 from distributed.single import SingleProcess
 from files import explained, place_aside, point, write_json, written_aside
 from optim.optimizers import Optimizers
-from training.checksums import damage, has_sums, read_progress, write_progress
+from training.checksums import STATE, damage, has_sums, read_progress, write_progress
 from training.generators import rng_state, set_rng_state
-from training.identity import check_identity
+from training.identity import begin_from, check_identity, check_unchanged, resolved
 from training.pending import Pending
 from training.protocols import Adaptive, Shards, Share, TrainableModel
 
@@ -132,6 +132,7 @@ class Checkpoints:
     saved_step: int = -1  # step of the checkpoint that `last` leads to, or will when it appears
     nothing_found: bool = True  # by `find`
     _found: tuple[Path, dict[str, Any]] | None = None  # between `find` and `resume`
+    _newest: tuple[Path | None, ...] = ()  # the newest checkpoint when `find` looked, on the main rank
     _pending: Pending | None = None
     _pruning: Future | None = None
 
@@ -149,6 +150,7 @@ class Checkpoints:
         """
         self.wait()
         state = TrainState(metric=metric)
+        self._newest = (resolved(newest(self.run)),) if self.backend.main else ()
         # one rank reads all files of a checkpoint, and the others take the one that it chose
         last, damaged = self.backend.gather(newest_whole(self.run) if self.backend.main else None)[0]
         self.nothing_found = last is None
@@ -170,6 +172,8 @@ class Checkpoints:
 
     def resume(self) -> None:
         """Restore the weights, the optimizer and the random generators from the checkpoint that `find` has found."""
+        if self._newest:  # the run was not locked yet
+            check_unchanged(self.run, *self._newest, resolved(newest(self.run)))
         if self._found is None:
             return
         (last, stored), self._found, backend = self._found, None, self.backend
@@ -180,13 +184,7 @@ class Checkpoints:
         if self.adaptive is not None:
             self.adaptive.load_state_dict(stored["adaptive"])
         if backend.main:
-            why = ""
-            if last.name != "last" and (self.run / "last").is_symlink():  # it leads to a damaged checkpoint
-                point(self.run / "last", last)
-                why = f" (from its newest whole checkpoint, {last.name})"
-            elif last.name != "last":
-                why = f" (there is no link `last`: from its newest checkpoint, {last.name})"
-            say(f"going on from step {stored['progress']['step']} of {self.run}{why}")
+            begin_from(self.run, last, stored["progress"]["step"])
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
         """Save `step_N`, complete or not at all, and let `last` (and `best`) lead to it.
@@ -307,7 +305,7 @@ def by_kind(moments: dict[str, dict[str, Any]]) -> tuple[dict[str, dict], dict[s
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
     """Write what resumes training (tensors, numbers, strings, and containers of them) into a checkpoint directory."""
-    path = directory / "training_state" / "state.pt"
+    path = directory / STATE
     path.parent.mkdir()
     torch.save(state, path)
 
@@ -317,7 +315,7 @@ def load_state(directory: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError where there is none, ValueError where it cannot be read.
     """
-    path = directory / "training_state" / "state.pt"
+    path = directory / STATE
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} holds no training_state/state.pt: it can start a run, but not resume one (use --init_from)"
