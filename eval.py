@@ -181,6 +181,9 @@ class Args:
         for name, least in (("limit", 1), ("shots", 0), ("stride", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name} should be at least {least}, found {value}")
+        for name in ("output", "per_document"):  # before the model is loaded, and hours are spent
+            if (path := getattr(self, name)) is not None and not path.parent.is_dir():
+                raise ValueError(f"--{name} {path}: {path.parent} is no directory; make it, or choose another place")
         check_flags(self, NEEDS)
 
 

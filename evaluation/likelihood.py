@@ -62,10 +62,14 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], batch_size: int) 
 
     The beginning that all pairs share (the solved examples of a benchmark) is computed once, and continuations of one
     id after the same context share a row. Of a text that is longer than the model's window the beginning is left out.
-    Raises ValueError for an empty continuation, and for one that is longer than the window.
+    Raises ValueError for an empty context or continuation, and for a continuation that is longer than the window.
     """
     longest = model.args.max_seq_len
-    for _, continuation in pairs:
+    for context, continuation in pairs:
+        if not context:
+            raise ValueError(
+                "a context should have at least 1 id, such as bos: the first id of a text is not predicted"
+            )
         if not 0 < len(continuation) <= longest:
             raise ValueError(
                 f"a continuation should have from 1 to {longest} ids (the window), found {len(continuation)}"

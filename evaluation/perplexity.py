@@ -33,15 +33,6 @@ class Perplexity(Benchmark):
     name = "perplexity"
     source = "a text file, or a folder of them (txt, jsonl, json, csv, parquet, also compressed)"
 
-    def __post_init__(self) -> None:
-        """Raise FileNotFoundError where there are no data, or no directory for --per_document."""
-        super().__post_init__()
-        if self.per_document is not None and not self.per_document.parent.is_dir():
-            raise FileNotFoundError(
-                f"--per_document {self.per_document}: {self.per_document.parent} is no directory; make it, or choose "
-                "another place"
-            )
-
     def blocks(self) -> Iterator[list[Item]]:
         for path in find_files(self.data):
             if self.subjects and path.name not in self.subjects:

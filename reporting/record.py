@@ -159,7 +159,8 @@ def read_object(path: Path, problems: list[str], wanted: list[str] | None = None
 
 def read_evaluations(directory: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
     """Return the reports of eval.py in a run, or beside a model: MODEL.TASK.json, poems.json."""
-    paths = [path for path in directory.glob("*.json") if ".items." not in path.name]
+    others = ("run.json", "result.json", QUANTIZATION)  # `read_run` names them where they are damaged
+    paths = [path for path in directory.glob("*.json") if ".items." not in path.name and path.name not in others]
     paths += directory.parent.glob(f"{directory.name}.*.json")
     found = {}
     for path in sorted(paths):

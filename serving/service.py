@@ -66,6 +66,9 @@ class Service:
     def chat(self, request: ChatRequest) -> list[Choice]:
         """Return the choices of a request for an answer in a conversation. Raises ApiError."""
         messages = request.conversation()
+        if request.tool_choice not in (None, "auto", "none"):
+            message = f"tool_choice should be auto or none, found {request.tool_choice!r:.80}: a call cannot be forced"
+            raise ApiError(400, message, "tool_choice")
         if request.calls:
             messages[0] |= {"tools": self.tools(request)}
         if request.top_logprobs is not None and not request.logprobs:
@@ -79,9 +82,6 @@ class Service:
         template = self.assistant.template
         if template is not None and "tools" not in template.rendered:
             raise ApiError(400, f"the chat template of {self.name} has no tools: leave them out", "tools")
-        if request.tool_choice not in (None, "auto"):
-            message = f"tool_choice should be auto or none, found {request.tool_choice!r:.80}: a call cannot be forced"
-            raise ApiError(400, message, "tool_choice")
         return request.tools or []
 
     def prompt_of(self, messages: list[dict]) -> list[int]:

@@ -53,8 +53,10 @@ def test_the_likeliest_continuation_is_called_greedy():
     assert [likelihood.greedy for likelihood in found] == [True, False]
 
 
-def test_a_continuation_without_ids_or_beyond_the_window_is_refused():
+def test_texts_without_ids_or_beyond_the_window_are_refused():
     model = small_model(max_seq_len=WINDOW)
+    with pytest.raises(ValueError, match="a context should have at least 1 id"):
+        log_likelihoods(model, [Pair([5], [1]), Pair([], [1, 2])], 4)
     for continuation in ([], [1] * (WINDOW + 1)):
         with pytest.raises(ValueError, match=f"from 1 to {WINDOW} ids .* found {len(continuation)}"):
             log_likelihoods(model, [Pair([1], continuation)], 4)

@@ -150,7 +150,9 @@ def test_a_damaged_file_costs_its_part_and_is_named(tmp_path, name, damage):
         }
         path.write_bytes(new[damage])
     text = shown(folder)
-    named = name in " ".join(re.findall(r'class="finding[^>]*>(.*?)</div>', text))
+    findings = re.findall(r'class="finding[^>]*>(.*?)</div>', text)
+    named = name in " ".join(findings)
+    assert len(findings) == len(set(findings))
     if name in ("config.yaml", "metrics.jsonl") or (damage != "missing" and name.endswith("json")):
         assert named or (name, damage) == ("metrics.jsonl", "cut")  # a last line that a kill has cut
     assert "<h2" in text

@@ -321,6 +321,7 @@ def test_tokens_and_texts(server):
         (CHAT, ASK | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         (CHAT, ASK | {"top_logprobs": 21, "logprobs": True}, 400, "less than or equal to 20"),
         (CHAT, ASK | {"tools": [{"type": "function"}], "tool_choice": "required"}, 400, "a call cannot be forced"),
+        (CHAT, ASK | {"tool_choice": "required"}, 400, "a call cannot be forced"),
         (CHAT, ASK | {"response_format": {"type": "xml"}}, 400, "response_format should be text, json_object, or"),
         (CHAT, ASK | {"response_format": {"type": "json_schema", "json_schema": {}}}, 400, "response_format should be"),
         ("/v1/embeddings", {"input": "x"}, 400, "embeddings are not offered"),
