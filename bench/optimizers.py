@@ -7,7 +7,7 @@ Runs of pretrain.py on the data of a preset; the model is LLaMA's exactly (an un
 seed 0, and where the best one is at an edge, the next one beyond it, too. Then the best rate runs with the other seeds.
 Runs are kept in `results.tsv` and not repeated. The table has the held-out loss at the end, and the seconds until a run
 was as good as "AdamW, cosine" at its end with the same seed. A name with "short" has 45 % of the steps, so that its
-rate falls in that time; in the first part of a longer run it does not.
+rate falls in that time; in the first part of a longer run it does not. It has the one rate of the preset.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from files import read_rows
 
 
 class Optimizer(NamedTuple):
-    """Flags of an optimizer, the flag of the rate that is tried, the rates, and its share of --steps."""
+    """Flags of an optimizer, the flag of the rate that is tried, the rates (one: nothing is tried), and its share of
+    --steps."""
 
     flags: str
     dial: str
@@ -43,7 +44,7 @@ OPTIMIZERS = {
     REFERENCE: ADAMW,
     "AdamW, WSD": ADAMW._replace(flags="--optim.optimizer adamw --optim.schedule wsd"),
     "Muon, WSD": MUON,
-    "Muon, WSD, short": MUON._replace(share=0.45),
+    "Muon, WSD, short": MUON._replace(rates=(6e-3,), share=0.45),
     "Lion, WSD": Optimizer(
         "--optim.optimizer lion --optim.schedule wsd --optim.weight_decay 0.5", "lr", (5e-4, 1e-3, 2e-3)
     ),
@@ -105,7 +106,7 @@ def main(args: Args) -> None:
 def swept(args: Args, name: str) -> float:
     """Return the rate with the least loss with seed 0."""
     losses = {rate: float(trained(args, name, rate, 0)["metric"]) for rate in OPTIMIZERS[name].rates}
-    while len(losses) < MOST_RATES:
+    while 1 < len(losses) < MOST_RATES:
         rate = min(losses, key=losses.get)
         beyond = {min(losses): rate / FACTOR, max(losses): rate * FACTOR}.get(rate)
         if beyond is None:
