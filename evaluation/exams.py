@@ -206,13 +206,18 @@ class OwnQuestions(Exam):
 
     def blocks(self) -> Iterator[list[Item]]:
         subjects: dict[str, list[Question]] = {}
+        ids = set()  # subject and id of each question: --against pairs the answers of two models by them
         for number, record in self.read(self.data, "an object", bool):
+            subject = str(record.get("subject", self.data.stem))
             try:
                 question = read_question(record, str(number))
+                if (subject, question.id) in ids:
+                    raise ValueError(f"another question of its subject has the id {question.id!r}")
             except ValueError as error:
                 self.refuse(f"{self.data}, record {number + 1}", str(error), record)
                 continue
-            subjects.setdefault(str(record.get("subject", self.data.stem)), []).append(question)
+            ids.add((subject, question.id))
+            subjects.setdefault(subject, []).append(question)
         self.check_subjects(subjects)
         blocks = []
         for subject in self.subjects or subjects:

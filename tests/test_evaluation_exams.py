@@ -184,6 +184,16 @@ def test_only_questions_with_an_answer_are_examples(model, tmp_path):
     assert (result["all"]["accuracy"]["items"], result["bad_rows"]) == (1, 1)  # true is no number of a choice
 
 
+def test_an_id_of_an_earlier_question_is_a_bad_row(model, tmp_path):
+    path = tmp_path / "own.jsonl"
+    same = {"question": "何？", "choices": ["东", "西"], "answer": 0, "id": "x"}
+    rows = [same, {**same, "answer": 1}, {**same, "subject": "乙"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    result = main(Args(model=model, task="choices", data=path, output=tmp_path / "own.json"))
+    assert [item["item"] for item in items_of(tmp_path / "own.json")] == ["own/x", "乙/x"]
+    assert result["bad_rows"] == 1
+
+
 def test_a_choice_beyond_the_window_is_named(model, tmp_path):
     path = tmp_path / "order.jsonl"
     path.write_text(json.dumps({"sentence_good": "江" * 2000, "sentence_bad": "上"}), encoding="utf8")
