@@ -38,18 +38,23 @@ class Optimizer(NamedTuple):
 
 
 REFERENCE = "AdamW, cosine"
-ADAMW = Optimizer("--optim.optimizer adamw --optim.schedule cosine", "lr", (2e-3, 4e-3, 8e-3))
-MUON = Optimizer("--optim.optimizer muon --optim.schedule wsd", "muon_lr", (3e-3, 6e-3, 12e-3))
+ALL_ALIKE = "--optim.embed_lr_ratio 1"
+ADAMW = Optimizer(f"--optim.optimizer adamw --optim.schedule cosine {ALL_ALIKE}", "lr", (2e-3, 4e-3, 8e-3))
+MUON = Optimizer("--optim.optimizer muon --optim.schedule wsd --optim.embed_lr_ratio 2", "muon_lr", (3e-3, 6e-3, 12e-3))
 OPTIMIZERS = {
     REFERENCE: ADAMW,
-    "AdamW, WSD": ADAMW._replace(flags="--optim.optimizer adamw --optim.schedule wsd"),
+    "AdamW, WSD": ADAMW._replace(flags=f"--optim.optimizer adamw --optim.schedule wsd {ALL_ALIKE}"),
     "Muon, WSD": MUON,
     "Muon, WSD, short": MUON._replace(rates=(6e-3,), share=0.45),
     "Lion, WSD": Optimizer(
-        "--optim.optimizer lion --optim.schedule wsd --optim.weight_decay 0.5", "lr", (5e-4, 1e-3, 2e-3)
+        f"--optim.optimizer lion --optim.schedule wsd --optim.weight_decay 0.5 {ALL_ALIKE}", "lr", (5e-4, 1e-3, 2e-3)
     ),
-    "Adafactor, WSD": Optimizer("--optim.optimizer adafactor --optim.schedule wsd", "lr", (0.01, 0.02, 0.04)),
-    "GaLore AdamW, WSD": Optimizer("--optim.optimizer galore_adamw --optim.schedule wsd", "lr", (4e-3, 8e-3, 16e-3)),
+    "Adafactor, WSD": Optimizer(
+        f"--optim.optimizer adafactor --optim.schedule wsd {ALL_ALIKE}", "lr", (0.01, 0.02, 0.04)
+    ),
+    "GaLore AdamW, WSD": Optimizer(
+        f"--optim.optimizer galore_adamw --optim.schedule wsd {ALL_ALIKE}", "lr", (4e-3, 8e-3, 16e-3)
+    ),
 }
 FACTOR = 2.0  # between the rates of a sweep
 MOST_RATES = 6

@@ -130,7 +130,9 @@ def test_zero_equals_one_process(stage, names, alone, environment):
 
 def test_a_rank_that_dies_or_hangs_ends_the_run_with_its_name(tmp_path, environment):
     both = {"dies": {"die": 2}, "hangs": {"hang": 2, "train": {"rank_timeout": 3}}}
-    runs = [start(tmp_path, environment, "fsdp", {name: case}) for name, case in both.items()]
+    for name in both:  # they run at the same time, and each writes its data
+        (tmp_path / name).mkdir()
+    runs = [start(tmp_path / name, environment, "fsdp", {name: case}) for name, case in both.items()]
     (died, why), (hung, what) = (finish(each, LONG) for each in runs)
     assert died and re.search(r"error: rank 1 \(process \d+ on .*\) has ended; the same command goes on", why), why
     assert hung and re.search(r"error: rank 1 \(process \d+ on .*\) hangs: the others have waited 3 s", what), what
