@@ -89,10 +89,10 @@ def what(run: Run) -> str:
         how = {"sft": "fine-tuning on conversations"}.get(str(objective), f"fine-tuning on pairs ({objective})")
         base = run.settings.get("lora.base", "none")
         adapter = "" if method == "none" else f", adapters: {method}" + (f" on {base}" if base != "none" else "")
-        return f"{how}{adapter}, from {run.settings.get('init_from')}"
+        return f"{how}{adapter}, from {run.settings.get('init_from', 'a model that is not known')}"
     if run.kind == "quantize":
-        bits = run.settings.get("bits")
-        return f"quantized by {run.settings.get('method')}, {bits} bits, from {run.settings.get('model')}"
+        method, bits, model = (run.settings.get(name, "?") for name in ("method", "bits", "model"))
+        return f"quantized by {method}, {bits} bits, from {model}"
     return run.kind or "a model"
 
 

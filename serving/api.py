@@ -234,7 +234,8 @@ async def tell_mistake(request: Request, error: Exception) -> Response:
 
 def known_path(request: Request) -> str:
     """Return the path of a request where it is one of ours, else "other": metrics keep no path of a stranger."""
-    return next((path for path, _, _ in ROUTES if path == request.url.path), "other")
+    route = request.scope.get("route")
+    return getattr(route, "path", "other")
 
 
 ROUTES: tuple[tuple[str, str, Callable], ...] = (

@@ -78,7 +78,13 @@ class Service:
         return self.checked(self.choices(request, self.prompt_of(messages), schema=schema, top=top))
 
     def tools(self, request: ChatRequest) -> list[dict]:
-        """Return the tools of a request. Raises ApiError where the template has no place for them."""
+        """Return the tools of a request. Raises ApiError for one without a name, and where the template has no place
+        for them."""
+        for i, tool in enumerate(request.tools or []):
+            function = tool.get("function")
+            if not (isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]):
+                name = f"tools.{i}.function.name"
+                raise ApiError(400, f"{name} is missing: an answer names the function that it calls", name)
         template = self.assistant.template
         if template is not None and "tools" not in template.rendered:
             raise ApiError(400, f"the chat template of {self.name} has no tools: leave them out", "tools")

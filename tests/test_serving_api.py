@@ -261,6 +261,7 @@ def test_models_health_and_metrics(server):
     assert headers["content-type"].startswith("text/plain")
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values['little_llama_requests_total{path="/v1/completions",status="200"}']) >= 1
+    assert float(values['little_llama_requests_total{path="/v1/models/{name:path}",status="404"}']) >= 1
     assert values["little_llama_requests_running"] == "0" and values["little_llama_rows"] == "4"
     assert values['little_llama_request_seconds_bucket{le="+Inf"}'] == values["little_llama_request_seconds_count"]
 

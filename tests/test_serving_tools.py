@@ -116,6 +116,12 @@ def test_tools_and_calls_enter_the_prompt(server, monkeypatch):
     assert without["usage"]["prompt_tokens"] == len(own.encode(ASK["messages"]))
 
 
+@pytest.mark.parametrize("tool", [{}, {"type": "function"}, {"function": {}}, {"function": {"name": ""}}, {"function": 1}])
+def test_a_tool_without_a_name_is_refused(server, tool):
+    sentence = "tools.1.function.name is missing: an answer names the function that it calls"
+    assert server.error(CHAT, ASK | {"tools": [TOOL, tool]}) == (400, sentence)
+
+
 def test_a_template_without_tools_refuses_them(tmp_path):
     directory = save_chat_model(tmp_path)
     settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf8"))
