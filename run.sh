@@ -15,6 +15,7 @@ skipped; an interrupted stage continues where it stopped.
 
   --preset NAME   use configs/NAME.yaml; results go to data/NAME and out/NAME:
                     tiny (default)  short Chinese poems: minutes on two CPU cores
+                    poet            better ones: about an hour on two CPU cores
                     bilingual       Chinese and English: an hour and a half or more on two CPU cores
                     small           one 24 GB GPU
                     base            eight GPUs

@@ -23,6 +23,7 @@ from planning.shapes import from_preset
 
 TASKS = {"pretrain": "pretrain", "sft": "fine_tuning"}  # stage -> its section of a preset
 OTHERS = {"tokenizer": 29.0, "data": 12.0, "eval": 95.0}  # seconds of the stages that do not train, of preset tiny
+CORPUS = ["rhymed_poems"]  # for which the seconds of the tokenizer and of the data are known
 LOOP_SECONDS = 0.028  # of `loop_seconds` on the machine of docs/tiny.md
 AROUND = 8.0  # seconds of a training beside its steps and its compilation: loading, evaluations, checkpoints
 COMPILED = {"fp32": 0.75, "bf16": 0.57}  # seconds of a compiled step, of those of a step that is not (docs/speed.md)
@@ -31,14 +32,15 @@ COMPILED = {"fp32": 0.75, "bf16": 0.57}  # seconds of a compiled step, of those 
 def stages(preset: Path) -> dict[str, float]:
     """Return the seconds of each stage of a preset, none where the number of steps depends on the data.
 
-    Those of the tokenizer and of the data are known for the preset tiny only.
+    Those of the tokenizer and of the data are known for the presets of poems only.
     """
     sections = {stage: read_section(preset, name) for stage, name in TASKS.items()}
     if not all(section.get("train", {}).get("max_steps") for section in sections.values()):
         return {}
     say("Some steps of the training are measured, to say how long all stages take.")
     slower = loop_seconds() / LOOP_SECONDS
-    known = OTHERS if preset.stem == "tiny" else {"eval": OTHERS["eval"]}
+    poems = read_section(preset, "train_tokenizer").get("corpus") == CORPUS
+    known = OTHERS if poems else {"eval": OTHERS["eval"]}
     args = from_preset(preset).args
     trainings = {stage: training_seconds(args, section, slower) for stage, section in sections.items()}
     return {name: seconds * slower for name, seconds in known.items()} | trainings

@@ -28,6 +28,8 @@ def test_steps_compilation_and_what_is_no_training(monkeypatch):
     assert foreseen(monkeypatch, "tiny", bf16=True)["sft"] == 600 * 1.25 * 0.57 + 6 * 10 + 8
     slow = foreseen(monkeypatch, "tiny", slower=3.0)
     assert slow["tokenizer"] == 87 and slow["pretrain"] - compiled["pretrain"] == 2 * (60 + 8)
+    poet = foreseen(monkeypatch, "poet", compiler=False)  # the same corpus
+    assert poet == plain | {"pretrain": 5000 * 1.25 + 8, "sft": 1200 * 1.25 + 8}
 
 
 def test_nothing_is_said_where_the_number_of_steps_depends_on_the_data(monkeypatch):
