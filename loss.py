@@ -7,6 +7,8 @@ depends on the upstream gradient by a scalar factor only, so it is computed in t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -68,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for h, t, s, own in zip(*(x.split(block_rows) for x in (hidden, targets, scale, mine))):
             logits = F.linear(h, w).to(wide)  # (n, V)
             t, s, own = t[:, None], s[:, None].to(wide), own[:, None]
-            lse, of_t = _over_vocabulary(logits.logsumexp(dim=-1, keepdim=True), logits.gather(1, t) * own, group)
+            lse, of_t = _over_vocabulary(_logsumexp(logits), logits.gather(1, t) * own, group)
             log_p = of_t - lse  # (n, 1)
             total = total - (log_p * s).sum()
             losses.append(-log_p[:, 0])
@@ -78,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if z_loss:  # d log(Z)² / d logits = 2 log(Z) softmax
                     of_z = 2 * z_loss * lse * s
                     of_target, s = of_target + log_p.exp() * of_z, s + of_z
-                d = logits.sub_(lse).exp_().mul_(s).to(h.dtype)  # (n, V), in the memory of the logits
+                d = _exp(logits.sub_(lse)).mul_(s).to(h.dtype)  # (n, V), in the memory of the logits
                 d.scatter_(1, t, torch.where(own, of_target.to(h.dtype), d.gather(1, t)))
                 if needs_hidden:
                     grad_hidden.append(d @ w)  # (n, d)
@@ -94,6 +96,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # a scalar leaves the dtype as it is; cast to bfloat16 first, its rounding would scale the whole gradient
         of_hidden, of_weight = (None if grad is None else grad * upstream for grad in ctx.saved_tensors)
         return of_hidden, of_weight, *[None] * 7
+
+
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """Return exp(x), in the memory of `x` where it can be. Compiled for a CPU, exp2 takes half of the time of exp."""
+    return (x * (1 / math.log(2))).exp2() if torch.compiler.is_compiling() else x.exp_()
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm (n, 1) of the sum of exp(logits) over each row of `logits` (n, V)."""
+    if not torch.compiler.is_compiling():
+        return logits.logsumexp(dim=-1, keepdim=True)
+    largest = logits.amax(dim=-1, keepdim=True)
+    return largest + _exp(logits - largest).sum(dim=-1, keepdim=True).log()
 
 
 def _own_rows(targets: torch.Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +153,7 @@ class _LinearLogProbs(torch.autograd.Function):
         w, lse, of_target = weight.to(hidden.dtype), [], []
         for h, t in zip(hidden.split(block_rows), targets.split(block_rows)):
             logits = F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32))  # (n, V)
-            lse.append(logits.logsumexp(dim=-1))
+            lse.append(_logsumexp(logits)[:, 0])
             of_target.append(logits.gather(1, t[:, None])[:, 0])  # (n,)
         lse = torch.cat(lse)  # (N,)
         log_p = (torch.cat(of_target) - lse) * is_target
@@ -155,7 +170,7 @@ class _LinearLogProbs(torch.autograd.Function):
             # d log p / d logits = onehot - softmax, the target's column separately: 1 - p needs float32
             t, u = t[:, None], (u * is_target)[:, None]  # (n, 1) each
             logits = F.linear(h, w).to(u.dtype)  # (n, V)
-            d = logits.sub_(lse[:, None]).exp_().mul_(-u).to(h.dtype)  # (n, V), in the memory of the logits
+            d = _exp(logits.sub_(lse[:, None])).mul_(-u).to(h.dtype)  # (n, V), in the memory of the logits
             d.scatter_(1, t, (-log_p[:, None].expm1() * u).to(h.dtype))
             if ctx.needs_input_grad[0]:
                 of_hidden.append(d @ w)  # (n, d)

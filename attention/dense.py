@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from attention.mask import Mask
 
+LOG2_E = math.log2(math.e)  # exp(x) = 2^(x LOG2_E)
+
 
 def layout(mask: Mask, T: int, S: int, device: torch.device) -> torch.Tensor | None:
     """Return the dense mask (B or 1, 1, T, S) bool, True where a query sees a key; None for a plain causal mask.
@@ -24,6 +26,34 @@ def reference_is_fastest(mask: Mask, T: int, S: int, head_dim: int, dtype: torch
     return device.type == "cpu" and dtype == torch.bfloat16 and 1 < S <= 512
 
 
+class _Softmax2(torch.autograd.Function):
+    """2^score over its sum, computed in float32, over the keys that a query sees.
+
+    Base 2 and a backward pass that needs the weights only: compiled for a CPU, both passes take half of the time of
+    PyTorch's softmax, which computes exp twice (docs/LOG.md).
+    """
+
+    @staticmethod
+    def forward(ctx, scores: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """Return the weights of `scores` (B, K, H/K, T, S), in the shape and dtype of these."""
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if visible is not None:
+            wide = wide.masked_fill(~visible[:, :, None], -math.inf)  # (B or 1, 1, 1, T, S) broadcasts over heads
+        powers = (wide - wide.amax(-1, keepdim=True)).exp2()
+        weights = (powers * (1 / powers.sum(-1, keepdim=True))).to(scores.dtype)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the scores: ln 2 times weights (upstream - the mean of upstream under the weights)."""
+        (weights,) = ctx.saved_tensors
+        wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        product = wide * upstream
+        grad = (product - wide * product.sum(-1, keepdim=True)) * math.log(2)
+        return grad.to(upstream.dtype), None
+
+
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, visible: torch.Tensor | None
 ) -> torch.Tensor:
@@ -37,12 +67,9 @@ def reference(
     if some is not None:
         visible = visible | ~some  # a softmax over nothing would be NaN, and so would its gradient
     q = q.reshape(B, K, H // K * T, D)  # the H/K query heads of one key head side by side: k is not repeated
-    scores = (q * (1 / math.sqrt(D))) @ k.transpose(-2, -1)  # (B, K, H/K * T, S)
-    scores = scores.view(B, K, H // K, T, S).to(torch.promote_types(q.dtype, torch.float32))  # (B, K, H/K, T, S)
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, :, None], -math.inf)  # (B or 1, 1, 1, T, S) broadcasts over heads
-    weights = scores.softmax(dim=-1).to(v.dtype).view(B, K, H // K * T, S)  # as q
-    out = (weights @ v).view(B, H, T, D)  # heads in the order of q
+    scores = (q * (LOG2_E / math.sqrt(D))) @ k.transpose(-2, -1)  # (B, K, H/K * T, S)
+    weights = _Softmax2.apply(scores.view(B, K, H // K, T, S), visible)
+    out = (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)  # heads in the order of q
     return out if some is None else out.masked_fill(~some, 0)
 
 
