@@ -190,7 +190,7 @@ from checkpoint.extend import grow_vocabulary
 from checkpoint.locate import find_model, find_tokenizer, is_adapter
 from cli.progress import say
 from corpora import CORPORA
-from files import write_text, written_aside
+from files import check_place, write_text, written_aside
 from formats import registry
 from formats.base import Checkpoint, Format, map_lines
 from hardware import DTYPES
@@ -334,9 +334,10 @@ def card(args: Card) -> dict[str, Any]:
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where `out` exists: nothing is overwritten."""
+    """Raise ValueError where `out` exists, as nothing is overwritten; OSError where it cannot be made."""
     if out.exists():
         raise ValueError(f"--out {out} exists already: choose another, or remove it")
+    check_place(out)
 
 
 def warn_of_another_base(args: Merge) -> None:

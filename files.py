@@ -105,6 +105,15 @@ def files_aside(*paths: Path) -> Iterator[list[Path]]:
             aside.unlink(missing_ok=True)
 
 
+def check_place(out: Path) -> None:
+    """Raise OSError where --out could not be made in the end: it would lie below a file, or where nobody may write."""
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"--out {out}: {above} is a file, where a folder is expected; choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: no permission to write to {above}; choose another --out")
+
+
 def umask() -> int:
     """Return the bits that this process leaves out of the mode of new files."""
     mask = os.umask(0)  # the system has no call that only reads it

@@ -36,6 +36,7 @@ import torch
 
 from checkpoint.directory import kept_dtype, load_model
 from checkpoint.transformers_model import TransformersModel
+from files import check_place
 from hardware import choose_device
 from quant.qat import grid_of
 from quant.replace import refuse_quantized
@@ -52,6 +53,7 @@ def main(args: Args) -> dict[str, Any]:
     check_models(read_from(directory), MOST_BYTES)
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another directory, or remove it")
+    check_place(args.out)
     device = choose_device(args.device)
     give_back_freed()
     dtype = torch.float32 if is_adapter(directory) else kept_dtype(directory)  # float32: what adapters are merged in

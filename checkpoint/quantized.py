@@ -40,7 +40,7 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
         return None
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: {KEY} should be a mapping, found {settings!r:.100}")
-    method = settings.get("quant_method")
+    method = method_of(settings)
     if method == "gptq":
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if layout not in ("gptq", "gptq_v2"):
@@ -75,11 +75,20 @@ def trained_bits(config: dict[str, Any]) -> str | None:
     settings = config.get(KEY)
     if not isinstance(settings, dict) or settings.get("quantization_mode") != "online":
         return None
-    if settings.get("quant_method") == qat.METHOD:
+    method = method_of(settings)
+    if method == qat.METHOD:
         return qat.kind_of_config(settings)
-    if settings.get("quant_method") in BITNET_METHODS and settings.get("use_rms_norm"):
+    if method in BITNET_METHODS and settings.get("use_rms_norm"):
         raise ValueError("config.json: BitNet layers with norms of their own (use_rms_norm) are not read here")
-    return BITNET_METHODS.get(settings.get("quant_method"))
+    return BITNET_METHODS.get(method)
+
+
+def method_of(settings: dict[str, Any]) -> str | None:
+    """Return `quant_method`, None where there is none; raise ValueError where it is no text."""
+    method = settings.get("quant_method")
+    if method is not None and not isinstance(method, str):
+        raise ValueError(f"config.json: {KEY} should have a text as its quant_method, found {method!r:.100}")
+    return method
 
 
 def bits_of(model: nn.Module) -> dict[str, Any]:
@@ -127,11 +136,19 @@ def scheme_of_compressed(settings: dict[str, Any]) -> Scheme:
         return schemes[0][1]
     ranked = []
     for group, scheme in schemes:
-        for target in map(str, group.get("targets") or []):
+        for target in targets_of(group):
             rank = (0, f"{re.escape(target)}$") if "." in target else (2, "")
             ranked.append(((1, checked_pattern(target[3:])) if target.startswith("re:") else rank, scheme))
     ranked.sort(key=lambda each: each[0][0])
     return schemes[0][1]._replace(layers=tuple((pattern, scheme) for (_, pattern), scheme in ranked))
+
+
+def targets_of(group: dict[str, Any]) -> list[str]:
+    """Return the names, regular expressions and classes of the layers of a group of compressed-tensors settings."""
+    targets = group.get("targets") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"config.json: targets of {KEY} should be a list of texts, found {targets!r:.100}")
+    return targets
 
 
 def scheme_of_group(group: Any, settings: dict[str, Any]) -> Scheme:
@@ -150,7 +167,8 @@ def scheme_of_group(group: Any, settings: dict[str, Any]) -> Scheme:
             f"{weights.get('type', 'int')!r:.50} and {weights.get('strategy')!r:.50}"
         )
     wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    if inputs and (form != "int-quantized" or any(inputs.get(key, wanted[key]) != wanted[key] for key in wanted)):
+    known = isinstance(inputs, dict) and all(inputs.get(key, wanted[key]) == wanted[key] for key in wanted)
+    if inputs and (form != "int-quantized" or not known):
         raise ValueError(
             f"config.json: input_activations are read here beside int-quantized weights with {wanted}, "
             f"found {inputs!r:.200} beside {form}"
@@ -186,12 +204,11 @@ def scheme_of_bnb(settings: dict[str, Any]) -> Scheme:
 
 def checked(scheme: Scheme) -> Scheme:
     """Return the scheme; raise ValueError where its width or its groups cannot be."""
-    if scheme.bits not in (2, 3, 4, 8):
+    if type(scheme.bits) is not int or scheme.bits not in (2, 3, 4, 8):
         raise ValueError(f"config.json: {KEY} should have 2, 3, 4 or 8 bits, found {scheme.bits!r}")
-    if not isinstance(scheme.group_size, int) or (scheme.group_size < 1 and scheme.group_size != -1):
-        raise ValueError(
-            f"config.json: {KEY} should have a group_size of -1 or more than 0, found {scheme.group_size!r}"
-        )
+    size = scheme.group_size
+    if type(size) is not int or not (0 < size < 2**31 or size == -1):
+        raise ValueError(f"config.json: {KEY} should have a group_size of -1 or more than 0, found {size!r:.50}")
     return scheme
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from files import read_json, write_json
+from checkpoint import safetensors_files
+from files import read_json, sync, write_json
 from quant.grouped import GroupedLinear
 from quant.int8 import W8A8Linear
 from quant.linear import QuantizedLinear
@@ -25,12 +25,24 @@ KINDS = {cls.kind: cls for cls in (GroupedLinear, W8A8Linear)}  # what methods w
 DESCRIPTION = "description.json"
 
 
+def is_left_over(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what a kill before its description leaves there."""
+    return all(path.name == f"{DESCRIPTION}.part" for path in folder.iterdir())
+
+
 class BegunBlocks:
     """The folder of a work that has begun. Work of another description is removed."""
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        """Raises ValueError where something else than such work has the name of the folder."""
         self.folder, self.description = folder, json.loads(json.dumps(description))
-        if folder.exists() and read_json(folder / DESCRIPTION) != self.description:
+        before = read_json(folder / DESCRIPTION)
+        if before is None and folder.exists() and not (folder.is_dir() and is_left_over(folder)):
+            raise ValueError(
+                f"{folder}, where quantized blocks are kept until all are done, is something else: move it, or choose "
+                "another --out"
+            )
+        if before != self.description:
             self.remove()
 
     def path(self, number: int) -> Path:
@@ -50,6 +62,7 @@ class BegunBlocks:
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in block.state_dict().items()}
         aside = self.folder / ".writing"
         save_file(state, aside, {"layers": json.dumps(layers), "reports": json.dumps(reports)})
+        sync(aside)
         aside.replace(self.path(number))
 
     def load(self, number: int, block: nn.Module) -> dict[str, dict[str, Any]] | None:
@@ -57,8 +70,12 @@ class BegunBlocks:
         if not self.path(number).is_file():
             return None
         device = next(block.parameters()).device
-        with safe_open(self.path(number), framework="pt", device=str(device)) as file:
-            about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safetensors_files.opened(self.path(number)) as file:
+                about = file.metadata()
+                state = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+        except ValueError as error:
+            raise ValueError(f"{error}; all blocks are removed, and the same command quantizes them again") from None
         for name, settings in json.loads(about["layers"]).items():
             layer = block.get_submodule(name)
             names = [path[len(name) + 1 :] for path in state if path.startswith(f"{name}.")]

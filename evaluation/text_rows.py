@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from chat.samples import read_samples
 from chat.template import load_template
 from cli.progress import say
 from corpora.files import read_files, records
-from corpora.registry import Document
+from corpora.registry import BadRecord, Document
 from tokenizer import Tokenizer
 
 ENOUGH = 50  # times as many tokens of a text are made as are drawn, so that the rows come from all over it
@@ -61,7 +62,10 @@ def read_ids(path: Path, tokenizer: Tokenizer, at_most: int, generator: np.rando
     first = next(iter(records(path)), None) if path.is_file() else None
     value = getattr(first, "value", None)
     if isinstance(value, dict) and "text" not in value:
-        return np.asarray(read_samples(path, load_template(tokenizer), seq_len=1 << 20).ids)
+        broken: list[BadRecord] = []
+        samples = read_samples(path, load_template(tokenizer), seq_len=1 << 20, broken=broken)
+        say_broken(path, broken)
+        return np.asarray(samples.ids)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids: list[int] = []
     for text in draw_texts(path, generator):
@@ -74,10 +78,27 @@ def read_ids(path: Path, tokenizer: Tokenizer, at_most: int, generator: np.rando
 def draw_texts(path: Path, generator: np.random.Generator) -> list[str]:
     """Return the documents of a file or folder in random order; of more than MOST_DOCUMENTS, as many at random."""
     kept: list[str] = []
-    texts = (document.text for document in read_files(path, "text") if isinstance(document, Document))
-    for n, text in enumerate(texts):  # reservoir sampling (Vitter 1985): each has the same chance
+    broken: list[BadRecord] = []
+    for n, text in enumerate(read_texts(path, broken)):  # reservoir sampling (Vitter 1985): each has the same chance
         if len(kept) < MOST_DOCUMENTS:
             kept.append(text)
         elif (place := int(generator.integers(n + 1))) < MOST_DOCUMENTS:
             kept[place] = text
+    say_broken(path, broken)
     return [kept[n] for n in generator.permutation(len(kept))]
+
+
+def read_texts(path: Path, broken: list[BadRecord]) -> Iterator[str]:
+    """Yield the documents of a file or folder; append what cannot be read to `broken`, without its text."""
+    for document in read_files(path, "text"):
+        if isinstance(document, Document):
+            yield document.text
+        else:
+            broken.append(dataclasses.replace(document, raw=""))
+
+
+def say_broken(path: Path, broken: Sequence[BadRecord]) -> None:
+    """Say how many records of a text were left out because they cannot be read, and where the first one is."""
+    if broken:
+        first = f"the first, {broken[0].where}: {broken[0].reason}"
+        say(f"{path}: records that cannot be read are left out: {len(broken):,}; {first}")

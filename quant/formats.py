@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from quant.bitnet import PackedBitLinear
-from quant.four_bit import FourBitLinear, functional
+from quant.four_bit import BLOCKS, SCALES_BLOCK, FourBitLinear, functional
 from quant.grouped import GroupedLinear
 from quant.int8 import Int8Linear, W8A8Linear, around_128
 from quant.layouts import LAYOUTS, Tensors, check_shape, config_of
@@ -144,18 +144,35 @@ def read_4bit(tensors: Mapping[str, torch.Tensor], layer: nn.Linear, scheme: Sch
     n = layer.out_features * layer.in_features
     check_shape("weight", tensors["weight"], ((n + 1) // 2, 1), torch.uint8)
     parts = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+    for name, tensor in parts.items():
+        if name.startswith("weight.quant_state."):  # the bytes of a JSON object
+            check_shape(name, tensor, (tensor.numel(),), torch.uint8)
     try:
         state = functional().QuantState.from_dict(parts, tensors["weight"].device)
     except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:  # what damaged JSON leads to
         raise ValueError(f"weight.quant_state is damaged: {error!r}") from None
-    if state.quant_type not in ("nf4", "fp4") or (state.nested and state.state2.blocksize != 256):
+    if state.quant_type not in ("nf4", "fp4") or (state.nested and state.state2.blocksize != SCALES_BLOCK):
         raise ValueError(f"weight.quant_state is of a kind that is not read here: {state.quant_type!r}")
     expected = (layer.out_features, layer.in_features)
     if tuple(state.shape or ()) != expected:
         raise ValueError(f"weight is coded for shape {tuple(state.shape or ())}, where {expected} is expected")
-    dtype = torch.uint8 if state.nested else torch.float32
-    check_shape("weight.absmax", state.absmax, (-(-n // state.blocksize),), dtype)
+    check_scales(state, n)
     return FourBitLinear(layer, state.quant_type, state.nested, (tensors["weight"], state))
+
+
+def check_scales(state: Any, n: int) -> None:
+    """Raise ValueError for the QuantState of n weights whose scales or levels have another shape or dtype: bitsandbytes
+    reads as many as there should be, also behind the end of a tensor."""
+    if type(state.blocksize) is not int or state.blocksize not in BLOCKS:
+        raise ValueError(f"weight.quant_state: blocksize should be one of {BLOCKS}, found {state.blocksize!r}")
+    blocks = -(-n // state.blocksize)
+    check_shape("weight.absmax", state.absmax, (blocks,), torch.uint8 if state.nested else torch.float32)
+    check_shape("weight.quant_map", state.code, (16,), torch.float32)
+    if state.nested:
+        check_shape("weight.nested_absmax", state.state2.absmax, (-(-blocks // SCALES_BLOCK),), torch.float32)
+        check_shape("weight.nested_quant_map", state.state2.code, (256,), torch.float32)
+        if not state.offset.isfinite():
+            raise ValueError(f"weight.quant_state: nested_offset should be finite, found {float(state.offset)}")
 
 
 def bnb_config(scheme: Scheme, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from quant.linear import QuantizedLinear
 
 BLOCK, SCALES_BLOCK = 64, 256  # number of weights that share a scale; number of scales that share one
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # numbers of weights that share a scale in files of bitsandbytes
 
 
 class FourBitLinear(QuantizedLinear):

@@ -58,7 +58,7 @@ def solve(weight: torch.Tensor, grid: GridOptions) -> Quantized:
     """Return a weight (out, in) on the grids of its groups, in float32 or wider."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     n_outputs, n_inputs = weight.shape
-    size = grid.group_size if grid.group_size > 0 else n_inputs
+    size = min(grid.group_size, n_inputs) if grid.group_size > 0 else n_inputs
     groups = group_index(n_inputs, size, weight.device)
     # zeros at the end of the last group change no range: every range holds 0
     padded = F.pad(weight, (0, -n_inputs % size)).reshape(-1, size)  # (out * groups, size)

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from checkpoint.locate import DEFAULT_MODEL
 from cli.flags import Needs, check_flags
@@ -40,7 +40,7 @@ class Args:
     in 2 bits (b158) or 1 (b1)"""
     bits: Literal[2, 3, 4, 8] | None = None
     """bits of a weight. None: 4, or as many as the method has; awq's format has 4 only"""
-    group_size: int = 128
+    group_size: Annotated[int, (-1, 1048576)] = 128
     """weights of a row that share a scale; -1: the whole row"""
     override: tuple[str, ...] = ()
     """other widths for some layers, as REGEX=BITS; the first that is found in the layer's name counts, for instance
@@ -52,25 +52,25 @@ class Args:
     compressed-tensors: pack-quantized, any shape; bnb: bitsandbytes'. None: gptq, or bnb for llm_int8, nf4 and fp4"""
     calib: tuple[Path, ...] = ()
     """calibration text (gptq, awq, smoothquant): token bins, text files or folders, or conversations in any form"""
-    calib_tokens: int = 25_000
+    calib_tokens: Annotated[int, (1, 2147483647)] = 25_000
     """tokens to calibrate on"""
-    seq_len: int = 0
+    seq_len: Annotated[int, (0, 2147483647)] = 0
     """tokens in a row of calibration; 0: the model's context, 512 at most"""
-    propagation: float = 0.5
+    propagation: Annotated[float, (0, 1)] = 0.5
     """strength of QEP in gptq, 0 to 1: correct each layer for the error that the layers below it leave"""
-    damping: float = 0.01
+    damping: Annotated[float, (0, 1)] = 0.01
     """gptq: this share of their mean is added to the second moments of the inputs, so that they can be inverted"""
     act_order: bool = True
     """gptq rounds the inputs with the largest second moment first"""
     search: bool = True
     """narrow the range of a group where that lowers the error (gptq and rtn)"""
-    alpha: float | None = None
+    alpha: Annotated[float | None, (0, 1)] = None
     """smoothquant: share of the difficulty that is moved from inputs into weights, 0 to 1; None: searched"""
     threshold: float = 6.0
     """llm_int8: inputs of this magnitude or more are outliers, multiplied in full precision; 0: no outliers"""
     double_quant: bool = True
     """nf4 and fp4: quantize the scales as well, which then take 0.127 instead of 0.5 bits for each weight"""
-    seed: int = 0
+    seed: Annotated[int, (0, 2**63 - 1)] = 0
     """seed of the choice of calibration rows"""
     device: str = "auto"
     """auto: cuda, else mps, else cpu"""
@@ -93,15 +93,12 @@ class Args:
         check_flags(self, NEEDS)
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"--threshold should be a number from 0 on, found {self.threshold}")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"--alpha should be from 0 to 1, found {self.alpha}")
+        if self.group_size == 0:
+            raise ValueError("--group_size should be -1 (the whole row) or at least 1, found 0")
+        if not 0 < self.damping < 1:
+            raise ValueError(f"--damping should be above 0 and below 1, found {self.damping}")
         for text in self.override:
             self.check_override(text)
-        for name in ("calib_tokens", "seq_len", "seed"):
-            if getattr(self, name) < (name == "calib_tokens"):
-                raise ValueError(
-                    f"--{name} should be {1 if name == 'calib_tokens' else 0} or more, found {getattr(self, name)}"
-                )
 
     def check_override(self, text: str) -> None:
         """Raise ValueError for a pair of --override that is none."""

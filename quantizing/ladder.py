@@ -18,13 +18,13 @@ import torch
 
 from checkpoint import peft
 from checkpoint.directory import load_model, save_model
-from checkpoint.locate import find_model, find_tokenizer, is_adapter, read_from
+from checkpoint.locate import find_model, find_tokenizer, is_adapter, read_config, read_from
 from checkpoint.safetensors_files import weight_files
 from checkpoint.transformers_model import TransformersModel
 from cli.progress import Progress, say
 from cli.record import file_sha256, to_plain
 from evaluation.text_rows import draw_rows
-from files import read_json, write_json
+from files import check_place, read_json, write_json
 from model import Transformer
 from quant.kinds import KINDS, METHODS
 from quant.replace import base_layers, refuse_quantized
@@ -50,17 +50,30 @@ class Ladder:
         """Load the model and the texts. Raises ValueError for what cannot be measured, and for rows in --out that
         depend on other settings."""
         self.args = args = args.chosen()
+        check_place(args.out)
         self.directory = find_model(args.model, "give --model a model directory")
         self.full = checked(load_model(self.directory, "cpu"), self.directory).float().eval()
         self.tokenizer, self.stop_ids = find_tokenizer(*read_from(self.directory))
         if self.tokenizer is None:
             raise FileNotFoundError(f"--model {self.directory} has no tokenizer to read text with")
+        self.check_beside()
         self.length = min(args.seq_len or 512, self.full.args.max_seq_len)
         self.rows_of_text = draw_rows(args.heldout, self.tokenizer, self.length, args.heldout_tokens, HELD_OUT_SEED)
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
         self.bytes_per_token = float(token_bytes[self.rows_of_text[:, 1:]].double().mean())
         self.folder = args.out / "rows"
         self.check_out()
+
+    def check_beside(self) -> None:
+        """Raise an error for a directory of --beside that cannot be compared, before any row is measured."""
+        for path in self.args.beside:
+            if not is_adapter(path):
+                self.check_vocabulary(path, read_config(path).get("vocab_size"))
+
+    def check_vocabulary(self, path: Path, size: int | None) -> None:
+        """Raise ValueError where a model of --beside has another vocabulary than the full model."""
+        if size != self.full.args.vocab_size:
+            raise ValueError(f"--beside {path} does not have the vocabulary of {self.directory}: it cannot be compared")
 
     def check_out(self) -> None:
         """Make the folder of rows; raises ValueError where it belongs to other settings."""
@@ -132,8 +145,7 @@ class Ladder:
     def other(self, name: str, path: Path) -> dict[str, Any]:
         """Return the row of another model (--beside)."""
         model = load_model(path, "cpu").float().eval()
-        if not isinstance(model, Transformer) or model.args.vocab_size != self.full.args.vocab_size:
-            raise ValueError(f"--beside {path} does not have the vocabulary of {self.directory}: it cannot be compared")
+        self.check_vocabulary(path, model.args.vocab_size if isinstance(model, Transformer) else None)
         bits = next((layer.bits for layer in model.modules() if hasattr(layer, "bits")), 32)
         return self.row([model], path) | {"method": name, "bits": bits}
 

@@ -57,7 +57,7 @@ class LadderArgs:
     """directory of the table (ladder.md, ladder.json, ladder.png) and of its rows"""
     model: Path = DEFAULT_MODEL
     """directory of the model, or of a run (then its best checkpoint)"""
-    group_size: int = 128
+    group_size: Annotated[int, (-1, 1048576)] = 128
     """weights of a row that share a scale; -1: the whole row"""
     methods: tuple[Literal[tuple(STEPS)], ...] = tuple(STEPS)  # type: ignore[valid-type]
     """rows of the table. rtn-: plain rounding; rtn: with the search for a range; gptq-: GPTQ as published;
@@ -84,8 +84,8 @@ class LadderArgs:
         if not self.calib or not self.heldout:
             missing = "heldout" if self.calib else "calib"
             raise ValueError(f"--{missing} needs at least one file: text to {TEXTS[missing]}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"--group_size should be -1 (the whole row) or at least 1, found {self.group_size}")
+        if self.group_size == 0:
+            raise ValueError("--group_size should be -1 (the whole row) or at least 1, found 0")
         if len({path.name for path in self.beside}) < len(self.beside):
             raise ValueError("--beside has two directories of the same name, by which rows are called: rename one")
 

@@ -1,5 +1,6 @@
 """Quantized directories whose tensors are missing, of another shape or dtype, or not finite: each is named."""
 
+import json
 import shutil
 
 import pytest
@@ -17,6 +18,8 @@ WRITERS = {  # format -> method and what run() gives besides
     "compressed-tensors": {"method": "rtn", "bits": 3},
     "int-quantized": {"method": "smoothquant", "group_size": 128, "format": "compressed-tensors"},
     "bnb": {"method": "llm_int8", "group_size": 128, "calib": ()},
+    "nf4": {"method": "nf4", "format": "bnb", "group_size": 128, "calib": ()},
+    "fp4": {"method": "fp4", "format": "bnb", "double_quant": False, "group_size": 128, "calib": ()},
 }
 OPTIONAL = ("g_idx", "weight_format")
 DAMAGE = {
@@ -39,6 +42,8 @@ def written(folder, tmp_path_factory):  # noqa: F811
     made = {}
 
     def directory(name: str):
+        if name in ("nf4", "fp4"):
+            pytest.importorskip("bitsandbytes")
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "made"
             run(folder, made[name], **{"format": name} | WRITERS[name])
@@ -64,6 +69,31 @@ def test_a_damaged_tensor_is_named(written, tmp_path, name):
             with pytest.raises(ValueError, match=LAYER) as caught:
                 load_model(tmp_path / "copy")
             assert "\n" not in str(caught.value), (each, what)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"blocksize": 0}, "blocksize should be one of .*, found 0"),
+        ({"blocksize": "64"}, "blocksize should be one of .*, found '64'"),
+        ({"blocksize": 64.0}, r"blocksize should be one of .*, found 64\.0"),
+        ({"nested_blocksize": 0}, "of a kind that is not read here"),
+        ({"nested_offset": float("nan")}, "nested_offset should be finite, found nan"),
+        ({"nested_offset": "x"}, "weight.quant_state is damaged"),
+        ({"dtype": "foo"}, "weight.quant_state is damaged"),
+        ({"quant_type": ["nf4"]}, "of a kind that is not read here"),
+        ({"shape": "x"}, "weight.quant_state is damaged"),
+    ],
+)
+def test_a_damaged_state_of_bitsandbytes_is_named(written, tmp_path, changes, message):
+    shutil.copytree(written("nf4"), tmp_path / "copy")
+    path, key = tmp_path / "copy/model.safetensors", f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
+    tensors = load_file(path)
+    state = json.loads(bytes(tensors[key].tolist())) | changes
+    tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{LAYER} do not fit together: .*{message}"):
+        load_model(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("index", [[-1] * 64, [0] * 63 + [2], [7] * 64])

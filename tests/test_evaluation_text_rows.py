@@ -1,5 +1,6 @@
 """Rows drawn from bins and texts: from all of them, each once, the same for a seed."""
 
+import gzip
 import json
 
 import numpy as np
@@ -62,3 +63,14 @@ def test_documents_are_drawn_from_all_of_a_text(tmp_path, tokenizer, monkeypatch
     assert numbers.shape == (20, 20) and all(len(set(each)) == 20 for each in numbers)
     assert abs(numbers.mean() - 200) < 25  # standard deviation 115 / sqrt(400) = 6
     assert draw_rows([path], tokenizer, LENGTH, N_TOKENS, 0).shape == (5, LENGTH)
+
+
+def test_records_that_cannot_be_read_are_counted(tmp_path, tokenizer, capsys):
+    lines = [json.dumps({"text": f"number {n} of all"}) for n in range(400)]
+    (tmp_path / "texts.jsonl").write_text("\n".join([*lines, "{", '{"text": 3}']))
+    draw_rows([tmp_path / "texts.jsonl"], tokenizer, LENGTH, N_TOKENS, 0)
+    assert "texts.jsonl: records that cannot be read are left out: 2; the first, " in capsys.readouterr().err
+    packed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    draw_rows([tmp_path / "cut.jsonl.gz"], tokenizer, LENGTH, N_TOKENS, 0)
+    assert "cut.jsonl.gz: records that cannot be read are left out: " in capsys.readouterr().err

@@ -123,6 +123,12 @@ def test_a_run_goes_on_and_a_full_model_becomes_one(trained, tmp_path):
         pretrain.main(pretrain.with_values(more, bitnet="b158", out=tmp_path / "ternary"))
 
 
+def test_a_group_longer_than_a_row_is_the_whole_row_and_takes_no_more_memory():
+    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    row, long = (qat.solve(weight, qat.grid_of(kind)) for kind in ("int4g-1", "int4g1000000000000"))
+    assert all(torch.equal(*pair) for pair in zip(row, long))
+
+
 def test_what_does_not_go_with_it_is_refused(trained, tmp_path):
     _, directory = trained
     with pytest.raises(ValueError, match=r"trained in few bits .int4g32.: --method qat packs it"):

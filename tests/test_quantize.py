@@ -13,6 +13,7 @@ from bins.token_bin import BinWriter
 from checkpoint import peft
 from checkpoint.directory import load_model, load_whole_model, save_model
 from checkpoint.quantized import read_scheme
+from cli.args import parse
 from decoding.generate import generate
 from decoding.params import SamplingParams
 from lora import adapters
@@ -168,9 +169,8 @@ def test_a_width_that_gptq_cannot_keep_is_padded_and_the_config_says_so(folder, 
             "--calib needs --method gptq, awq.*, found nf4",
         ),
         ({"method": "llm_int8", "calib": (), "group_size": 128, "threshold": -1.0}, "--threshold should be"),
-        ({"calib_tokens": 0}, "--calib_tokens should be 1 or more"),
-        ({"damping": 0.0}, "damping should be above 0"),
-        ({"group_size": 0}, "group_size should be"),
+        ({"damping": 0.0}, "--damping should be above 0"),
+        ({"group_size": 0}, "--group_size should be -1"),
         ({"group_size": 40, "format": "compressed-tensors"}, "--group_size 40 does not divide the 64 inputs"),
         ({"seq_len": 150, "calib_tokens": 100, "calib": ("short.txt",)}, "are fewer than one row of 150"),
         ({"calib": ("nowhere.txt",)}, r"nowhere\.txt does not exist"),
@@ -187,6 +187,28 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(folder, tmp_p
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(folder, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    "flag, value, bounds",
+    [
+        ("calib_tokens", "0", "1 to 2,147,483,647"),
+        ("seq_len", "-1", "0 to"),
+        ("seed", "-1", "0 to"),
+        ("group_size", "-2", "-1 to 1,048,576"),
+        ("group_size", "1" + "0" * 20, "-1 to 1,048,576"),
+        ("propagation", "nan", "0 to 1, found nan"),
+        ("propagation", "1.5", "0 to 1, found 1.5"),
+        ("damping", "nan", "above 0 and below 1"),
+        ("damping", "1", "above 0 and below 1"),
+        ("alpha", "2", "0 to 1"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_with_its_flag(flag, value, bounds):
+    method = "smoothquant" if flag == "alpha" else "gptq"
+    with pytest.raises(SystemExit) as caught:
+        parse(quantize.Args, "quantize", ["--method", method, "--calib", "x", "--out", "y", f"--{flag}", value])
+    assert f"--{flag} should be" in str(caught.value) and bounds in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["gptq_v2", "compressed-tensors"])
@@ -218,6 +240,17 @@ def test_a_directory_that_is_there_is_not_replaced(folder, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         run(folder, tmp_path / "out")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    monkeypatch.setattr(quantize, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(NotADirectoryError, match=r"--out .*file/in/it: .*file is a file, where a folder is expected"):
+        run(folder, tmp_path / "file/in/it")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=r"--out .*new/out: no permission to write to .*; choose another --out"):
+        run(folder, tmp_path / "new/out")
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_a_bin_of_another_tokenizer_is_refused(folder, tmp_path):
@@ -274,6 +307,13 @@ def test_damaged_tensors_are_named(made, change, message):
         load_model(made)
 
 
+def compressed(form: str, **changes) -> dict:
+    """Settings of compressed-tensors with two groups of 8-bit layers, one of them changed."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    groups = {"whole": group, "changed": group | changes}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -287,6 +327,16 @@ def test_damaged_tensors_are_named(made, change, message):
             "the formats pack-quantized and int-quantized are read here, found",
         ),
         ("gptq", "should be a mapping"),
+        ({"quant_method": ["gptq"], "bits": 4}, r"a text as its quant_method, found \['gptq'\]"),
+        ({"quant_method": {}, "quantization_mode": "online"}, "a text as its quant_method, found {}"),
+        ({"quant_method": "gptq", "bits": 4.0, "group_size": 32}, r"2, 3, 4 or 8 bits, found 4\.0"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 10**30}, "group_size of -1 or more than 0, found 1000"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": True}, "group_size of -1 or more than 0, found True"),
+        (compressed("pack-quantized", targets=3), "targets of quantization_config should be a list of texts, found 3"),
+        (compressed("pack-quantized", targets="Linear"), "should be a list of texts, found 'Linear'"),
+        (compressed("pack-quantized", targets=["Linear", None]), "should be a list of texts, found .*None"),
+        (compressed("int-quantized", input_activations="x"), "found 'x' beside int-quantized"),
+        (compressed("int-quantized", input_activations=[1]), r"found \[1\] beside int-quantized"),
     ],
 )
 def test_settings_that_are_not_read_are_named(made, settings, message):

@@ -187,14 +187,44 @@ def test_after_a_signal_the_same_command_goes_on_to_the_same_bytes(folder, tmp_p
 
 def test_blocks_of_other_settings_are_not_taken(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     with monkeypatch.context() as patch:
-        stopped_after(patch, 8)
+        stopped_after(patch, 9)  # in the second block
         with pytest.raises(SystemExit):
             run(folder, tmp_path / "out")
+    assert (tmp_path / "out.begun/block_0000.safetensors").is_file()
     run(folder, tmp_path / "out", seed=1)
     assert "already" not in capsys.readouterr().err
     run(folder, tmp_path / "whole", seed=1)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_damaged_block_is_named_and_the_next_run_begins_again(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 9)  # in the second block
+        with pytest.raises(SystemExit):
+            run(folder, tmp_path / "out")
+    path = tmp_path / "out.begun/block_0000.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"block_0000\.safetensors cannot be read as safetensors .*the same command"):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.begun").exists()
+    capsys.readouterr()
+    run(folder, tmp_path / "out")
+    assert "already" not in capsys.readouterr().err
+
+
+def test_what_else_lies_where_blocks_are_kept_is_left_as_it_is(folder, tmp_path):  # noqa: F811
+    (tmp_path / "out.begun").mkdir()
+    (tmp_path / "out.begun/description.json.part").write_text("{")  # after a kill: nobody's
+    run(folder, tmp_path / "out")
+    (tmp_path / "other.begun").mkdir()
+    (tmp_path / "other.begun/thesis.txt").write_text("years of work")
+    (tmp_path / "third.begun").write_text("years of work")
+    for name in ("other", "third"):
+        with pytest.raises(ValueError, match=rf"{name}\.begun, where quantized blocks are kept .* is something else"):
+            run(folder, tmp_path / name)
+    assert (tmp_path / "other.begun/thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "third.begun").read_text() == "years of work"
 
 
 def test_a_signal_from_outside_ends_the_script(folder, tmp_path):  # noqa: F811

@@ -126,6 +126,12 @@ def test_a_model_beside_and_one_that_cannot_be_compared(folder, tmp_path):  # no
     save_model(tmp_path / "larger", larger, None, None)
     with pytest.raises(ValueError, match="does not have the vocabulary of"):
         work.other("larger", tmp_path / "larger")
+    for name, message in (("larger", "does not have the vocabulary of"), ("nowhere", "nowhere is no model directory")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):  # before any row is measured
+            ladder.Ladder(args_of(folder, tmp_path / "third", beside=(tmp_path / name,)))
+    assert not (tmp_path / "third").exists()
+    with pytest.raises(NotADirectoryError, match=r"--out .* is a file, where a folder is expected"):
+        ladder.Ladder(args_of(folder, folder / "text.txt/table"))
 
 
 def test_a_method_whose_package_is_missing_is_left_out(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
