@@ -116,7 +116,9 @@ def test_tools_and_calls_enter_the_prompt(server, monkeypatch):
     assert without["usage"]["prompt_tokens"] == len(own.encode(ASK["messages"]))
 
 
-@pytest.mark.parametrize("tool", [{}, {"type": "function"}, {"function": {}}, {"function": {"name": ""}}, {"function": 1}])
+@pytest.mark.parametrize(
+    "tool", [{}, {"type": "function"}, {"function": {}}, {"function": {"name": ""}}, {"function": 1}]
+)
 def test_a_tool_without_a_name_is_refused(server, tool):
     sentence = "tools.1.function.name is missing: an answer names the function that it calls"
     assert server.error(CHAT, ASK | {"tools": [TOOL, tool]}) == (400, sentence)
