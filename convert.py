@@ -215,7 +215,8 @@ def merge(args: Merge) -> dict[str, Any]:
     with written_aside(args.out) as aside:
         save_model(aside, model.to(dtype), tokenizer, stop_ids)
         history.write_origin(aside, "merge", model=args.model, adapter=args.adapter)
-    print(f"{args.adapter} is merged into {args.model} (base: {kind[0]}): {args.out}", flush=True)
+    rounded = "" if kind[0] == "full" else f", its base in {kind[0]}"  # what --lora.base, or --base here, makes of it
+    print(f"{args.adapter} is merged into {args.model}{rounded}: {args.out}", flush=True)
     return {"model": str(args.out)}
 
 

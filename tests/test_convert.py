@@ -60,7 +60,7 @@ def test_a_merged_model_says_what_the_adapted_one_says(method, tied, trained, tm
 
 
 @pytest.mark.parametrize("base", KINDS)
-def test_a_quantized_base_is_made_dense_and_then_added_to(base, trained, tmp_path):
+def test_a_quantized_base_is_made_dense_and_then_added_to(base, trained, tmp_path, capsys):
     if KINDS[base].package:
         pytest.importorskip("bitsandbytes")
     model = trained(LoraArgs("lora", r=3, base=base))
@@ -68,6 +68,9 @@ def test_a_quantized_base_is_made_dense_and_then_added_to(base, trained, tmp_pat
     for how in ("auto", base):
         out = convert.merge(Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / how, base=how))["model"]
         torch.testing.assert_close(load_model(Path(out))(tokens), model(tokens), rtol=0, atol=2e-5)
+        assert f"base, its base in {base}: {out}" in capsys.readouterr().out
+    convert.merge(Merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "full", base="full"))
+    assert f"{tmp_path / 'base'}: {tmp_path / 'full'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])
