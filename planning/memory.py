@@ -127,11 +127,10 @@ def saved_by_block(args: ModelArgs, step: Step) -> int:
     if step.fused:
         attention += 4 * args.n_heads  # the logarithm of the softmax's denominator
     else:
-        attention += args.n_heads * step.seq_len * (4 + (e if e < 4 else 0))  # the softmax, and its rounded copy
+        attention += args.n_heads * step.seq_len * e  # the softmax
     feed_forward = 4 * e * args.hidden_dim  # gate, silu(gate), up, and their product
     low = 0 if whole else e * step.adapter.r * len(linears(args))  # inputs of lora_B
-    mask = 0 if step.fused else step.seq_len**2
-    return n * (2 * norm + qk_norm + attention + feed_forward + low) + mask
+    return n * (2 * norm + qk_norm + attention + feed_forward + low)
 
 
 def cast_weights(args: ModelArgs, step: Step) -> int:
