@@ -26,11 +26,11 @@ def reference_is_fastest(mask: Mask, T: int, S: int, head_dim: int, dtype: torch
     return device.type == "cpu" and dtype == torch.bfloat16 and 1 < S <= 512
 
 
-class _Softmax2(torch.autograd.Function):
-    """2^score over its sum, computed in float32, over the keys that a query sees.
+class _Softmax(torch.autograd.Function):
+    """The softmax over the keys that a query sees, in float32, by powers of 2.
 
-    Base 2 and a backward pass that needs the weights only: compiled for a CPU, both passes take half of the time of
-    PyTorch's softmax, which computes exp twice (docs/LOG.md).
+    Those, and a backward pass that needs the weights only: compiled for a CPU, PyTorch's softmax takes longer, because
+    it computes exp in both passes (docs/LOG.md).
     """
 
     @staticmethod
@@ -39,19 +39,18 @@ class _Softmax2(torch.autograd.Function):
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if visible is not None:
             wide = wide.masked_fill(~visible[:, :, None], -math.inf)  # (B or 1, 1, 1, T, S) broadcasts over heads
-        powers = (wide - wide.amax(-1, keepdim=True)).exp2()
+        powers = ((wide - wide.amax(-1, keepdim=True)) * LOG2_E).exp2()
         weights = (powers * (1 / powers.sum(-1, keepdim=True))).to(scores.dtype)
         ctx.save_for_backward(weights)
         return weights
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the gradient of the scores: ln 2 times weights (upstream - the mean of upstream under the weights)."""
+        """Return the gradient of the scores: weights (upstream - the mean of upstream under the weights)."""
         (weights,) = ctx.saved_tensors
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         product = wide * upstream
-        grad = (product - wide * product.sum(-1, keepdim=True)) * math.log(2)
-        return grad.to(upstream.dtype), None
+        return (product - wide * product.sum(-1, keepdim=True)).to(upstream.dtype), None
 
 
 def reference(
@@ -67,8 +66,8 @@ def reference(
     if some is not None:
         visible = visible | ~some  # a softmax over nothing would be NaN, and so would its gradient
     q = q.reshape(B, K, H // K * T, D)  # the H/K query heads of one key head side by side: k is not repeated
-    scores = (q * (LOG2_E / math.sqrt(D))) @ k.transpose(-2, -1)  # (B, K, H/K * T, S)
-    weights = _Softmax2.apply(scores.view(B, K, H // K, T, S), visible)
+    scores = (q * (1 / math.sqrt(D))) @ k.transpose(-2, -1)  # (B, K, H/K * T, S)
+    weights = _Softmax.apply(scores.view(B, K, H // K, T, S), visible)
     out = (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)  # heads in the order of q
     return out if some is None else out.masked_fill(~some, 0)
 

@@ -242,8 +242,8 @@ def test_bfloat16_activations_over_float32_parameters():
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
     for name, p in model.named_parameters():
         assert p.dtype == p.grad.dtype == torch.float32
-        # eight bits a number, over two layers; of 30 seeds the largest was 0.07
-        assert (p.grad - expected[name]).norm() < 0.08 * expected[name].norm(), name
+        # eight bits a number, over two layers
+        assert (p.grad - expected[name]).norm() < 0.05 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
